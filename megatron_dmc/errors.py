@@ -1,0 +1,21 @@
+"""Errors that users meet. Each message names the thing, its value and the remedy."""
+
+
+class DMCError(Exception):
+    """Base class of this package's errors."""
+
+
+class UnsupportedConfig(DMCError, ValueError):
+    """A setting that DMC cannot be combined with; the message says what and why."""
+
+
+class InvalidRequest(DMCError, ValueError):
+    """A generation request that can never run (prompt over the context, bad sampling parameter)."""
+
+
+class OutOfPages(DMCError, RuntimeError):
+    """The page pool cannot serve an allocation. Nothing has been allocated when it is raised."""
+
+
+class CheckpointError(DMCError, ValueError):
+    """A checkpoint or tokenizer that is missing, truncated, or does not fit the model."""
