@@ -1,0 +1,155 @@
+"""Settings of DMC, the TransformerConfig that carries them, and all their validation."""
+
+import enum
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dmc.errors import UnsupportedConfig
+
+
+class Stage(enum.StrEnum):
+    """Stages of a retrofit, and OFF for the same model without DMC."""
+
+    OFF = "off"
+    ZERO_OUT = "zero-out"
+    RETROFIT = "retrofit"
+    FINETUNE = "finetune"
+
+    @property
+    def compresses(self) -> bool:
+        """True where tokens may merge."""
+        return self in (Stage.RETROFIT, Stage.FINETUNE)
+
+
+@dataclass
+class DMCConfig:
+    """Dynamic Memory Compression."""
+
+    stage: Literal["off", "zero-out", "retrofit", "finetune"] = "off"
+    """Stage of the retrofit. off: plain attention. zero-out: DMC off, the borrowed channels fade to
+    zero. retrofit: the target CR rises linearly from 1. finetune: constant target CR."""
+
+    target_cr: float = 4.0
+    """Compression ratio (tokens / cache entries) to reach, at least 1."""
+
+    ramp_steps: int | None = None
+    """Steps over which the retrofit stage raises the target CR. Default: all steps of the stage."""
+
+    zero_out_steps: int | None = None
+    """Length of the zero-out stage in steps. Default: all steps of the stage."""
+
+    zero_out_fraction: float = 0.8
+    """Part of the zero-out stage after which the borrowed channels are exactly zero."""
+
+    alpha_offset: float = 5.0
+    """Offset of the decision logit; a zeroed channel then means: append."""
+
+    temperature: float = 0.1
+    """Temperature of the relaxed decisions in training."""
+
+    merge_window: int = 0
+    """Only the latest tokens of a segment, this many, contribute to its entry. 0: all of them."""
+
+    loss_weight: float = 1.0
+    """Weight of the compression loss beside the language-model loss per token."""
+
+    def __post_init__(self) -> None:
+        choices = [s.value for s in Stage]
+        if self.stage not in choices:
+            raise UnsupportedConfig(
+                f"--dmc-stage={self.stage!r} is not a stage; choose one of {', '.join(choices)}"
+            )
+        self.stage = Stage(self.stage).value  # type: ignore[assignment]
+        self._require("target_cr", self.target_cr >= 1 and math.isfinite(self.target_cr),
+                      "a compression ratio is tokens / entries, so it is at least 1")  # fmt: skip
+        self._require("alpha_offset", self.alpha_offset > 0, "it must be positive")
+        self._require("temperature", self.temperature > 0, "it must be positive")
+        self._require("merge_window", self.merge_window >= 0, "use 0 for unlimited")
+        self._require("loss_weight", self.loss_weight >= 0, "it must not be negative")
+        self._require("zero_out_fraction", 0 <= self.zero_out_fraction <= 1, "use 0 to 1")
+        for name in ("ramp_steps", "zero_out_steps"):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 0, "it must not be negative")
+
+    def _require(self, name: str, holds: bool, why: str) -> None:
+        if not holds:
+            flag = "--dmc-" + name.replace("_", "-")
+            raise UnsupportedConfig(f"{flag}={getattr(self, name)}: {why}")
+
+    @property
+    def compresses(self) -> bool:
+        """True where tokens may merge (retrofit, finetune, and every model made by them)."""
+        return Stage(self.stage).compresses
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as stored in checkpoints and in a Hugging Face `config.json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "DMCConfig":
+        """Inverse of `to_dict`.
+
+        Raises:
+            UnsupportedConfig: for a name that this version does not know.
+        """
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise UnsupportedConfig(f"unknown DMC settings: {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+
+@dataclass
+class DMCTransformerConfig(TransformerConfig):
+    """Megatron's TransformerConfig with DMC's settings in `dmc`."""
+
+    dmc: DMCConfig = field(default_factory=DMCConfig)
+    """DMC settings."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.validate_dmc()
+
+    def validate_dmc(self) -> None:
+        """Refuse what DMC cannot be combined with, before anything is allocated.
+
+        Raises:
+            UnsupportedConfig: names the setting, its value and the reason.
+        """
+        if Stage(self.dmc.stage) is Stage.OFF:
+            return
+        assert self.kv_channels is not None and self.num_query_groups is not None
+        refusals = [
+            (self.kv_channels % 2 == 1, f"head dim {self.kv_channels} is odd: RoPE rotates pairs"),
+            (self.multi_latent_attention,
+             "multi-latent attention keeps one latent per token, not keys per head"),
+            (self.window_size is not None,
+             f"sliding-window attention (window_size={self.window_size}): an entry stands for many "
+             "positions, so a window over positions is not defined"),
+            (self.attention_dropout != 0,
+             f"attention dropout {self.attention_dropout} cannot reach the stock flash kernel's "
+             "merged softmax; use --attention-dropout 0"),
+            (self.context_parallel_size > 1,
+             f"context_parallel_size={self.context_parallel_size}: a segment may not yet cross "
+             "the boundary between context-parallel ranks"),
+            (self.rotary_interleaved,
+             "--rotary-interleaved pairs the borrowed channel differently; convert the weights to "
+             "the half-split layout"),
+            (self.attention_output_gate, "gated attention output is not supported"),
+            (self.experimental_attention_variant is not None,
+             f"experimental_attention_variant={self.experimental_attention_variant} replaces the "
+             "attention that DMC compresses"),
+            (bool(self.mtp_num_layers), "multi-token prediction layers have no DMC form"),
+            (self.softmax_type != "vanilla",
+             f"softmax_type={self.softmax_type!r}: attention sinks are not in DMC's softmax"),
+            (self.num_query_groups < self.tensor_model_parallel_size,
+             f"{self.num_query_groups} KV heads over tensor_model_parallel_size="
+             f"{self.tensor_model_parallel_size}: a KV head may not be split over ranks"),
+            (self.apply_query_key_layer_scaling,
+             "--apply-query-key-layer-scaling rescales scores outside the kernel"),
+        ]  # fmt: skip
+        for refused, why in refusals:
+            if refused:
+                raise UnsupportedConfig(f"DMC (--dmc-stage {self.dmc.stage}): {why}")

@@ -1,0 +1,6 @@
+"""Tensor operations of DMC: tensors and numbers only, no config and no Megatron."""
+
+from megatron_dmc.ops.attention import causal_attention, training_attention
+from megatron_dmc.ops.merge import merge
+
+__all__ = ["causal_attention", "merge", "training_attention"]

@@ -1,0 +1,206 @@
+"""Training attention at the speed of a stock flash kernel. math.md, section 3.
+
+Dimension letters: T tokens, B batch, N query heads, G key/value heads, R query heads per
+key/value head, D head dim.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_MASKED = -1.0e4
+"""Stands for log(0) inside the kernel: exp of it is 0 in every dtype, and no NaN can arise."""
+
+
+def _flash_forward(q_BNTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float):
+    """Stock causal flash attention: (out_BNTD, lse_BNT, state for the backward)."""
+    if q_BNTD.is_cuda:
+        out, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = (
+            torch.ops.aten._scaled_dot_product_flash_attention(
+                q_BNTD, k_BGTD, v_BGTD, 0.0, True, False, scale=scale
+            )
+        )
+        return out, lse, (cum_q, cum_k, max_q, max_k, seed, offset)
+    # ATen's CPU kernel wants as many key heads as query heads: one call for each query head of
+    # the groups, so that keys are never repeated in memory.
+    group = q_BNTD.shape[1] // k_BGTD.shape[1]
+    outs, lses = [], []
+    for r in range(group):
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q_BNTD[:, r::group], k_BGTD, v_BGTD, 0.0, True, scale=scale
+        )
+        outs.append(out)
+        lses.append(lse)
+    if group == 1:
+        return outs[0], lses[0], None
+    return torch.stack(outs, 2).flatten(1, 2), torch.stack(lses, 2).flatten(1, 2), None
+
+
+def _flash_backward(grad_out, q, k, v, out, lse, state, scale: float):
+    """Backward of `_flash_forward`, given the (possibly merged) out and lse."""
+    if q.is_cuda:
+        cum_q, cum_k, max_q, max_k, seed, offset = state
+        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            grad_out, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset,
+            scale=scale,
+        )  # fmt: skip
+    group = q.shape[1] // k.shape[1]
+    dqs, dk, dv = [], None, None
+    for r in range(group):
+        heads = slice(r, None, group)
+        dq_r, dk_r, dv_r = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out[:, heads], q[:, heads], k, v, out[:, heads], lse[:, heads], 0.0, True,
+            scale=scale,
+        )  # fmt: skip
+        dqs.append(dq_r)
+        dk = dk_r if dk is None else dk + dk_r
+        dv = dv_r if dv is None else dv + dv_r
+    dq = dqs[0] if group == 1 else torch.stack(dqs, 2).flatten(1, 2)
+    return dq, dk, dv
+
+
+def _by_group(x_BNTX: Tensor, num_kv_heads: int) -> Tensor:
+    return x_BNTX.unflatten(1, (num_kv_heads, -1))
+
+
+class _TrainingAttention(torch.autograd.Function):
+    """Shifted flash attention plus the diagonal, joined by log-sum-exp. All tensors (B, heads, T, D)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, log_keep_BGT, scale):
+        num_kv_heads = k.shape[1]
+        acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+        q = torch.cat([q[..., :-1], torch.full_like(q[..., :1], 1.0 / scale)], dim=-1)
+        bias = log_keep_BGT.clamp_min(_MASKED)
+        # key j carries log_keep_{j+1}; the last key is never anybody's earlier key
+        bias = torch.cat([bias[..., 1:], torch.zeros_like(bias[..., :1])], dim=-1)
+        k = torch.cat([k[..., :-1], bias[..., None].to(k.dtype)], dim=-1)
+
+        q_own = _by_group(q[..., :-1], num_kv_heads).to(acc)
+        k_own = k[..., None, :, :-1].to(acc)
+        lse = ((q_own * k_own).sum(-1) * scale).flatten(1, 2)
+        out = v[:, :, None].expand(_by_group(q, num_kv_heads).shape).flatten(1, 2)
+        state = None
+        if q.shape[2] > 1:
+            past, past_lse, state = _flash_forward(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1], scale)
+            own = lse[:, :, 1:]
+            past_lse = past_lse.to(acc)
+            joint = torch.logaddexp(past_lse, own)
+            tail = past.to(acc) * torch.exp(past_lse - joint)[..., None]
+            tail = tail + out[:, :, 1:].to(acc) * torch.exp(own - joint)[..., None]
+            p_own = torch.cat([torch.ones_like(lse[:, :, :1]), torch.exp(own - joint)], dim=2)
+            lse = torch.cat([lse[:, :, :1], joint], dim=2)
+            out = torch.cat([out[:, :, :1], tail.to(out.dtype)], dim=2)
+        else:
+            p_own = torch.ones_like(lse)
+        ctx.save_for_backward(q, k, v, out, lse, p_own)
+        ctx.state, ctx.scale = state, scale
+        ctx.clamped = (log_keep_BGT < _MASKED) if ctx.needs_input_grad[3] else None
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        q, k, v, out, lse, p_own = ctx.saved_tensors
+        scale, num_kv_heads = ctx.scale, k.shape[1]
+        acc = lse.dtype
+        g, o = grad_out.to(acc), out.to(acc)
+        v_own = v[:, :, None].to(acc)
+        g_group = _by_group(g, num_kv_heads)
+        delta = (g * o).sum(-1)
+        ds = p_own * ((g_group * v_own).sum(-1).flatten(1, 2) - delta) * scale
+        dq = (_by_group(ds, num_kv_heads)[..., None] * k[:, :, None].to(acc)).flatten(1, 2)
+        dk = (_by_group(ds, num_kv_heads)[..., None] * _by_group(q, num_kv_heads).to(acc)).sum(2)
+        dv = (_by_group(p_own, num_kv_heads)[..., None] * g_group).sum(2)
+        dbias = torch.zeros_like(dk[..., -1])
+        if q.shape[2] > 1:
+            dq_past, dk_past, dv_past = _flash_backward(
+                grad_out[:, :, 1:].contiguous(), q[:, :, 1:], k[:, :, :-1], v[:, :, :-1],
+                out[:, :, 1:].contiguous(), lse[:, :, 1:].contiguous(), ctx.state, scale,
+            )  # fmt: skip
+            dq[:, :, 1:] += dq_past.to(acc)
+            dk[:, :, :-1] += dk_past.to(acc)
+            dv[:, :, :-1] += dv_past.to(acc)
+            # the flash kernel saw q[d] = 1/scale, so d score / d bias is 1: dk[d] is the gradient
+            dbias[..., 1:] = dk_past[..., -1].to(acc)
+        if ctx.clamped is not None:
+            dbias = dbias.masked_fill(ctx.clamped, 0.0)
+        dq[..., -1] = 0.0
+        dk[..., -1] = 0.0
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias, None
+
+
+def training_attention(
+    q_TBND: Tensor,
+    k_TBGD: Tensor,
+    v_TBGD: Tensor,
+    log_keep_TBG: Tensor,
+    *,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """Causal attention in which key j counts for a later query with weight (1 - alpha_{j+1}).
+
+        score_ij = scale q_i . k_j + log_keep_{j+1}  (j < i)        score_ii = scale q_i . k_i
+
+    math.md, section 3. Memory is linear in T. The last channel of q and k is the borrowed one:
+    its content is ignored, and its gradient is zero.
+
+    Args:
+        q_TBND: rotated queries; N is a multiple of G, heads ordered by group.
+        k_TBGD, v_TBGD: rotated merged keys, merged values, same dtype as the queries.
+        log_keep_TBG: `log_keep[t] = log(1 - alpha_t)`, at most 0, -inf allowed; shifted inside.
+        softmax_scale: default 1 / sqrt(D).
+
+    Returns:
+        out_TBND. Differentiable in all four tensors.
+
+    Raises:
+        ValueError: if N is not a multiple of G or the token counts differ.
+    """
+    num_heads, num_kv_heads = q_TBND.shape[2], k_TBGD.shape[2]
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} KV heads")
+    if not q_TBND.shape[0] == k_TBGD.shape[0] == v_TBGD.shape[0] == log_keep_TBG.shape[0]:
+        raise ValueError("training_attention: q, k, v and log_keep must have the same T")
+    scale = 1.0 / math.sqrt(q_TBND.shape[-1]) if softmax_scale is None else softmax_scale
+    out = _TrainingAttention.apply(
+        q_TBND.permute(1, 2, 0, 3),
+        k_TBGD.permute(1, 2, 0, 3),
+        v_TBGD.permute(1, 2, 0, 3),
+        log_keep_TBG.permute(1, 2, 0).to(
+            torch.float64 if q_TBND.dtype == torch.float64 else torch.float32
+        ),
+        scale,
+    )
+    return out.permute(2, 0, 1, 3)
+
+
+class _PlainAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scale):
+        out, lse, state = _flash_forward(q, k, v, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.state, ctx.scale = state, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        q, k, v, out, lse = ctx.saved_tensors
+        return (
+            *_flash_backward(grad_out.contiguous(), q, k, v, out, lse, ctx.state, ctx.scale),
+            None,
+        )
+
+
+def causal_attention(
+    q_TBND: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, *, softmax_scale: float | None = None
+) -> Tensor:
+    """Plain causal attention on the same stock kernel: DMC off, and the yardstick of benchmarks.
+
+    Args and returns as `training_attention`, but every channel counts.
+    """
+    scale = 1.0 / math.sqrt(q_TBND.shape[-1]) if softmax_scale is None else softmax_scale
+    out = _PlainAttention.apply(
+        q_TBND.permute(1, 2, 0, 3), k_TBGD.permute(1, 2, 0, 3), v_TBGD.permute(1, 2, 0, 3), scale
+    )
+    return out.permute(2, 0, 1, 3)

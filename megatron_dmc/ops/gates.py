@@ -1,0 +1,153 @@
+"""Gates: the decision (append or merge) and the importance of every token. math.md, section 1.
+
+Dimension letters: T tokens, B batch, N query heads on this rank, G key/value heads on this rank,
+D head dim.
+
+These few elementwise functions are the only place where a gate is computed: training, evaluation
+and the engine call the same ones, so that the same logit gives the same decision everywhere.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DECISION_CHANNEL = -1
+"""Component of the unrotated key that holds the decision logit."""
+IMPORTANCE_CHANNEL = -1
+"""Component of the unrotated query that holds the importance logit."""
+
+_MASK64 = (1 << 64) - 1
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def decision_logit(k_TBGD: Tensor, *, alpha_offset: float) -> Tensor:
+    """`alpha_logit_t = k_t[d] - alpha_offset`.
+
+    Args:
+        k_TBGD: unrotated keys (after QK-norm where the model has one), any floating dtype.
+        alpha_offset: positive; a freshly zeroed channel then means "append".
+
+    Returns:
+        alpha_logit_TBG, float32 (float64 for float64 keys).
+    """
+    return _at_least_float32(k_TBGD[..., DECISION_CHANNEL]) - alpha_offset
+
+
+def importance(q_TBND: Tensor, num_kv_heads: int, *, alpha_offset: float) -> Tensor:
+    """`omega_t = sigmoid(mean over the group of q_t[d] + alpha_offset) + eps`.
+
+    Args:
+        q_TBND: unrotated queries; the N heads are ordered by group.
+        num_kv_heads: G; N must be a multiple of it.
+        alpha_offset: see `decision_logit`.
+
+    Returns:
+        omega_TBG, float32 (float64 for float64 queries), in (0, 1].
+    """
+    logit = _at_least_float32(q_TBND[..., IMPORTANCE_CHANNEL])
+    logit = logit.unflatten(-1, (num_kv_heads, -1)).mean(-1)
+    return torch.sigmoid(logit + alpha_offset) + torch.finfo(q_TBND.dtype).eps
+
+
+def hard_decisions(alpha_logit: Tensor) -> Tensor:
+    """`is_merge = alpha_logit > 0`, compared in float32. Bool, the shape of `alpha_logit`."""
+    return alpha_logit.float() > 0
+
+
+def mix_seed(*parts: int) -> int:
+    """Hash whole numbers into one 63-bit seed (splitmix64 finaliser per part)."""
+    state = 0
+    for part in parts:
+        state = (state + (part & _MASK64) + 0x9E3779B97F4A7C15) & _MASK64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+        state ^= state >> 31
+    return state >> 1
+
+
+def logistic_noise(
+    num_tokens: int,
+    num_kv_heads_total: int,
+    *,
+    seed: int,
+    step: int,
+    samples: Sequence[int],
+    layer: int,
+    heads: slice = slice(None),
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The difference of two Gumbel(0, 1) draws for every token and head of a layer.
+
+    A sequence's noise depends on (seed, step, sample, layer, global head, position) alone: it is
+    drawn for all heads of the layer and sliced, so it is the same for every tensor, pipeline and
+    data-parallel layout and micro-batch size, and under activation recompute.
+
+    Args:
+        num_tokens: T.
+        num_kv_heads_total: key/value heads of the layer over all tensor-parallel ranks.
+        seed: the run's seed.
+        step: training step.
+        samples: index of each of the B sequences within the step's global batch.
+        layer: global layer index.
+        heads: which of the heads this rank holds.
+        device: where the noise is drawn; a CPU's and a GPU's generators differ.
+
+    Returns:
+        noise_TBG, float32, logistic(0, 1).
+    """
+    generator = torch.Generator(device=device)
+    rows = []
+    for sample in samples:
+        generator.manual_seed(mix_seed(seed, step, int(sample), layer))
+        uniform = torch.rand(
+            num_tokens, num_kv_heads_total, generator=generator, device=device, dtype=torch.float32
+        )
+        rows.append(uniform[:, heads])
+    uniform = torch.stack(rows, dim=1)
+    eps = torch.finfo(torch.float32).tiny
+    return torch.log(uniform.clamp_min(eps)) - torch.log1p(-uniform.clamp_max(1 - 2**-24))
+
+
+def first_token_mask(alpha_logit_TBG: Tensor) -> Tensor:
+    """Bool (T, 1, 1), true where a merge is impossible because nothing stands before the token."""
+    mask = torch.zeros(alpha_logit_TBG.shape[0], 1, 1, dtype=torch.bool)
+    mask[:1] = True
+    return mask.to(alpha_logit_TBG.device)
+
+
+def soft_gate(
+    alpha_logit_TBG: Tensor, noise_TBG: Tensor | None, *, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Training's gate: relaxed decision, its log-complement, and its straight-through decision.
+
+    Args:
+        alpha_logit_TBG: float32 or float64.
+        noise_TBG: `logistic_noise`, or None for none.
+        temperature: tau, positive.
+
+    Returns:
+        alpha_TBG: `sigmoid((alpha_logit + noise) / tau)`; 0 for the first token.
+        log_keep_TBG: `log(1 - alpha)`, computed as a log-sigmoid; 0 for the first token.
+        alpha_hat_TBG: hard decision of the noisy gate with the gradient of `alpha`
+            (straight-through); 0 for the first token.
+    """
+    noisy = alpha_logit_TBG if noise_TBG is None else alpha_logit_TBG + noise_TBG
+    first = first_token_mask(alpha_logit_TBG)
+    scaled = noisy / temperature
+    alpha = torch.sigmoid(scaled).masked_fill(first, 0.0)
+    log_keep = F.logsigmoid(-scaled).masked_fill(first, 0.0)
+    hard = (hard_decisions(noisy) & ~first).to(alpha.dtype)
+    return alpha, log_keep, hard + (alpha - alpha.detach())
+
+
+def hard_gate(alpha_logit_TBG: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Evaluation's gate in the form of `soft_gate`: alpha is 0 or 1, log_keep 0 or -inf."""
+    is_merge = hard_decisions(alpha_logit_TBG) & ~first_token_mask(alpha_logit_TBG)
+    alpha = is_merge.to(alpha_logit_TBG.dtype)
+    log_keep = torch.zeros_like(alpha).masked_fill(is_merge, float("-inf"))
+    return alpha, log_keep, alpha

@@ -1,0 +1,162 @@
+"""Merge of keys and values into running segment averages. math.md, section 2.
+
+Dimension letters: T tokens, B batch, G key/value heads, D head dim, C tokens of a chunk,
+W merge window, X any leading dimensions.
+"""
+
+import torch
+from torch import Tensor
+
+_CHUNK = 16
+
+
+def linear_scan(decay_TX: Tensor, x_TXD: Tensor, initial_XD: Tensor | None = None) -> Tensor:
+    """`s_t = decay_t * s_{t-1} + x_t`, in chunks: T/C + C sequential steps instead of T.
+
+    Args:
+        decay_TX: factors in [0, 1]; `decay_0` applies to `initial_XD`.
+        x_TXD: increments, same dtype.
+        initial_XD: s_{-1}; zero if None.
+
+    Returns:
+        s_TXD. Memory is O(T * C) beside the result. Not differentiable by itself.
+    """
+    num_tokens = decay_TX.shape[0]
+    if num_tokens == 0:
+        return x_TXD.clone()
+    pad = -num_tokens % _CHUNK
+    if pad:
+        decay_TX = torch.cat([decay_TX, decay_TX.new_zeros(pad, *decay_TX.shape[1:])])
+        x_TXD = torch.cat([x_TXD, x_TXD.new_zeros(pad, *x_TXD.shape[1:])])
+    lead = decay_TX.shape[1:]
+    dim = x_TXD.shape[-1]
+    # (chunks, X, C) and (chunks, X, C, D)
+    decay = decay_TX.reshape(-1, _CHUNK, lead.numel()).transpose(1, 2).contiguous()
+    x = x_TXD.reshape(-1, _CHUNK, lead.numel(), dim).transpose(1, 2)
+    # weights[i, j] = product of decay over (j, i]; entry_decay[i] = product over [0, i]
+    weights = x.new_zeros(*decay.shape, _CHUNK)
+    entry_decay = torch.empty_like(decay)
+    row = weights.new_zeros(*decay.shape[:-1], _CHUNK)
+    carried = torch.ones_like(decay[..., 0])
+    for i in range(_CHUNK):
+        row = row * decay[..., i, None]
+        row[..., i] = 1.0
+        weights[..., i, :] = row
+        carried = carried * decay[..., i]
+        entry_decay[..., i] = carried
+    local = weights @ x
+    state = (
+        x.new_zeros(lead.numel(), dim)
+        if initial_XD is None
+        else initial_XD.reshape(lead.numel(), dim).to(x.dtype)
+    )
+    entering = []
+    for c in range(decay.shape[0]):
+        entering.append(state)
+        state = entry_decay[c, :, -1, None] * state + local[c, :, -1]
+    out = local + entry_decay[..., None] * torch.stack(entering).unsqueeze(2)
+    out = out.transpose(1, 2).reshape(-1, *lead, dim)
+    return out[:num_tokens]
+
+
+def _windowed(x_TBGD: Tensor, alpha_TBG: Tensor, omega_TBG: Tensor, merge_window: int):
+    """Plain differentiable windowed average of `x`; W vectorised steps."""
+    weight = omega_TBG
+    chain = torch.ones_like(alpha_TBG)
+    num = weight[..., None] * x_TBGD
+    den = weight
+    for back in range(1, min(merge_window, x_TBGD.shape[0])):
+        # chain_t = product of alpha over (t - back, t]; alpha[t - back + 1] enters now
+        chain = chain[1:] * alpha_TBG[1 : alpha_TBG.shape[0] - back + 1]
+        share = chain * omega_TBG[:-back]
+        num = torch.cat([num[:back], num[back:] + share[..., None] * x_TBGD[:-back]])
+        den = torch.cat([den[:back], den[back:] + share])
+    return num / den[..., None]
+
+
+class _UnlimitedMerge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TBGE, alpha_TBG, omega_TBG):
+        weighted = torch.cat([x_TBGE * omega_TBG[..., None], omega_TBG[..., None]], dim=-1)
+        sums = linear_scan(alpha_TBG, weighted)
+        z = sums[..., -1:]
+        y = sums[..., :-1] / z
+        ctx.save_for_backward(x_TBGE, alpha_TBG, omega_TBG, y, z)
+        return y
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, alpha, omega, y, z = ctx.saved_tensors
+        # reverse scan: g_t = source_t + alpha_{t+1} * g_{t+1}
+        source = torch.cat([gy / z, -(gy * y).sum(-1, keepdim=True) / z], dim=-1)
+        decay = torch.cat([torch.zeros_like(alpha[:1]), alpha[1:].flip(0)])
+        grad = linear_scan(decay, source.flip(0)).flip(0)
+        g_sum, g_z = grad[..., :-1], grad[..., -1]
+        gx = omega[..., None] * g_sum
+        gomega = (g_sum * x).sum(-1) + g_z
+        zero = torch.zeros_like(z[:1])
+        z_prev = torch.cat([zero, z[:-1]])
+        y_prev = torch.cat([torch.zeros_like(y[:1]), y[:-1]])
+        galpha = (g_sum * (y_prev * z_prev)).sum(-1) + g_z * z_prev[..., 0]
+        return gx, galpha, gomega
+
+
+class _WindowedMerge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TBGE, alpha_TBG, omega_TBG, merge_window):
+        ctx.save_for_backward(x_TBGE, alpha_TBG, omega_TBG)
+        ctx.merge_window = merge_window
+        return _windowed(x_TBGE, alpha_TBG, omega_TBG, merge_window)
+
+    @staticmethod
+    def backward(ctx, gy):
+        inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+        with torch.enable_grad():
+            y = _windowed(*inputs, ctx.merge_window)
+        return (
+            *torch.autograd.grad(y, inputs, gy, materialize_grads=True, allow_unused=True),
+            None,
+        )
+
+
+def merge(
+    k_TBGD: Tensor, v_TBGD: Tensor, alpha_TBG: Tensor, omega_TBG: Tensor, *, merge_window: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Running weighted means of keys and values, `y_t = A_t / z_t` with
+
+        A_t = alpha_t A_{t-1} + omega_t x_t        z_t = alpha_t z_{t-1} + omega_t
+
+    over the unrotated keys and the values (math.md, section 2). Differentiable in all tensors.
+
+    Args:
+        k_TBGD, v_TBGD: any floating dtype. The borrowed channel of the keys is merged like any
+            other; callers zero it first.
+        alpha_TBG: decisions in [0, 1]. `alpha_0` has no effect: nothing stands before token 0.
+        omega_TBG: importances, positive.
+        merge_window: W; only the latest W tokens contribute to y_t. 0 is unlimited.
+
+    Returns:
+        merged keys and values in the inputs' shapes and dtype. Sums are float32 (float64 for
+        float64 inputs).
+
+    Raises:
+        ValueError: if `merge_window` is negative or shapes do not fit.
+    """
+    if merge_window < 0:
+        raise ValueError(f"merge_window={merge_window} must be 0 (unlimited) or positive")
+    if k_TBGD.shape[:3] != alpha_TBG.shape or alpha_TBG.shape != omega_TBG.shape:
+        raise ValueError(
+            f"merge: keys {tuple(k_TBGD.shape)}, alpha {tuple(alpha_TBG.shape)} and omega "
+            f"{tuple(omega_TBG.shape)} must agree in (T, B, G)"
+        )
+    acc = torch.float64 if k_TBGD.dtype == torch.float64 else torch.float32
+    kv = torch.cat([k_TBGD.to(acc), v_TBGD.to(acc)], dim=-1)
+    alpha = alpha_TBG.to(acc)
+    if alpha.shape[0] > 0:
+        alpha = torch.cat([torch.zeros_like(alpha[:1]), alpha[1:]])
+    if merge_window:
+        y = _WindowedMerge.apply(kv, alpha, omega_TBG.to(acc), merge_window)
+    else:
+        y = _UnlimitedMerge.apply(kv, alpha, omega_TBG.to(acc))
+    y = y.to(k_TBGD.dtype)
+    return y.split([k_TBGD.shape[-1], v_TBGD.shape[-1]], dim=-1)
