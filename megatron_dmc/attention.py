@@ -1,0 +1,220 @@
+"""Megatron's self-attention with Dynamic Memory Compression.
+
+Dimension letters: T tokens, B batch, N query heads on this rank, G key/value heads on this rank,
+D head dim, S positions, F rotary channels.
+"""
+
+from typing import Protocol
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+
+from megatron_dmc.config import DMCTransformerConfig, Stage
+from megatron_dmc.decisions import DecisionRecorder, GateKey
+from megatron_dmc.errors import UnsupportedConfig
+from megatron_dmc.ops import causal_attention, gates, merge, training_attention
+from megatron_dmc.schedule import zero_out_scale
+
+
+class PagedAttentionContext(Protocol):
+    """All that attention sees of the inference engine."""
+
+    def attend(
+        self,
+        layer_index: int,
+        q_TND: Tensor,
+        k_TGD: Tensor,
+        v_TGD: Tensor,
+        freqs_SF: Tensor | None,
+        *,
+        softmax_scale: float,
+    ) -> Tensor:
+        """Cache the new tokens of all scheduled requests and attend over the caches.
+
+        Args:
+            layer_index: 0-based, over all layers of the model.
+            q_TND, k_TGD, v_TGD: projections of the packed tokens, unrotated, with the borrowed
+                channel in place.
+            freqs_SF: RoPE angles of positions 0 to S-1, or None for a model without RoPE.
+            softmax_scale: factor on the scores.
+
+        Returns:
+            out_TND.
+        """
+        ...
+
+
+class NoCoreAttention(torch.nn.Module):
+    """Stands where a layer spec has its core attention: DMC's attention calls its own ops."""
+
+    def __init__(self, **kwargs):
+        super().__init__()
+
+
+def _scale_channel(x: Tensor, channel: int, factor: float) -> Tensor:
+    scale = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
+    scale[channel] = factor
+    return x * scale
+
+
+class DMCSelfAttention(SelfAttention):
+    """Self-attention that decides, per token and KV head, to append to or merge into the cache.
+
+    It has the parameters of Megatron's `SelfAttention` and no more, so that checkpoints of either
+    load into the other. In training it runs the parallel form (math.md, sections 1 to 3), in
+    evaluation the same with hard decisions, and in inference it hands the projections to the
+    context (`PagedAttentionContext`).
+
+    Args (beside Megatron's):
+        recorder: where the training loop reads the decisions; None reports nothing.
+
+    In training and evaluation the attention mask must be None or a `GateKey` tensor.
+    """
+
+    config: DMCTransformerConfig
+
+    def __init__(
+        self,
+        config: DMCTransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        *,
+        recorder: DecisionRecorder | None = None,
+        **kwargs,
+    ):
+        if attn_mask_type is not AttnMaskType.causal:
+            raise UnsupportedConfig(f"DMC attention is causal; the spec asks for {attn_mask_type}")
+        super().__init__(config, submodules, layer_number, attn_mask_type, **kwargs)
+        self.recorder = recorder
+        self.layer_index = layer_number - 1
+        self.softmax_scale = config.softmax_scale or self.hidden_size_per_attention_head**-0.5
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        inference_context: PagedAttentionContext | None = None,
+        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
+        rotary_pos_cos: Tensor | None = None,
+        rotary_pos_sin: Tensor | None = None,
+        rotary_pos_cos_sin: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params=None,
+        sequence_len_offset=None,
+        *,
+        inference_params: PagedAttentionContext | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Arguments and result as Megatron's `Attention.forward`.
+
+        Raises:
+            UnsupportedConfig: for packed sequences, a bias or a dense mask.
+        """
+        if packed_seq_params is not None or attention_bias is not None:
+            raise UnsupportedConfig("DMC attention takes neither packed sequences nor a bias yet")
+        context = inference_context if inference_context is not None else inference_params
+        q_TBND, k_TBGD, v_TBGD = self.get_query_key_value_tensors(hidden_states)
+        if isinstance(rotary_pos_emb, tuple):
+            rotary_pos_emb = rotary_pos_emb[0]
+        if context is not None:
+            freqs = None if rotary_pos_emb is None else rotary_pos_emb.flatten(0, 2)
+            out = context.attend(
+                self.layer_index,
+                q_TBND.squeeze(1),
+                k_TBGD.squeeze(1),
+                v_TBGD.squeeze(1),
+                freqs,
+                softmax_scale=self.softmax_scale,
+            ).unsqueeze(1)
+        else:
+            key = self._gate_key(attention_mask)
+
+            def attend(q, k, v, rotary=rotary_pos_emb):
+                return self._attend(q, k, v, rotary, key)
+
+            if self.checkpoint_core_attention and self.training:
+                out = tensor_parallel.checkpoint(attend, False, q_TBND, k_TBGD, v_TBGD)
+            else:
+                out = attend(q_TBND, k_TBGD, v_TBGD)
+        return self.linear_proj(out.flatten(2))
+
+    def _gate_key(self, attention_mask: Tensor | None) -> GateKey | None:
+        if attention_mask is None:
+            return None
+        if attention_mask.dtype != torch.int64 or attention_mask.shape != (4,):
+            raise UnsupportedConfig(
+                f"DMC attention got an attention mask of shape {tuple(attention_mask.shape)}: it is "
+                "causal and builds no mask; pass None, or a GateKey in training"
+            )
+        return GateKey.from_tensor(attention_mask)
+
+    def _attend(self, q, k, v, rotary, key: GateKey | None) -> Tensor:
+        stage = Stage(self.config.dmc.stage)
+        if stage.compresses:
+            return self._attend_compressed(q, k, v, rotary, key)
+        if stage is Stage.ZERO_OUT:
+            factor = self._zero_out_scale(key)
+            q = _scale_channel(q, gates.IMPORTANCE_CHANNEL, factor)
+            k = _scale_channel(k, gates.DECISION_CHANNEL, factor)
+            q, k = self._rotate(q, rotary), self._rotate(k, rotary)
+            q = _scale_channel(q, gates.IMPORTANCE_CHANNEL, factor)
+            k = _scale_channel(k, gates.DECISION_CHANNEL, factor)
+        else:
+            q, k = self._rotate(q, rotary), self._rotate(k, rotary)
+        return causal_attention(q, k, v, softmax_scale=self.softmax_scale)
+
+    def _attend_compressed(self, q, k, v, rotary, key: GateKey | None) -> Tensor:
+        dmc = self.config.dmc
+        logit_TBG = gates.decision_logit(k, alpha_offset=dmc.alpha_offset)
+        omega_TBG = gates.importance(q, k.shape[2], alpha_offset=dmc.alpha_offset)
+        if self.training:
+            noise = None if key is None else self._noise(logit_TBG, key)
+            alpha, log_keep, alpha_hat = gates.soft_gate(
+                logit_TBG, noise, temperature=dmc.temperature
+            )
+        else:
+            alpha, log_keep, alpha_hat = gates.hard_gate(logit_TBG)
+        k = _scale_channel(k, gates.DECISION_CHANNEL, 0.0)
+        k, v = merge(k, v, alpha, omega_TBG, merge_window=dmc.merge_window)
+        q = _scale_channel(q, gates.IMPORTANCE_CHANNEL, 0.0)
+        q, k = self._rotate(q, rotary), self._rotate(k, rotary)
+        # what RoPE mixed into the borrowed channel is ignored there
+        out = training_attention(q, k, v, log_keep, softmax_scale=self.softmax_scale)
+        if self.recorder is not None and key is not None:
+            out = self.recorder.report(out, alpha_hat, key, self.layer_index)
+        return out
+
+    def _noise(self, logit_TBG: Tensor, key: GateKey) -> Tensor:
+        num_tokens, batch, num_heads = logit_TBG.shape
+        first = self.pg_collection.tp.rank() * num_heads
+        assert self.config.num_query_groups is not None
+        return gates.logistic_noise(
+            num_tokens,
+            self.config.num_query_groups,
+            seed=key.seed,
+            step=key.step,
+            samples=range(key.first_sample, key.first_sample + batch),
+            layer=self.layer_index,
+            heads=slice(first, first + num_heads),
+            device=logit_TBG.device,
+        )
+
+    def _zero_out_scale(self, key: GateKey | None) -> float:
+        dmc = self.config.dmc
+        if key is None:
+            return 0.0
+        return zero_out_scale(
+            key.step, steps=dmc.zero_out_steps or 0, fraction=dmc.zero_out_fraction
+        )
+
+    def _rotate(self, x_TBHD: Tensor, rotary: Tensor | None) -> Tensor:
+        if rotary is None:
+            return x_TBHD
+        return apply_rotary_pos_emb(
+            x_TBHD, rotary, config=self.config, cp_group=self.pg_collection.cp
+        )
