@@ -1,0 +1,1 @@
+"""Training through Megatron's own loop: flags, loss, forward step, pipeline carry, CPU adapter."""

@@ -1,0 +1,85 @@
+"""Flags `--dmc-*`, generated from `DMCConfig`, and back."""
+
+import sys
+from argparse import ArgumentParser, Namespace
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from megatron.training.argument_utils import ArgumentGroupFactory, core_transformer_config_from_args
+
+from megatron_dmc.config import DMCConfig, DMCTransformerConfig, Stage
+from megatron_dmc.errors import DMCError
+
+
+class _PrefixedGroup(ArgumentGroupFactory):
+    """Flags `--dmc-NAME`, stored as `args.dmc_NAME`."""
+
+    def _format_arg_name(self, config_attr_name: str, prefix: str | None = None) -> str:
+        return super()._format_arg_name(f"dmc_{config_attr_name}", prefix)
+
+    def _build_argparse_kwargs_from_field(self, attribute) -> dict[str, Any]:
+        kwargs = super()._build_argparse_kwargs_from_field(attribute)
+        kwargs["dest"] = f"dmc_{attribute.name}"
+        if kwargs["default"] is not None:
+            kwargs["help"] += f" (default: {kwargs['default']})"
+        return kwargs
+
+
+def add_dmc_args(parser: ArgumentParser) -> ArgumentParser:
+    """Megatron's `extra_args_provider`: the flags of `DMCConfig`."""
+    _PrefixedGroup(DMCConfig).build_group(parser, title="dynamic memory compression")
+    return parser
+
+
+def dmc_config_from_args(args: Namespace) -> DMCConfig:
+    """The DMCConfig of parsed flags; lengths that were not given become `--train-iters`.
+
+    Raises:
+        UnsupportedConfig: for a value out of range.
+    """
+    dmc = DMCConfig(**{f.name: getattr(args, f"dmc_{f.name}") for f in fields(DMCConfig)})
+    stage = Stage(dmc.stage)
+    if dmc.zero_out_steps is None and stage is Stage.ZERO_OUT:
+        dmc.zero_out_steps = args.train_iters
+    if dmc.ramp_steps is None:
+        dmc.ramp_steps = args.train_iters if stage is Stage.RETROFIT else 0
+    return dmc
+
+
+def transformer_config_from_args(args: Namespace) -> DMCTransformerConfig:
+    """Megatron's `core_transformer_config_from_args` with DMC's settings in it, validated."""
+    dmc = dmc_config_from_args(args)
+    config = core_transformer_config_from_args(args, config_class=DMCTransformerConfig)
+    config.dmc = dmc
+    config.validate_dmc()
+    return config
+
+
+def check_paths(args: Namespace) -> None:
+    """Say at once what would otherwise fail minutes later, or silently.
+
+    Raises:
+        DMCError: a checkpoint folder given with `--load` that holds no checkpoint, or data files
+            that do not exist.
+    """
+    if args.load and not (Path(args.load) / "latest_checkpointed_iteration.txt").is_file():
+        same = args.save and Path(args.save).resolve() == Path(args.load).resolve()
+        if not same:
+            raise DMCError(
+                f"--load {args.load}: no checkpoint there (latest_checkpointed_iteration.txt is "
+                "missing); check the path, or convert one with `megatron-dmc convert`"
+            )
+    for flag in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        for item in getattr(args, flag) or []:
+            if not item.replace(".", "", 1).isdigit() and not Path(item + ".idx").is_file():
+                raise DMCError(
+                    f"--{flag.replace('_', '-')} {item}: {item}.idx does not exist; build it with "
+                    "tools/preprocess_data.py"
+                )
+
+
+def exit_with(error: Exception) -> None:
+    """One line for a user's mistake, on every rank that saw it, and exit code 2."""
+    print(f"pretrain_dmc.py: error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)

@@ -1,0 +1,12 @@
+"""Retrofit a language model with Dynamic Memory Compression, through Megatron's training loop.
+
+    torchrun --nproc-per-node 8 pretrain_dmc.py --dmc-stage retrofit --dmc-target-cr 4 MEGATRON_FLAGS
+
+Takes every flag of Megatron-LM's pretrain_gpt.py and the `--dmc-*` group (`--help` lists them). The
+stages follow each other: zero-out, retrofit, finetune; `--dmc-stage off` is plain pretraining.
+"""
+
+from megatron_dmc.training.run import main
+
+if __name__ == "__main__":
+    main()
