@@ -93,6 +93,8 @@ class DMCSelfAttention(SelfAttention):
         self.recorder = recorder
         self.layer_index = layer_number - 1
         self.softmax_scale = config.softmax_scale or self.hidden_size_per_attention_head**-0.5
+        self._faded = False
+        self.linear_qkv.register_state_dict_pre_hook(self._zero_faded_rows)
 
     def forward(
         self,
@@ -159,6 +161,7 @@ class DMCSelfAttention(SelfAttention):
             return self._attend_compressed(q, k, v, rotary, key)
         if stage is Stage.ZERO_OUT:
             factor = self._zero_out_scale(key)
+            self._faded = factor == 0.0 and self.training
             q = _scale_channel(q, gates.IMPORTANCE_CHANNEL, factor)
             k = _scale_channel(k, gates.DECISION_CHANNEL, factor)
             q, k = self._rotate(q, rotary), self._rotate(k, rotary)
@@ -211,6 +214,24 @@ class DMCSelfAttention(SelfAttention):
         return zero_out_scale(
             key.step, steps=dmc.zero_out_steps or 0, fraction=dmc.zero_out_fraction
         )
+
+    def _zero_faded_rows(self, linear_qkv, prefix: str, keep_vars: bool) -> None:
+        """Before a checkpoint: once zero-out has faded the borrowed channels, their rows are zero.
+
+        The rows no longer have any effect then, so this changes no result; the next stage starts
+        with `alpha_logit = -alpha_offset` everywhere.
+        """
+        if not self._faded:
+            return
+        for parameter in (linear_qkv.weight, getattr(linear_qkv, "bias", None)):
+            if parameter is not None:
+                gates.zero_channel_rows(
+                    parameter,
+                    num_kv_heads=self.num_query_groups_per_partition,
+                    queries_per_group=self.num_attention_heads_per_partition
+                    // self.num_query_groups_per_partition,
+                    head_dim=self.hidden_size_per_attention_head,
+                )
 
     def _rotate(self, x_TBHD: Tensor, rotary: Tensor | None) -> Tensor:
         if rotary is None:

@@ -151,3 +151,20 @@ def hard_gate(alpha_logit_TBG: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     alpha = is_merge.to(alpha_logit_TBG.dtype)
     log_keep = torch.zeros_like(alpha).masked_fill(is_merge, float("-inf"))
     return alpha, log_keep, alpha
+
+
+@torch.no_grad()
+def zero_channel_rows(
+    weight: Tensor, *, num_kv_heads: int, queries_per_group: int, head_dim: int
+) -> None:
+    """Zero the rows of a fused QKV projection (or its bias) that feed the borrowed channels.
+
+    math.md, section 7: the rows are interleaved per group as [query heads of the group, k, v].
+
+    Args:
+        weight: (G * (queries_per_group + 2) * D, ...), mutated.
+        num_kv_heads: G held by this rank.
+    """
+    heads = weight.view(num_kv_heads, queries_per_group + 2, head_dim, *weight.shape[1:])
+    heads[:, :-2, IMPORTANCE_CHANNEL] = 0
+    heads[:, -2, DECISION_CHANNEL] = 0
