@@ -46,7 +46,8 @@ def merge(
             rows.append(num / den[..., None])
     else:
         for t in range(x.shape[0]):
-            num, den, chain = 0.0, 0.0, torch.ones_like(omega_TBG[t])
+            num, den = torch.zeros_like(x[t]), torch.zeros_like(omega_TBG[t])
+            chain = torch.ones_like(omega_TBG[t])
             for j in range(t, max(t - merge_window, -1), -1):
                 num = num + (chain * omega_TBG[j])[..., None] * x[j]
                 den = den + chain * omega_TBG[j]

@@ -1,0 +1,29 @@
+# Each target does the set-up it needs; a second call skips what is done.
+# ARGS goes to the program: make test ARGS="-k merge", make demo ARGS=--short
+
+PYTHON := .venv/bin/python
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test demo lint clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+
+setup: ## Find Python 3.12 or 3.13, make .venv and install the pinned dependencies
+	@bash tools/setup_env.sh
+
+test: setup ## Run the tests
+	@$(PYTHON) -m pytest $(ARGS)
+
+demo: setup ## Retrofit a small language model to a quarter of its KV cache, write demo/report.html
+	@$(PYTHON) examples/demo.py $(ARGS)
+
+lint: setup ## Check format, style and types
+	@$(PYTHON) -m ruff format --check
+	@$(PYTHON) -m ruff check
+	@$(PYTHON) -m mypy
+
+clean: ## Remove what the other targets wrote, but not .venv
+	@rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find megatron_dmc examples tools tests -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
