@@ -309,7 +309,7 @@ def write_folder(
             sizes.append(0)
         shards[-1].append((name, shape, view))
         sizes[-1] += nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(
         tqdm(shards, desc="writing weights", unit="file", disable=None if progress else True)
     ):

@@ -26,7 +26,7 @@ _COMPANIONS = (
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back, without special tokens: callers add `bos_id` where they want it."""
+    """Text to token ids and back, without special tokens: callers add `bos_id` where wanted."""
 
     vocab_size: int
     """Largest token id + 1."""
