@@ -1,0 +1,1 @@
+"""Hugging Face folders and Megatron `torch_dist` checkpoints, and the way between them."""

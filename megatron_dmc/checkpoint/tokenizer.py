@@ -1,0 +1,159 @@
+"""Tokenizers as the engine and the tools use them, and where checkpoints keep them."""
+
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.errors import CheckpointError
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+TOKENIZER_FOLDER = "tokenizer"
+"""Folder inside a Megatron checkpoint folder."""
+
+_FAST_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
+_COMPANIONS = (
+    SENTENCEPIECE_FILE,
+    *_FAST_FILES,
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back, without special tokens: callers add `bos_id` where wanted."""
+
+    vocab_size: int
+    """Largest token id + 1."""
+    bos_id: int | None
+    eos_id: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids; special tokens are left out."""
+        ...
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model file."""
+
+    def __init__(self, file: Path):
+        from sentencepiece import SentencePieceProcessor
+
+        self._model = SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(file.read_bytes())
+        except (OSError, RuntimeError) as e:
+            raise CheckpointError(f"{file}: not a sentencepiece model ({e}); copy it again") from e
+        self.vocab_size: int = self._model.vocab_size()
+        bos, eos = self._model.bos_id(), self._model.eos_id()
+        self.bos_id: int | None = bos if bos >= 0 else None
+        self.eos_id: int | None = eos if eos >= 0 else None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return list(self._model.EncodeAsIds(text))
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids; special tokens are left out."""
+        return str(self._model.DecodeIds([int(i) for i in ids if 0 <= i < self.vocab_size]))
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer that transformers reads."""
+
+    def __init__(self, folder: Path):
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as e:  # transformers raises many kinds
+            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+            raise CheckpointError(f"{folder}: no tokenizer can be read from it ({reason})") from e
+        self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1
+        self.bos_id: int | None = self._tokenizer.bos_token_id
+        self.eos_id: int | None = self._tokenizer.eos_token_id
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids; special tokens are left out."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a folder (or of a sentencepiece file).
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.name in _FAST_FILES:
+            return HuggingFaceTokenizer(path.parent)
+        return SentencePieceTokenizer(path)
+    if (path / SENTENCEPIECE_FILE).is_file():
+        return SentencePieceTokenizer(path / SENTENCEPIECE_FILE)
+    if any((path / name).is_file() for name in _FAST_FILES):
+        return HuggingFaceTokenizer(path)
+    raise CheckpointError(
+        f"{path}: no tokenizer; expected {SENTENCEPIECE_FILE} or {_FAST_FILES[0]} there"
+    )
+
+
+def find_tokenizer(path: str | Path, args: Namespace | None = None) -> Path | None:
+    """Where a checkpoint's tokenizer is: beside the weights, in `tokenizer/`, or as trained with.
+
+    Args:
+        path: a Hugging Face folder or a Megatron checkpoint folder.
+        args: Megatron's saved arguments; `args.tokenizer_model` is the last place to look.
+
+    Returns:
+        something for `load_tokenizer`, or None.
+    """
+    places = [Path(path), Path(path) / TOKENIZER_FOLDER]
+    if args is not None and getattr(args, "tokenizer_model", None):
+        places.append(Path(args.tokenizer_model))
+    for place in places:
+        if place.is_file() or any(
+            (place / name).is_file() for name in (SENTENCEPIECE_FILE, *_FAST_FILES)
+        ):
+            return place
+    return None
+
+
+def check_vocab(tokenizer: Tokenizer, description: ModelDescription) -> None:
+    """Raises:
+    CheckpointError: the tokenizer has ids for which the model has no embedding.
+    """
+    if tokenizer.vocab_size > description.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.vocab_size} token ids, the model's vocabulary "
+            f"{description.vocab_size}; use the tokenizer that the model was trained with"
+        )
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy tokenizer files (and generation_config.json) into a folder, made if missing.
+
+    Args:
+        source: as found by `find_tokenizer`; a single file that is not called like one of the usual
+            tokenizer files is taken for a sentencepiece model.
+    """
+    target.mkdir(exist_ok=True)
+    folder = source.parent if source.is_file() else source
+    for name in _COMPANIONS:
+        if source.is_file() and name == SENTENCEPIECE_FILE and source.name not in _FAST_FILES:
+            shutil.copyfile(source, target / name)
+        elif (folder / name).is_file() and (source.is_dir() or source.name in _COMPANIONS):
+            shutil.copyfile(folder / name, target / name)

@@ -1,0 +1,175 @@
+"""Megatron's GPTModel from any checkpoint, in one process, on a CPU or a GPU."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+from torch.nn.functional import silu
+
+from megatron_dmc.checkpoint.convert import open_checkpoint, read_weights
+from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.hf_llama import megatron_shapes
+from megatron_dmc.checkpoint.single_process import ensure_single_process
+from megatron_dmc.checkpoint.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from megatron_dmc.config import DMCConfig, DMCTransformerConfig
+
+
+@dataclass
+class LoadedModel:
+    """A model in evaluation mode, what it is, and its tokenizer where it has one."""
+
+    model: GPTModel
+    description: ModelDescription
+    tokenizer: Tokenizer | None
+
+
+class _RotaryEmbedding(RotaryEmbedding):
+    """Megatron's RoPE angles, computed where the model is; Megatron's own moves them to a GPU."""
+
+    def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
+        """Angles of positions `offset` to `offset + max_seq_len - 1`: [positions, 1, 1, D]."""
+        freqs = self.get_freqs_non_repeated(max_seq_len, offset)
+        return torch.cat((freqs, freqs), dim=-1)[:, None, None, :]
+
+
+def transformer_config(
+    description: ModelDescription, *, dmc: DMCConfig | None, dtype: torch.dtype
+) -> DMCTransformerConfig:
+    """Megatron's configuration of the model: local layer spec, no fusions, weights not drawn."""
+    d = description
+    return DMCTransformerConfig(
+        num_layers=d.num_layers,
+        hidden_size=d.hidden_size,
+        ffn_hidden_size=d.ffn_hidden_size,
+        num_attention_heads=d.num_attention_heads,
+        num_query_groups=d.num_query_groups,
+        kv_channels=d.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=d.layernorm_epsilon,
+        gated_linear_unit=True,
+        activation_func=silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=d.init_method_std,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        transformer_impl="local",
+        persist_layer_norm=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        dmc=dmc if dmc is not None else DMCConfig(),
+    )
+
+
+def build_model(
+    description: ModelDescription,
+    *,
+    dmc: DMCConfig | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> GPTModel:
+    """A GPTModel in evaluation mode with weights not yet set.
+
+    Its attention is DMC's for plain models too (then it is plain causal attention), so that one
+    engine runs both.
+
+    Args:
+        dmc: DMC settings; None: a plain model (`description.dmc` is not looked at).
+        dtype: of weights and computation; default: `description.dtype`.
+
+    Raises:
+        UnsupportedConfig: DMC cannot be combined with this model.
+    """
+    from megatron_dmc.specs import dmc_layer_spec
+
+    ensure_single_process()
+    dtype = dtype or description.dtype
+    config = transformer_config(description, dmc=dmc, dtype=dtype)
+    model = GPTModel(
+        config,
+        transformer_layer_spec=dmc_layer_spec(config),
+        vocab_size=description.padded_vocab_size,
+        max_sequence_length=description.max_position_embeddings,
+        parallel_output=False,
+        share_embeddings_and_output_weights=description.share_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=description.rotary_base,
+    )
+    rotary = _RotaryEmbedding(
+        description.kv_channels,
+        rotary_percent=1.0,
+        rotary_base=description.rotary_base,
+        use_cpu_initialization=True,
+    )
+    rotary.inv_freq = rotary.inv_freq.to(device)
+    model.rotary_pos_emb = rotary
+    model.requires_grad_(False)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    dmc: DMCConfig | Literal["auto"] | None = "auto",
+    progress: bool = False,
+) -> LoadedModel:
+    """A model from a Hugging Face folder or a Megatron `torch_dist` checkpoint.
+
+    Args:
+        dtype: of weights and computation; default: as stored.
+        dmc: "auto": as the checkpoint says. None: run it as a plain model.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        the model, ready for `model(input_ids, position_ids, attention_mask=None)`, which gives
+        logits [B, T, padded_vocab_size]; columns from `description.vocab_size` on are padding.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged, or its tokenizer does not fit.
+        UnsupportedConfig: the model is not a Llama of the supported kind.
+    """
+    description, source, tokenizer_place = open_checkpoint(path)
+    tokenizer = load_tokenizer(tokenizer_place) if tokenizer_place is not None else None
+    if tokenizer is not None:
+        check_vocab(tokenizer, description)
+    settings = description.dmc if dmc == "auto" else dmc
+    description = replace(description, dmc=settings, dtype=dtype or description.dtype)
+    model = build_model(description, dmc=settings)
+    state: dict[str, Any] = model.state_dict()
+    read_weights(
+        source,
+        description,
+        {name: state[name] for name in megatron_shapes(description)},
+        progress=progress,
+    )
+    model.to(device)
+    assert isinstance(model.rotary_pos_emb, _RotaryEmbedding)
+    model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq.to(device)
+    return LoadedModel(model, description, tokenizer)
+
+
+@torch.no_grad()
+def full_forward(model: GPTModel, input_ids: Tensor) -> Tensor:
+    """Logits of whole sequences, without a cache.
+
+    Args:
+        input_ids: [B, T] int64.
+
+    Returns:
+        [B, T, padded_vocab_size].
+    """
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    return model(input_ids, positions, attention_mask=None)
