@@ -100,7 +100,8 @@ class TablesMachine(RuleBasedStateMachine):
         self.tables.reserve(rows, new)
         assert free - self.pool.num_free == needed
         for row, most in zip(rows, new, strict=True):
-            grown = torch.randint(0, most + 1, (LAYERS, HEADS))
+            seeded = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+            grown = torch.randint(0, most + 1, (LAYERS, HEADS), generator=seeded)
             self.tables.num_entries_LRG[:, row] += grown
         self.tables.check_integrity()
         if data.draw(st.booleans()):
