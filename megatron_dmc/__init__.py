@@ -1,3 +1,18 @@
 """Dynamic Memory Compression (DMC) for Megatron-Core, with a paged inference engine."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_dmc.engine import LLM, SamplingParams
+
 __version__ = "0.1.0"
+__all__ = ["LLM", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily: the engine imports Megatron, which takes seconds.
+    if name in ("LLM", "SamplingParams"):
+        import megatron_dmc.engine
+
+        return getattr(megatron_dmc.engine, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,12 +13,14 @@ _MASKED = -1.0e4
 """Stands for log(0) inside the kernel: exp of it is 0 in every dtype, and no NaN can arise."""
 
 
-def _flash_forward(q_BNTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float):
-    """Stock causal flash attention: (out_BNTD, lse_BNT, state for the backward)."""
+def _flash_forward(
+    q_BNTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float, *, causal: bool = True
+):
+    """Stock flash attention: (out_BNTD, lse_BNT, state for the backward)."""
     if q_BNTD.is_cuda:
         out, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = (
             torch.ops.aten._scaled_dot_product_flash_attention(
-                q_BNTD, k_BGTD, v_BGTD, 0.0, True, False, scale=scale
+                q_BNTD, k_BGTD, v_BGTD, 0.0, causal, False, scale=scale
             )
         )
         return out, lse, (cum_q, cum_k, max_q, max_k, seed, offset)
@@ -28,7 +30,7 @@ def _flash_forward(q_BNTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float)
     outs, lses = [], []
     for r in range(group):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q_BNTD[:, r::group], k_BGTD, v_BGTD, 0.0, True, scale=scale
+            q_BNTD[:, r::group], k_BGTD, v_BGTD, 0.0, causal, scale=scale
         )
         outs.append(out)
         lses.append(lse)
@@ -64,36 +66,47 @@ def _by_group(x_BNTX: Tensor, num_kv_heads: int) -> Tensor:
     return x_BNTX.unflatten(1, (num_kv_heads, -1))
 
 
+def _shifted_forward(q: Tensor, k: Tensor, v: Tensor, log_keep_BGT: Tensor, scale: float):
+    """Shifted flash attention joined with the diagonal, section 3. Tensors (B, heads, T, D).
+
+    Returns:
+        q and k with the bias in their borrowed channel, out_BNTD, lse_BNT, the diagonal's
+        probability p_own_BNT, and the flash kernel's state for its backward (None for T = 1).
+    """
+    num_kv_heads = k.shape[1]
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q = torch.cat([q[..., :-1], torch.full_like(q[..., :1], 1.0 / scale)], dim=-1)
+    bias = log_keep_BGT.clamp_min(_MASKED)
+    # key j carries log_keep_{j+1}; the last key is never anybody's earlier key
+    bias = torch.cat([bias[..., 1:], torch.zeros_like(bias[..., :1])], dim=-1)
+    k = torch.cat([k[..., :-1], bias[..., None].to(k.dtype)], dim=-1)
+
+    q_own = _by_group(q[..., :-1], num_kv_heads).to(acc)
+    k_own = k[..., None, :, :-1].to(acc)
+    lse = ((q_own * k_own).sum(-1) * scale).flatten(1, 2)
+    out = v[:, :, None].expand(_by_group(q, num_kv_heads).shape).flatten(1, 2)
+    state = None
+    if q.shape[2] > 1:
+        past, past_lse, state = _flash_forward(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1], scale)
+        own = lse[:, :, 1:]
+        past_lse = past_lse.to(acc)
+        joint = torch.logaddexp(past_lse, own)
+        tail = past.to(acc) * torch.exp(past_lse - joint)[..., None]
+        tail = tail + out[:, :, 1:].to(acc) * torch.exp(own - joint)[..., None]
+        p_own = torch.cat([torch.ones_like(lse[:, :, :1]), torch.exp(own - joint)], dim=2)
+        lse = torch.cat([lse[:, :, :1], joint], dim=2)
+        out = torch.cat([out[:, :, :1], tail.to(out.dtype)], dim=2)
+    else:
+        p_own = torch.ones_like(lse)
+    return q, k, out, lse, p_own, state
+
+
 class _TrainingAttention(torch.autograd.Function):
     """Shifted flash attention plus the diagonal, joined by log-sum-exp. All tensors (B, heads, T, D)."""
 
     @staticmethod
     def forward(ctx, q, k, v, log_keep_BGT, scale):
-        num_kv_heads = k.shape[1]
-        acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-        q = torch.cat([q[..., :-1], torch.full_like(q[..., :1], 1.0 / scale)], dim=-1)
-        bias = log_keep_BGT.clamp_min(_MASKED)
-        # key j carries log_keep_{j+1}; the last key is never anybody's earlier key
-        bias = torch.cat([bias[..., 1:], torch.zeros_like(bias[..., :1])], dim=-1)
-        k = torch.cat([k[..., :-1], bias[..., None].to(k.dtype)], dim=-1)
-
-        q_own = _by_group(q[..., :-1], num_kv_heads).to(acc)
-        k_own = k[..., None, :, :-1].to(acc)
-        lse = ((q_own * k_own).sum(-1) * scale).flatten(1, 2)
-        out = v[:, :, None].expand(_by_group(q, num_kv_heads).shape).flatten(1, 2)
-        state = None
-        if q.shape[2] > 1:
-            past, past_lse, state = _flash_forward(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1], scale)
-            own = lse[:, :, 1:]
-            past_lse = past_lse.to(acc)
-            joint = torch.logaddexp(past_lse, own)
-            tail = past.to(acc) * torch.exp(past_lse - joint)[..., None]
-            tail = tail + out[:, :, 1:].to(acc) * torch.exp(own - joint)[..., None]
-            p_own = torch.cat([torch.ones_like(lse[:, :, :1]), torch.exp(own - joint)], dim=2)
-            lse = torch.cat([lse[:, :, :1], joint], dim=2)
-            out = torch.cat([out[:, :, :1], tail.to(out.dtype)], dim=2)
-        else:
-            p_own = torch.ones_like(lse)
+        q, k, out, lse, p_own, state = _shifted_forward(q, k, v, log_keep_BGT, scale)
         ctx.save_for_backward(q, k, v, out, lse, p_own)
         ctx.state, ctx.scale = state, scale
         ctx.clamped = (log_keep_BGT < _MASKED) if ctx.needs_input_grad[3] else None
@@ -204,3 +217,79 @@ def causal_attention(
         q_TBND.permute(1, 2, 0, 3), k_TBGD.permute(1, 2, 0, 3), v_TBGD.permute(1, 2, 0, 3), scale
     )
     return out.permute(2, 0, 1, 3)
+
+
+def join_by_lse(
+    out_TND: Tensor, lse_TN: Tensor, other_TND: Tensor, other_lse_TN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys, from its two parts.
+
+    Args:
+        out_TND, other_TND: the parts' outputs, any dtype; lse_TN, other_lse_TN: their
+            log-sum-exps, float32 or float64.
+
+    Returns:
+        out in `out_TND`'s dtype, and the joint log-sum-exp.
+    """
+    lse = torch.logaddexp(lse_TN, other_lse_TN)
+    out = out_TND.to(lse.dtype) * torch.exp(lse_TN - lse)[..., None]
+    out = out + other_TND.to(lse.dtype) * torch.exp(other_lse_TN - lse)[..., None]
+    return out.to(out_TND.dtype), lse
+
+
+def chunk_attention(
+    q_TND: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    is_merge_TG: Tensor | None,
+    *,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """A chunk's attention to its own tokens: `training_attention` with hard decisions, for one
+    sequence, without a backward. Superseded states are invisible to later tokens.
+
+    Args:
+        q_TND: rotated queries; k_TGD, v_TGD: rotated merged keys, merged values.
+        is_merge_TG: bool, or None for plain causal attention in which every channel counts.
+
+    Returns:
+        out_TND in the queries' dtype; lse_TN, float32 (float64 for float64).
+    """
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_TND, k_TGD, v_TGD))
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if is_merge_TG is None:
+        out, lse, _ = _flash_forward(q, k, v, softmax_scale)
+    else:
+        log_keep = torch.zeros(is_merge_TG.shape, dtype=acc, device=q.device)
+        log_keep = log_keep.masked_fill(is_merge_TG, float("-inf")).T[None]
+        _, _, out, lse, _, _ = _shifted_forward(q, k, v, log_keep, softmax_scale)
+    return out[0].transpose(0, 1), lse[0].T.to(acc)
+
+
+def masked_attention(
+    q_TND: Tensor,
+    k_GED: Tensor,
+    v_GED: Tensor,
+    is_visible_GE: Tensor | None,
+    *,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Every query attends to the same keys of its head, on the stock flash kernel.
+
+    Args:
+        q_TND: rotated queries; k_GED, v_GED: finite everywhere.
+        is_visible_GE: bool; travels in the borrowed channel, whose content in q and k is ignored.
+            None: every key is visible and every channel counts.
+
+    Returns:
+        out_TND and lse_TN as `chunk_attention`. Where a head sees no key, its lse is so low that
+        `join_by_lse` gives its output no weight.
+    """
+    q, k, v = q_TND.transpose(0, 1)[None], k_GED[None], v_GED[None]
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if is_visible_GE is not None:
+        q = torch.cat([q[..., :-1], torch.full_like(q[..., :1], 1.0 / softmax_scale)], dim=-1)
+        bias = torch.zeros_like(k[..., :1]).masked_fill(~is_visible_GE[None, ..., None], _MASKED)
+        k = torch.cat([k[..., :-1], bias], dim=-1)
+    out, lse, _ = _flash_forward(q, k, v, softmax_scale, causal=False)
+    return out[0].transpose(0, 1), lse[0].T.to(acc)

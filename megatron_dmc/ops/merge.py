@@ -1,7 +1,8 @@
 """Merge of keys and values into running segment averages. math.md, section 2.
 
 Dimension letters: T tokens, B batch, G key/value heads, D head dim, C tokens of a chunk,
-W merge window, X any leading dimensions.
+W merge window, U weighted tokens kept for an open segment, A components of an accumulator,
+X any leading dimensions.
 """
 
 import torch
@@ -160,3 +161,59 @@ def merge(
         y = _UnlimitedMerge.apply(kv, alpha, omega_TBG.to(acc))
     y = y.to(k_TBGD.dtype)
     return y.split([k_TBGD.shape[-1], v_TBGD.shape[-1]], dim=-1)
+
+
+def num_kept(merge_window: int) -> int:
+    """U: weighted tokens that an open segment keeps. Unlimited merging keeps one running sum."""
+    return max(merge_window, 1)
+
+
+def continue_merge(
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    is_merge_TG: Tensor,
+    omega_TG: Tensor,
+    segment_GUA: Tensor,
+    *,
+    merge_window: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`merge` with hard decisions for a chunk of one sequence that continues an open segment.
+
+    Args:
+        k_TGD, v_TGD: unrotated keys with the borrowed channel zeroed, and values; T at least 1.
+        is_merge_TG: bool; the first row says whether the chunk's first token joins `segment_GUA`.
+        omega_TG: importances.
+        segment_GUA: the open segment, float32 or float64: U = `num_kept(merge_window)` weighted
+            tokens (oldest first, zero where there are fewer; for merge_window 0 their one sum), each
+            `[omega k, omega v, omega]`. Zero before a sequence's first token. Not changed.
+        merge_window: W; 0 is unlimited.
+
+    Returns:
+        merged keys and values in the inputs' dtype, and the open segment after the chunk.
+    """
+    acc = segment_GUA.dtype
+    omega = omega_TG.to(acc)[..., None]
+    weighted = torch.cat([k_TGD.to(acc) * omega, v_TGD.to(acc) * omega, omega], dim=-1)
+    alpha = is_merge_TG.to(acc)
+    if merge_window == 0:
+        sums = linear_scan(alpha, weighted, segment_GUA[:, 0])
+        segment = sums[-1][:, None].clone()
+    else:
+        # The kept tokens stand before the chunk as tokens that all merge.
+        num_old = merge_window
+        alpha = torch.cat([alpha.new_ones(num_old, alpha.shape[1]), alpha])
+        weighted = torch.cat([segment_GUA.transpose(0, 1), weighted])
+        sums, chain = weighted, torch.ones_like(alpha)
+        for back in range(1, merge_window):
+            # chain_t = product of alpha over (t - back, t]
+            chain = chain[1:] * alpha[1 : alpha.shape[0] - back + 1]
+            share = chain[..., None] * weighted[:-back]
+            sums = torch.cat([sums[:back], sums[back:] + share])
+        sums = sums[num_old:]
+        # a token is still part of the open segment if everything after it merged
+        after = torch.cat([alpha[1:], torch.ones_like(alpha[:1])])[-merge_window:]
+        alive = after.flip(0).cumprod(0).flip(0)
+        segment = (weighted[-merge_window:] * alive[..., None]).transpose(0, 1).contiguous()
+    y = (sums[..., :-1] / sums[..., -1:]).to(k_TGD.dtype)
+    key, value = y.split([k_TGD.shape[-1], v_TGD.shape[-1]], dim=-1)
+    return key, value, segment

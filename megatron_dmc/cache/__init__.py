@@ -1,0 +1,6 @@
+"""The paged cache: who holds which page, and where a request's heads keep their entries."""
+
+from megatron_dmc.cache.block_tables import BlockTables, OpenSegments
+from megatron_dmc.cache.page_pool import PagePool
+
+__all__ = ["BlockTables", "OpenSegments", "PagePool"]

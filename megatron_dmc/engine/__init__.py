@@ -1,0 +1,18 @@
+"""The inference engine: requests, scheduling, the paged context, sampling."""
+
+from megatron_dmc.engine.engine import EngineConfig, EngineStats, LLMEngine
+from megatron_dmc.engine.llm import LLM
+from megatron_dmc.engine.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from megatron_dmc.engine.sampling_params import SamplingParams
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EngineConfig",
+    "EngineStats",
+    "LLMEngine",
+    "Logprob",
+    "RequestMetrics",
+    "RequestOutput",
+    "SamplingParams",
+]

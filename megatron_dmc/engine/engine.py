@@ -1,0 +1,485 @@
+"""The engine: requests go in, tokens come out, one step at a time.
+
+Dimension letters: L layers, G key/value heads.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.engine.context import CompressionRule, PagedContext
+from megatron_dmc.engine.detokenizer import IncrementalDetokenizer, find_stop
+from megatron_dmc.engine.model_runner import ModelRunner
+from megatron_dmc.engine.request import CompletionOutput, Request, RequestOutput, RequestStatus
+from megatron_dmc.engine.sampler import SampledToken, Sampler, token_logprobs
+from megatron_dmc.engine.sampling_params import SamplingParams
+from megatron_dmc.engine.scheduler import ScheduledChunk, Scheduler
+from megatron_dmc.errors import InvalidRequest, UnsupportedConfig
+
+
+@dataclass
+class EngineConfig:
+    """Sizes of the engine. Validated at construction: `UnsupportedConfig` names the field."""
+
+    max_model_len: int
+    """Longest sequence, prompt and completion together."""
+
+    num_pages: int
+    """Pages of the cache, over all layers and KV heads."""
+
+    page_size: int = 16
+    """Slots per page."""
+
+    max_num_seqs: int = 64
+    """Requests that run at a time."""
+
+    max_num_batched_tokens: int = 2048
+    """Tokens computed in a step; longer prompts are computed in chunks."""
+
+    seed: int = 0
+    """For requests that bring no seed."""
+
+    poison: bool = False
+    """Fill free pages with NaN, for tests."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_model_len",
+            "num_pages",
+            "page_size",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UnsupportedConfig(f"{name}={value!r}: use a positive whole number")
+
+
+@dataclass
+class EngineStats:
+    """Counts since the engine was made. Tokens and entries are those of finished requests and of the
+    running ones; a request that was preempted counts from its new start."""
+
+    num_waiting: int
+    num_running: int
+    num_finished: int
+    num_preemptions: int
+    num_pages: int
+    num_pages_in_use: int
+    page_bytes: int
+    peak_pages_in_use: int
+    num_generated_tokens: int
+    num_prompt_tokens: int
+    busy_seconds: float
+    """Time spent in steps."""
+    seq_tokens: int
+    """Tokens in the cache: each counts once, not once per head."""
+    entries_LG: list[list[int]] = field(repr=False)
+    """Entries of each layer's KV heads, over the same requests."""
+    cr_of_running: dict[str, float] = field(default_factory=dict, repr=False)
+    """Measured CR of each running request."""
+
+    @property
+    def num_entries(self) -> int:
+        return sum(map(sum, self.entries_LG))
+
+    @property
+    def measured_cr(self) -> float | None:
+        """Total tokens / total entries."""
+        num_heads = sum(map(len, self.entries_LG))
+        return self.seq_tokens * num_heads / self.num_entries if self.num_entries else None
+
+    @property
+    def measured_cr_LG(self) -> list[list[float | None]]:
+        """Tokens / entries of each layer's KV heads."""
+        return [[self.seq_tokens / n if n else None for n in heads] for heads in self.entries_LG]
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Generated tokens over the time spent in steps."""
+        return self.num_generated_tokens / self.busy_seconds if self.busy_seconds else None
+
+
+class LLMEngine:
+    """Generates for many requests at a time with continuous batching over a paged cache.
+
+    Args:
+        model: Megatron's GPTModel whose attention calls `PagedContext.attend`, on `device`.
+        description: `num_layers, num_query_groups, kv_channels, vocab_size,
+            max_position_embeddings, dmc`.
+        tokenizer: `encode, decode, bos_id, eos_id`; None: token ids only, no texts.
+        config: sizes.
+        dtype: the model's.
+        enable_dmc: None: as the model. False: never merge (the borrowed channel of a DMC model still
+            carries no content). True: refuse a plain model.
+        eos_id: end-of-text token; default: the tokenizer's.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        description: Any,
+        tokenizer: Any | None,
+        config: EngineConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        enable_dmc: bool | None = None,
+        eos_id: int | None = None,
+    ):
+        num_heads = description.num_layers * description.num_query_groups
+        if config.num_pages < num_heads:
+            raise UnsupportedConfig(
+                f"num_pages={config.num_pages} cannot hold a single token: {description.num_layers} "
+                f"layers of {description.num_query_groups} KV heads need {num_heads} pages at least"
+            )
+        if config.max_model_len > description.max_position_embeddings:
+            raise UnsupportedConfig(
+                f"max_model_len={config.max_model_len} is more than the model's "
+                f"{description.max_position_embeddings} positions; lower it"
+            )
+        self.config, self.description, self.tokenizer = config, description, tokenizer
+        self.eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
+        self.context = PagedContext(
+            num_layers=description.num_layers,
+            num_kv_heads=description.num_query_groups,
+            head_dim=description.kv_channels,
+            num_pages=config.num_pages,
+            page_size=config.page_size,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len,
+            dtype=dtype,
+            device=device,
+            rule=_compression_rule(description.dmc, enable_dmc),
+            poison=config.poison,
+        )
+        self.runner = ModelRunner(
+            model, self.context, vocab_size=description.vocab_size, device=device
+        )
+        self.scheduler = Scheduler(
+            self.context,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+        )
+        self.sampler = Sampler(config.seed)
+        self._requests: dict[str, Request] = {}
+        self._detokenizers: dict[str, IncrementalDetokenizer] = {}
+        self._num_added = self._num_finished = 0
+        self._num_generated = self._num_prompt = 0
+        self._busy_seconds = 0.0
+        self._peak_pages = 0
+        self._finished_tokens = 0
+        self._finished_entries_LG = torch.zeros(
+            description.num_layers, description.num_query_groups, dtype=torch.int64
+        )
+
+    # Requests.
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int] | dict,
+        params: SamplingParams | None = None,
+    ) -> None:
+        """Queue a request.
+
+        Args:
+            prompt: a text, token ids, or `{"prompt_token_ids": [...]}` (`"prompt"` beside it is kept
+                for the output).
+
+        Raises:
+            InvalidRequest: it can never run; nothing is queued then.
+        """
+        params = params if params is not None else SamplingParams()
+        if request_id in self._requests:
+            raise InvalidRequest(f"request {request_id}: this id is in use; choose another")
+        text, token_ids = self._tokens_of(request_id, prompt)
+        if params.stop and self.tokenizer is None:
+            raise InvalidRequest(
+                f"request {request_id}: stop={params.stop!r} needs a tokenizer; use stop_token_ids"
+            )
+        room = self.config.max_model_len - len(token_ids)
+        new = room if params.max_tokens is None else min(params.max_tokens, room)
+        request = Request(
+            request_id=request_id,
+            number=self._num_added,
+            prompt=text,
+            prompt_token_ids=token_ids,
+            params=params,
+            max_total_tokens=len(token_ids) + new,
+        )
+        self.scheduler.add(request)
+        self._num_added += 1
+        self._requests[request_id] = request
+        if self.tokenizer is not None:
+            self._detokenizers[request_id] = IncrementalDetokenizer(
+                self.tokenizer, token_ids, skip_special_tokens=params.skip_special_tokens
+            )
+
+    def abort_request(self, request_id: str) -> RequestOutput | None:
+        """End a request and give back its pages. None if it is unknown or has finished."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        self._finish(request, "abort", None)
+        return self._forget(request)
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        return self.scheduler.has_unfinished_requests
+
+    # A step.
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one batch. Returns what changed: every request that got a token or ended."""
+        began = time.perf_counter()
+        schedule = self.scheduler.schedule()
+        if not schedule.chunks:
+            assert not self.has_unfinished_requests or schedule.preempted, (
+                "nothing can be scheduled"
+            )
+            return []
+        logits, wanted = self._run(schedule.chunks)
+        changed = self._postprocess(schedule.chunks, logits, wanted)
+        outputs = self._collect(changed)
+        self._busy_seconds += time.perf_counter() - began
+        return outputs
+
+    def _run(self, chunks: list[ScheduledChunk]) -> tuple[Tensor, list[list[int]]]:
+        wanted = []
+        for chunk in chunks:
+            request = chunk.request
+            if request.params.prompt_logprobs is not None:
+                # position p tells of token p + 1
+                last = min(chunk.end, request.num_prompt_tokens - 1)
+                offsets = list(range(last - chunk.start))
+            else:
+                offsets = []
+            if chunk.samples:
+                offsets.append(chunk.num_tokens - 1)
+            wanted.append(offsets)
+        logits = self.runner.run(chunks, wanted)
+        self._peak_pages = max(self._peak_pages, self.context.pool.num_held)
+        return logits, wanted
+
+    def _postprocess(
+        self, chunks: list[ScheduledChunk], logits_XV: Tensor, wanted: list[list[int]]
+    ) -> list[Request]:
+        """Advance the requests, sample, and end those that are done."""
+        sampling: list[Request] = []
+        sample_rows: list[int] = []
+        row = 0
+        for chunk, offsets in zip(chunks, wanted, strict=True):
+            request = chunk.request
+            rows = list(range(row, row + len(offsets)))
+            row += len(offsets)
+            if chunk.samples:
+                sampling.append(request)
+                sample_rows.append(rows.pop())
+            if rows:
+                self._record_prompt_logprobs(request, chunk.start, logits_XV[rows])
+            if request.num_computed_tokens == 0 and request.metrics.num_preemptions == 0:
+                self._num_prompt += request.num_prompt_tokens
+            request.num_computed_tokens = chunk.end
+        if sampling:
+            tokens = self.sampler.sample(logits_XV[sample_rows], sampling)
+            for request, token in zip(sampling, tokens, strict=True):
+                self._append(request, token)
+        return sampling
+
+    def _collect(self, changed: list[Request]) -> list[RequestOutput]:
+        return [
+            self._forget(request) if request.is_finished else self._output(request)
+            for request in changed
+        ]
+
+    # One request.
+
+    def _append(self, request: Request, token: SampledToken) -> None:
+        if request.metrics.first_token_time is None:
+            request.metrics.first_token_time = time.monotonic()
+        request.output_token_ids.append(token.token_id)
+        self._num_generated += 1
+        if token.logprobs is not None and token.logprob is not None:
+            request.logprobs.append(token.logprobs)
+            request.cumulative_logprob += token.logprob
+        params = request.params
+        is_eos = token.token_id == self.eos_id and not params.ignore_eos
+        is_stop_token = token.token_id in params.stop_token_ids
+        detokenizer = self._detokenizers.get(request.request_id)
+        stop_text = None
+        if detokenizer is not None:
+            num_old = len(detokenizer.text)
+            if not (is_eos or is_stop_token) or params.include_stop_str_in_output:
+                detokenizer.add(token.token_id)
+            is_last = is_eos or is_stop_token or request.num_tokens >= request.max_total_tokens
+            if is_last:
+                detokenizer.flush()
+            found = find_stop(detokenizer.text, num_old, params.stop)
+            if found is not None:
+                at, stop_text = found
+                end = at + len(stop_text) if params.include_stop_str_in_output else at
+                detokenizer.text = detokenizer.text[:end]
+        if stop_text is not None:
+            self._finish(request, "stop", stop_text)
+        elif is_eos:
+            self._finish(request, "stop", None)
+        elif is_stop_token:
+            self._finish(request, "stop", token.token_id)
+        elif request.num_tokens >= request.max_total_tokens:
+            self._finish(request, "length", None)
+
+    def _record_prompt_logprobs(self, request: Request, start: int, logits_XV: Tensor) -> None:
+        """Row x of the logits tells of prompt token `start + x + 1`."""
+        count = request.params.prompt_logprobs
+        assert count is not None
+        following = request.prompt_token_ids[start + 1 : start + 1 + len(logits_XV)]
+        rows = token_logprobs(logits_XV, following, [count] * len(following))
+        # after a preemption the first ones are there already
+        request.prompt_logprobs += rows[len(request.prompt_logprobs) - start - 1 :]
+
+    def _finish(self, request: Request, finish_reason: str, stop_reason: str | int | None) -> None:
+        self._measure(request)
+        if request.status is RequestStatus.RUNNING:
+            self._finished_tokens += request.num_computed_tokens
+            self._finished_entries_LG += self._entries_of(request)
+        self.scheduler.finish(request)
+        request.finish_reason, request.stop_reason = finish_reason, stop_reason
+        request.metrics.finished_time = time.monotonic()
+        self._num_finished += 1
+
+    def _forget(self, request: Request) -> RequestOutput:
+        output = self._output(request)
+        self.sampler.forget(request)
+        self._detokenizers.pop(request.request_id, None)
+        del self._requests[request.request_id]
+        return output
+
+    def _entries_of(self, request: Request) -> Tensor:
+        return self.context.tables.num_entries_LRG[:, request.row].cpu()
+
+    def _measure(self, request: Request) -> None:
+        """Bring the request's cache figures up to date; keep the last ones of one that does not run."""
+        if request.row is None:
+            return
+        entries_LG = self._entries_of(request)
+        metrics = request.metrics
+        metrics.num_cached_tokens = request.num_computed_tokens * entries_LG.numel()
+        metrics.num_entries = int(entries_LG.sum())
+        metrics.num_pages = int((-(-entries_LG // self.config.page_size)).sum())
+
+    def _output(self, request: Request) -> RequestOutput:
+        self._measure(request)
+        detokenizer = self._detokenizers.get(request.request_id)
+        wants_logprobs = request.params.logprobs is not None
+        wants_prompt = request.params.prompt_logprobs is not None
+        completion = CompletionOutput(
+            index=0,
+            text=self._visible_text(request, detokenizer),
+            token_ids=list(request.output_token_ids),
+            cumulative_logprob=request.cumulative_logprob if wants_logprobs else None,
+            logprobs=list(request.logprobs) if wants_logprobs else None,
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+        )
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=list(request.prompt_token_ids),
+            prompt_logprobs=list(request.prompt_logprobs) if wants_prompt else None,
+            outputs=[completion],
+            finished=request.is_finished,
+            metrics=request.metrics,
+            cr=request.metrics.measured_cr,
+        )
+
+    def _visible_text(self, request: Request, detokenizer: IncrementalDetokenizer | None) -> str:
+        """The text so far, without what may yet turn out to begin a stop text."""
+        if detokenizer is None:
+            return ""
+        params = request.params
+        if request.is_finished or not params.stop or params.include_stop_str_in_output:
+            return detokenizer.text
+        held = max(len(stop) for stop in params.stop) - 1
+        return detokenizer.text[: max(0, len(detokenizer.text) - held)]
+
+    def _tokens_of(
+        self, request_id: str, prompt: str | Sequence[int] | dict
+    ) -> tuple[str | None, list[int]]:
+        text = None
+        if isinstance(prompt, dict):
+            if "prompt_token_ids" not in prompt:
+                if not isinstance(prompt.get("prompt"), str):
+                    raise InvalidRequest(
+                        f"request {request_id}: a prompt needs 'prompt_token_ids' or 'prompt'"
+                    )
+                prompt = prompt["prompt"]
+            else:
+                text, prompt = prompt.get("prompt"), prompt["prompt_token_ids"]
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidRequest(
+                    f"request {request_id}: a text prompt needs a tokenizer; pass prompt_token_ids"
+                )
+            text, token_ids = prompt, list(self.tokenizer.encode(prompt))
+            adds_bos = bool(getattr(self.tokenizer, "add_bos", False))
+            if self.tokenizer.bos_id is not None and (adds_bos or not token_ids):
+                token_ids.insert(0, self.tokenizer.bos_id)
+        else:
+            token_ids = [int(i) for i in prompt]
+        for token_id in token_ids:
+            if not 0 <= token_id < self.description.vocab_size:
+                raise InvalidRequest(
+                    f"request {request_id}: token id {token_id} is not in the model's vocabulary of "
+                    f"{self.description.vocab_size}; was the prompt encoded with its tokenizer?"
+                )
+        return text, token_ids
+
+    # Figures.
+
+    def stats(self) -> EngineStats:
+        """Counts so far."""
+        tokens, entries_LG = self._finished_tokens, self._finished_entries_LG.clone()
+        crs = {}
+        for request in self.scheduler.running:
+            self._measure(request)
+            tokens += request.num_computed_tokens
+            entries_LG += self._entries_of(request)
+            if request.metrics.measured_cr is not None:
+                crs[request.request_id] = request.metrics.measured_cr
+        pool = self.context.pool
+        return EngineStats(
+            num_waiting=len(self.scheduler.waiting),
+            num_running=len(self.scheduler.running),
+            num_finished=self._num_finished,
+            num_preemptions=self.scheduler.num_preemptions,
+            num_pages=pool.num_pages,
+            num_pages_in_use=pool.num_held,
+            page_bytes=pool.page_bytes,
+            peak_pages_in_use=self._peak_pages,
+            num_generated_tokens=self._num_generated,
+            num_prompt_tokens=self._num_prompt,
+            busy_seconds=self._busy_seconds,
+            seq_tokens=tokens,
+            entries_LG=entries_LG.tolist(),
+            cr_of_running=crs,
+        )
+
+
+def _compression_rule(dmc: Any | None, enable_dmc: bool | None) -> CompressionRule | None:
+    """What the model's DMC settings mean for its cache."""
+    merges = dmc is not None and dmc.compresses
+    if enable_dmc and not merges:
+        raise UnsupportedConfig("enable_dmc=True: the model was not retrofitted; leave it at None")
+    if dmc is None or dmc.stage == "off":
+        return None
+    return CompressionRule(
+        alpha_offset=dmc.alpha_offset,
+        merge_window=dmc.merge_window,
+        may_merge=merges and enable_dmc is not False,
+    )

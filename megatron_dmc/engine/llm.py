@@ -1,0 +1,206 @@
+"""`LLM(model=...).generate(prompts, params)`, in vLLM's manner."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron_dmc.engine.engine import EngineConfig, EngineStats, LLMEngine
+from megatron_dmc.engine.request import RequestOutput
+from megatron_dmc.engine.sampling_params import SamplingParams
+from megatron_dmc.errors import InvalidRequest, UnsupportedConfig
+
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "half": torch.float16,
+}
+_DEFAULT_CPU_CACHE_BYTES = 2**30
+
+
+class LLM:
+    """A model with its tokenizer and engine.
+
+    Args:
+        model: a Hugging Face folder or a Megatron checkpoint; or a loaded model
+            (`model, description, tokenizer`).
+        tokenizer: instead of the model's own.
+        dtype: "auto" (as stored), "float32", "bfloat16", ...
+        max_model_len: longest sequence; default: the model's.
+        max_num_seqs: requests that run at a time.
+        max_num_batched_tokens: tokens computed in a step.
+        block_size: slots per page (`page_size` is the same).
+        num_pages: size of the cache in pages; or
+        kv_cache_memory_bytes: in bytes; or
+        gpu_memory_utilization: as a part of the GPU's memory, model included. On a CPU the default is
+            what `max_num_seqs` longest sequences need, at most 1 GiB.
+        enable_dmc: None: as the model. False: never merge.
+        seed: of requests without a seed.
+        device: default: the GPU if there is one.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any | None = None,
+        *,
+        dtype: str | torch.dtype = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+        block_size: int | None = None,
+        page_size: int | None = None,
+        num_pages: int | None = None,
+        kv_cache_memory_bytes: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        enable_dmc: bool | None = None,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+    ):
+        if None not in (block_size, page_size) and block_size != page_size:
+            raise UnsupportedConfig(
+                f"block_size={block_size} and page_size={page_size} are one thing; give one"
+            )
+        chosen = block_size if block_size is not None else page_size
+        page_size = 16 if chosen is None else chosen
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(device)
+        if not hasattr(model, "description"):
+            from megatron_dmc.models import load_model
+
+            model = load_model(model, device=device, dtype=_parse_dtype(dtype))
+        description = model.description
+        gpt = model.model
+        model_dtype = next(gpt.parameters()).dtype
+        if max_model_len is None:
+            max_model_len = int(description.max_position_embeddings)
+        page_bytes = 2 * page_size * description.kv_channels * model_dtype.itemsize
+        if num_pages is None:
+            num_pages = _num_pages(
+                page_bytes,
+                worst_case=_worst_case_pages(description, max_model_len, page_size) * max_num_seqs,
+                kv_cache_memory_bytes=kv_cache_memory_bytes,
+                gpu_memory_utilization=gpu_memory_utilization,
+                device=device,
+            )
+        self.engine = LLMEngine(
+            gpt,
+            description,
+            tokenizer if tokenizer is not None else model.tokenizer,
+            EngineConfig(
+                max_model_len=max_model_len,
+                num_pages=num_pages,
+                page_size=page_size,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                seed=seed,
+            ),
+            dtype=model_dtype,
+            device=device,
+            enable_dmc=enable_dmc,
+        )
+        self._num_generated = 0
+
+    def get_tokenizer(self) -> Any | None:
+        """The tokenizer in use."""
+        return self.engine.tokenizer
+
+    def stats(self) -> EngineStats:
+        """The engine's counts so far."""
+        return self.engine.stats()
+
+    def generate(
+        self,
+        prompts: str | dict | Sequence[str | dict | Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete the prompts. The outputs are in the prompts' order.
+
+        Args:
+            prompts: texts, `{"prompt_token_ids": [...]}`, or lists of token ids; one or several.
+            sampling_params: one for all, or one for each.
+
+        Raises:
+            InvalidRequest: for the first prompt that can never run; none has been started then.
+        """
+        if isinstance(prompts, str | dict):
+            prompts = [prompts]
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(prompts)
+        else:
+            params = list(sampling_params)
+        if len(params) != len(prompts):
+            raise InvalidRequest(
+                f"{len(params)} sampling_params for {len(prompts)} prompts; give one, or one for each"
+            )
+        ids: list[str] = []
+        try:
+            for prompt, p in zip(prompts, params, strict=True):
+                request_id = f"generate-{self._num_generated}"
+                self._num_generated += 1
+                self.engine.add_request(request_id, prompt, p)
+                ids.append(request_id)
+            finished = self._run(len(ids), use_tqdm)
+        except BaseException:
+            for request_id in ids:
+                self.engine.abort_request(request_id)
+            raise
+        return [finished[request_id] for request_id in ids]
+
+    def _run(self, num_requests: int, use_tqdm: bool) -> dict[str, RequestOutput]:
+        from tqdm import tqdm
+
+        finished: dict[str, RequestOutput] = {}
+        with tqdm(total=num_requests, desc="Prompts", unit="", disable=not use_tqdm) as bar:
+            while self.engine.has_unfinished_requests:
+                for output in self.engine.step():
+                    if output.finished:
+                        finished[output.request_id] = output
+                        bar.update()
+        return finished
+
+
+def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    name = dtype.removeprefix("torch.")
+    if name == "auto":
+        return None
+    if name not in _DTYPES:
+        raise UnsupportedConfig(f"dtype={dtype!r}: use one of auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _worst_case_pages(description: Any, num_tokens: int, page_size: int) -> int:
+    return -(-num_tokens // page_size) * description.num_layers * description.num_query_groups
+
+
+def _num_pages(
+    page_bytes: int,
+    *,
+    worst_case: int,
+    kv_cache_memory_bytes: int | None,
+    gpu_memory_utilization: float,
+    device: torch.device,
+) -> int:
+    """Pages that the given memory holds, and never more than could be used."""
+    if kv_cache_memory_bytes is None and device.type == "cuda":
+        if not 0 < gpu_memory_utilization <= 1:
+            raise UnsupportedConfig(
+                f"gpu_memory_utilization={gpu_memory_utilization}: use a number above 0, at most 1"
+            )
+        free, total = torch.cuda.mem_get_info(device)
+        kv_cache_memory_bytes = int(total * gpu_memory_utilization) - (total - free)
+        if kv_cache_memory_bytes < page_bytes:
+            raise UnsupportedConfig(
+                f"gpu_memory_utilization={gpu_memory_utilization} leaves no memory for the cache; "
+                "raise it, or use kv_cache_memory_bytes"
+            )
+    limit = _DEFAULT_CPU_CACHE_BYTES if kv_cache_memory_bytes is None else kv_cache_memory_bytes
+    return min(worst_case, limit // page_bytes)

@@ -1,0 +1,132 @@
+"""A generation request: what was asked, what has been computed, and what is reported."""
+
+import enum
+import time
+from dataclasses import dataclass, field
+
+from megatron_dmc.engine.sampling_params import SamplingParams
+
+
+class RequestStatus(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass
+class Logprob:
+    """Log-probability of one token at one place, before temperature and truncation."""
+
+    logprob: float
+    rank: int
+    """1 for the most likely token."""
+
+
+@dataclass
+class RequestMetrics:
+    """Times are `time.monotonic()` seconds; cache figures are those of the request's own cache."""
+
+    arrival_time: float
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_preemptions: int = 0
+    num_cached_tokens: int = 0
+    """Tokens in the cache: seq_len when last computed, times layers and KV heads."""
+    num_entries: int = 0
+    """Entries that hold them, summed over layers and KV heads."""
+    num_pages: int = 0
+    """Pages that hold these."""
+
+    @property
+    def measured_cr(self) -> float | None:
+        """Tokens / entries; None before anything is cached."""
+        return self.num_cached_tokens / self.num_entries if self.num_entries else None
+
+
+@dataclass(eq=False)
+class Request:
+    """The state of a request; everything else is derived.
+
+    Invariant: `num_computed_tokens` tokens of `token_ids` are in the cache.
+    """
+
+    request_id: str
+    number: int
+    """Running number in order of arrival."""
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_total_tokens: int
+    """Prompt and completion together, at most."""
+    metrics: RequestMetrics = field(
+        default_factory=lambda: RequestMetrics(arrival_time=time.monotonic())
+    )
+    output_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    status: RequestStatus = RequestStatus.WAITING
+    row: int | None = None
+    """The cache's row while running."""
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    cumulative_logprob: float = 0.0
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far, computed or not."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Tokens that this request can ever have in the cache: the last one never enters it."""
+        return self.max_total_tokens - 1
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is RequestStatus.FINISHED
+
+    def tokens_between(self, start: int, end: int) -> list[int]:
+        """Token ids at positions [start, end)."""
+        num_prompt = len(self.prompt_token_ids)
+        if start >= num_prompt:
+            return self.output_token_ids[start - num_prompt : end - num_prompt]
+        return (self.prompt_token_ids + self.output_token_ids)[start:end]
+
+
+@dataclass
+class CompletionOutput:
+    """The completion so far."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None
+    logprobs: list[dict[int, Logprob]] | None
+    finish_reason: str | None
+    """"stop", "length", "abort", or None while it goes on."""
+    stop_reason: str | int | None
+    """The stop text or token; None for the end-of-text token."""
+
+
+@dataclass
+class RequestOutput:
+    """What a step or `LLM.generate` returns for a request."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+    cr: float | None
+    """Measured CR of this request: tokens / entries, over all layers and KV heads."""

@@ -1,0 +1,292 @@
+"""What attention does with a paged cache: decode and prefill. math.md, section 6.
+
+Dimension letters: T tokens of a chunk, B requests that decode together, R rows of per-request
+storage (request slots), N query heads, G key/value heads, D head dim, E cache entries, P pages,
+S slots per page, M block-table width, F rotary channels, U weighted tokens kept for an open segment,
+A = 2 D + 1 components of an accumulator (`[omega k, omega v, omega]`).
+
+A pool `k_pages_PSD, v_pages_PSD` serves all layers and heads. The other storage is one layer's:
+`block_table_RGM` (page ids), `num_entries_RG`, `segments_RGUA` (the open segments; float32, or
+float64 for a float64 model). Entry e of a head lies in page `block_table[e // S]`, slot `e % S`.
+What lies in slots that hold no entry is never used, be it NaN.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.ops.attention import chunk_attention, join_by_lse, masked_attention
+from megatron_dmc.ops.merge import continue_merge
+
+Backend = Literal["torch"]
+
+
+def choose_backend(backend: str | None, x: Tensor) -> Backend:
+    """The one place that picks the default backend of these ops.
+
+    Raises:
+        ValueError: for a backend that does not exist.
+    """
+    del x  # its device will matter once there are kernels
+    if backend not in (None, "torch"):
+        raise ValueError(f"backend={backend!r} does not exist; use 'torch' or None")
+    return "torch"
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums are kept in float32, for a float64 model in float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def apply_rope(x_XHD: Tensor, freqs_XF: Tensor | None) -> Tensor:
+    """RoPE, half-split layout, on the first F channels; the others pass.
+
+    Args:
+        x_XHD: X tokens or requests, H heads of any kind.
+        freqs_XF: each row's angles; None leaves `x` alone.
+
+    Returns:
+        the rotated tensor in the dtype of `x`; cosine and sine are rounded to it first, as Megatron
+        does.
+    """
+    if freqs_XF is None:
+        return x_XHD
+    cos = freqs_XF.cos().to(x_XHD.dtype)[:, None]
+    sin = freqs_XF.sin().to(x_XHD.dtype)[:, None]
+    num_rotary = freqs_XF.shape[1]
+    rotary, passed = x_XHD[..., :num_rotary], x_XHD[..., num_rotary:]
+    first, second = rotary.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return torch.cat([rotary * cos + turned * sin, passed], dim=-1)
+
+
+def zero_borrowed_channel(x: Tensor) -> Tensor:
+    """A copy of queries or keys (..., D) with the borrowed channel set to zero."""
+    return torch.cat([x[..., :-1], torch.zeros_like(x[..., :1])], dim=-1)
+
+
+def rotate_query(q_XND: Tensor, freqs_XF: Tensor | None, *, compress: bool) -> Tensor:
+    """Rotated queries; when compressing, with the borrowed channel zeroed before and after."""
+    if not compress:
+        return apply_rope(q_XND, freqs_XF)
+    return zero_borrowed_channel(apply_rope(zero_borrowed_channel(q_XND), freqs_XF))
+
+
+def slots_of_entries(block_table_XM: Tensor, entries_XE: Tensor, page_size: int) -> Tensor:
+    """Physical slots `page_id * S + offset` of entries, int64; -1 where the page is not allocated."""
+    page_id = block_table_XM.gather(-1, entries_XE // page_size).long()
+    slot = page_id * page_size + entries_XE % page_size
+    return torch.where(page_id < 0, -1, slot)
+
+
+def write_entries(
+    k_pages_PSD: Tensor, v_pages_PSD: Tensor, slots_X: Tensor, k_XD: Tensor, v_XD: Tensor
+) -> None:
+    """Write entries to their slots; slot -1 is not written. Mutates `k_pages_PSD, v_pages_PSD`."""
+    keep = slots_X >= 0
+    slots = slots_X[keep]
+    k_pages_PSD.view(-1, k_pages_PSD.shape[-1])[slots] = k_XD[keep].to(k_pages_PSD.dtype)
+    v_pages_PSD.view(-1, v_pages_PSD.shape[-1])[slots] = v_XD[keep].to(v_pages_PSD.dtype)
+
+
+def read_entries(
+    k_pages_PSD: Tensor, v_pages_PSD: Tensor, block_table_XM: Tensor, num_entries_X: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gather every head's entries up to the longest head's.
+
+    Returns:
+        k_XED, v_XED (zero beyond a head's entries) and is_entry_XE.
+    """
+    page_size = k_pages_PSD.shape[1]
+    longest = int(num_entries_X.max()) if num_entries_X.numel() else 0
+    num_pages = -(-longest // page_size)
+    pages = block_table_XM[:, :num_pages].long().clamp_min(0)
+    is_entry = torch.arange(longest, device=pages.device) < num_entries_X[:, None]
+    missing = ~is_entry[..., None]
+    k = k_pages_PSD[pages].flatten(1, 2)[:, :longest].masked_fill(missing, 0.0)
+    v = v_pages_PSD[pages].flatten(1, 2)[:, :longest].masked_fill(missing, 0.0)
+    return k, v, is_entry
+
+
+def decode_append(
+    k_BGD: Tensor,
+    v_BGD: Tensor,
+    is_merge_BG: Tensor | None,
+    omega_BG: Tensor | None,
+    freqs_BF: Tensor | None,
+    k_pages_PSD: Tensor,
+    v_pages_PSD: Tensor,
+    block_table_RGM: Tensor,
+    num_entries_RG: Tensor,
+    segments_RGUA: Tensor | None,
+    rows_B: Tensor,
+    *,
+    merge_window: int = 0,
+    backend: str | None = None,
+) -> None:
+    """One new token for each of B requests: every head merges it into its open segment or opens a
+    new one, and writes the segment's entry, rotated at the token's position.
+
+    Mutates `k_pages_PSD, v_pages_PSD` (one slot per request and head), `segments_RGUA`, and
+    `num_entries_RG` (plus 1 where a head appended).
+
+    Args:
+        k_BGD, v_BGD: unrotated keys and values; the borrowed channel is ignored when compressing.
+        is_merge_BG: bool, ignored where a head has no entry yet. None: plain cache, every token is
+            appended as it is and every channel counts.
+        omega_BG: importances, float32 or float64; None with `is_merge_BG`.
+        freqs_BF: RoPE angles of each request's position, or None.
+        block_table_RGM, num_entries_RG, segments_RGUA: this layer's; `segments` may be None in plain
+            mode. The block table must already hold a page for the entry that is written; where it
+            does not (-1), nothing is written.
+        rows_B: which of the R rows each request uses; distinct.
+        merge_window: W; 0 is unlimited.
+    """
+    choose_backend(backend, k_BGD)
+    entries = num_entries_RG[rows_B]
+    if is_merge_BG is None:
+        key, value = apply_rope(k_BGD, freqs_BF), v_BGD
+        entry = entries
+        num_entries_RG[rows_B] = entries + 1
+    else:
+        assert segments_RGUA is not None and omega_BG is not None
+        acc = segments_RGUA.dtype
+        is_merge = is_merge_BG & (entries > 0)
+        omega = omega_BG.to(acc)[..., None]
+        k = zero_borrowed_channel(k_BGD)
+        weighted = torch.cat([k.to(acc) * omega, v_BGD.to(acc) * omega, omega], dim=-1)
+        old = segments_RGUA[rows_B]
+        # a segment opens with what was kept forgotten
+        kept = torch.where(is_merge[..., None, None], old, torch.zeros_like(old))
+        if merge_window:
+            segment = torch.cat([kept[:, :, 1:], weighted[:, :, None]], dim=2)
+        else:
+            segment = kept + weighted[:, :, None]
+        segments_RGUA[rows_B] = segment
+        total = segment.sum(2)
+        y = (total[..., :-1] / total[..., -1:]).to(k_BGD.dtype)
+        y_k, value = y.split([k_BGD.shape[-1], v_BGD.shape[-1]], dim=-1)
+        key = zero_borrowed_channel(apply_rope(y_k, freqs_BF))
+        entry = entries - is_merge.to(entries.dtype)
+        num_entries_RG[rows_B] = entry + 1
+    table = block_table_RGM[rows_B]
+    slots = slots_of_entries(table, entry[..., None], k_pages_PSD.shape[1])
+    write_entries(k_pages_PSD, v_pages_PSD, slots.flatten(), key.flatten(0, 1), value.flatten(0, 1))
+
+
+def paged_decode_attention(
+    q_BND: Tensor,
+    k_pages_PSD: Tensor,
+    v_pages_PSD: Tensor,
+    block_table_BGM: Tensor,
+    num_entries_BG: Tensor,
+    *,
+    softmax_scale: float,
+    backend: str | None = None,
+) -> Tensor:
+    """One query token per request over all entries of each head, of which every head has its own
+    number.
+
+    Args:
+        q_BND: rotated queries, heads ordered by group; the borrowed channel zero when compressing.
+        block_table_BGM, num_entries_BG: the requests' rows of one layer.
+
+    Returns:
+        out_BND in the queries' dtype, computed in float32 (float64); zero for a head without
+        entries.
+    """
+    choose_backend(backend, q_BND)
+    batch, num_kv_heads = num_entries_BG.shape
+    if batch == 0:
+        return torch.zeros_like(q_BND)
+    acc = accumulator_dtype(q_BND.dtype)
+    k, v, is_entry = read_entries(
+        k_pages_PSD, v_pages_PSD, block_table_BGM.flatten(0, 1), num_entries_BG.flatten()
+    )
+    q = q_BND.unflatten(1, (num_kv_heads, -1)).flatten(0, 1).to(acc)
+    scores = softmax_scale * (q @ k.to(acc).transpose(1, 2))
+    # a finite mask: a head without entries then averages zeros instead of giving NaN
+    scores = scores.masked_fill(~is_entry[:, None], torch.finfo(acc).min)
+    out = scores.softmax(-1) @ v.to(acc)
+    return out.unflatten(0, (batch, num_kv_heads)).flatten(1, 2).to(q_BND.dtype)
+
+
+def prefill(
+    q_TND: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    is_merge_TG: Tensor | None,
+    omega_TG: Tensor | None,
+    freqs_TF: Tensor | None,
+    k_pages_PSD: Tensor,
+    v_pages_PSD: Tensor,
+    block_table_GM: Tensor,
+    num_entries_G: Tensor,
+    segments_GUA: Tensor | None,
+    *,
+    softmax_scale: float,
+    merge_window: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """A chunk of one request's tokens in parallel, continuing from what the cache holds: any chunking
+    gives what decoding the tokens one at a time gives. Only the last state of each segment is written.
+
+    Mutates `k_pages_PSD, v_pages_PSD`, `num_entries_G` and `segments_GUA` (views of the request's
+    rows).
+
+    Args:
+        q_TND, k_TGD: unrotated; the borrowed channel is ignored when compressing. v_TGD: values.
+        is_merge_TG: bool; the first row is ignored where a head has no entry yet. None: plain cache.
+        omega_TG: importances; None with `is_merge_TG`.
+        freqs_TF: RoPE angles of the tokens' positions, or None.
+        block_table_GM: holds a page for every entry that the chunk may write.
+        num_entries_G, segments_GUA: the state before the chunk; `segments` may be None in plain mode.
+        merge_window: W; 0 is unlimited.
+
+    Returns:
+        out_TND in the queries' dtype.
+    """
+    choose_backend(backend, q_TND)
+    num_tokens, num_kv_heads = k_TGD.shape[:2]
+    if num_tokens == 0:
+        return torch.zeros_like(q_TND)
+    page_size = k_pages_PSD.shape[1]
+    num_cached = num_entries_G.clone()
+    if is_merge_TG is None:
+        is_merge = None
+        k, v = apply_rope(k_TGD, freqs_TF), v_TGD
+        num_visible = num_cached
+        is_append = torch.ones(num_tokens, num_kv_heads, dtype=torch.bool, device=k.device)
+    else:
+        assert segments_GUA is not None and omega_TG is not None
+        starts = is_merge_TG[:1] & (num_cached > 0)
+        is_merge = torch.cat([starts, is_merge_TG[1:]])
+        k, v, segment = continue_merge(
+            zero_borrowed_channel(k_TGD), v_TGD, is_merge, omega_TG, segments_GUA,
+            merge_window=merge_window,
+        )  # fmt: skip
+        segments_GUA.copy_(segment)
+        k = zero_borrowed_channel(apply_rope(k, freqs_TF))
+        # the open entry is superseded by the chunk's first state if that merged into it
+        num_visible = num_cached - starts[0].to(num_cached.dtype)
+        is_append = ~is_merge
+
+    q = rotate_query(q_TND, freqs_TF, compress=is_merge is not None)
+    out, lse = chunk_attention(q, k, v, is_merge, softmax_scale=softmax_scale)
+    old_k, old_v, is_entry = read_entries(k_pages_PSD, v_pages_PSD, block_table_GM, num_visible)
+    if old_k.shape[1]:
+        # a plain cache is equally long in every head: nothing to hide
+        assert is_merge is not None or bool(is_entry.all())
+        old_out, old_lse = masked_attention(
+            q, old_k, old_v, None if is_merge is None else is_entry, softmax_scale=softmax_scale
+        )
+        out, _ = join_by_lse(out, lse, old_out, old_lse)
+
+    entry_TG = num_cached + is_append.cumsum(0) - 1
+    is_last = torch.cat([is_append[1:], torch.ones_like(is_append[:1])])
+    slots_GT = slots_of_entries(block_table_GM, entry_TG.T, page_size)
+    slots_TG = torch.where(is_last, slots_GT.T, -1)
+    write_entries(k_pages_PSD, v_pages_PSD, slots_TG.flatten(), k.flatten(0, 1), v.flatten(0, 1))
+    num_entries_G.copy_(entry_TG[-1] + 1)
+    return out
