@@ -1,0 +1,242 @@
+"""Retrofit a small language model to a quarter of its KV cache and write a report.
+
+    python examples/demo.py [--short] [--output demo]
+
+What happens, each step a command that also works on its own:
+
+ 1. a text corpus from the Python standard library's own sources, cut into train and held-out files;
+ 2. the pretrained model in examples/models converted to Megatron's format;
+ 3. zero-out, retrofit and finetune with pretrain_dmc.py through torchrun;
+ 4. both models measured on held-out text and through the paged engine;
+ 5. demo/report.html and demo/report.json.
+
+A step that is done is not done again: after an interruption the same command goes on where it
+stopped, training from its newest checkpoint.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "examples" / "models" / "stdlib-llama-4m"
+SEQ_LENGTH = 512
+BATCH = 8
+
+
+@dataclass
+class Plan:
+    """Steps and settings of the three stages."""
+
+    zero_out: int = 30
+    retrofit: int = 200
+    finetune: int = 90
+    lr: float = 1e-3
+    target_cr: float = 4.0
+    merge_window: int = 0
+
+    @property
+    def stages(self) -> dict[str, int]:
+        return {"zero-out": self.zero_out, "retrofit": self.retrofit, "finetune": self.finetune}
+
+
+SHORT = Plan(zero_out=4, retrofit=8, finetune=4)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def run(command: list[str], log: Path) -> None:
+    """Run a step; its output goes to `log`, and the end of it to the screen if it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as out:
+        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT).returncode
+    if code:
+        fail(command, log, code)
+
+
+def fail(command: list[str], log: Path, code: int) -> None:
+    tail = deque(log.read_text(errors="replace").splitlines(), maxlen=30)
+    print(*tail, sep="\n", file=sys.stderr)
+    sys.exit(f"demo: `{shlex.join(command[:6])} ...` ended with {code}; all of its output: {log}")
+
+
+def is_done(marker: Path, wanted: str) -> bool:
+    return marker.is_file() and marker.read_text() == wanted
+
+
+def train(stage: str, steps: int, plan: Plan, work: Path, previous: Path, flags: list[str]) -> list[str]:
+    """One stage through torchrun, with a progress bar; resumes from its own newest checkpoint."""
+    from tqdm import tqdm
+
+    folder = work / stage
+    processes = 1
+    command = [
+        sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}",
+        f"--master-port={free_port()}", "pretrain_dmc.py", *flags,
+        "--dmc-stage", stage, "--dmc-target-cr", str(plan.target_cr),
+        "--dmc-merge-window", str(plan.merge_window),
+        "--train-iters", str(steps), *learning_rate(stage, steps, plan),
+        "--pretrained-checkpoint", str(previous), "--load", str(folder), "--save", str(folder),
+        "--save-interval", str(max(50, steps // 2)), "--tensorboard-dir", str(folder / "tensorboard"),
+    ]  # fmt: skip
+    log = work / f"{stage}.log"
+    with open(log, "ab") as out, tqdm(total=steps, desc=f"{stage:9}", unit="step") as bar:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT,
+            env=dict(os.environ, CUDA_DEVICE_MAX_CONNECTIONS="1"),
+        )  # fmt: skip
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                out.write(line)
+                text = line.decode(errors="replace")
+                if found := re.search(r" iteration +(\d+)/", text):
+                    bar.n = int(found[1])
+                    figures = dict(re.findall(r"(lm loss|measured cr): ([0-9.E+-]+)", text))
+                    bar.set_postfix({k: f"{float(v):.2f}" for k, v in figures.items()})
+        except BaseException:
+            process.terminate()
+            raise
+        finally:
+            process.wait()
+    if process.returncode:
+        fail(command, log, process.returncode)
+    return command
+
+
+def learning_rate(stage: str, steps: int, plan: Plan) -> list[str]:
+    """Warm-up in the first stage, constant in the second, decay to zero in the last."""
+    if stage == "zero-out":
+        return ["--lr", str(plan.lr), "--lr-decay-style", "constant",
+                "--lr-warmup-iters", str(max(1, steps // 3))]  # fmt: skip
+    if stage == "retrofit":
+        return ["--lr", str(plan.lr), "--lr-decay-style", "constant"]
+    return ["--lr", str(plan.lr), "--min-lr", "0", "--lr-decay-style", "linear",
+            "--lr-decay-iters", str(steps)]  # fmt: skip
+
+
+def prepare_data(work: Path, tokenizer: Path) -> dict[str, Path]:
+    """Corpus and `.bin/.idx` files; returns the prefixes of the two splits."""
+    prefixes = {split: work / "data" / f"{split}_text_document" for split in ("train", "heldout")}
+    corpus = work / "corpus"
+    if not (corpus / "meta.json").is_file():
+        print("Building a corpus from the Python standard library", flush=True)
+        run([sys.executable, "tools/build_corpus.py", "--output-dir", str(corpus)], work / "data.log")
+    for split, prefix in prefixes.items():
+        if not Path(f"{prefix}.idx").is_file():
+            prefix.parent.mkdir(parents=True, exist_ok=True)
+            run(
+                [sys.executable, "tools/preprocess_data.py", "--input", str(corpus / f"{split}.jsonl"),
+                 "--output-prefix", str(prefix).removesuffix("_text_document"),
+                 "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tokenizer),
+                 "--append-eod"],
+                work / "data.log",
+            )  # fmt: skip
+    return prefixes
+
+
+def megatron_flags(model: Path, data: dict[str, Path], work: Path, tokenizer: Path) -> list[str]:
+    """What all stages share."""
+    from megatron_dmc.checkpoint.description import ModelDescription
+
+    return [
+        *ModelDescription.from_hf_folder(model).megatron_flags(),
+        "--seq-length", str(SEQ_LENGTH),
+        "--micro-batch-size", str(BATCH), "--global-batch-size", str(BATCH),
+        "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tokenizer),
+        "--train-data-path", str(data["train"]), "--valid-data-path", str(data["heldout"]),
+        "--test-data-path", str(data["heldout"]), "--data-cache-path", str(work / "cache"),
+        "--eval-interval", "1000000", "--eval-iters", "4", "--log-interval", "1",
+        "--adam-beta2", "0.95", "--weight-decay", "0.1", "--clip-grad", "1.0",
+        "--ckpt-format", "torch_dist", "--seed", "1234",
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "demo", help="default: demo/")
+    parser.add_argument("--short", action="store_true", help="a few steps only, to see that it runs")
+    parser.add_argument("--model", type=Path, default=MODEL, help="Hugging Face Llama folder")
+    for name, kind in Plan.__annotations__.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    began = time.monotonic()
+    plan = Plan(**vars(SHORT)) if args.short else Plan()
+    for name in Plan.__annotations__:
+        if getattr(args, name) is not None:
+            setattr(plan, name, getattr(args, name))
+
+    output = args.output / "short" if args.short else args.output
+    work = output / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    settings = json.dumps(vars(plan) | {"model": str(args.model)}, sort_keys=True)
+    if not is_done(work / "plan.json", settings):
+        for stage in plan.stages:  # checkpoints of another plan are of no use
+            shutil.rmtree(work / stage, ignore_errors=True)
+            (work / f"{stage}.done").unlink(missing_ok=True)
+        (work / "seconds.json").unlink(missing_ok=True)
+        (work / "plan.json").write_text(settings)
+
+    tokenizer = args.model / "tokenizer.model"
+    data = prepare_data(work, tokenizer)
+    base = work / "base"
+    if not (base / "latest_checkpointed_iteration.txt").is_file():
+        from megatron_dmc.cli import main as cli
+
+        if cli(["convert", "--to", "megatron", "--force", str(args.model), str(base)]):
+            sys.exit(2)
+    flags = megatron_flags(args.model, data, work, tokenizer)
+    previous, commands = base, []
+    for stage, steps in plan.stages.items():
+        marker = work / f"{stage}.done"
+        if not is_done(marker, settings):
+            train(stage, steps, plan, work, previous, flags)
+            marker.write_text(settings)
+        previous = work / stage
+        commands.append(
+            f"torchrun --nproc-per-node 1 pretrain_dmc.py --dmc-stage {stage} "
+            f"--dmc-target-cr {plan.target_cr:g} --train-iters {steps} ..."
+        )
+
+    from megatron_dmc.report import write_report
+    from megatron_dmc.report.measure import measure
+
+    control = args.model / "control.json"
+    report = measure(
+        args.model, previous, data["heldout"], seq_length=SEQ_LENGTH,
+        stages={s: work / s / "tensorboard" for s in plan.stages},
+        settings=vars(plan) | {"sequence length": SEQ_LENGTH, "batch": BATCH},
+        commands=["make demo", *commands],
+        base_continued_perplexity=None,
+        num_windows=8 if args.short else None,
+        max_tokens=16 if args.short else 128,
+    )  # fmt: skip
+    del control
+    spent = work / "seconds.json"
+    seconds = (json.loads(spent.read_text()) if spent.is_file() else 0) + time.monotonic() - began
+    report.seconds = round(seconds, 1)
+    write_report(report, output)
+    print(
+        f"\nKV cache {report.measured_cr:.2f}x smaller (target {plan.target_cr:g}x) at "
+        f"{report.dmc_perplexity / report.base_perplexity:.3f}x the perplexity "
+        f"({report.base_perplexity:.2f} -> {report.dmc_perplexity:.2f}); "
+        f"{seconds:.0f} s\nreport: {output / 'report.html'}"
+    )
+
+
+if __name__ == "__main__":
+    main()
