@@ -78,7 +78,9 @@ def is_done(marker: Path, wanted: str) -> bool:
     return marker.is_file() and marker.read_text() == wanted
 
 
-def train(stage: str, steps: int, plan: Plan, work: Path, previous: Path, flags: list[str]) -> list[str]:
+def train(
+    stage: str, steps: int, plan: Plan, work: Path, previous: Path, flags: list[str]
+) -> list[str]:
     """One stage through torchrun, with a progress bar; resumes from its own newest checkpoint."""
     from tqdm import tqdm
 
@@ -135,7 +137,10 @@ def prepare_data(work: Path, tokenizer: Path) -> dict[str, Path]:
     corpus = work / "corpus"
     if not (corpus / "meta.json").is_file():
         print("Building a corpus from the Python standard library", flush=True)
-        run([sys.executable, "tools/build_corpus.py", "--output-dir", str(corpus)], work / "data.log")
+        run(
+            [sys.executable, "tools/build_corpus.py", "--output-dir", str(corpus)],
+            work / "data.log",
+        )
     for split, prefix in prefixes.items():
         if not Path(f"{prefix}.idx").is_file():
             prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +174,9 @@ def megatron_flags(model: Path, data: dict[str, Path], work: Path, tokenizer: Pa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=ROOT / "demo", help="default: demo/")
-    parser.add_argument("--short", action="store_true", help="a few steps only, to see that it runs")
+    parser.add_argument(
+        "--short", action="store_true", help="a few steps only, to see that it runs"
+    )
     parser.add_argument("--model", type=Path, default=MODEL, help="Hugging Face Llama folder")
     for name, kind in Plan.__annotations__.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=argparse.SUPPRESS)
@@ -212,7 +219,7 @@ def main() -> None:
             f"--dmc-target-cr {plan.target_cr:g} --train-iters {steps} ..."
         )
 
-    from megatron_dmc.report import write_report
+    from megatron_dmc.report.page import write_report
     from megatron_dmc.report.measure import measure
 
     control = args.model / "control.json"

@@ -142,7 +142,9 @@ def evaluate(
 
 
 @torch.no_grad()
-def engine_difference(loaded: LoadedModel, token_ids: Sequence[int], chunks: Sequence[int]) -> float:
+def engine_difference(
+    loaded: LoadedModel, token_ids: Sequence[int], chunks: Sequence[int]
+) -> float:
     """Largest absolute difference between the engine's logits and a full forward's, at any position.
 
     Args:

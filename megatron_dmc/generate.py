@@ -42,7 +42,9 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     engine = llm.engine
     if engine.tokenizer is None:
-        raise DMCError(f"{args.model}: no tokenizer beside the checkpoint; copy tokenizer.model there")
+        raise DMCError(
+            f"{args.model}: no tokenizer beside the checkpoint; copy tokenizer.model there"
+        )
     engine.add_request("0", prompt, params)
     print(prompt, end="", flush=True)
     shown, output = 0, None
