@@ -211,7 +211,7 @@ def test_paged_decode_attention_equals_reference_over_ragged_heads(group):
 def test_nothing_is_written_without_a_page():
     cache = make_cache(1, 2, 2, 0)
     cache.block_table[0, 1] = -1
-    q, k, v, _, omega = make_inputs(1, 2, 1)
+    _, k, v, _, omega = make_inputs(1, 2, 1)
     before = cache.k_pages.clone()
     cache_ops.decode_append(
         k, v, torch.zeros(1, 2, dtype=torch.bool), omega, None, cache.k_pages, cache.v_pages,

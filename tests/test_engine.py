@@ -206,7 +206,7 @@ def test_generation_equals_full_forward(merge_window, sizes):
         got = [
             row[t].logprob for row, t in zip(completion.logprobs, completion.token_ids, strict=True)
         ]
-        torch.testing.assert_close(torch.tensor(got).double(), want, rtol=0, atol=1e-10)
+        torch.testing.assert_close(torch.tensor(got, dtype=torch.float64), want, rtol=0, atol=1e-10)
     if "num_pages" in sizes and dmc is None:
         assert engine.stats().num_preemptions > 0
     check_idle(engine)
@@ -229,7 +229,7 @@ def test_preemption_happens_and_changes_nothing():
 
 
 def test_measured_cr_is_tokens_over_counted_entries():
-    engine = make_engine(dmc_config())
+    engine = make_engine(dmc_config(), max_num_batched_tokens=64)
     prompts = make_prompts(4, seed=1)
     for i, prompt in enumerate(prompts):
         engine.add_request(str(i), prompt, greedy_params(7))
@@ -350,11 +350,10 @@ def test_stop_tokens_and_end_of_text():
 
 def test_stop_texts_cut_the_text_and_never_show_while_streaming():
     prompt = make_prompts(1, seed=8)[0]
-    tokens = [4 + i % 26 for i in TinyGPT(None).greedy(prompt, 1)]  # any letter
     engine = make_engine(None, tokenizer=Letters())
     engine.add_request("free", prompt, greedy_params(12, ignore_eos=True))
     text = drain(engine)["free"].outputs[0].text
-    assert tokens and len(text) >= 6
+    assert len(text) >= 6
     stop = text[3:5]
     cut = text.find(stop)
     for include in (False, True):

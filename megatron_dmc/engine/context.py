@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.inference.contexts.base_context import BaseInferenceContext
 from megatron.core.inference.config import InferenceConfig
+from megatron.core.inference.contexts.base_context import BaseInferenceContext
 from torch import Tensor
 
 from megatron_dmc.cache import BlockTables, OpenSegments, PagePool
@@ -76,10 +76,9 @@ class PagedContext(BaseInferenceContext):
         self.tables = BlockTables(
             self.pool, num_layers, max_num_seqs, num_kv_heads, max_model_len, device=device
         )
-        self.segments = (
-            None
-            if rule is None
-            else OpenSegments(
+        self.segments: OpenSegments | None = None
+        if rule is not None:
+            self.segments = OpenSegments(
                 num_layers,
                 max_num_seqs,
                 num_kv_heads,
@@ -87,8 +86,7 @@ class PagedContext(BaseInferenceContext):
                 num_kept=num_kept(rule.merge_window),
                 dtype=dtype,
                 device=device,
-            )  # fmt: skip
-        )
+            )
         self._backend = backend
         self._device = torch.device(device)
         self._chunks: list[PackedChunk] = []
