@@ -159,18 +159,18 @@ def picture(data: ReportData, path_png: str | os.PathLike) -> None:
             figure.text(0.035, 0.94, verdict(data), size=38 * 0.72, weight="bold", va="center")
             figure.text(0.035, 0.888, f"{data.model_name}, measured on held-out text",
                         size=22 * 0.72, color=MUTED, va="center")  # fmt: skip
-            loss, cr = figure.add_axes((0.07, 0.485, 0.265, 0.265)), None
+            loss, cr = figure.add_axes((0.07, 0.485, 0.265, 0.235)), None
             _draw_loss(loss, data)
             lift = _draw_stages(loss, data, 17, scale=0.72)
-            _panel_title(loss, "Loss per token", lift=lift + 8)
+            _panel_title(loss, "Loss per token", lift=lift + 6, rows=40)
             if _has_cr(data):
-                cr = figure.add_axes((0.4, 0.485, 0.265, 0.265))
+                cr = figure.add_axes((0.4, 0.485, 0.265, 0.235))
                 _draw_cr(cr, data)
                 lift = _draw_stages(cr, data, 17, scale=0.72)
-                _panel_title(cr, "Compression ratio", lift=lift + 8)
-            heat = figure.add_axes((0.735, 0.485, 0.23, 0.265))
+                _panel_title(cr, "Compression ratio", lift=lift + 6, rows=40)
+            heat = figure.add_axes((0.735, 0.485, 0.23, 0.315))
             _draw_heat(heat, data, size=19 * 0.72)
-            _panel_title(heat, "Compression ratio per head", lift=lift + 8)
+            _panel_title(heat, "Compression ratio per head", lift=8)
             if data.sample is not None:
                 _draw_segments(figure, data)
         canvas, buffer = FigureCanvasAgg(figure), io.BytesIO()
