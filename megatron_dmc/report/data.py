@@ -231,7 +231,8 @@ def _check_number(name: str, value: Any, minimum: float, *, optional: bool = Fal
         return
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     wanted = f"a finite number, at least {minimum}" + (", or None" if optional else "")
-    _check(ok and value >= minimum - _ROUNDING, name, value, wanted)
+    slack = _ROUNDING if minimum else 0
+    _check(ok and value >= minimum - slack, name, value, wanted)
 
 
 def _check_keys(name: str, value: Any, kind: type) -> None:

@@ -88,7 +88,7 @@ def _results(data: ReportData) -> list[tuple[str, str, str]]:
     speed = ""
     if data.tokens_per_second is not None and data.tokens_per_second_base is not None:
         speed = f"{data.tokens_per_second / data.tokens_per_second_base:.2f}x the base model's"
-    ratio = "" if data.cache_ratio is None else f"{data.cache_ratio:.2f}x smaller, whole pages"
+    ratio = "" if data.cache_ratio is None else f"{data.cache_ratio:.2f}x smaller"
     continued = data.base_continued_perplexity
     return [
         ("Perplexity, base model", number(data.base_perplexity, ".3f"), "held-out text"),
@@ -96,7 +96,7 @@ def _results(data: ReportData) -> list[tuple[str, str, str]]:
         ("Perplexity, DMC model", number(data.dmc_perplexity, ".3f"),
          of_base(data.dmc_perplexity)),
         ("Target CR", number(data.target_cr, "g", "x"), "tokens per cache entry"),
-        ("Measured CR", number(data.measured_cr, ".3f", "x"), "held-out text, total over all heads"),
+        ("Measured CR", number(data.measured_cr, ".3f", "x"), "held-out text, all heads together"),
         ("KV cache, uncompressed", size(data.cache_bytes_uncompressed), "generation run"),
         ("KV cache, DMC", size(data.cache_bytes), ratio),
         ("Generation, base model", number(data.tokens_per_second_base, ",.1f", " tokens/s"), ""),

@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -21,6 +22,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from PIL import Image
 
 from megatron_dmc.report.data import ReportData, write_atomically
 
@@ -58,20 +60,24 @@ def training_curves(data: ReportData, *, width: int = 960) -> str:
     heights = [250, 200] if _has_cr(data) else [250]
     if any(point["compression_loss"] is not None for point in data.curves):
         heights.append(120)
-    gap, left, right, top, bottom = 52, 50, 14, 74, 44
-    height = top + sum(heights) + gap * (len(heights) - 1) + bottom
+    left, right, bottom = 50, 14, 44
+    legend = 0 if width >= 600 else 42  # a narrow figure has it in rows of its own
+    above = [74 + legend, 52 + legend, 52][: len(heights)]
+    height = sum(above) + sum(heights) + bottom
     with _styled(13):
         figure = _figure(width, height)
-        axes, y = [], height - top
-        for panel in heights:
+        axes, y = [], height
+        for panel, space in zip(heights, above, strict=True):
+            y -= space
             box = (left / width, (y - panel) / height, (width - left - right) / width)
             axes.append(figure.add_axes((*box, panel / height), sharex=axes[0] if axes else None))
-            y -= panel + gap
+            y -= panel
         _draw_loss(axes[0], data)
-        _panel_title(axes[0], "Loss per token (nats)", lift=_draw_stages(axes[0], data, 13) + 10)
+        lift = _draw_stages(axes[0], data, 13) + 10
+        _panel_title(axes[0], "Loss per token (nats)", lift=lift, rows=legend)
         if len(axes) > 1:
             _draw_cr(axes[1], data)
-            _panel_title(axes[1], "Compression ratio", lift=10)
+            _panel_title(axes[1], "Compression ratio", lift=10, rows=legend)
         if len(axes) > 2:
             _draw_compression_loss(axes[2], data)
             _panel_title(axes[2], "Compression loss", lift=10)
@@ -90,7 +96,7 @@ def heat_map(data: ReportData) -> str:
     width, height = 70 + int(cell_width * (heads + 1.25)), 52 + cell_height * layers
     with _styled(13):
         figure = _figure(width, height)
-        ax = figure.add_axes((62 / width, 8 / height, (width - 70) / width, 1 - 52 / height))
+        ax = figure.add_axes((62 / width, 44 / height, (width - 70) / width, 1 - 52 / height))
         _draw_heat(ax, data, size=13 if cell_width >= 44 else 11)
         return _svg(figure, "heat", "Compression ratio of every layer and key/value head")
 
@@ -153,22 +159,25 @@ def picture(data: ReportData, path_png: str | os.PathLike) -> None:
             figure.text(0.035, 0.94, verdict(data), size=38 * 0.72, weight="bold", va="center")
             figure.text(0.035, 0.888, f"{data.model_name}, measured on held-out text",
                         size=22 * 0.72, color=MUTED, va="center")  # fmt: skip
-            loss, cr = figure.add_axes((0.035, 0.47, 0.29, 0.28)), None
-            _draw_loss(loss, data, legend=False)
+            loss, cr = figure.add_axes((0.07, 0.485, 0.265, 0.235)), None
+            _draw_loss(loss, data)
             lift = _draw_stages(loss, data, 17, scale=0.72)
-            _panel_title(loss, "Loss per token", lift=lift + 8, legend=False)
+            _panel_title(loss, "Loss per token", lift=lift + 6, rows=40)
             if _has_cr(data):
-                cr = figure.add_axes((0.365, 0.47, 0.29, 0.28))
+                cr = figure.add_axes((0.4, 0.485, 0.265, 0.235))
                 _draw_cr(cr, data)
                 lift = _draw_stages(cr, data, 17, scale=0.72)
-                _panel_title(cr, "Compression ratio", lift=lift + 8)
-            heat = figure.add_axes((0.73, 0.47, 0.235, 0.325))
+                _panel_title(cr, "Compression ratio", lift=lift + 6, rows=40)
+            heat = figure.add_axes((0.735, 0.485, 0.23, 0.315))
             _draw_heat(heat, data, size=19 * 0.72)
-            heat.set_xlabel("KV head: compression ratio on held-out text")
+            _panel_title(heat, "Compression ratio per head", lift=8)
             if data.sample is not None:
                 _draw_segments(figure, data)
         canvas, buffer = FigureCanvasAgg(figure), io.BytesIO()
-        canvas.print_png(buffer, metadata={"Software": None}, pil_kwargs={"optimize": True})
+        canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    # few colours are used: a palette makes the file several times smaller
+    image.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     write_atomically(path_png, buffer.getvalue())
 
 
@@ -180,18 +189,18 @@ def _draw_segments(figure: Figure, data: ReportData) -> None:
                 size=20 * 0.72)  # fmt: skip
     figure.text(0.965, 0.372, f"layer {layer}, KV head {head}; one shade = tokens merged into one "
                 "entry", size=19 * 0.72, color=MUTED, ha="right")  # fmt: skip
-    pieces = _lay_out(data.sample["tokens"], starts, columns=(lines := _columns(data))[1])
-    per_column, width, num_columns = lines
-    size, pitch = 20, 28  # pixels
-    advance = size * 0.602  # of DejaVu Sans Mono
-    ax = figure.add_axes((0.035, 0.025, 0.93, 0.33))
-    ax.set(xlim=(0, 0.93 * 1600), ylim=(0.33 * 900, 0))
+    width, height = 0.93 * 1600, 0.32 * 900
+    size, columns, pieces = _fit(data.sample["tokens"], starts, width, height)
+    pitch, advance = size * _PITCH, size * _ADVANCE
+    rows, chars = int(height // pitch), _chars(width, size, columns)
+    ax = figure.add_axes((0.035, 0.025, 0.93, 0.32))
+    ax.set(xlim=(0, width), ylim=(height, 0))
     ax.axis("off")
     for text, segment, is_start, line, place in pieces:
-        column, row = divmod(line, per_column)
-        if column >= num_columns:
+        column, row = divmod(line, rows)
+        if column >= columns:
             break
-        x = column * (width + 3) * advance + place * advance + 2
+        x = column * (chars + 3) * advance + place * advance + 2
         y = row * pitch
         shade = "#d8eaf5" if segment % 2 else "#fbe3cf"
         ax.add_patch(Rectangle((x, y), len(text) * advance, pitch - 3, color=shade, lw=0))
@@ -203,16 +212,31 @@ def _draw_segments(figure: Figure, data: ReportData) -> None:
                     va="center_baseline", color=INK)  # fmt: skip
 
 
-def _columns(data: ReportData) -> tuple[int, int, int]:
-    """Lines per column, characters per column, columns of the picture's text."""
-    per_column = int(0.33 * 900 // 28)
-    total = int(0.93 * 1600 // (20 * 0.602))
-    longest = max(map(len, "".join(data.sample["tokens"]).expandtabs(4).split("\n")))
-    for count in (3, 2):
-        width = (total - 3 * (count - 1)) // count
-        if longest <= width:
-            return per_column, width, count
-    return per_column, total, 1
+_ADVANCE, _PITCH = 0.602, 1.4
+"""Of DejaVu Sans Mono: width of a character, and distance of lines, in font sizes."""
+
+
+def _chars(width: float, size: float, columns: int) -> int:
+    """Characters in a line of one of the columns, which stand three characters apart."""
+    return max(1, (int(width // (size * _ADVANCE)) - 3 * (columns - 1)) // columns)
+
+
+def _fit(
+    tokens: Sequence[str], starts: Sequence[bool], width: float, height: float
+) -> tuple[float, int, list]:
+    """Largest font size in pixels at which the text fits, its columns, and its pieces.
+
+    A text that is too long even for the smallest size is cut at the picture's end.
+    """
+    longest = max(map(len, "".join(tokens).expandtabs(4).split("\n")))
+    for size in range(28, 18, -1):
+        for columns in (1, 2, 3):
+            chars = _chars(width, size, columns)
+            pieces = _lay_out(tokens, starts, columns=chars)
+            lines = 1 + max(line for *_, line, _ in pieces)
+            if lines <= columns * int(height // (size * _PITCH)) and longest <= chars:
+                return size, columns, pieces
+    return 19, 1, _lay_out(tokens, starts, columns=_chars(width, 19, 1))
 
 
 def _lay_out(
@@ -274,10 +298,10 @@ def _plot(ax: Axes, lines: list[tuple[list, list]], label: str, **style) -> None
         ax.plot(x, y, label=label if i == 0 else None, **style)
 
 
-def _draw_loss(ax: Axes, data: ReportData, *, legend: bool = True) -> None:
+def _draw_loss(ax: Axes, data: ReportData) -> None:
     _plot(ax, _series(data, data.curves, "lm_loss"), "training", color=BLUE, lw=1.4)
     held_out = _series(data, data.validation, "lm_loss")
-    _plot(ax, held_out, "held-out", color=ORANGE, lw=1.6, marker="o", ms=4.5)
+    _plot(ax, held_out, "held-out", color=ORANGE, lw=1.6, marker="o", ms=4.5, clip_on=False)
     ax.axhline(math.log(data.base_perplexity), color=MUTED, lw=1.2, ls=(0, (4, 3)), zorder=1,
                label="base model, held-out")  # fmt: skip
     _finish(ax, data)
@@ -293,7 +317,7 @@ def _draw_cr(ax: Axes, data: ReportData) -> None:
     _plot(ax, target, "target", color=MUTED, lw=1.6, ls=(0, (4, 3)))
     _plot(ax, _series(data, data.curves, "measured_cr"), "measured", color=BLUE, lw=1.8)
     held_out = _series(data, data.validation, "measured_cr")
-    _plot(ax, held_out, "held-out", color=ORANGE, lw=1.6, marker="o", ms=4.5)
+    _plot(ax, held_out, "held-out", color=ORANGE, lw=1.6, marker="o", ms=4.5, clip_on=False)
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     _finish(ax, data)
     ax.set_ylim(bottom=min(1, ax.get_ylim()[0]) if ax.get_ylim()[0] < 1 else 1)
@@ -302,6 +326,7 @@ def _draw_cr(ax: Axes, data: ReportData) -> None:
 def _draw_compression_loss(ax: Axes, data: ReportData) -> None:
     _plot(ax, _series(data, data.curves, "compression_loss"), None, color=GREEN, lw=1.4)
     _finish(ax, data)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.set_ylim(bottom=0)
 
 
@@ -322,9 +347,15 @@ def _draw_stages(ax: Axes, data: ReportData, size: float, *, scale: float = 1.0)
     """Boundaries, and the stages' names above the axes; returns the height taken, in points."""
     _draw_boundaries(ax, data)
     stages = stage_offsets(data)
-    figure_width, dpi = ax.figure.get_size_inches()[0], ax.figure.dpi
-    pixels = ax.get_position().width * figure_width * dpi / max(ax.get_xlim()[1], 1)
-    tight = any((b - a) * pixels < len(name) * size * 0.62 for name, (a, b) in stages.items())
+    points = ax.get_position().width * ax.figure.get_size_inches()[0] * 72
+    per_step = points / max(ax.get_xlim()[1], 1)
+    # neighbours' names must not touch: half of both names, against the distance of their middles
+    half = {name: 0.5 * len(name) * size * scale * 0.62 + 3 for name in stages}
+    middle = {name: (a + b) / 2 * per_step for name, (a, b) in stages.items()}
+    names = list(stages)
+    tight = any(
+        middle[b] - middle[a] < half[a] + half[b] for a, b in zip(names, names[1:], strict=False)
+    )
     for i, (name, (first, last)) in enumerate(stages.items()):
         lift = 4 + (size * scale * 1.25 if tight and i % 2 else 0)
         ax.annotate(name, ((first + last) / 2, 1), (0, lift), xycoords=("data", "axes fraction"),
@@ -333,21 +364,27 @@ def _draw_stages(ax: Axes, data: ReportData, size: float, *, scale: float = 1.0)
     return (4 + size * scale * (2.5 if tight else 1.25)) if stages else 0
 
 
-def _panel_title(ax: Axes, text: str, *, lift: float, legend: bool = True) -> None:
-    """Title at the left and legend at the right above the axes, `lift` points up."""
+def _panel_title(ax: Axes, text: str, *, lift: float, rows: float = 0) -> None:
+    """Title and legend above the axes, `lift` points up.
+
+    The legend stands at the title's right, or below the title where `rows` points are kept for it,
+    or, where neither has room, within the axes.
+    """
     size = matplotlib.rcParams["font.size"]
-    ax.annotate(text, (0, 1), (0, lift), xycoords="axes fraction", textcoords="offset points",
-                va="bottom", weight="bold")  # fmt: skip
+    ax.annotate(text, (0, 1), (0, lift + rows), xycoords="axes fraction",
+                textcoords="offset points", va="bottom", weight="bold")  # fmt: skip
     handles, labels = ax.get_legend_handles_labels()
-    if not legend or not handles:
+    if not handles:
         return
-    width = ax.get_position().width * ax.figure.get_size_inches()[0] * 72
+    position, inches = ax.get_position(), ax.figure.get_size_inches()
+    top = 1 + lift / (position.height * inches[1] * 72)
     needed = sum(len(label) * 0.6 + 4 for label in labels) * size + len(text) * size * 0.7
-    if needed > width:  # a narrow figure: inside the axes, where lines are rare
-        place = dict(loc="best", ncols=1)
+    if rows:
+        place = dict(loc="lower left", bbox_to_anchor=(0, top), ncols=2)
+    elif needed <= position.width * inches[0] * 72:
+        place = dict(loc="lower right", bbox_to_anchor=(1, top), ncols=len(labels))
     else:
-        height = ax.get_position().height * ax.figure.get_size_inches()[1] * 72
-        place = dict(loc="lower right", bbox_to_anchor=(1, 1 + lift / height), ncols=len(labels))
+        place = dict(loc="best", frameon=True, facecolor="white", edgecolor="none", borderpad=0.2)
     drawn = ax.legend(handles, labels, fontsize=size * 0.95, **place)
     for entry in drawn.get_texts():
         entry.set_color(INK)
