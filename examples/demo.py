@@ -219,8 +219,8 @@ def main() -> None:
             f"--dmc-target-cr {plan.target_cr:g} --train-iters {steps} ..."
         )
 
-    from megatron_dmc.report.page import write_report
     from megatron_dmc.report.measure import measure
+    from megatron_dmc.report.page import write_report
 
     control = args.model / "control.json"
     report = measure(

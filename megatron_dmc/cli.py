@@ -53,7 +53,75 @@ def run_convert(args: argparse.Namespace) -> int:
     return 0
 
 
-SUBCOMMANDS: list[Callable[[Subparsers], None]] = [add_convert]
+def add_generate(subparsers: Subparsers) -> None:
+    """`megatron-dmc generate`."""
+    from megatron_dmc.generate import add_arguments
+
+    parser = subparsers.add_parser(
+        "generate",
+        help="stream a completion, then say its speed, measured CR and cache size",
+        description="Continue a prompt with a DMC or plain model through the paged engine.",
+    )
+    add_arguments(parser)
+    parser.set_defaults(run=run_generate)
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """Run `megatron-dmc generate`."""
+    from megatron_dmc.generate import run
+
+    return run(args)
+
+
+def add_report(subparsers: Subparsers) -> None:
+    """`megatron-dmc report`."""
+    parser = subparsers.add_parser(
+        "report",
+        help="compare a DMC model with its base on held-out text, write report.html and .json",
+        description="Measure perplexity, CR per layer and head, cache bytes and speed of a DMC model "
+        "and its base; with --stage also the training curves.",
+    )
+    parser.add_argument("--base", required=True, help="the model before the retrofit")
+    parser.add_argument("--model", required=True, help="the DMC model")
+    parser.add_argument("--data", required=True, help="held-out .bin/.idx prefix")
+    parser.add_argument("--output", default="report", help="folder to write to (default: report)")
+    parser.add_argument("--seq-length", type=int, default=512, help="evaluation window in tokens")
+    parser.add_argument("--max-windows", type=int, help="default: all of the data")
+    parser.add_argument("--max-tokens", type=int, default=128, help="length of the completions")
+    parser.add_argument(
+        "--stage", action="append", default=[], metavar="NAME=FOLDER",
+        help="TensorBoard folder of a training stage; repeatable, in order",
+    )  # fmt: skip
+    parser.add_argument("--device", help="default: the GPU if there is one")
+    parser.set_defaults(run=run_report)
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Run `megatron-dmc report`."""
+    from pathlib import Path
+
+    from megatron_dmc.report.measure import measure
+    from megatron_dmc.report.page import write_report
+
+    stages = {}
+    for item in args.stage:
+        name, _, folder = item.partition("=")
+        if not folder or not Path(folder).is_dir():
+            raise DMCError(f"--stage {item}: use NAME=FOLDER with an existing TensorBoard folder")
+        stages[name] = Path(folder)
+    data = measure(
+        args.base, args.model, args.data, seq_length=args.seq_length, stages=stages,
+        num_windows=args.max_windows, max_tokens=args.max_tokens, device=args.device,
+    )  # fmt: skip
+    paths = write_report(data, args.output)
+    print(
+        f"CR {data.measured_cr:.2f} (target {data.target_cr:g}), perplexity "
+        f"{data.base_perplexity:.3f} -> {data.dmc_perplexity:.3f}: {paths['html']}"
+    )
+    return 0
+
+
+SUBCOMMANDS: list[Callable[[Subparsers], None]] = [add_convert, add_generate, add_report]
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -35,6 +35,7 @@ LEVELS = {
     "cli": 7,
     "report": 7,
     "evaluation": 7,
+    "generate": 7,
 }
 """Level of every module and package directly under megatron_dmc."""
 
@@ -45,6 +46,7 @@ SAME_LEVEL = {
     ("report", "evaluation"),
     ("cli", "evaluation"),
     ("cli", "report"),
+    ("cli", "generate"),
 }
 """(importer, imported): the only imports within a level. Add none that closes a circle."""
 

@@ -5,8 +5,8 @@ import json
 import math
 import random
 import re
-import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import matplotlib
 import pytest

@@ -14,9 +14,9 @@ import sentencepiece
 TOOLS = Path(__file__).parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
 
-import build_corpus  # noqa: E402
-import preprocess_data  # noqa: E402
-import train_tokenizer  # noqa: E402
+import build_corpus
+import preprocess_data
+import train_tokenizer
 
 VOCAB_SIZE = 600
 HARD_TEXTS = [

@@ -76,7 +76,7 @@ def _read_file(path: Path) -> dict[str, dict[int, float]]:
     events = EventAccumulator(str(path), size_guidance={"scalars": 0}, purge_orphaned_data=False)
     try:
         events.Reload()
-    except Exception as error:  # the reader names no common class for damaged records
+    except Exception as error:  # noqa: BLE001 (the reader names no class for damaged records)
         _log.warning("%s is damaged (%s); using what could be read", path, error)
     # event files hold float32: seven digits say all
     return {

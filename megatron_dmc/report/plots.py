@@ -7,6 +7,7 @@ nothing global changes.
 Dimension letters: L layers, G key/value heads of a layer, T tokens of the sample text.
 """
 
+import itertools
 import io
 import math
 import os
@@ -353,9 +354,7 @@ def _draw_stages(ax: Axes, data: ReportData, size: float, *, scale: float = 1.0)
     half = {name: 0.5 * len(name) * size * scale * 0.62 + 3 for name in stages}
     middle = {name: (a + b) / 2 * per_step for name, (a, b) in stages.items()}
     names = list(stages)
-    tight = any(
-        middle[b] - middle[a] < half[a] + half[b] for a, b in zip(names, names[1:], strict=False)
-    )
+    tight = any(middle[b] - middle[a] < half[a] + half[b] for a, b in itertools.pairwise(names))
     for i, (name, (first, last)) in enumerate(stages.items()):
         lift = 4 + (size * scale * 1.25 if tight and i % 2 else 0)
         ax.annotate(name, ((first + last) / 2, 1), (0, lift), xycoords=("data", "axes fraction"),
