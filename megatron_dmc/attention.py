@@ -65,7 +65,7 @@ class DMCSelfAttention(SelfAttention):
     """Self-attention that decides, per token and KV head, to append to or merge into the cache.
 
     It has the parameters of Megatron's `SelfAttention` and no more, so that checkpoints of either
-    load into the other. In training it runs the parallel form (math.md, sections 1 to 3), in
+    load into the other. In training it runs the parallel form (docs/method.md, sections 1 to 3), in
     evaluation the same with hard decisions, and in inference it hands the projections to the
     context (`PagedAttentionContext`).
 

@@ -1,4 +1,4 @@
-"""Training attention at the speed of a stock flash kernel. math.md, section 3.
+"""Training attention at the speed of a stock flash kernel. docs/method.md, section 3.
 
 Dimension letters: T tokens, B batch, N query heads, G key/value heads, R query heads per
 key/value head, D head dim.
@@ -155,7 +155,7 @@ def training_attention(
 
         score_ij = scale q_i . k_j + log_keep_{j+1}  (j < i)        score_ii = scale q_i . k_i
 
-    math.md, section 3. Memory is linear in T. The last channel of q and k is the borrowed one:
+    docs/method.md, section 3. Memory is linear in T. The last channel of q and k is the borrowed one:
     its content is ignored, and its gradient is zero.
 
     Args:

@@ -1,4 +1,4 @@
-"""What attention does with a paged cache: decode and prefill. math.md, section 6.
+"""What attention does with a paged cache: decode and prefill. docs/method.md, section 6.
 
 Dimension letters: T tokens of a chunk, B requests that decode together, R rows of per-request
 storage (request slots), N query heads, G key/value heads, D head dim, E cache entries, P pages,

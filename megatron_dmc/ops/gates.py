@@ -1,4 +1,4 @@
-"""Gates: the decision (append or merge) and the importance of every token. math.md, section 1.
+"""Gates: the decision (append or merge) and the importance of every token. docs/method.md, section 1.
 
 Dimension letters: T tokens, B batch, N query heads on this rank, G key/value heads on this rank,
 D head dim.
@@ -159,7 +159,7 @@ def zero_channel_rows(
 ) -> None:
     """Zero the rows of a fused QKV projection (or its bias) that feed the borrowed channels.
 
-    math.md, section 7: the rows are interleaved per group as [query heads of the group, k, v].
+    docs/method.md, section 7: the rows are interleaved per group as [query heads of the group, k, v].
 
     Args:
         weight: (G * (queries_per_group + 2) * D, ...), mutated.

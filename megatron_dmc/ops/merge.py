@@ -1,4 +1,4 @@
-"""Merge of keys and values into running segment averages. math.md, section 2.
+"""Merge of keys and values into running segment averages. docs/method.md, section 2.
 
 Dimension letters: T tokens, B batch, G key/value heads, D head dim, C tokens of a chunk,
 W merge window, U weighted tokens kept for an open segment, A components of an accumulator,
@@ -127,7 +127,7 @@ def merge(
 
         A_t = alpha_t A_{t-1} + omega_t x_t        z_t = alpha_t z_{t-1} + omega_t
 
-    over the unrotated keys and the values (math.md, section 2). Differentiable in all tensors.
+    over the unrotated keys and the values (docs/method.md, section 2). Differentiable in all tensors.
 
     Args:
         k_TBGD, v_TBGD: any floating dtype. The borrowed channel of the keys is merged like any

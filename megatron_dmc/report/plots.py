@@ -7,8 +7,8 @@ nothing global changes.
 Dimension letters: L layers, G key/value heads of a layer, T tokens of the sample text.
 """
 
-import itertools
 import io
+import itertools
 import math
 import os
 import re

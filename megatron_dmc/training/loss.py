@@ -1,4 +1,4 @@
-"""The compression loss. math.md, section 4.
+"""The compression loss. docs/method.md, section 4.
 
 Dimension letters: B batch, L layers of the whole model.
 """
