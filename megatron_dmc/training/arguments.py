@@ -60,16 +60,15 @@ def check_paths(args: Namespace) -> None:
     """Say at once what would otherwise fail minutes later, or silently.
 
     Raises:
-        DMCError: a checkpoint folder given with `--load` that holds no checkpoint, or data files
-            that do not exist.
+        DMCError: a folder to load from that holds no checkpoint, or data files that do not exist.
     """
     if args.load and not (Path(args.load) / "latest_checkpointed_iteration.txt").is_file():
-        same = args.save and Path(args.save).resolve() == Path(args.load).resolve()
-        if not same:
-            raise DMCError(
-                f"--load {args.load}: no checkpoint there (latest_checkpointed_iteration.txt is "
-                "missing); check the path, or convert one with `megatron-dmc convert`"
-            )
+        starts_here = args.save and Path(args.save).resolve() == Path(args.load).resolve()
+        if not args.pretrained_checkpoint and not starts_here:
+            raise _no_checkpoint("--load", args.load)
+    start = args.pretrained_checkpoint
+    if start and not (Path(start) / "latest_checkpointed_iteration.txt").is_file():
+        raise _no_checkpoint("--pretrained-checkpoint", start)
     for flag in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
         for item in getattr(args, flag) or []:
             if not item.replace(".", "", 1).isdigit() and not Path(item + ".idx").is_file():
@@ -77,6 +76,13 @@ def check_paths(args: Namespace) -> None:
                     f"--{flag.replace('_', '-')} {item}: {item}.idx does not exist; build it with "
                     "tools/preprocess_data.py"
                 )
+
+
+def _no_checkpoint(flag: str, path: str) -> DMCError:
+    return DMCError(
+        f"{flag} {path}: no checkpoint there (latest_checkpointed_iteration.txt is missing); check "
+        "the path, or convert one with `megatron-dmc convert`"
+    )
 
 
 def exit_with(error: Exception) -> None:

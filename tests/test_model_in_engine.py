@@ -1,0 +1,112 @@
+"""Megatron's real GPTModel through the paged engine, held against its own full forward."""
+
+import pytest
+import torch
+
+from megatron_dmc import LLM, SamplingParams
+from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.evaluation import (
+    DecisionTrace,
+    engine_difference,
+    evaluate,
+    traced_forward,
+)
+from megatron_dmc.models import LoadedModel, build_model, full_forward
+
+VOCAB = 96
+
+
+def random_model(kv_heads=2, *, dmc=None, dtype=torch.float64) -> LoadedModel:
+    description = ModelDescription(
+        num_layers=3,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=4,
+        num_query_groups=kv_heads,
+        kv_channels=8,
+        vocab_size=VOCAB,
+        max_position_embeddings=128,
+        dtype=dtype,
+        dmc=dmc,
+    )
+    model = build_model(description, dmc=dmc, dtype=dtype)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        scale = 0.1 if "norm" in name else 0.35
+        parameter.data.copy_(values * scale + (1.0 if "norm" in name else 0.0))
+    return LoadedModel(model, description, None)
+
+
+def retrofitted(merge_window=0) -> DMCConfig:
+    # a small offset: about half of the tokens merge in a random model
+    return DMCConfig(stage="finetune", target_cr=2.0, alpha_offset=0.3, merge_window=merge_window)
+
+
+CASES = [(None, 2), (0, 4), (0, 2), (0, 1), (3, 2), (12, 4)]
+
+
+@pytest.mark.parametrize("window,kv_heads", CASES)
+@pytest.mark.parametrize("chunks", [[], [40], [7, 1, 20], [1] * 3])
+def test_any_chunking_equals_the_full_forward(window, kv_heads, chunks):
+    dmc = None if window is None else retrofitted(window)
+    loaded = random_model(kv_heads, dmc=dmc)
+    tokens = torch.randint(0, VOCAB, (48,), generator=torch.Generator().manual_seed(1)).tolist()
+    assert engine_difference(loaded, tokens, chunks) < 1e-10
+
+
+def test_float32_stays_within_the_stated_bound():
+    loaded = random_model(dmc=retrofitted(), dtype=torch.float32)
+    tokens = torch.randint(0, VOCAB, (64,), generator=torch.Generator().manual_seed(1)).tolist()
+    assert engine_difference(loaded, tokens, [20, 13]) < 1e-4
+
+
+@pytest.mark.parametrize("window", [None, 0, 3])
+def test_greedy_generation_and_reported_cr(window):
+    dmc = None if window is None else retrofitted(window)
+    loaded = random_model(dmc=dmc)
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(0, VOCAB, (n,), generator=generator).tolist() for n in (1, 5, 17, 30)]
+    llm = LLM(loaded, max_num_batched_tokens=9, max_num_seqs=3)
+    params = SamplingParams(temperature=0, max_tokens=12)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    trace = DecisionTrace(loaded.model)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        sequence = list(prompt)
+        for _ in range(12):
+            logits = full_forward(loaded.model, torch.tensor([sequence]))[0, -1, :VOCAB]
+            sequence.append(int(logits.argmax()))
+        assert output.outputs[0].token_ids == sequence[len(prompt) :]
+        cached = torch.tensor([sequence[:-1]])
+        traced_forward(loaded, cached, trace)
+        merges = sum(int(m.sum()) for m in trace.is_merge_LTBG)
+        slots = cached.numel() * 3 * 2
+        assert output.metrics.num_entries == slots - merges
+        assert output.cr == pytest.approx(slots / (slots - merges))
+        if window is not None and len(sequence) > 20:
+            assert merges > 0, "the case must merge to mean anything"
+    llm.engine.context.pool.check_integrity()
+    assert llm.engine.context.pool.num_held == 0
+
+
+def test_evaluation_counts_tokens_and_entries():
+    loaded = random_model(dmc=retrofitted())
+    tokens = torch.randint(0, VOCAB, (101,), generator=torch.Generator().manual_seed(4)).numpy()
+    result = evaluate(loaded, tokens, length=20, batch=2, progress=False)
+    assert result.num_tokens == result.num_predicted == 100
+    entries = 0
+    for start in range(0, 100, 20):
+        trace = DecisionTrace(loaded.model)
+        traced_forward(loaded, torch.tensor([tokens[start : start + 20].tolist()]), trace)
+        entries += sum(int((~m).sum()) for m in trace.is_merge_LTBG)
+    assert int(result.num_entries_LG.sum()) == entries
+    assert result.measured_cr == pytest.approx(100 * 6 / entries)
+    assert result.measured_cr > 1.2
+    one = [row for start in range(0, 100, 20) for row in [tokens[start : start + 21]]]
+    nll = 0.0
+    for row in one:
+        ids = torch.tensor([row.tolist()])
+        logits = full_forward(loaded.model, ids[:, :-1])[0, :, :VOCAB]
+        nll += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+    assert result.nll == pytest.approx(nll, rel=1e-6)

@@ -1,0 +1,179 @@
+"""pretrain_dmc.py as a user runs it: the stages through torchrun, checkpoints, and wrong input."""
+
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_dmc.config import DMCConfig, DMCTransformerConfig
+from megatron_dmc.errors import DMCError, UnsupportedConfig
+from megatron_dmc.schedule import target_cr, target_merge_rate, zero_out_scale
+
+ROOT = Path(__file__).parents[1]
+HEADS, KV_HEADS, DIM, LAYERS = 4, 2, 16, 2
+MODEL = [
+    *("--num-layers", str(LAYERS), "--hidden-size", "32", "--ffn-hidden-size", "64"),
+    *("--num-attention-heads", str(HEADS), "--group-query-attention"),
+    *("--num-query-groups", str(KV_HEADS), "--kv-channels", str(DIM), "--seq-length", "32"),
+    *("--max-position-embeddings", "32", "--position-embedding-type", "rope"),
+    *("--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear"),
+    *("--attention-dropout", "0", "--hidden-dropout", "0"),
+    *("--tokenizer-type", "NullTokenizer", "--vocab-size", "127", "--mock-data"),
+    *("--micro-batch-size", "2", "--global-batch-size", "4", "--lr", "1e-2"),
+    *("--eval-iters", "1", "--eval-interval", "100", "--log-interval", "1", "--split", "98,1,1"),
+]
+
+
+def pretrain(*flags: str, processes: int = 1, model=MODEL) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc-per-node={processes}", "pretrain_dmc.py", *model, *flags]  # fmt: skip
+    if processes == 0:  # straight, for what fails before any process group
+        command = [sys.executable, "pretrain_dmc.py", *model, *flags]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_DEVICE_MAX_CONNECTIONS="1",
+                       CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT))  # fmt: skip
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False
+    )
+
+
+def logged(output: str, name: str) -> list[float]:
+    lines = [line for line in output.splitlines() if " iteration " in line and "consumed" in line]
+    return [float(line.split(f"{name}: ")[1].split(" |")[0]) for line in lines]
+
+
+@pytest.mark.dist
+def test_stages_follow_each_other(tmp_path):
+    from megatron_dmc.models import load_model
+
+    zero, retrofit = tmp_path / "zero-out", tmp_path / "retrofit"
+    done = pretrain("--dmc-stage", "zero-out", "--train-iters", "5", "--save", str(zero),
+                    "--save-interval", "5", "--ckpt-format", "torch_dist")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(logged(done.stdout, "lm loss")) == 5
+    state = load_model(zero).model.state_dict()
+    for layer in range(LAYERS):
+        weight = state[f"decoder.layers.{layer}.self_attention.linear_qkv.weight"]
+        heads = weight.view(KV_HEADS, HEADS // KV_HEADS + 2, DIM, -1)
+        assert (heads[:, :-1, -1] == 0).all(), "rows of the borrowed channels"
+        assert (heads[:, :-1, :-1] != 0).any(-1).all() and (heads[:, -1] != 0).any(-1).all()
+
+    results = {}
+    layouts = {"one": (1, []), "tp2": (2, ["--tensor-model-parallel-size", "2"]),
+               "pp2": (2, ["--pipeline-model-parallel-size", "2"])}  # fmt: skip
+    for name, (processes, flags) in layouts.items():
+        run = pretrain(
+            "--dmc-stage", "retrofit", "--dmc-target-cr", "3", "--dmc-ramp-steps", "2",
+            "--train-iters", "4", "--pretrained-checkpoint", str(zero), "--load", str(retrofit / name),
+            "--save", str(retrofit / name), "--save-interval", "4", "--ckpt-format", "torch_dist",
+            "--tensorboard-dir", str(tmp_path / "tb" / name), *flags, processes=processes,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr[-3000:]
+        results[name] = run.stdout
+        assert logged(run.stdout, "target cr") == [1.0, 2.0, 3.0, 3.0]
+        assert "measured cr value" in run.stdout  # evaluation, with hard decisions
+    for name in ("tp2", "pp2"):
+        for key in ("lm loss", "compression loss", "measured cr"):
+            ours, one = logged(results[name], key), logged(results["one"], key)
+            assert ours == pytest.approx(one, rel=2e-4, abs=1e-5), (name, key)
+
+    from megatron_dmc.report.curves import read_tensorboard
+
+    curves, _ = read_tensorboard(tmp_path / "tb" / "one", "retrofit")
+    assert [p["step"] for p in curves] == [1, 2, 3, 4]
+    assert all(len(p["measured_cr_per_layer"]) == LAYERS for p in curves)
+    loaded = load_model(retrofit / "pp2")
+    assert loaded.description.dmc.stage == "retrofit" and loaded.description.dmc.target_cr == 3.0
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--dmc-stage", "distill"], "invalid choice: 'distill'"),
+        (["--dmc-stage", "retrofit", "--dmc-target-cr", "0.5"], "--dmc-target-cr=0.5"),
+        (["--dmc-stage", "retrofit", "--attention-dropout", "0.1"], "attention dropout 0.1"),
+        (["--load", "/no/such/checkpoint"], "/no/such/checkpoint: no checkpoint there"),
+    ],
+)
+def test_wrong_flags_end_with_one_line(flags, message):
+    done = pretrain("--train-iters", "1", *flags, processes=0)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1 and message in errors[0], done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "values,message",
+    [
+        ({"stage": "sleep"}, "'sleep' is not a stage"),
+        ({"target_cr": 0.99}, "--dmc-target-cr=0.99"),
+        ({"target_cr": float("nan")}, "--dmc-target-cr=nan"),
+        ({"temperature": 0.0}, "--dmc-temperature=0.0"),
+        ({"merge_window": -1}, "--dmc-merge-window=-1"),
+        ({"zero_out_fraction": 1.5}, "--dmc-zero-out-fraction"),
+    ],
+)
+def test_config_names_flag_and_value(values, message):
+    with pytest.raises(UnsupportedConfig, match=message):
+        DMCConfig(**values)
+    with pytest.raises(UnsupportedConfig, match="colour"):
+        DMCConfig.from_dict({"colour": 1})
+
+
+@pytest.mark.parametrize(
+    "values,message",
+    [
+        ({"kv_channels": 15}, "head dim 15 is odd"),
+        ({"window_size": (128, 0)}, "sliding-window"),
+        ({"attention_dropout": 0.1}, "dropout"),
+        ({"rotary_interleaved": True}, "rotary-interleaved"),
+        ({"context_parallel_size": 2}, "context_parallel_size=2"),
+        ({"tensor_model_parallel_size": 4}, "2 KV heads"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(values, message):
+    common = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2,
+              "attention_dropout": 0.0, "dmc": DMCConfig(stage="retrofit")}  # fmt: skip
+    DMCTransformerConfig(**common)
+    with pytest.raises(UnsupportedConfig, match=message):
+        DMCTransformerConfig(**common | values)
+    if "tensor" not in message and "KV heads" not in message and "odd" not in message:
+        DMCTransformerConfig(**common | values | {"dmc": DMCConfig()})
+
+
+def test_schedule():
+    assert [target_cr(s, ramp_steps=4, target=3.0) for s in range(6)] == [1, 1.5, 2, 2.5, 3, 3]
+    assert target_cr(0, ramp_steps=0, target=4.0) == 4.0
+    assert target_merge_rate(4.0) == 0.75
+    assert [zero_out_scale(s, steps=10, fraction=0.8) for s in (0, 4, 8, 9)] == [1, 0.5, 0, 0]
+
+
+def test_missing_data_is_named():
+    from megatron_dmc.training.arguments import check_paths
+
+    args = Namespace(load=None, save=None, pretrained_checkpoint=None, data_path=["0.3", "nowhere"],
+                     train_data_path=None, valid_data_path=None, test_data_path=None)  # fmt: skip
+    with pytest.raises(DMCError, match="nowhere.idx does not exist"):
+        check_paths(args)
+
+
+def test_counts_cross_the_pipeline_exactly():
+    """Values and gradients of the counts survive bfloat16 hidden states bit by bit."""
+    from megatron_dmc.decisions import append_counts, carry_rows, split_counts
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        hidden = torch.randn(5, 3, 8).to(dtype).requires_grad_()
+        counts = torch.tensor([[12345.0, 1.0, 7.0]] * 6).requires_grad_()
+        wire = append_counts(hidden, counts)
+        assert wire.shape[0] == 5 + carry_rows(6, 8, dtype) and wire.dtype == dtype
+        back, again = split_counts(wire, 6)
+        assert torch.equal(back, hidden) and torch.equal(again, counts)
+        weight = torch.randn(6, 3) / 3
+        (again * weight).sum().backward()
+        assert counts.grad is not None
+        exact = dtype != torch.float16  # its smallest numbers end at 6e-8
+        assert (counts.grad - weight).abs().max() <= (1e-9 if exact else 6e-8)
