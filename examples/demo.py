@@ -28,6 +28,9 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_dmc.cli import main as cli
+from megatron_dmc.cli import silence_optional_packages
+
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "examples" / "models" / "stdlib-llama-4m"
 SEQ_LENGTH = 512
@@ -171,6 +174,16 @@ def megatron_flags(model: Path, data: dict[str, Path], work: Path, tokenizer: Pa
     ]  # fmt: skip
 
 
+def continued_perplexity(model: Path, plan: Plan) -> float | None:
+    """The control that examples/pretrain_base.py measured, if it was for as many steps."""
+    file = model / "control.json"
+    if not file.is_file():
+        return None
+    control = json.loads(file.read_text())
+    same = control["steps"] == sum(plan.stages.values())
+    return control["base_continued_perplexity"] if same else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=ROOT / "demo", help="default: demo/")
@@ -182,6 +195,7 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
     began = time.monotonic()
+    silence_optional_packages()
     plan = Plan(**vars(SHORT)) if args.short else Plan()
     for name in Plan.__annotations__:
         if getattr(args, name) is not None:
@@ -195,17 +209,14 @@ def main() -> None:
         for stage in plan.stages:  # checkpoints of another plan are of no use
             shutil.rmtree(work / stage, ignore_errors=True)
             (work / f"{stage}.done").unlink(missing_ok=True)
-        (work / "seconds.json").unlink(missing_ok=True)
         (work / "plan.json").write_text(settings)
 
     tokenizer = args.model / "tokenizer.model"
     data = prepare_data(work, tokenizer)
     base = work / "base"
-    if not (base / "latest_checkpointed_iteration.txt").is_file():
-        from megatron_dmc.cli import main as cli
-
-        if cli(["convert", "--to", "megatron", "--force", str(args.model), str(base)]):
-            sys.exit(2)
+    convert = ["convert", "--to", "megatron", "--force", str(args.model), str(base)]
+    if not (base / "latest_checkpointed_iteration.txt").is_file() and cli(convert):
+        sys.exit(2)
     flags = megatron_flags(args.model, data, work, tokenizer)
     previous, commands = base, []
     for stage, steps in plan.stages.items():
@@ -222,19 +233,16 @@ def main() -> None:
     from megatron_dmc.report.measure import measure
     from megatron_dmc.report.page import write_report
 
-    control = args.model / "control.json"
     report = measure(
         args.model, previous, data["heldout"], seq_length=SEQ_LENGTH,
         stages={s: work / s / "tensorboard" for s in plan.stages},
         settings=vars(plan) | {"sequence length": SEQ_LENGTH, "batch": BATCH},
         commands=["make demo", *commands],
-        base_continued_perplexity=None,
+        base_continued_perplexity=continued_perplexity(args.model, plan),
         num_windows=8 if args.short else None,
         max_tokens=16 if args.short else 128,
     )  # fmt: skip
-    del control
-    spent = work / "seconds.json"
-    seconds = (json.loads(spent.read_text()) if spent.is_file() else 0) + time.monotonic() - began
+    seconds = time.monotonic() - began
     report.seconds = round(seconds, 1)
     write_report(report, output)
     print(

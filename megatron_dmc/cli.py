@@ -5,7 +5,9 @@ modules are imported when it runs, so that `--help` is quick. Add the function t
 """
 
 import argparse
+import logging
 import sys
+import warnings
 from collections.abc import Callable
 
 from megatron_dmc import __version__
@@ -100,8 +102,13 @@ def run_report(args: argparse.Namespace) -> int:
     """Run `megatron-dmc report`."""
     from pathlib import Path
 
-    from megatron_dmc.report.measure import measure
-    from megatron_dmc.report.page import write_report
+    try:
+        from megatron_dmc.report.measure import measure
+        from megatron_dmc.report.page import write_report
+    except ModuleNotFoundError as e:
+        if e.name not in ("matplotlib", "jinja2", "markupsafe"):
+            raise
+        raise DMCError(f"{e.name} is not installed: pip install 'megatron-dmc[report]'") from e
 
     stages = {}
     for item in args.stage:
@@ -137,6 +144,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def silence_optional_packages() -> None:
+    """Megatron and torch warn on import about accelerator packages that are absent; that is normal."""
+    absent = "Transformer Engine|transformer-engine|Apex"
+    warnings.filterwarnings("ignore", message=f".*({absent})", category=UserWarning)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
@@ -144,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
         exit code: 0, or 2 for an error of the user's, told in one line.
     """
     args = build_parser().parse_args(argv)
+    silence_optional_packages()
     try:
         return args.run(args)
     except DMCError as e:

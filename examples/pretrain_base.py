@@ -1,0 +1,118 @@
+"""Pretrain the demo's base model from scratch, with plain Megatron (`--dmc-stage off`).
+
+    python examples/pretrain_base.py [--output DIR] [--train-iters 3600]
+
+Corpus from the Python standard library, a sentencepiece tokenizer, a Llama of 4 million parameters,
+and an export as a Hugging Face checkpoint in bfloat16. About an hour on two cores; goes on from its
+newest checkpoint when started again. At the end (or alone, with --control) the result is trained on
+without DMC for the demo's steps at the demo's learning rates, and control.json says what that changes.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import demo
+
+from megatron_dmc.cli import main as cli
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def torchrun(flags: list[str]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node=1", "pretrain_dmc.py", "--dmc-stage", "off", *flags]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+def train_tokenizer(work: Path) -> Path:
+    """The tokenizer's folder, trained on the corpus."""
+    folder = work / "tokenizer"
+    if not (folder / "tokenizer.model").is_file():
+        corpus = work / "corpus"
+        for command in (
+            ["tools/build_corpus.py", "--output-dir", str(corpus)],
+            ["tools/train_tokenizer.py", "--input", str(corpus / "train.jsonl"),
+             "--output-dir", str(folder), "--vocab-size", "4096"],
+        ):  # fmt: skip
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    return folder
+
+
+def pretrain(work: Path, steps: int, output: Path) -> None:
+    """Train from scratch and export to `output`."""
+    from megatron_dmc.checkpoint.description import ModelDescription
+
+    tokenizer = train_tokenizer(work)
+    description = ModelDescription(
+        num_layers=4, hidden_size=256, ffn_hidden_size=688, num_attention_heads=8,
+        num_query_groups=4, kv_channels=32, vocab_size=4096, max_position_embeddings=512,
+        share_embeddings_and_output_weights=True,
+    )  # fmt: skip
+    config = work / "config"
+    config.mkdir(exist_ok=True)
+    (config / "config.json").write_text(json.dumps(description.to_hf_config()))
+    data = demo.prepare_data(work, tokenizer / "tokenizer.model")
+    flags = demo.megatron_flags(config, data, work, tokenizer / "tokenizer.model")
+    checkpoint = work / "base-from-scratch"
+    torchrun([
+        *flags, "--train-iters", str(steps), "--lr", "2e-3", "--min-lr", "2e-5",
+        "--lr-warmup-iters", "100", "--lr-decay-style", "cosine", "--save-interval", "300",
+        "--load", str(checkpoint), "--save", str(checkpoint),
+    ])  # fmt: skip
+    shutil.copytree(tokenizer, checkpoint / "tokenizer", dirs_exist_ok=True)
+    if cli(
+        ["convert", "--to", "hf", "--dtype", "bfloat16", "--force", str(checkpoint), str(output)]
+    ):
+        sys.exit(2)
+
+
+def control(work: Path, model: Path, plan: demo.Plan) -> dict[str, float]:
+    """Held-out perplexity before and after the demo's steps, learning rate and data, without DMC."""
+    from megatron_dmc.evaluation import evaluate, read_tokens
+    from megatron_dmc.models import load_model
+
+    tokenizer = model / "tokenizer.model"
+    data = demo.prepare_data(work, tokenizer)
+    flags = demo.megatron_flags(model, data, work, tokenizer)
+    previous = work / "control-base"
+    if cli(["convert", "--to", "megatron", "--force", str(model), str(previous)]):
+        sys.exit(2)
+    for stage, steps in plan.stages.items():
+        folder = work / f"control-{stage}"
+        shutil.rmtree(folder, ignore_errors=True)
+        torchrun([
+            *flags, "--train-iters", str(steps), *demo.learning_rate(stage, steps, plan),
+            "--pretrained-checkpoint", str(previous), "--load", str(folder),
+            "--save", str(folder), "--save-interval", "100000",
+        ])  # fmt: skip
+        previous = folder
+    tokens = read_tokens(data["heldout"])
+    before, after = (
+        evaluate(load_model(path), tokens, length=demo.SEQ_LENGTH).perplexity
+        for path in (model, previous)
+    )
+    return {"steps": sum(plan.stages.values()), "base_perplexity": before,
+            "base_continued_perplexity": after}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--work", type=Path, default=ROOT / "demo" / "base", help="scratch folder")
+    parser.add_argument("--output", type=Path, default=ROOT / "demo" / "stdlib-llama-4m")
+    parser.add_argument("--train-iters", type=int, default=3600)
+    parser.add_argument("--control", action="store_true", help="only continue an existing --output")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if not args.control:
+        pretrain(args.work.resolve(), args.train_iters, args.output.resolve())
+    result = control(args.work.resolve(), args.output.resolve(), demo.Plan())
+    (args.output / "control.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
