@@ -34,7 +34,7 @@ from megatron_dmc.cli import silence_optional_packages
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "examples" / "models" / "stdlib-llama-4m"
 SEQ_LENGTH = 512
-BATCH = 8
+BATCH = 4
 
 
 @dataclass
@@ -46,7 +46,9 @@ class Plan:
     finetune: int = 90
     lr: float = 1e-3
     target_cr: float = 4.0
-    merge_window: int = 0
+    merge_window: int = 12
+    alpha_offset: float = 2.0
+    loss_weight: float = 3.0
 
     @property
     def stages(self) -> dict[str, int]:
@@ -81,19 +83,18 @@ def is_done(marker: Path, wanted: str) -> bool:
     return marker.is_file() and marker.read_text() == wanted
 
 
-def train(
-    stage: str, steps: int, plan: Plan, work: Path, previous: Path, flags: list[str]
-) -> list[str]:
+def train(stage: str, steps: int, plan: Plan, work: Path, previous: Path, flags: list[str]) -> None:
     """One stage through torchrun, with a progress bar; resumes from its own newest checkpoint."""
     from tqdm import tqdm
 
     folder = work / stage
-    processes = 1
     command = [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}",
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1",
         f"--master-port={free_port()}", "pretrain_dmc.py", *flags,
         "--dmc-stage", stage, "--dmc-target-cr", str(plan.target_cr),
         "--dmc-merge-window", str(plan.merge_window),
+        "--dmc-alpha-offset", str(plan.alpha_offset), "--dmc-loss-weight", str(plan.loss_weight),
+        "--seed", str(1234 + list(plan.stages).index(stage)),  # another order of the data
         "--train-iters", str(steps), *learning_rate(stage, steps, plan),
         "--pretrained-checkpoint", str(previous), "--load", str(folder), "--save", str(folder),
         "--save-interval", str(max(50, steps // 2)), "--tensorboard-dir", str(folder / "tensorboard"),
@@ -120,7 +121,6 @@ def train(
             process.wait()
     if process.returncode:
         fail(command, log, process.returncode)
-    return command
 
 
 def learning_rate(stage: str, steps: int, plan: Plan) -> list[str]:
@@ -170,7 +170,7 @@ def megatron_flags(model: Path, data: dict[str, Path], work: Path, tokenizer: Pa
         "--test-data-path", str(data["heldout"]), "--data-cache-path", str(work / "cache"),
         "--eval-interval", "1000000", "--eval-iters", "4", "--log-interval", "1",
         "--adam-beta2", "0.95", "--weight-decay", "0.1", "--clip-grad", "1.0",
-        "--ckpt-format", "torch_dist", "--seed", "1234",
+        "--ckpt-format", "torch_dist",
     ]  # fmt: skip
 
 

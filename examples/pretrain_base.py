@@ -61,6 +61,7 @@ def pretrain(work: Path, steps: int, output: Path) -> None:
     torchrun([
         *flags, "--train-iters", str(steps), "--lr", "2e-3", "--min-lr", "2e-5",
         "--lr-warmup-iters", "100", "--lr-decay-style", "cosine", "--save-interval", "300",
+        "--micro-batch-size", "8", "--global-batch-size", "8", "--seed", "1234",
         "--load", str(checkpoint), "--save", str(checkpoint),
     ])  # fmt: skip
     shutil.copytree(tokenizer, checkpoint / "tokenizer", dirs_exist_ok=True)
@@ -86,6 +87,7 @@ def control(work: Path, model: Path, plan: demo.Plan) -> dict[str, float]:
         shutil.rmtree(folder, ignore_errors=True)
         torchrun([
             *flags, "--train-iters", str(steps), *demo.learning_rate(stage, steps, plan),
+            "--seed", str(1234 + list(plan.stages).index(stage)),
             "--pretrained-checkpoint", str(previous), "--load", str(folder),
             "--save", str(folder), "--save-interval", "100000",
         ])  # fmt: skip

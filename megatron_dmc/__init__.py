@@ -1,12 +1,8 @@
 """Dynamic Memory Compression (DMC) for Megatron-Core, with a paged inference engine."""
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from megatron_dmc.engine import LLM, SamplingParams
+from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ Dimension letters: T tokens, B batch, G key/value heads, L layers, V vocabulary.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ class DecisionTrace:
         is_merge_LTBG: list over layers of bool (T, B, G); empty for a plain model.
     """
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: Any):
         self.is_merge_LTBG: list[Tensor] = []
         for layer in model.decoder.layers:
             layer.self_attention.recorder = self

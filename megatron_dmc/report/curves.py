@@ -39,7 +39,7 @@ def read_tensorboard(
     layers = sorted((int(m[1]), tag) for tag in tags if (m := _LAYER.fullmatch(tag)))
     curves = []
     for step in sorted(tags.get("lm loss", {})):
-        per_layer = [at(tag, step) for _, tag in layers]
+        per_layer = [cr for _, tag in layers if (cr := at(tag, step)) is not None]
         curves.append(
             CurvePoint(
                 stage=stage,
@@ -48,7 +48,9 @@ def read_tensorboard(
                 compression_loss=at("compression loss", step),
                 target_cr=at("target cr", step),
                 measured_cr=at("measured cr", step),
-                measured_cr_per_layer=per_layer if layers and None not in per_layer else None,
+                measured_cr_per_layer=per_layer
+                if layers and len(per_layer) == len(layers)
+                else None,
             )
         )
     validation = [

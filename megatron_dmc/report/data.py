@@ -235,7 +235,7 @@ def _check_number(name: str, value: Any, minimum: float, *, optional: bool = Fal
     _check(ok and value >= minimum - slack, name, value, wanted)
 
 
-def _check_keys(name: str, value: Any, kind: type) -> None:
+def _check_keys(name: str, value: Any, kind: Any) -> None:
     wanted = kind.__required_keys__
     ok = isinstance(value, dict) and wanted <= value.keys() <= wanted | kind.__optional_keys__
     _check(ok, name, sorted(value) if isinstance(value, dict) else value,

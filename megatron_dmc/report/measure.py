@@ -150,7 +150,7 @@ def measure(
     if settings_of_dmc is None:
         raise UnsupportedConfig(f"{dmc_path}: a plain model, it was never retrofitted")
     assert dmc.tokenizer is not None
-    options = {"length": seq_length, "limit": num_windows}
+    options: dict[str, Any] = {"length": seq_length, "limit": num_windows}
     base_result = evaluate(base, tokens, label="Held-out text, base", **options)
     dmc_result = evaluate(dmc, tokens, label="Held-out text, DMC", **options)
     prompts = choose_prompts(tokens, num_prompts, seq_length, max_tokens)
