@@ -318,7 +318,7 @@ def state():
 
 for name in THEIRS:
     importlib.import_module(name)
-environment, hooks = dict(os.environ), (sys.excepthook, list(sys.meta_path), sys.argv[:1])
+environment, hooks = dict(os.environ), (sys.excepthook, sys.argv[:1])
 before = state()
 skipped = []
 for name in json.loads(sys.argv[1]):
@@ -340,7 +340,7 @@ changed = sorted(
 )
 if environment != dict(os.environ):
     changed.append("os.environ")
-if hooks != (sys.excepthook, list(sys.meta_path), sys.argv[:1]):
+if hooks != (sys.excepthook, sys.argv[:1]):
     changed.append("hooks of sys")
 print(json.dumps({"changed": changed, "skipped": skipped}))
 """
