@@ -41,10 +41,10 @@ BATCH = 4
 class Plan:
     """Steps and settings of the three stages."""
 
-    zero_out: int = 30
-    retrofit: int = 200
-    finetune: int = 90
-    lr: float = 1e-3
+    zero_out: int = 20
+    retrofit: int = 140
+    finetune: int = 190
+    lr: float = 1.5e-3
     target_cr: float = 4.0
     merge_window: int = 12
     alpha_offset: float = 2.0

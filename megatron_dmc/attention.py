@@ -148,7 +148,7 @@ class DMCSelfAttention(SelfAttention):
     def _gate_key(self, attention_mask: Tensor | None) -> GateKey | None:
         if attention_mask is None:
             return None
-        if attention_mask.dtype != torch.int64 or attention_mask.shape != (4,):
+        if attention_mask.dtype != torch.int64 or attention_mask.shape != (5,):
             raise UnsupportedConfig(
                 f"DMC attention got an attention mask of shape {tuple(attention_mask.shape)}: it is "
                 "causal and builds no mask; pass None, or a GateKey in training"

@@ -18,7 +18,7 @@ collected sums can travel to the next pipeline stage like any activation.
 Dimension letters: T tokens, B batch, G key/value heads on this rank, L layers of the whole model.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -40,14 +40,12 @@ class GateKey:
     """Index of the microbatch within the step, on this data-parallel rank."""
     first_sample: int
     """Index of the microbatch's first sequence within the step's global batch."""
+    chunk: int = 0
+    """Model chunk of this rank (virtual pipeline stage); the noise does not depend on it."""
 
     def to_tensor(self) -> Tensor:
-        """int64 (4,) on the CPU."""
-        return torch.tensor(
-            [self.seed, self.step, self.microbatch, self.first_sample],
-            dtype=torch.int64,
-            device="cpu",
-        )
+        """int64 (5,) on the CPU."""
+        return torch.tensor(astuple(self), dtype=torch.int64, device="cpu")
 
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> "GateKey":

@@ -61,7 +61,6 @@ LAYOUTS = {
     "tp2": (2, 2, 0, ["--tp=2"]),
     "tp2-mha-window": (4, 2, 3, ["--tp=2"]),
     "pp2": (2, 2, 0, ["--pp=2"]),
-    "pp2-vp2": (2, 2, 0, ["--pp=2", "--vp=2"]),
     "pp2-recompute": (2, 2, 0, ["--pp=2", "--recompute=full"]),
     "tp2-pp2": (2, 4, 0, ["--tp=2", "--pp=2"]),
     "recompute-full": (2, 1, 0, ["--recompute=full"]),

@@ -73,7 +73,6 @@ def test_stages_follow_each_other(tmp_path):
         )  # fmt: skip
         assert run.returncode == 0, run.stderr[-3000:]
         results[name] = run.stdout
-        assert logged(run.stdout, "target cr") == [1.0, 2.0, 3.0, 3.0]
         assert "measured cr value" in run.stdout  # evaluation, with hard decisions
     for name in ("tp2", "pp2"):
         for key in ("lm loss", "compression loss", "measured cr"):
@@ -83,7 +82,8 @@ def test_stages_follow_each_other(tmp_path):
     from megatron_dmc.report.curves import read_tensorboard
 
     curves, _ = read_tensorboard(tmp_path / "tb" / "one", "retrofit")
-    assert [p["step"] for p in curves] == [1, 2, 3, 4]
+    # Megatron's console averages the first two steps; its TensorBoard has each step's value
+    assert [(p["step"], p["target_cr"]) for p in curves] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 3.0)]
     assert all(len(p["measured_cr_per_layer"]) == LAYERS for p in curves)
     loaded = load_model(retrofit / "pp2")
     assert loaded.description.dmc.stage == "retrofit" and loaded.description.dmc.target_cr == 3.0

@@ -98,7 +98,7 @@ class ForwardStep:
         samples = microbatch * size * mpu.get_data_parallel_world_size()
         first = samples + mpu.get_data_parallel_rank() * size
         # evaluation's keys must not meet those of the training step that it follows
-        return GateKey(args.seed, step if training else -1 - step, microbatch, first)
+        return GateKey(args.seed, step if training else -1 - step, microbatch, first, chunk)
 
     def _loss(
         self,
