@@ -134,6 +134,9 @@ class DMCTransformerConfig(TransformerConfig):
             (self.context_parallel_size > 1,
              f"context_parallel_size={self.context_parallel_size}: a segment may not yet cross "
              "the boundary between context-parallel ranks"),
+            (self.virtual_pipeline_model_parallel_size is not None,
+             "interleaved pipeline stages (virtual_pipeline_model_parallel_size="
+             f"{self.virtual_pipeline_model_parallel_size}) do not yet give the exact loss"),
             (self.rotary_interleaved,
              "--rotary-interleaved pairs the borrowed channel differently; convert the weights to "
              "the half-split layout"),

@@ -24,26 +24,25 @@ from megatron_dmc.training.step import ForwardStep
 LENGTH, MICRO_BATCH, MICRO_BATCHES, VOCAB = 24, 2, 4, 128
 
 
-def full_gradients(model_chunks) -> dict[str, torch.Tensor]:
+def full_gradients(model) -> dict[str, torch.Tensor]:
     """Gradients by global layer number, with tensor-parallel shards joined."""
     group = parallel_state.get_tensor_model_parallel_group()
     gradients = {}
-    for chunk in model_chunks:
-        for name, parameter in chunk.named_parameters():
-            if ".layers." in name:
-                local = int(name.split(".layers.")[1].split(".")[0])
-                number = chunk.decoder.layers[local].layer_number - 1
-                name = name.replace(f".layers.{local}.", f".layers.{number}.")
-            gradient = parameter.grad
-            assert gradient is not None, name
-            if group.size() > 1 and getattr(parameter, "tensor_model_parallel", False):
-                shards = [torch.empty_like(gradient) for _ in range(group.size())]
-                torch.distributed.all_gather(shards, gradient.contiguous(), group=group)
-                if "linear_fc1" in name:  # gate and up are split separately
-                    halves = [s.chunk(2) for s in shards]
-                    shards = [h[0] for h in halves] + [h[1] for h in halves]
-                gradient = torch.cat(shards, dim=parameter.partition_dim)
-            gradients[name] = gradient
+    for name, parameter in model.named_parameters():
+        if ".layers." in name:
+            local = int(name.split(".layers.")[1].split(".")[0])
+            number = model.decoder.layers[local].layer_number - 1
+            name = name.replace(f".layers.{local}.", f".layers.{number}.")
+        gradient = parameter.grad
+        assert gradient is not None, name
+        if group.size() > 1 and getattr(parameter, "tensor_model_parallel", False):
+            shards = [torch.empty_like(gradient) for _ in range(group.size())]
+            torch.distributed.all_gather(shards, gradient.contiguous(), group=group)
+            if "linear_fc1" in name:  # gate and up are split separately
+                halves = [s.chunk(2) for s in shards]
+                shards = [h[0] for h in halves] + [h[1] for h in halves]
+            gradient = torch.cat(shards, dim=parameter.partition_dim)
+        gradients[name] = gradient
     return gradients
 
 
@@ -51,7 +50,6 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
-    parser.add_argument("--vp", type=int, default=None)
     parser.add_argument("--recompute", choices=["full", "selective"])
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--merge-window", type=int, default=0)
@@ -62,9 +60,7 @@ def main():
 
     cpu_adapter.install()
     torch.distributed.init_process_group("gloo")
-    parallel_state.initialize_model_parallel(
-        options.tp, options.pp, virtual_pipeline_model_parallel_size=options.vp
-    )
+    parallel_state.initialize_model_parallel(options.tp, options.pp)
     model_parallel_cuda_manual_seed(7)
     torch.manual_seed(7)
     config = DMCTransformerConfig(
@@ -74,7 +70,7 @@ def main():
         hidden_dropout=0.0, attention_dropout=0.0, use_cpu_initialization=True,
         params_dtype=torch.float64, pipeline_dtype=torch.float64, transformer_impl="local",
         tensor_model_parallel_size=options.tp, pipeline_model_parallel_size=options.pp,
-        virtual_pipeline_model_parallel_size=options.vp, deallocate_pipeline_outputs=True,
+        deallocate_pipeline_outputs=True,
         gradient_accumulation_fusion=False, bias_activation_fusion=False, persist_layer_norm=False,
         recompute_granularity=options.recompute,
         recompute_method="uniform" if options.recompute == "full" else None,
@@ -94,21 +90,19 @@ def main():
     init_num_microbatches_calculator(0, None, MICRO_BATCH * MICRO_BATCHES, MICRO_BATCH, 1)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     recorder = DecisionRecorder(config.num_layers)
-    chunks = []
-    for stage in range(options.vp or 1):
-        first = groups.pp.rank() == 0 and stage == 0
-        last = groups.pp.rank() == options.pp - 1 and stage == (options.vp or 1) - 1
-        chunk = build_model(args, config, recorder, pre_process=first, post_process=last,
-                            vp_stage=stage if options.vp else None, pg_collection=groups)  # fmt: skip
-        chunks.append(chunk.double().train())
-    state = {f"model{i}": c.sharded_state_dict() for i, c in enumerate(chunks)}
-    if options.make_weights:
-        dist_checkpointing.save(state, options.weights)
-    loaded = dist_checkpointing.load(
-        {f"model{i}": c.sharded_state_dict() for i, c in enumerate(chunks)}, options.weights
+    model = build_model(
+        args,
+        config,
+        recorder,
+        pre_process=groups.pp.rank() == 0,
+        post_process=groups.pp.rank() == options.pp - 1,
+        pg_collection=groups,
     )
-    for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[f"model{i}"], strict=False)
+    model.double().train()
+    if options.make_weights:
+        dist_checkpointing.save(model.sharded_state_dict(), options.weights)
+    loaded = dist_checkpointing.load(model.sharded_state_dict(), options.weights)
+    model.load_state_dict(loaded, strict=False)
 
     generator = torch.Generator().manual_seed(5)
     samples = torch.randint(0, VOCAB, (MICRO_BATCHES, MICRO_BATCH, LENGTH + 1), generator=generator)
@@ -123,10 +117,10 @@ def main():
             }
 
     communicator = CarryingCommunicator(groups.pp, config) if options.pp > 1 else None
-    reports = get_forward_backward_func(pp_size=options.pp, vp_size=options.vp)(
+    reports = get_forward_backward_func(pp_size=options.pp, vp_size=None)(
         forward_step_func=ForwardStep(config.dmc, recorder),
-        data_iterator=[batches() for _ in chunks] if options.vp else batches(),
-        model=chunks if options.vp else chunks[0],
+        data_iterator=batches(),
+        model=model,
         num_microbatches=MICRO_BATCHES,
         seq_length=LENGTH,
         micro_batch_size=MICRO_BATCH,
@@ -136,7 +130,7 @@ def main():
     )
     assert recorder.in_flight() == 0
     gathered: list = [None] * torch.distributed.get_world_size()
-    mine = {"reports": reports, "gradients": full_gradients(chunks)}
+    mine = {"reports": reports, "gradients": full_gradients(model)}
     torch.distributed.all_gather_object(gathered, mine)
     if torch.distributed.get_rank() == 0:
         gradients = {}
