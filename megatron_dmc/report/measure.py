@@ -181,7 +181,7 @@ def measure(
         steps=last,
         curves=curves,
         validation=validation,
-        sample=sample_of(dmc, prompts[0][:SAMPLE_TOKENS]),
+        sample=sample_of(dmc, prompts[len(prompts) // 2][:SAMPLE_TOKENS]),
         completions=[
             Completion(prompt=dmc.tokenizer.decode(p), base=b, dmc=d, dmc_cr=c)
             for p, b, d, c in zip(prompts, base_run.texts, dmc_run.texts, dmc_run.crs, strict=True)
