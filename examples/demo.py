@@ -202,7 +202,7 @@ def main() -> None:
             setattr(plan, name, getattr(args, name))
 
     output = args.output / "short" if args.short else args.output
-    work = output / "work"
+    work = output / "run"
     work.mkdir(parents=True, exist_ok=True)
     settings = json.dumps(vars(plan) | {"model": str(args.model)}, sort_keys=True)
     if not is_done(work / "plan.json", settings):
