@@ -254,25 +254,30 @@ class TestCorpus:
         assert build_corpus.main(argv) == 0
         return {
             side: [json.loads(line) for line in (output / f"{side}.jsonl").read_text().splitlines()]
-            for side in ("train", "heldout")
+            for side in ("train", "validation", "heldout")
         }
 
     def test_split_is_stable_and_disjoint(self, stdlib, tmp_path):
         first = self.build(stdlib, tmp_path / "first")
         again = self.build(stdlib, tmp_path / "again")
         assert first == again
-        train, heldout = ({row["path"] for row in rows} for rows in first.values())
-        assert heldout and train.isdisjoint(heldout)
+        sides = {side: {row["path"] for row in rows} for side, rows in first.items()}
+        assert all(sides.values()) and len(set.union(*sides.values())) == sum(
+            map(len, sides.values())
+        )
         texts = [row["text"] for rows in first.values() for row in rows]
         assert len(set(texts)) == len(texts)
-        assert all(build_corpus.is_heldout(path) for path in heldout)
+        assert all(build_corpus.side_of(p) == side for side, paths in sides.items() for p in paths)
         meta = json.loads((tmp_path / "first" / "meta.json").read_text())
-        assert meta["train"]["documents"] == len(train)
+        assert meta["train"]["documents"] == len(sides["train"])
 
     def test_sides_never_move(self):
         """The side of a path is part of the format: published numbers depend on it."""
-        held_out = [p for i in range(60) if build_corpus.is_heldout(p := f"pkg/m{i}.py")]
-        assert held_out == ["pkg/m25.py", "pkg/m50.py"]
+        paths = [f"pkg/m{i}.py" for i in range(60)]
+        sides = {p: side for p in paths if (side := build_corpus.side_of(p)) != "train"}
+        assert sides == {
+            "pkg/m25.py": "heldout", "pkg/m46.py": "validation", "pkg/m50.py": "heldout",
+        }  # fmt: skip
 
     def test_contents(self, stdlib, tmp_path):
         sides = self.build(stdlib, tmp_path / "out")

@@ -1,7 +1,8 @@
 """Build a text corpus from the running Python's standard library and its documentation.
 
-Writes `train.jsonl`, `heldout.jsonl` (one `{"text": ..., "path": ...}` per line) and `meta.json`.
-A document's side and its place in the order depend on its path alone, so that a file held out on
+Writes `train.jsonl`, `validation.jsonl`, `heldout.jsonl` (one `{"text": ..., "path": ...}` per line) and `meta.json`.
+Settings are chosen on the validation documents; figures are reported on the held-out ones, which
+nothing is chosen on. A document's side and its place in the order depend on its path alone, so that a file held out on
 one machine is held out on every machine and under every Python version.
 """
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 HELDOUT_FRACTION = 0.04
+VALIDATION_FRACTION = 0.02
 EXCLUDED_DIRS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 TABLE_ENCODINGS = (
     *("aliases", "big5*", "cp*", "euc_*", "gb*", "hp_roman8", "iso*", "johab", "koi*", "kz1048"),
@@ -47,8 +49,12 @@ def path_hash(path: str, purpose: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{purpose}:{path}".encode()).digest()[:8])
 
 
-def is_heldout(path: str) -> bool:
-    return path_hash(path, "split") < HELDOUT_FRACTION * 2**64
+def side_of(path: str) -> str:
+    """ "train", "validation" or "heldout"."""
+    place = path_hash(path, "split") / 2**64
+    if place < HELDOUT_FRACTION:
+        return "heldout"
+    return "validation" if place < HELDOUT_FRACTION + VALIDATION_FRACTION else "train"
 
 
 def is_excluded(path: str) -> bool:
@@ -131,16 +137,17 @@ def module_documents() -> Iterator[tuple[str, str]]:
 def split(documents: Iterator[tuple[str, str]]) -> dict[str, list[dict[str, str]]]:
     """Assign sides, order by hash, drop empty and repeated texts.
 
-    Training comes first, so that a held-out text that also occurs in training is the one to go.
+    Training comes first, so that a text of another side that also occurs in training is the one to
+    go.
     """
     ordered = sorted(documents, key=lambda item: (path_hash(item[0], "order"), item[0]))
     seen: set[bytes] = set()
     sides: dict[str, list[dict[str, str]]] = {}
-    for side, heldout in (("train", False), ("heldout", True)):
+    for side in ("train", "validation", "heldout"):
         sides[side] = []
         for path, text in ordered:
             digest = hashlib.sha256(text.strip().encode(errors="replace")).digest()
-            if is_heldout(path) != heldout or not text.strip() or digest in seen:
+            if side_of(path) != side or not text.strip() or digest in seen:
                 continue
             seen.add(digest)
             sides[side].append({"text": text, "path": path})
@@ -157,7 +164,11 @@ def build(stdlib: Path, output_dir: Path) -> dict:
 
     sides = split(documents())
     output_dir.mkdir(parents=True, exist_ok=True)
-    meta = {"python": platform.python_version(), "heldout_fraction": HELDOUT_FRACTION}
+    meta = {
+        "python": platform.python_version(),
+        "heldout_fraction": HELDOUT_FRACTION,
+        "validation_fraction": VALIDATION_FRACTION,
+    }
     for side, rows in sides.items():
         with open(output_dir / f"{side}.jsonl", "w", encoding="utf-8", newline="\n") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in rows)

@@ -6,6 +6,7 @@ X any leading dimensions.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _CHUNK = 16
@@ -60,19 +61,51 @@ def linear_scan(decay_TX: Tensor, x_TXD: Tensor, initial_XD: Tensor | None = Non
     return out[:num_tokens]
 
 
-def _windowed(x_TBGD: Tensor, alpha_TBG: Tensor, omega_TBG: Tensor, merge_window: int):
-    """Plain differentiable windowed average of `x`; W vectorised steps."""
-    weight = omega_TBG
-    chain = torch.ones_like(alpha_TBG)
-    num = weight[..., None] * x_TBGD
-    den = weight
-    for back in range(1, min(merge_window, x_TBGD.shape[0])):
-        # chain_t = product of alpha over (t - back, t]; alpha[t - back + 1] enters now
-        chain = chain[1:] * alpha_TBG[1 : alpha_TBG.shape[0] - back + 1]
-        share = chain * omega_TBG[:-back]
-        num = torch.cat([num[:back], num[back:] + share[..., None] * x_TBGD[:-back]])
-        den = torch.cat([den[:back], den[back:] + share])
-    return num / den[..., None]
+def window_scan(decay_TX: Tensor, x_TXD: Tensor, merge_window: int) -> Tensor:
+    """`s_t` = sum of the latest `merge_window` x_j, each times the product of decay over (j, t].
+
+    A product with a banded matrix per chunk, so that forward and backward read x once instead of
+    once per token of the window. Differentiable.
+
+    Args:
+        decay_TX: factors in [0, 1].
+        x_TXD: same dtype.
+        merge_window: W, positive.
+
+    Returns:
+        s_TXD. Memory is O(T * (C + W)) beside the result.
+    """
+    num_tokens, *lead = decay_TX.shape
+    dim, back = x_TXD.shape[-1], merge_window - 1
+    chunk = max(2 * _CHUNK, back)
+    decay = decay_TX.reshape(num_tokens, -1)
+    columns = [torch.ones_like(decay)]
+    for age in range(1, min(merge_window, num_tokens)):
+        # column `age` is the product of decay over (t - age, t]; zero where t < age
+        factor = decay[1 : num_tokens - age + 1] * columns[-1][age:]
+        columns.append(F.pad(factor, (0, 0, age, 0)))
+    columns += [torch.zeros_like(decay)] * (merge_window - len(columns))
+    pad = -num_tokens % chunk
+    # (chunks, X, C, W), the oldest first
+    band = F.pad(torch.stack(columns[::-1], dim=-1), (0, 0, 0, 0, 0, pad))
+    band = band.reshape(-1, chunk, decay.shape[1], merge_window).transpose(1, 2)
+    # Row i moves i places to the right: W values and C zeros a row, read back one shorter.
+    shifted = F.pad(band, (0, chunk)).flatten(2)[..., : chunk * (chunk + back)]
+    weights = shifted.unflatten(2, (chunk, chunk + back))
+    x = F.pad(x_TXD.reshape(num_tokens, -1, dim), (0, 0, 0, 0, 0, pad))
+    x = x.reshape(-1, chunk, decay.shape[1], dim).transpose(1, 2)
+    if back:
+        before = torch.cat([torch.zeros_like(x[:1, :, -back:]), x[:-1, :, -back:]])
+        x = torch.cat([before, x], dim=2)
+    out = (weights @ x).transpose(1, 2).reshape(-1, *lead, dim)
+    return out[:num_tokens]
+
+
+def _windowed(x_TBGE: Tensor, alpha_TBG: Tensor, omega_TBG: Tensor, merge_window: int):
+    """Plain differentiable windowed average of `x`."""
+    weighted = torch.cat([x_TBGE * omega_TBG[..., None], omega_TBG[..., None]], dim=-1)
+    sums = window_scan(alpha_TBG, weighted, merge_window)
+    return sums[..., :-1] / sums[..., -1:]
 
 
 class _UnlimitedMerge(torch.autograd.Function):
@@ -203,13 +236,7 @@ def continue_merge(
         num_old = merge_window
         alpha = torch.cat([alpha.new_ones(num_old, alpha.shape[1]), alpha])
         weighted = torch.cat([segment_GUA.transpose(0, 1), weighted])
-        sums, chain = weighted, torch.ones_like(alpha)
-        for back in range(1, merge_window):
-            # chain_t = product of alpha over (t - back, t]
-            chain = chain[1:] * alpha[1 : alpha.shape[0] - back + 1]
-            share = chain[..., None] * weighted[:-back]
-            sums = torch.cat([sums[:back], sums[back:] + share])
-        sums = sums[num_old:]
+        sums = window_scan(alpha, weighted, merge_window)[num_old:]
         # a token is still part of the open segment if everything after it merged
         after = torch.cat([alpha[1:], torch.ones_like(alpha[:1])])[-merge_window:]
         alive = after.flip(0).cumprod(0).flip(0)
