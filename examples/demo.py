@@ -4,7 +4,7 @@
 
 What happens, each step a command that also works on its own:
 
- 1. a text corpus from the Python standard library's own sources, cut into train and held-out files;
+ 1. a text corpus from the Python standard library's own sources, cut into train, validation and held-out files;
  2. the pretrained model in examples/models converted to Megatron's format;
  3. zero-out, retrofit and finetune with pretrain_dmc.py through torchrun;
  4. both models measured on held-out text and through the paged engine;
@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "examples" / "models" / "stdlib-llama-4m"
 SEQ_LENGTH = 512
 BATCH = 4
+SPLITS = ("train", "validation", "heldout")
 
 
 @dataclass
@@ -56,6 +57,15 @@ class Plan:
 
 
 SHORT = Plan(zero_out=4, retrofit=8, finetune=4)
+
+
+def precision() -> list[str]:
+    """Megatron's flag for bfloat16 where the machine multiplies it natively, else none (float32)."""
+    import torch
+
+    cpu = torch.cpu.get_capabilities()
+    native = torch.cuda.is_available() or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    return ["--bf16"] if native else []
 
 
 def free_port() -> int:
@@ -97,7 +107,7 @@ def train(stage: str, steps: int, plan: Plan, work: Path, previous: Path, flags:
         "--seed", str(1234 + list(plan.stages).index(stage)),  # another order of the data
         "--train-iters", str(steps), *learning_rate(stage, steps, plan),
         "--pretrained-checkpoint", str(previous), "--load", str(folder), "--save", str(folder),
-        "--save-interval", str(max(50, steps // 2)), "--tensorboard-dir", str(folder / "tensorboard"),
+        "--save-interval", str(max(2, steps // 4)), "--tensorboard-dir", str(folder / "tensorboard"),
     ]  # fmt: skip
     log = work / f"{stage}.log"
     with open(log, "ab") as out, tqdm(total=steps, desc=f"{stage:9}", unit="step") as bar:
@@ -135,8 +145,8 @@ def learning_rate(stage: str, steps: int, plan: Plan) -> list[str]:
 
 
 def prepare_data(work: Path, tokenizer: Path) -> dict[str, Path]:
-    """Corpus and `.bin/.idx` files; returns the prefixes of the two splits."""
-    prefixes = {split: work / "data" / f"{split}_text_document" for split in ("train", "heldout")}
+    """Corpus and `.bin/.idx` files; returns the prefixes of the splits."""
+    prefixes = {split: work / "data" / f"{split}_text_document" for split in SPLITS}
     corpus = work / "corpus"
     if not (corpus / "meta.json").is_file():
         print("Building a corpus from the Python standard library", flush=True)
@@ -162,11 +172,11 @@ def megatron_flags(model: Path, data: dict[str, Path], work: Path, tokenizer: Pa
     from megatron_dmc.checkpoint.description import ModelDescription
 
     return [
-        *ModelDescription.from_hf_folder(model).megatron_flags(),
+        *ModelDescription.from_hf_folder(model).megatron_flags(), *precision(),
         "--seq-length", str(SEQ_LENGTH),
         "--micro-batch-size", str(BATCH), "--global-batch-size", str(BATCH),
         "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tokenizer),
-        "--train-data-path", str(data["train"]), "--valid-data-path", str(data["heldout"]),
+        "--train-data-path", str(data["train"]), "--valid-data-path", str(data["validation"]),
         "--test-data-path", str(data["heldout"]), "--data-cache-path", str(work / "cache"),
         "--eval-interval", "1000000", "--eval-iters", "4", "--log-interval", "1",
         "--adam-beta2", "0.95", "--weight-decay", "0.1", "--clip-grad", "1.0",
@@ -204,7 +214,9 @@ def main() -> None:
     output = args.output / "short" if args.short else args.output
     work = output / "run"
     work.mkdir(parents=True, exist_ok=True)
-    settings = json.dumps(vars(plan) | {"model": str(args.model)}, sort_keys=True)
+    settings = json.dumps(
+        vars(plan) | {"model": str(args.model), "precision": precision()}, sort_keys=True
+    )
     if not is_done(work / "plan.json", settings):
         for stage in plan.stages:  # checkpoints of another plan are of no use
             shutil.rmtree(work / stage, ignore_errors=True)

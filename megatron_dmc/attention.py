@@ -18,6 +18,7 @@ from megatron_dmc.decisions import DecisionRecorder, GateKey
 from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.ops import causal_attention, gates, merge, training_attention
 from megatron_dmc.schedule import zero_out_scale
+from megatron_dmc.sequence_layout import SequenceLayout
 
 
 class PagedAttentionContext(Protocol):
@@ -115,10 +116,11 @@ class DMCSelfAttention(SelfAttention):
         """Arguments and result as Megatron's `Attention.forward`.
 
         Raises:
-            UnsupportedConfig: for packed sequences, a bias or a dense mask.
+            UnsupportedConfig: for a bias or a dense mask, and for packed sequences (thd) under
+                context parallelism.
         """
-        if packed_seq_params is not None or attention_bias is not None:
-            raise UnsupportedConfig("DMC attention takes neither packed sequences nor a bias yet")
+        if attention_bias is not None:
+            raise UnsupportedConfig("DMC attention takes no attention bias: the kernel has none")
         context = inference_context if inference_context is not None else inference_params
         q_TBND, k_TBGD, v_TBGD = self.get_query_key_value_tensors(hidden_states)
         if isinstance(rotary_pos_emb, tuple):
@@ -134,10 +136,13 @@ class DMCSelfAttention(SelfAttention):
                 softmax_scale=self.softmax_scale,
             ).unsqueeze(1)
         else:
-            key = self._gate_key(attention_mask)
+            key, starts = self._gate_key(attention_mask)
+            if packed_seq_params is not None:
+                starts, rotary_pos_emb = self._packed(packed_seq_params, k_TBGD, rotary_pos_emb)
+            layout = SequenceLayout(self.pg_collection.cp, starts)
 
             def attend(q, k, v, rotary=rotary_pos_emb):
-                return self._attend(q, k, v, rotary, key)
+                return self._attend(q, k, v, rotary, key, layout)
 
             if self.checkpoint_core_attention and self.training:
                 out = tensor_parallel.checkpoint(attend, False, q_TBND, k_TBGD, v_TBGD)
@@ -145,20 +150,45 @@ class DMCSelfAttention(SelfAttention):
                 out = attend(q_TBND, k_TBGD, v_TBGD)
         return self.linear_proj(out.flatten(2))
 
-    def _gate_key(self, attention_mask: Tensor | None) -> GateKey | None:
+    @staticmethod
+    def _gate_key(
+        attention_mask: Tensor | None,
+    ) -> tuple[GateKey | None, list[list[int]] | None]:
         if attention_mask is None:
-            return None
-        if attention_mask.dtype != torch.int64 or attention_mask.shape != (5,):
+            return None, None
+        try:
+            return GateKey.from_tensor(attention_mask)
+        except ValueError as error:
             raise UnsupportedConfig(
-                f"DMC attention got an attention mask of shape {tuple(attention_mask.shape)}: it is "
-                "causal and builds no mask; pass None, or a GateKey in training"
-            )
-        return GateKey.from_tensor(attention_mask)
+                "DMC attention is causal and builds no mask; pass attention_mask=None, or a GateKey "
+                f"in training ({error})"
+            ) from error
 
-    def _attend(self, q, k, v, rotary, key: GateKey | None) -> Tensor:
+    def _packed(
+        self, params, k_TBGD: Tensor, rotary: Tensor | None
+    ) -> tuple[list[list[int]], Tensor | None]:
+        """Documents of Megatron's packed format (thd: one row of tokens), and their RoPE angles."""
+        if self.pg_collection.cp.size() > 1 or k_TBGD.shape[1] != 1:
+            raise UnsupportedConfig(
+                f"packed sequences with context parallel size {self.pg_collection.cp.size()} and "
+                f"{k_TBGD.shape[1]} rows; DMC takes one row and no context parallelism (packed "
+                "documents with it: --reset-attention-mask)"
+            )
+        num_tokens = k_TBGD.shape[0]
+        starts = [s for s in params.cu_seqlens_q.tolist()[1:-1] if s < num_tokens]
+        if rotary is not None:  # Megatron gives the angles of the longest document
+            ends = [*starts, num_tokens]
+            positions = [
+                i for first, end in zip([0, *starts], ends, strict=True) for i in range(end - first)
+            ]
+            rotary = rotary[torch.tensor(positions, device=rotary.device)]
+        return [starts], rotary
+
+    def _attend(self, q, k, v, rotary, key: GateKey | None, layout: SequenceLayout) -> Tensor:
+        """q, k, v and the rotary angles are those of this context-parallel rank's tokens."""
         stage = Stage(self.config.dmc.stage)
         if stage.compresses:
-            return self._attend_compressed(q, k, v, rotary, key)
+            return self._attend_compressed(q, k, v, rotary, key, layout)
         if stage is Stage.ZERO_OUT:
             factor = self._zero_out_scale(key)
             self._faded = factor == 0.0 and self.training
@@ -169,32 +199,57 @@ class DMCSelfAttention(SelfAttention):
             k = _scale_channel(k, gates.DECISION_CHANNEL, factor)
         else:
             q, k = self._rotate(q, rotary), self._rotate(k, rotary)
-        return causal_attention(q, k, v, softmax_scale=self.softmax_scale)
+        k, v = layout.gather(k), layout.gather(v)
+        return layout.attend(causal_attention, q, k, v, softmax_scale=self.softmax_scale)
 
-    def _attend_compressed(self, q, k, v, rotary, key: GateKey | None) -> Tensor:
+    def _attend_compressed(
+        self, q, k, v, rotary, key: GateKey | None, layout: SequenceLayout
+    ) -> Tensor:
         dmc = self.config.dmc
+        omega_TBG = layout.gather(gates.importance(q, k.shape[2], alpha_offset=dmc.alpha_offset))
+        q = _scale_channel(q, gates.IMPORTANCE_CHANNEL, 0.0)
+        q = self._rotate(q, rotary)
+        # Segments cross the ranks' boundaries: the merge runs over the whole sequence.
+        k, v = layout.gather(k), layout.gather(v)
+        rotary = None if rotary is None else layout.gather(rotary)
         logit_TBG = gates.decision_logit(k, alpha_offset=dmc.alpha_offset)
-        omega_TBG = gates.importance(q, k.shape[2], alpha_offset=dmc.alpha_offset)
+        if dmc.shared_decisions:
+            assert self.config.num_query_groups is not None
+            logit_TBG = gates.share_decisions(
+                logit_TBG, self.config.num_query_groups, self._sum_over_ranks
+            )
+        starts_TB = layout.starts_TB(k.shape[0])
         if self.training:
             noise = None if key is None else self._noise(logit_TBG, key)
             alpha, log_keep, alpha_hat = gates.soft_gate(
-                logit_TBG, noise, temperature=dmc.temperature
+                logit_TBG, noise, temperature=dmc.temperature, starts_TB=starts_TB
             )
         else:
-            alpha, log_keep, alpha_hat = gates.hard_gate(logit_TBG)
+            alpha, log_keep, alpha_hat = gates.hard_gate(logit_TBG, starts_TB=starts_TB)
         k = _scale_channel(k, gates.DECISION_CHANNEL, 0.0)
         k, v = merge(k, v, alpha, omega_TBG, merge_window=dmc.merge_window)
-        q = _scale_channel(q, gates.IMPORTANCE_CHANNEL, 0.0)
-        q, k = self._rotate(q, rotary), self._rotate(k, rotary)
         # what RoPE mixed into the borrowed channel is ignored there
-        out = training_attention(q, k, v, log_keep, softmax_scale=self.softmax_scale)
+        k = self._rotate(k, rotary)
+        out = layout.attend(training_attention, q, k, v, log_keep, softmax_scale=self.softmax_scale)
         if self.recorder is not None and key is not None:
-            out = self.recorder.report(out, alpha_hat, key, self.layer_index)
+            out = self.recorder.report(out, layout.own(alpha_hat), key, self.layer_index)
         return out
+
+    def _sum_over_ranks(self, x: Tensor) -> Tensor:
+        group = self.pg_collection.tp
+        if group.size() == 1:
+            return x
+        # the sum goes to every rank's heads, so their gradients are summed too
+        total = tensor_parallel.reduce_from_tensor_model_parallel_region(x, group=group)
+        return tensor_parallel.copy_to_tensor_model_parallel_region(total, group=group)
 
     def _noise(self, logit_TBG: Tensor, key: GateKey) -> Tensor:
         num_tokens, batch, num_heads = logit_TBG.shape
-        first = self.pg_collection.tp.rank() * num_heads
+        if self.config.dmc.shared_decisions:
+            heads = slice(0, 1)
+        else:
+            first = self.pg_collection.tp.rank() * num_heads
+            heads = slice(first, first + num_heads)
         assert self.config.num_query_groups is not None
         return gates.logistic_noise(
             num_tokens,
@@ -203,7 +258,7 @@ class DMCSelfAttention(SelfAttention):
             step=key.step,
             samples=range(key.first_sample, key.first_sample + batch),
             layer=self.layer_index,
-            heads=slice(first, first + num_heads),
+            heads=heads,
             device=logit_TBG.device,
         )
 

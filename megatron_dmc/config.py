@@ -50,6 +50,10 @@ class DMCConfig:
     temperature: float = 0.1
     """Temperature of the relaxed decisions in training."""
 
+    shared_decisions: bool = False
+    """The KV heads of a layer decide together, by the mean of their logits, so that their cache
+    lengths agree (DMC-C of the paper). Each head keeps its own importances."""
+
     merge_window: int = 0
     """Only the latest tokens of a segment, this many, contribute to its entry. 0: all of them."""
 
@@ -131,12 +135,6 @@ class DMCTransformerConfig(TransformerConfig):
             (self.attention_dropout != 0,
              f"attention dropout {self.attention_dropout} cannot reach the stock flash kernel's "
              "merged softmax; use --attention-dropout 0"),
-            (self.context_parallel_size > 1,
-             f"context_parallel_size={self.context_parallel_size}: a segment may not yet cross "
-             "the boundary between context-parallel ranks"),
-            (self.virtual_pipeline_model_parallel_size is not None,
-             "interleaved pipeline stages (virtual_pipeline_model_parallel_size="
-             f"{self.virtual_pipeline_model_parallel_size}) do not yet give the exact loss"),
             (self.rotary_interleaved,
              "--rotary-interleaved pairs the borrowed channel differently; convert the weights to "
              "the half-split layout"),

@@ -18,7 +18,8 @@ collected sums can travel to the next pipeline stage like any activation.
 Dimension letters: T tokens, B batch, G key/value heads on this rank, L layers of the whole model.
 """
 
-from dataclasses import astuple, dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ class GateKey:
     """Names one microbatch; all that the gates' noise may depend on beside layer, head, position.
 
     It travels to the layers as a small CPU tensor in place of the attention mask (DMC's attention
-    is causal and needs none), so that a recomputed forward sees its own microbatch's key.
+    is causal and needs none), so that a recomputed forward sees its own microbatch's key; behind it
+    stands where the documents of packed sequences start.
     """
 
     seed: int
@@ -43,14 +45,38 @@ class GateKey:
     chunk: int = 0
     """Model chunk of this rank (virtual pipeline stage); the noise does not depend on it."""
 
-    def to_tensor(self) -> Tensor:
-        """int64 (5,) on the CPU."""
-        return torch.tensor(astuple(self), dtype=torch.int64, device="cpu")
+    def to_tensor(self, starts: Sequence[Sequence[int]] | None = None) -> Tensor:
+        """int64 on the CPU: the key, and for packed sequences where their documents start.
+
+        Args:
+            starts: for each sequence of the microbatch the first tokens of its documents but the
+                first; None: no sequence is packed.
+        """
+        values = list(astuple(self))
+        for row in starts or ():
+            values += [len(row), *row]
+        return torch.tensor(values, dtype=torch.int64, device="cpu")
 
     @classmethod
-    def from_tensor(cls, tensor: Tensor) -> "GateKey":
-        """Inverse of `to_tensor`."""
-        return cls(*(int(x) for x in tensor.tolist()))
+    def from_tensor(cls, tensor: Tensor) -> tuple["GateKey", list[list[int]] | None]:
+        """Inverse of `to_tensor`: the key, and the documents' starts or None.
+
+        Raises:
+            ValueError: if it is no such tensor.
+        """
+        size = len(fields(cls))
+        if tensor.dtype != torch.int64 or tensor.dim() != 1 or tensor.numel() < size:
+            raise ValueError(
+                f"not a GateKey: {tensor.dtype} of shape {tuple(tensor.shape)}, expected torch.int64 "
+                f"of at least {size} values"
+            )
+        values = tensor.tolist()
+        key, rest = cls(*values[:size]), values[size:]
+        starts = []
+        while rest:
+            starts.append(rest[1 : 1 + rest[0]])
+            rest = rest[1 + rest[0] :]
+        return key, starts or None
 
 
 class DecisionRecorder:
@@ -89,15 +115,21 @@ class DecisionRecorder:
         hidden: Tensor,
         incoming_LB: Tensor,
         key: GateKey,
-        group: torch.distributed.ProcessGroup | None = None,
+        tensor_group: torch.distributed.ProcessGroup | None = None,
+        context_group: torch.distributed.ProcessGroup | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Close a chunk's record: add its layers' counts to those of earlier pipeline stages.
+
+        Every context-parallel rank has the loss of the whole sequence but the gates of its own
+        tokens, and Megatron averages the ranks' gradients as if each had a sequence of its own; so
+        the gates' gradients are multiplied by the number of these ranks.
 
         Args:
             hidden: the chunk's last hidden state.
             incoming_LB: float32 counts of earlier stages (zeros on the first); may need a gradient.
             key: the microbatch.
-            group: tensor-parallel group, over which the heads' counts are summed.
+            tensor_group: over which the heads' counts are summed.
+            context_group: over which the tokens' counts are summed.
 
         Returns:
             hidden, unchanged in value, and counts_LB, float32, summed over heads and tokens.
@@ -106,11 +138,13 @@ class DecisionRecorder:
         own_LB = torch.zeros_like(incoming_LB)
         for layer, count_B in counts.items():
             own_LB[layer] = count_B
-        if group is not None and group.size() > 1:
-            torch.distributed.all_reduce(own_LB, group=group)
+        for group in (tensor_group, context_group):
+            if group is not None and group.size() > 1:
+                torch.distributed.all_reduce(own_LB, group=group)
         if torch.is_grad_enabled() and counts:
             self._awaiting[key] = len(counts)
-        return _Collect.apply(hidden, incoming_LB, own_LB, self, key)
+        copies = 1 if context_group is None else context_group.size()
+        return _Collect.apply(hidden, incoming_LB, own_LB, self, key, copies)
 
     def in_flight(self) -> int:
         """Microbatches whose record or gradient is still held; 0 between steps."""
@@ -144,15 +178,15 @@ class _Report(torch.autograd.Function):
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, incoming_LB, own_LB, recorder, key):
-        ctx.recorder, ctx.key = recorder, key
+    def forward(ctx, hidden, incoming_LB, own_LB, recorder, key, copies):
+        ctx.recorder, ctx.key, ctx.copies = recorder, key, copies
         return hidden.view_as(hidden), incoming_LB + own_LB
 
     @staticmethod
     def backward(ctx, grad_hidden, grad_LB):
         if ctx.key in ctx.recorder._awaiting:
-            ctx.recorder._gradients[ctx.key] = grad_LB
-        return grad_hidden, grad_LB, None, None, None
+            ctx.recorder._gradients[ctx.key] = grad_LB * ctx.copies
+        return grad_hidden, grad_LB, None, None, None, None
 
 
 # --- the counts on the wire between pipeline stages ---------------------------------------------

@@ -9,13 +9,18 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 
 from megatron_dmc.attention import DMCSelfAttention, NoCoreAttention
 from megatron_dmc.config import DMCTransformerConfig
 from megatron_dmc.decisions import DecisionRecorder
 from megatron_dmc.errors import UnsupportedConfig
+from megatron_dmc.norm import torch_norm
 
 
 def with_dmc_attention(spec: Any, recorder: DecisionRecorder | None = None) -> Any:
@@ -50,6 +55,23 @@ def with_dmc_attention(spec: Any, recorder: DecisionRecorder | None = None) -> A
     return spec
 
 
+def _with_torch_norm(spec: Any, config: DMCTransformerConfig, vp_stage: int | None) -> Any:
+    """Block submodules whose norms work under sequence parallelism without Transformer Engine."""
+    if isinstance(spec, TransformerBlockSubmodules):
+        layers = spec.layer_specs or []
+    else:
+        layers = [spec] * get_num_layers_to_build(config, vp_stage)
+    copies = []
+    for layer in layers:
+        layer = copy.copy(layer)
+        layer.submodules = copy.copy(layer.submodules)
+        for name in ("input_layernorm", "pre_mlp_layernorm"):
+            if getattr(layer.submodules, name) is not IdentityOp:
+                setattr(layer.submodules, name, torch_norm)
+        copies.append(layer)
+    return TransformerBlockSubmodules(layer_specs=copies, layer_norm=torch_norm)
+
+
 def dmc_layer_spec(
     config: DMCTransformerConfig,
     *,
@@ -63,7 +85,7 @@ def dmc_layer_spec(
         config: decides dense or mixture-of-experts, norms, QK-norm, implementation.
         recorder: see `with_dmc_attention`.
         use_transformer_engine: default: as `config.transformer_impl` says.
-        vp_stage: virtual pipeline stage, needed for mixtures of experts only.
+        vp_stage: virtual pipeline stage, where the pipeline is interleaved.
 
     Returns:
         what `GPTModel(transformer_layer_spec=...)` takes.
@@ -88,4 +110,6 @@ def dmc_layer_spec(
             qk_l2_norm=config.qk_l2_norm,
             normalization=config.normalization,
         )
+    if config.sequence_parallel and not use_transformer_engine:
+        spec = _with_torch_norm(spec, config, vp_stage)
     return with_dmc_attention(spec, recorder)

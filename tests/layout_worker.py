@@ -9,6 +9,11 @@ from argparse import Namespace
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -19,22 +24,34 @@ from megatron_dmc.config import DMCConfig, DMCTransformerConfig
 from megatron_dmc.decisions import DecisionRecorder
 from megatron_dmc.training import cpu_adapter
 from megatron_dmc.training.model import CarryingCommunicator, build_model
-from megatron_dmc.training.step import ForwardStep
+from megatron_dmc.training.step import CompressionLoss, ForwardStep
 
-LENGTH, MICRO_BATCH, MICRO_BATCHES, VOCAB = 24, 2, 4, 128
+LENGTH, MICRO_BATCH, BATCH, VOCAB = 24, 2, 8, 128
 
 
-def full_gradients(model) -> dict[str, torch.Tensor]:
+def gather_shards(ddp: DistributedDataParallel) -> None:
+    """The distributed optimizer leaves every rank its share of the reduced gradients: join them."""
+    for buffer in ddp.buffers + ddp.expert_parallel_buffers:
+        group = buffer.data_parallel_group
+        for bucket in buffer.buckets:
+            shards = list(bucket.grad_data.view(group.size(), -1))
+            own = shards[group.rank()].clone()
+            torch.distributed.all_gather(shards, own, group=group)
+
+
+def full_gradients(ddp: DistributedDataParallel, *, tied: bool) -> dict[str, torch.Tensor]:
     """Gradients by global layer number, with tensor-parallel shards joined."""
     group = parallel_state.get_tensor_model_parallel_group()
+    model = ddp.module
     gradients = {}
     for name, parameter in model.named_parameters():
         if ".layers." in name:
             local = int(name.split(".layers.")[1].split(".")[0])
             number = model.decoder.layers[local].layer_number - 1
             name = name.replace(f".layers.{local}.", f".layers.{number}.")
-        gradient = parameter.grad
-        assert gradient is not None, name
+        if tied and name == "output_layer.weight":
+            name = "embedding.word_embeddings.weight"
+        gradient = parameter.main_grad
         if group.size() > 1 and getattr(parameter, "tensor_model_parallel", False):
             shards = [torch.empty_like(gradient) for _ in range(group.size())]
             torch.distributed.all_gather(shards, gradient.contiguous(), group=group)
@@ -42,86 +59,157 @@ def full_gradients(model) -> dict[str, torch.Tensor]:
                 halves = [s.chunk(2) for s in shards]
                 shards = [h[0] for h in halves] + [h[1] for h in halves]
             gradient = torch.cat(shards, dim=parameter.partition_dim)
-        gradients[name] = gradient
+        gradients[name] = gradient.clone()
     return gradients
 
 
-def main():
+def parse() -> Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--pp", type=int, default=1)
+    for name in ("tp", "pp", "cp"):
+        parser.add_argument(f"--{name}", type=int, default=1)
+    parser.add_argument("--vp", type=int, help="virtual stages per pipeline rank")
+    parser.add_argument("--sp", action="store_true", help="sequence parallel")
+    parser.add_argument("--distributed-optimizer", action="store_true")
+    parser.add_argument("--overlap-grad-reduce", action="store_true")
+    parser.add_argument("--per-token-loss", action="store_true")
     parser.add_argument("--recompute", choices=["full", "selective"])
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--merge-window", type=int, default=0)
+    parser.add_argument("--shared-decisions", action="store_true", help="DMC-C")
+    parser.add_argument("--stage", default="finetune")
+    parser.add_argument("--tied", action="store_true")
+    parser.add_argument("--qk-norm", action="store_true")
+    parser.add_argument("--moe", action="store_true")
+    parser.add_argument("--rotary-percent", type=float, default=1.0)
+    parser.add_argument("--rope-scaling", action="store_true")
+    parser.add_argument("--packed", action="store_true", help="several documents in a sequence")
     parser.add_argument("--weights", required=True)
     parser.add_argument("--make-weights", action="store_true")
     parser.add_argument("--out", required=True)
-    options = parser.parse_args()
+    return parser.parse_args()
 
-    cpu_adapter.install()
-    torch.distributed.init_process_group("gloo")
-    parallel_state.initialize_model_parallel(options.tp, options.pp)
-    model_parallel_cuda_manual_seed(7)
-    torch.manual_seed(7)
-    config = DMCTransformerConfig(
+
+def config_of(options: Namespace) -> DMCTransformerConfig:
+    moe = (
+        {"num_moe_experts": 4, "moe_router_topk": 2, "moe_router_load_balancing_type": "none",
+         "moe_ffn_hidden_size": 64, "moe_token_dispatcher_type": "alltoall"}
+        if options.moe else {}
+    )  # fmt: skip
+    return DMCTransformerConfig(
         num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4,
         num_query_groups=options.kv_heads, kv_channels=8, normalization="RMSNorm",
         gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False,
         hidden_dropout=0.0, attention_dropout=0.0, use_cpu_initialization=True,
         params_dtype=torch.float64, pipeline_dtype=torch.float64, transformer_impl="local",
         tensor_model_parallel_size=options.tp, pipeline_model_parallel_size=options.pp,
+        virtual_pipeline_model_parallel_size=options.vp, sequence_parallel=options.sp,
+        context_parallel_size=options.cp, qk_layernorm=options.qk_norm,
+        calculate_per_token_loss=options.per_token_loss,
         deallocate_pipeline_outputs=True,
+        # As Megatron's arguments do: between two ranks that are each other's next and previous one,
+        # a batch of sends and receives is matched wrongly.
+        overlap_p2p_comm=options.vp is not None, batch_p2p_comm=options.vp is None,
         gradient_accumulation_fusion=False, bias_activation_fusion=False, persist_layer_norm=False,
         recompute_granularity=options.recompute,
         recompute_method="uniform" if options.recompute == "full" else None,
         recompute_num_layers=1 if options.recompute == "full" else None,
         init_method_std=0.3,
-        dmc=DMCConfig(stage="finetune", target_cr=4.0, alpha_offset=0.5, temperature=0.5,
-                      merge_window=options.merge_window),
+        dmc=DMCConfig(stage=options.stage, target_cr=4.0, alpha_offset=0.5, temperature=0.5,
+                      merge_window=options.merge_window, zero_out_steps=20,
+                      shared_decisions=options.shared_decisions),
+        **moe,
     )  # fmt: skip
+
+
+def build_chunks(options: Namespace, config, args, recorder, groups) -> list:
+    """This rank's model chunks, with the weights, in Megatron's data-parallel wrapper."""
+    chunks = []
+    for i in range(options.vp or 1):
+        first = groups.pp.rank() == 0 and i == 0
+        last = groups.pp.rank() == options.pp - 1 and i == (options.vp or 1) - 1
+        model = build_model(
+            args, config, recorder, pre_process=first, post_process=last,
+            vp_stage=None if options.vp is None else i, pg_collection=groups,
+        )  # fmt: skip
+        chunks.append(model.double().train())
+
+    def state() -> dict:  # a checkpoint is read as a whole, by all chunks together
+        return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
+
+    if options.make_weights:
+        dist_checkpointing.save(state(), options.weights)
+    loaded = dist_checkpointing.load(state(), options.weights)
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[f"model{i}"], strict=False)
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=options.distributed_optimizer,
+        overlap_grad_reduce=options.overlap_grad_reduce,
+    )
+    return [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
+    ]
+
+
+def main():
+    options = parse()
+    cpu_adapter.install()
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(
+        options.tp, options.pp, options.vp, context_parallel_size=options.cp
+    )
+    model_parallel_cuda_manual_seed(7)
+    torch.manual_seed(7)
+    config = config_of(options)
     args = Namespace(
         curr_iteration=3, micro_batch_size=MICRO_BATCH, seq_length=LENGTH, seed=11,
         tensorboard_log_interval=1000, padded_vocab_size=VOCAB, max_position_embeddings=LENGTH,
-        fp16_lm_cross_entropy=False, untie_embeddings_and_output_weights=True,
-        position_embedding_type="rope", rotary_percent=1.0, rotary_base=10000,
-        use_rope_scaling=False, rope_scaling_factor=8.0, rotary_seq_len_interpolation_factor=None,
+        fp16_lm_cross_entropy=False, untie_embeddings_and_output_weights=not options.tied,
+        position_embedding_type="rope", rotary_percent=options.rotary_percent, rotary_base=10000,
+        use_rope_scaling=options.rope_scaling, rope_scaling_factor=8.0,
+        rotary_seq_len_interpolation_factor=None, reset_position_ids=options.packed,
+        reset_attention_mask=options.packed,
     )  # fmt: skip
     set_args(args)
-    init_num_microbatches_calculator(0, None, MICRO_BATCH * MICRO_BATCHES, MICRO_BATCH, 1)
+    dp_rank = parallel_state.get_data_parallel_rank()
+    dp = parallel_state.get_data_parallel_world_size()
+    micro_batches = BATCH // (MICRO_BATCH * dp)
+    init_num_microbatches_calculator(0, None, BATCH, MICRO_BATCH, dp)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     recorder = DecisionRecorder(config.num_layers)
-    model = build_model(
-        args,
-        config,
-        recorder,
-        pre_process=groups.pp.rank() == 0,
-        post_process=groups.pp.rank() == options.pp - 1,
-        pg_collection=groups,
-    )
-    model.double().train()
-    if options.make_weights:
-        dist_checkpointing.save(model.sharded_state_dict(), options.weights)
-    loaded = dist_checkpointing.load(model.sharded_state_dict(), options.weights)
-    model.load_state_dict(loaded, strict=False)
+    chunks = build_chunks(options, config, args, recorder, groups)
+    config.finalize_model_grads_func = finalize_model_grads
+    if options.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = no_sync if options.vp else no_sync[0]
 
     generator = torch.Generator().manual_seed(5)
-    samples = torch.randint(0, VOCAB, (MICRO_BATCHES, MICRO_BATCH, LENGTH + 1), generator=generator)
+    samples = torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=generator)
+
+    # documents of 1 to 17 tokens, other ones in every sequence
+    starts = torch.rand(BATCH, LENGTH, generator=generator) < (0.2 if options.packed else 0.0)
+    starts[:, 0] = True
+    tokens = torch.arange(LENGTH).expand(BATCH, -1)
+    positions = tokens - (tokens * starts).cummax(1).values
 
     def batches():
-        for batch in samples:
+        for i in range(micro_batches):
+            first = (i * dp + dp_rank) * MICRO_BATCH
+            batch = samples[first : first + MICRO_BATCH]
             yield {
                 "tokens": batch[:, :-1],
                 "labels": batch[:, 1:],
                 "loss_mask": torch.ones(MICRO_BATCH, LENGTH),
-                "position_ids": torch.arange(LENGTH).expand(MICRO_BATCH, -1),
+                "position_ids": positions[first : first + MICRO_BATCH],
             }
 
     communicator = CarryingCommunicator(groups.pp, config) if options.pp > 1 else None
-    reports = get_forward_backward_func(pp_size=options.pp, vp_size=None)(
-        forward_step_func=ForwardStep(config.dmc, recorder),
-        data_iterator=batches(),
-        model=model,
-        num_microbatches=MICRO_BATCHES,
+    data = [batches() for _ in chunks]
+    reports = get_forward_backward_func(pp_size=options.pp, vp_size=options.vp)(
+        forward_step_func=ForwardStep(CompressionLoss(config.dmc, recorder)),
+        data_iterator=data if options.vp else data[0],
+        model=chunks if options.vp else chunks[0],
+        num_microbatches=micro_batches,
         seq_length=LENGTH,
         micro_batch_size=MICRO_BATCH,
         forward_only=False,
@@ -129,14 +217,21 @@ def main():
         pg_collection=groups if communicator is not None else None,
     )
     assert recorder.in_flight() == 0
+    totals = {}
+    for key in reports[0] if reports else ():  # the last stage's ranks have them
+        totals[key] = torch.stack([report[key].double() for report in reports]).sum(0)
+        torch.distributed.all_reduce(totals[key], group=groups.dp_cp)
+    gradients = {}
+    for chunk in chunks:
+        if options.distributed_optimizer:
+            gather_shards(chunk)
+        gradients.update(full_gradients(chunk, tied=options.tied))
     gathered: list = [None] * torch.distributed.get_world_size()
-    mine = {"reports": reports, "gradients": full_gradients(model)}
-    torch.distributed.all_gather_object(gathered, mine)
+    torch.distributed.all_gather_object(gathered, {"totals": totals, "gradients": gradients})
     if torch.distributed.get_rank() == 0:
-        gradients = {}
-        for part in gathered:
-            gradients.update(part["gradients"])
-        torch.save({"reports": gathered[-1]["reports"], "gradients": gradients}, options.out)
+        joined = {name: g for part in gathered for name, g in part["gradients"].items()}
+        reports = {k: (n / d).item() for k, (n, d) in gathered[-1]["totals"].items()}
+        torch.save({"reports": reports, "gradients": joined}, options.out)
     torch.distributed.barrier()
 
 

@@ -24,6 +24,8 @@ LEVELS = {
     "ops": 1,
     "decisions": 2,
     "cache": 2,
+    "sequence_layout": 3,
+    "norm": 3,
     "attention": 3,
     "checkpoint": 3,
     "specs": 4,
@@ -42,6 +44,7 @@ LEVELS = {
 SAME_LEVEL = {
     ("config", "errors"),
     ("schedule", "errors"),
+    ("attention", "sequence_layout"),
     ("models", "specs"),
     ("report", "evaluation"),
     ("cli", "evaluation"),

@@ -56,6 +56,20 @@ def test_any_chunking_equals_the_full_forward(window, kv_heads, chunks):
     assert engine_difference(loaded, tokens, chunks) < 1e-10
 
 
+def test_heads_that_decide_together():
+    """DMC-C: the heads of a layer have the same lengths, in the engine as in the full forward."""
+    dmc = DMCConfig(stage="finetune", target_cr=2.0, alpha_offset=0.1, shared_decisions=True)
+    loaded = random_model(4, dmc=dmc)
+    tokens = torch.randint(0, VOCAB, (48,), generator=torch.Generator().manual_seed(1))
+    assert engine_difference(loaded, tokens.tolist(), [7, 1, 20]) < 1e-10
+    trace = DecisionTrace(loaded.model)
+    traced_forward(loaded, tokens[None], trace)
+    for merges_TBG in trace.is_merge_LTBG:
+        assert (merges_TBG == merges_TBG[..., :1]).all()
+    merges = torch.stack(trace.is_merge_LTBG)
+    assert 0 < merges.float().mean() < 1
+
+
 def test_float32_stays_within_the_stated_bound():
     loaded = random_model(dmc=retrofitted(), dtype=torch.float32)
     tokens = torch.randint(0, VOCAB, (64,), generator=torch.Generator().manual_seed(1)).tolist()

@@ -1,5 +1,7 @@
 """Merge and training attention against the reference, forward and every gradient."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -85,6 +87,35 @@ def test_training_attention_equals_dense_with_gradients(heads, num_tokens, hard)
             row[4] = torch.where(keep, row[4], 0.0)
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize(("heads", "cuts"), [((4, 2), (0, 7, 8, 20)), ((2, 2), (0, 1, 20))])
+def test_queries_of_the_last_tokens_only(heads, cuts, plain):
+    """A sequence whose queries are split (as context parallelism does) against the whole."""
+    num_heads, num_kv_heads = heads
+    inputs = [
+        randn(20, 2, num_heads, 8, seed=1),
+        randn(20, 2, num_kv_heads, 8, seed=2),
+        randn(20, 2, num_kv_heads, 8, seed=3),
+        -randn(20, 2, num_kv_heads, seed=4).abs(),
+    ]
+    weight = randn(20, 2, num_heads, 8, seed=5)
+
+    def attend(q, k, v, log_keep):
+        return ops.causal_attention(q, k, v) if plain else ops.training_attention(q, k, v, log_keep)
+
+    def gradients(parts):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        q, *keys = leaves
+        out = torch.cat([attend(q[a:b], *(x[:b] for x in keys)) for a, b in parts])
+        used = leaves[:3] if plain else leaves
+        return [out, *torch.autograd.grad((out * weight).sum(), used)]
+
+    whole = gradients([(0, 20)])
+    split = gradients(list(itertools.pairwise(cuts)))
+    for ours, expected in zip(split, whole, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_training_attention_gradcheck():

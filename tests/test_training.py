@@ -30,9 +30,11 @@ MODEL = [
 ]
 
 
-def pretrain(*flags: str, processes: int = 1, model=MODEL) -> subprocess.CompletedProcess:
+def pretrain(
+    *flags: str, processes: int = 1, model=MODEL, program=("pretrain_dmc.py",)
+) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc-per-node={processes}", "pretrain_dmc.py", *model, *flags]  # fmt: skip
+               f"--nproc-per-node={processes}", *program, *model, *flags]  # fmt: skip
     if processes == 0:  # straight, for what fails before any process group
         command = [sys.executable, "pretrain_dmc.py", *model, *flags]
     environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_DEVICE_MAX_CONNECTIONS="1",
@@ -133,17 +135,7 @@ def test_config_names_flag_and_value(values, message):
         ({"window_size": (128, 0)}, "sliding-window"),
         ({"attention_dropout": 0.1}, "dropout"),
         ({"rotary_interleaved": True}, "rotary-interleaved"),
-        ({"context_parallel_size": 2}, "context_parallel_size=2"),
         ({"tensor_model_parallel_size": 4}, "2 KV heads"),
-        (
-            {
-                "virtual_pipeline_model_parallel_size": 2,
-                "pipeline_model_parallel_size": 2,
-                "num_layers": 4,
-                "pipeline_dtype": torch.float32,
-            },
-            "interleaved",
-        ),
     ],
 )
 def test_what_cannot_be_combined_is_refused(values, message):
@@ -188,3 +180,31 @@ def test_counts_cross_the_pipeline_exactly():
         assert counts.grad is not None
         exact = dtype != torch.float16  # its smallest numbers end at 6e-8
         assert (counts.grad - weight).abs().max() <= (1e-9 if exact else 6e-8)
+
+
+@pytest.mark.dist
+def test_a_users_own_script(tmp_path):
+    """examples/pretrain_gpt.py, exactly, gives pretrain_dmc.py's losses; on a CPU through a launcher
+    that stands in for the CUDA device and does nothing else."""
+    script = ROOT / "examples" / "pretrain_gpt.py"
+    added = [line for line in script.read_text().splitlines() if "# DMC" in line]
+    assert len(added) <= 14, "about ten lines"
+    launcher = tmp_path / "launch.py"
+    launcher.write_text(
+        "import runpy, sys\n"
+        "from megatron_dmc.training import cpu_adapter\n"
+        "cpu_adapter.install()\n"
+        "sys.argv = [sys.argv[1], *cpu_adapter.FLAGS, *sys.argv[2:]]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    flags = ["--dmc-stage", "retrofit", "--dmc-target-cr", "3", "--dmc-ramp-steps", "2",
+             "--train-iters", "3", "--pipeline-model-parallel-size", "2"]  # fmt: skip
+    runs = [
+        pretrain(*flags, processes=2),
+        pretrain(*flags, processes=2, program=[str(launcher), str(script)]),
+    ]
+    for run in runs:
+        assert run.returncode == 0, run.stderr[-3000:]
+    for name in ("lm loss", "compression loss", "measured cr"):
+        finished, own = (logged(run.stdout, name) for run in runs)
+        assert own == finished and len(own) >= 2

@@ -155,7 +155,7 @@ def convert(
     except (OSError, SafetensorError, RuntimeError) as e:
         reason = (
             "disk full; free some space or choose another folder"
-            if _is_disk_full(e)
+            if is_disk_full(e)
             else f"cannot be written ({e})"
         )
         raise CheckpointError(f"{out}: {reason}") from e
@@ -171,9 +171,15 @@ def _umask() -> int:
     return mask
 
 
-def _is_disk_full(error: BaseException) -> bool:
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or "No space left on device" in str(error)
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came of, says that the disk (or the quota) is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _put_in_place(partial: Path, out: Path) -> None:

@@ -105,6 +105,85 @@ class StoredTensor(NamedTuple):
     dtype: torch.dtype
 
 
+def read_metadata(folder: Path) -> dict[str, StoredTensor]:
+    """What an iteration's folder holds, after a check that its files are there in full length.
+
+    Raises:
+        CheckpointError: names the file that is missing, damaged or truncated.
+    """
+    file = folder / ".metadata"
+    try:
+        metadata = FileSystemReader(folder).read_metadata()
+        ends: dict[str, int] = {}
+        for info in (metadata.storage_data or {}).values():
+            end = info.offset + info.length
+            ends[info.relative_path] = max(end, ends.get(info.relative_path, 0))
+    except Exception as e:  # pickle raises anything on a damaged file
+        raise CheckpointError(f"{file}: missing or damaged ({e}); copy it again") from e
+    for name, end in sorted(ends.items()):
+        part = folder / name
+        if not part.is_file():
+            raise CheckpointError(f"{part}: is missing; copy the checkpoint again")
+        if part.stat().st_size < end:
+            raise CheckpointError(
+                f"{part}: truncated, {part.stat().st_size} of at least {end} bytes; copy the "
+                "checkpoint again"
+            )
+    return {
+        name: StoredTensor(tuple(entry.size), entry.properties.dtype)
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def read_common(folder: Path) -> dict[str, Any]:
+    """What an iteration holds beside its sharded tensors: arguments, step, schedules.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return dist_checkpointing.load_common_state_dict(str(folder))
+    except (Exception, CheckpointException) as e:  # the latter is a BaseException
+        raise CheckpointError(
+            f"{folder}: its common state (saved arguments) cannot be read ({e})"
+        ) from e
+
+
+def older_usable_iteration(path: str | Path) -> tuple[int, str] | None:
+    """Where the newest iteration of a checkpoint folder is damaged: the one to go on from.
+
+    Returns:
+        None if the newest is whole; else the newest whole iteration before it, and what is wrong
+        with the newest.
+
+    Raises:
+        CheckpointError: the newest is damaged, and no other is whole.
+    """
+    try:
+        folder = iteration_folder(path)
+        read_metadata(folder)
+        read_common(folder)
+        return None
+    except CheckpointError as e:
+        complaint = e
+    try:
+        newest = int((Path(path) / TRACKER_FILE).read_text())
+    except (OSError, ValueError):
+        raise complaint from None
+    iterations = sorted(int(f.name[5:]) for f in Path(path).glob("iter_[0-9]*") if f.is_dir())
+    for iteration in reversed([i for i in iterations if i < newest]):
+        folder = Path(path) / f"iter_{iteration:07d}"
+        try:
+            _check_backend(folder / "metadata.json")
+            read_metadata(folder)
+            read_common(folder)
+        except CheckpointError:
+            continue
+        return iteration, str(complaint)
+    raise CheckpointError(f"{complaint}; and no earlier iteration in {path} is whole")
+
+
 class TorchDistCheckpoint:
     """One iteration of a `torch_dist` checkpoint, opened for reading.
 
@@ -121,8 +200,8 @@ class TorchDistCheckpoint:
         if self.root == self.folder and (self.folder.parent / TRACKER_FILE).is_file():
             self.root = self.folder.parent
         ensure_single_process()
-        self.stored = self._read_metadata()
-        self.common: dict[str, Any] = self._read_common()
+        self.stored = read_metadata(self.folder)
+        self.common: dict[str, Any] = read_common(self.folder)
 
     @property
     def args(self) -> Namespace:
@@ -138,39 +217,6 @@ class TorchDistCheckpoint:
     def iteration(self) -> int:
         """Training steps done."""
         return int(self.common.get("iteration", 0))
-
-    def _read_metadata(self) -> dict[str, StoredTensor]:
-        file = self.folder / ".metadata"
-        try:
-            metadata = FileSystemReader(self.folder).read_metadata()
-            ends: dict[str, int] = {}
-            for info in (metadata.storage_data or {}).values():
-                end = info.offset + info.length
-                ends[info.relative_path] = max(end, ends.get(info.relative_path, 0))
-        except Exception as e:  # pickle raises anything on a damaged file
-            raise CheckpointError(f"{file}: missing or damaged ({e}); copy it again") from e
-        for name, end in sorted(ends.items()):
-            part = self.folder / name
-            if not part.is_file():
-                raise CheckpointError(f"{part}: is missing; copy the checkpoint again")
-            if part.stat().st_size < end:
-                raise CheckpointError(
-                    f"{part}: truncated, {part.stat().st_size} of at least {end} bytes; copy the "
-                    "checkpoint again"
-                )
-        return {
-            name: StoredTensor(tuple(entry.size), entry.properties.dtype)
-            for name, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-
-    def _read_common(self) -> dict[str, Any]:
-        try:
-            return dist_checkpointing.load_common_state_dict(str(self.folder))
-        except (Exception, CheckpointException) as e:  # the latter is a BaseException
-            raise CheckpointError(
-                f"{self.folder}: its common state (saved arguments) cannot be read ({e})"
-            ) from e
 
     def description(self, *, vocab_size: int | None = None) -> ModelDescription:
         """The model, from the saved arguments; dtype from the stored weights.

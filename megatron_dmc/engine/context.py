@@ -25,6 +25,8 @@ class CompressionRule:
 
     alpha_offset: float
     merge_window: int = 0
+    shared_decisions: bool = False
+    """The heads of a layer decide together (DMC-C)."""
     may_merge: bool = True
     """False: every token is appended, though the borrowed channel still carries no content."""
 
@@ -214,6 +216,8 @@ class PagedContext(BaseInferenceContext):
         if self.rule is None:
             return None, None
         logit_TG = gates.decision_logit(k_TGD, alpha_offset=self.rule.alpha_offset)
+        if self.rule.shared_decisions:
+            logit_TG = gates.share_decisions(logit_TG, logit_TG.shape[-1])
         is_merge_TG = gates.hard_decisions(logit_TG)
         if not self.rule.may_merge:
             is_merge_TG = torch.zeros_like(is_merge_TG)

@@ -480,6 +480,7 @@ def _compression_rule(dmc: Any | None, enable_dmc: bool | None) -> CompressionRu
         return None
     return CompressionRule(
         alpha_offset=dmc.alpha_offset,
+        shared_decisions=dmc.shared_decisions,
         merge_window=dmc.merge_window,
         may_merge=merges and enable_dmc is not False,
     )

@@ -39,12 +39,12 @@ def _flash_forward(
     return torch.stack(outs, 2).flatten(1, 2), torch.stack(lses, 2).flatten(1, 2), None
 
 
-def _flash_backward(grad_out, q, k, v, out, lse, state, scale: float):
+def _flash_backward(grad_out, q, k, v, out, lse, state, scale: float, *, causal: bool = True):
     """Backward of `_flash_forward`, given the (possibly merged) out and lse."""
     if q.is_cuda:
         cum_q, cum_k, max_q, max_k, seed, offset = state
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            grad_out, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset,
+            grad_out, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, causal, seed, offset,
             scale=scale,
         )  # fmt: skip
     group = q.shape[1] // k.shape[1]
@@ -52,7 +52,7 @@ def _flash_backward(grad_out, q, k, v, out, lse, state, scale: float):
     for r in range(group):
         heads = slice(r, None, group)
         dq_r, dk_r, dv_r = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out[:, heads], q[:, heads], k, v, out[:, heads], lse[:, heads], 0.0, True,
+            grad_out[:, heads], q[:, heads], k, v, out[:, heads], lse[:, heads], 0.0, causal,
             scale=scale,
         )  # fmt: skip
         dqs.append(dq_r)
@@ -66,39 +66,53 @@ def _by_group(x_BNTX: Tensor, num_kv_heads: int) -> Tensor:
     return x_BNTX.unflatten(1, (num_kv_heads, -1))
 
 
+def _joined(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Union of two disjoint sets of keys: (B, N, T, D) and (B, N, T), in the dtype of `lse`."""
+    other_lse = other_lse.to(lse.dtype)
+    joint = torch.logaddexp(lse, other_lse)
+    out = out * torch.exp(lse - joint)[..., None]
+    return out + other.to(lse.dtype) * torch.exp(other_lse - joint)[..., None], joint
+
+
 def _shifted_forward(q: Tensor, k: Tensor, v: Tensor, log_keep_BGT: Tensor, scale: float):
     """Shifted flash attention joined with the diagonal, section 3. Tensors (B, heads, T, D).
 
+    The queries are those of the last tokens; keys before the first query's token are its past.
+
     Returns:
         q and k with the bias in their borrowed channel, out_BNTD, lse_BNT, the diagonal's
-        probability p_own_BNT, and the flash kernel's state for its backward (None for T = 1).
+        probability p_own_BNT, and the flash kernel's states for its backward: of the past (None
+        where there is none) and of the queries' own tokens (None for one query).
     """
-    num_kv_heads = k.shape[1]
+    num_kv_heads, past = k.shape[1], k.shape[2] - q.shape[2]
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     q = torch.cat([q[..., :-1], torch.full_like(q[..., :1], 1.0 / scale)], dim=-1)
     bias = log_keep_BGT.clamp_min(_MASKED)
     # key j carries log_keep_{j+1}; the last key is never anybody's earlier key
     bias = torch.cat([bias[..., 1:], torch.zeros_like(bias[..., :1])], dim=-1)
     k = torch.cat([k[..., :-1], bias[..., None].to(k.dtype)], dim=-1)
+    own_k, own_v = k[:, :, past:], v[:, :, past:]
 
-    q_own = _by_group(q[..., :-1], num_kv_heads).to(acc)
-    k_own = k[..., None, :, :-1].to(acc)
-    lse = ((q_own * k_own).sum(-1) * scale).flatten(1, 2)
-    out = v[:, :, None].expand(_by_group(q, num_kv_heads).shape).flatten(1, 2)
-    state = None
+    own_lse = (_by_group(q[..., :-1], num_kv_heads).to(acc) * own_k[..., None, :, :-1].to(acc)).sum(
+        -1
+    )
+    own_lse = (own_lse * scale).flatten(1, 2)
+    lse = own_lse.clone()
+    out = own_v[:, :, None].expand(_by_group(q, num_kv_heads).shape).flatten(1, 2).to(acc)
+    past_state = state = None
     if q.shape[2] > 1:
-        past, past_lse, state = _flash_forward(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1], scale)
-        own = lse[:, :, 1:]
-        past_lse = past_lse.to(acc)
-        joint = torch.logaddexp(past_lse, own)
-        tail = past.to(acc) * torch.exp(past_lse - joint)[..., None]
-        tail = tail + out[:, :, 1:].to(acc) * torch.exp(own - joint)[..., None]
-        p_own = torch.cat([torch.ones_like(lse[:, :, :1]), torch.exp(own - joint)], dim=2)
-        lse = torch.cat([lse[:, :, :1], joint], dim=2)
-        out = torch.cat([out[:, :, :1], tail.to(out.dtype)], dim=2)
-    else:
-        p_own = torch.ones_like(lse)
-    return q, k, out, lse, p_own, state
+        part, part_lse, state = _flash_forward(
+            q[:, :, 1:], own_k[:, :, :-1], own_v[:, :, :-1], scale
+        )
+        tail, tail_lse = _joined(out[:, :, 1:], lse[:, :, 1:], part, part_lse)
+        out = torch.cat([out[:, :, :1], tail], dim=2)
+        lse = torch.cat([lse[:, :, :1], tail_lse], dim=2)
+    if past:
+        part, part_lse, past_state = _flash_forward(
+            q, k[:, :, :past], v[:, :, :past], scale, causal=False
+        )
+        out, lse = _joined(out, lse, part, part_lse)
+    return q, k, out.to(q.dtype), lse, torch.exp(own_lse - lse), (past_state, state)
 
 
 class _TrainingAttention(torch.autograd.Function):
@@ -106,36 +120,47 @@ class _TrainingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, log_keep_BGT, scale):
-        q, k, out, lse, p_own, state = _shifted_forward(q, k, v, log_keep_BGT, scale)
+        q, k, out, lse, p_own, states = _shifted_forward(q, k, v, log_keep_BGT, scale)
         ctx.save_for_backward(q, k, v, out, lse, p_own)
-        ctx.state, ctx.scale = state, scale
+        ctx.states, ctx.scale = states, scale
         ctx.clamped = (log_keep_BGT < _MASKED) if ctx.needs_input_grad[3] else None
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
         q, k, v, out, lse, p_own = ctx.saved_tensors
-        scale, num_kv_heads = ctx.scale, k.shape[1]
+        scale, num_kv_heads, past = ctx.scale, k.shape[1], k.shape[2] - q.shape[2]
+        past_state, state = ctx.states
         acc = lse.dtype
-        g, o = grad_out.to(acc), out.to(acc)
-        v_own = v[:, :, None].to(acc)
+        g = grad_out.to(acc)
+        own_k, own_v = k[:, :, past:], v[:, :, past:]
         g_group = _by_group(g, num_kv_heads)
-        delta = (g * o).sum(-1)
-        ds = p_own * ((g_group * v_own).sum(-1).flatten(1, 2) - delta) * scale
-        dq = (_by_group(ds, num_kv_heads)[..., None] * k[:, :, None].to(acc)).flatten(1, 2)
-        dk = (_by_group(ds, num_kv_heads)[..., None] * _by_group(q, num_kv_heads).to(acc)).sum(2)
-        dv = (_by_group(p_own, num_kv_heads)[..., None] * g_group).sum(2)
-        dbias = torch.zeros_like(dk[..., -1])
-        if q.shape[2] > 1:
-            dq_past, dk_past, dv_past = _flash_backward(
-                grad_out[:, :, 1:].contiguous(), q[:, :, 1:], k[:, :, :-1], v[:, :, :-1],
-                out[:, :, 1:].contiguous(), lse[:, :, 1:].contiguous(), ctx.state, scale,
+        delta = (g * out.to(acc)).sum(-1)
+        ds = p_own * ((g_group * own_v[:, :, None].to(acc)).sum(-1).flatten(1, 2) - delta) * scale
+        ds = _by_group(ds, num_kv_heads)[..., None]
+        dq = (ds * own_k[:, :, None].to(acc)).flatten(1, 2)
+        dk = torch.zeros(k.shape, dtype=acc, device=k.device)
+        dv = torch.zeros(v.shape, dtype=acc, device=v.device)
+        dk[:, :, past:] = (ds * _by_group(q, num_kv_heads).to(acc)).sum(2)
+        dv[:, :, past:] = (_by_group(p_own, num_kv_heads)[..., None] * g_group).sum(2)
+        dk[..., -1] = 0.0
+
+        def add(first: int, keys: slice, state, causal: bool) -> None:
+            dq_part, dk_part, dv_part = _flash_backward(
+                grad_out[:, :, first:].contiguous(), q[:, :, first:], k[:, :, keys], v[:, :, keys],
+                out[:, :, first:].contiguous(), lse[:, :, first:].contiguous(), state, scale,
+                causal=causal,
             )  # fmt: skip
-            dq[:, :, 1:] += dq_past.to(acc)
-            dk[:, :, :-1] += dk_past.to(acc)
-            dv[:, :, :-1] += dv_past.to(acc)
-            # the flash kernel saw q[d] = 1/scale, so d score / d bias is 1: dk[d] is the gradient
-            dbias[..., 1:] = dk_past[..., -1].to(acc)
+            dq[:, :, first:] += dq_part.to(acc)
+            dk[:, :, keys] += dk_part.to(acc)
+            dv[:, :, keys] += dv_part.to(acc)
+
+        if q.shape[2] > 1:
+            add(1, slice(past, -1), state, True)
+        if past:
+            add(0, slice(0, past), past_state, False)
+        # the flash kernel saw q[d] = 1/scale, so d score / d bias is 1: dk[d] is the bias's gradient
+        dbias = torch.cat([torch.zeros_like(dk[:, :, :1, -1]), dk[:, :, :-1, -1]], dim=2)
         if ctx.clamped is not None:
             dbias = dbias.masked_fill(ctx.clamped, 0.0)
         dq[..., -1] = 0.0
@@ -159,7 +184,8 @@ def training_attention(
     its content is ignored, and its gradient is zero.
 
     Args:
-        q_TBND: rotated queries; N is a multiple of G, heads ordered by group.
+        q_TBND: rotated queries; N is a multiple of G, heads ordered by group. Fewer tokens than
+            keys have: the queries are those of the last tokens.
         k_TBGD, v_TBGD: rotated merged keys, merged values, same dtype as the queries.
         log_keep_TBG: `log_keep[t] = log(1 - alpha_t)`, at most 0, -inf allowed; shifted inside.
         softmax_scale: default 1 / sqrt(D).
@@ -168,13 +194,15 @@ def training_attention(
         out_TBND. Differentiable in all four tensors.
 
     Raises:
-        ValueError: if N is not a multiple of G or the token counts differ.
+        ValueError: if N is not a multiple of G or the token counts do not fit.
     """
     num_heads, num_kv_heads = q_TBND.shape[2], k_TBGD.shape[2]
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} KV heads")
-    if not q_TBND.shape[0] == k_TBGD.shape[0] == v_TBGD.shape[0] == log_keep_TBG.shape[0]:
-        raise ValueError("training_attention: q, k, v and log_keep must have the same T")
+    if not q_TBND.shape[0] <= k_TBGD.shape[0] == v_TBGD.shape[0] == log_keep_TBG.shape[0]:
+        raise ValueError(
+            "training_attention: k, v and log_keep must have the same T, and q at most as many"
+        )
     scale = 1.0 / math.sqrt(q_TBND.shape[-1]) if softmax_scale is None else softmax_scale
     out = _TrainingAttention.apply(
         q_TBND.permute(1, 2, 0, 3),
@@ -191,18 +219,34 @@ def training_attention(
 class _PlainAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale):
-        out, lse, state = _flash_forward(q, k, v, scale)
+        past = k.shape[2] - q.shape[2]
+        out, lse, state = _flash_forward(q, k[:, :, past:], v[:, :, past:], scale)
+        past_state = None
+        if past:
+            part, part_lse, past_state = _flash_forward(
+                q, k[:, :, :past], v[:, :, :past], scale, causal=False
+            )
+            joint, lse = _joined(out.to(lse.dtype), lse, part, part_lse)
+            out = joint.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.state, ctx.scale = state, scale
+        ctx.states, ctx.scale = (past_state, state), scale
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
         q, k, v, out, lse = ctx.saved_tensors
-        return (
-            *_flash_backward(grad_out.contiguous(), q, k, v, out, lse, ctx.state, ctx.scale),
-            None,
+        (past_state, state), past = ctx.states, k.shape[2] - q.shape[2]
+        grad_out = grad_out.contiguous()
+        dq, dk, dv = _flash_backward(
+            grad_out, q, k[:, :, past:], v[:, :, past:], out, lse, state, ctx.scale
         )
+        if past:
+            dq_past, dk_past, dv_past = _flash_backward(
+                grad_out, q, k[:, :, :past], v[:, :, :past], out, lse, past_state, ctx.scale,
+                causal=False,
+            )  # fmt: skip
+            dq, dk, dv = dq + dq_past, torch.cat([dk_past, dk], 2), torch.cat([dv_past, dv], 2)
+        return dq, dk, dv, None
 
 
 def causal_attention(

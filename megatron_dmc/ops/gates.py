@@ -7,7 +7,7 @@ These few elementwise functions are the only place where a gate is computed: tra
 and the engine call the same ones, so that the same logit gives the same decision everywhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,25 @@ def decision_logit(k_TBGD: Tensor, *, alpha_offset: float) -> Tensor:
         alpha_logit_TBG, float32 (float64 for float64 keys).
     """
     return _at_least_float32(k_TBGD[..., DECISION_CHANNEL]) - alpha_offset
+
+
+def share_decisions(
+    alpha_logit_TBG: Tensor,
+    num_kv_heads_total: int,
+    reduce: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Tensor:
+    """DMC-C: every head of a layer decides by the mean of their logits.
+
+    Args:
+        alpha_logit_TBG: logits of this rank's heads (or with any leading dimensions before G).
+        num_kv_heads_total: KV heads of the layer over all tensor-parallel ranks.
+        reduce: differentiable sum over these ranks.
+
+    Returns:
+        the shared logit, in the shape of `alpha_logit_TBG`.
+    """
+    total = reduce(alpha_logit_TBG.sum(-1, keepdim=True))
+    return (total / num_kv_heads_total).expand_as(alpha_logit_TBG)
 
 
 def importance(q_TBND: Tensor, num_kv_heads: int, *, alpha_offset: float) -> Tensor:
@@ -113,15 +132,27 @@ def logistic_noise(
     return torch.log(uniform.clamp_min(eps)) - torch.log1p(-uniform.clamp_max(1 - 2**-24))
 
 
-def first_token_mask(alpha_logit_TBG: Tensor) -> Tensor:
-    """Bool (T, 1, 1), true where a merge is impossible because nothing stands before the token."""
-    mask = torch.zeros(alpha_logit_TBG.shape[0], 1, 1, dtype=torch.bool)
+def first_token_mask(alpha_logit_TBG: Tensor, starts_TB: Tensor | None = None) -> Tensor:
+    """Bool (T, B or 1, 1), true where a merge is impossible because nothing stands before the token.
+
+    Args:
+        starts_TB: bool, true at the first token of every document of a packed sequence; None: a
+            sequence is one document. The first token always counts.
+    """
+    if starts_TB is None:
+        mask = torch.zeros(alpha_logit_TBG.shape[0], 1, 1, dtype=torch.bool)
+    else:
+        mask = starts_TB[..., None].clone()
     mask[:1] = True
     return mask.to(alpha_logit_TBG.device)
 
 
 def soft_gate(
-    alpha_logit_TBG: Tensor, noise_TBG: Tensor | None, *, temperature: float
+    alpha_logit_TBG: Tensor,
+    noise_TBG: Tensor | None,
+    *,
+    temperature: float,
+    starts_TB: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Training's gate: relaxed decision, its log-complement, and its straight-through decision.
 
@@ -129,6 +160,7 @@ def soft_gate(
         alpha_logit_TBG: float32 or float64.
         noise_TBG: `logistic_noise`, or None for none.
         temperature: tau, positive.
+        starts_TB: see `first_token_mask`.
 
     Returns:
         alpha_TBG: `sigmoid((alpha_logit + noise) / tau)`; 0 for the first token.
@@ -137,7 +169,7 @@ def soft_gate(
             (straight-through); 0 for the first token.
     """
     noisy = alpha_logit_TBG if noise_TBG is None else alpha_logit_TBG + noise_TBG
-    first = first_token_mask(alpha_logit_TBG)
+    first = first_token_mask(alpha_logit_TBG, starts_TB)
     scaled = noisy / temperature
     alpha = torch.sigmoid(scaled).masked_fill(first, 0.0)
     log_keep = F.logsigmoid(-scaled).masked_fill(first, 0.0)
@@ -145,9 +177,11 @@ def soft_gate(
     return alpha, log_keep, hard + (alpha - alpha.detach())
 
 
-def hard_gate(alpha_logit_TBG: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def hard_gate(
+    alpha_logit_TBG: Tensor, *, starts_TB: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Evaluation's gate in the form of `soft_gate`: alpha is 0 or 1, log_keep 0 or -inf."""
-    is_merge = hard_decisions(alpha_logit_TBG) & ~first_token_mask(alpha_logit_TBG)
+    is_merge = hard_decisions(alpha_logit_TBG) & ~first_token_mask(alpha_logit_TBG, starts_TB)
     alpha = is_merge.to(alpha_logit_TBG.dtype)
     log_keep = torch.zeros_like(alpha).masked_fill(is_merge, float("-inf"))
     return alpha, log_keep, alpha

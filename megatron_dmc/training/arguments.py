@@ -1,6 +1,7 @@
 """Flags `--dmc-*`, generated from `DMCConfig`, and back."""
 
 import sys
+import warnings
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from megatron.training.argument_utils import ArgumentGroupFactory, core_transformer_config_from_args
 
+from megatron_dmc.checkpoint.torch_dist import older_usable_iteration
 from megatron_dmc.config import DMCConfig, DMCTransformerConfig, Stage
 from megatron_dmc.errors import DMCError
 
@@ -59,13 +61,26 @@ def transformer_config_from_args(args: Namespace) -> DMCTransformerConfig:
 def check_paths(args: Namespace) -> None:
     """Say at once what would otherwise fail minutes later, or silently.
 
+    A damaged newest checkpoint in `--load` is passed over: `args.ckpt_step` becomes the newest whole
+    one before it, and a warning names both.
+
     Raises:
-        DMCError: a folder to load from that holds no checkpoint, or data files that do not exist.
+        DMCError: a folder to load from that holds no (whole) checkpoint, or data files that do not
+            exist.
     """
     if args.load and not (Path(args.load) / "latest_checkpointed_iteration.txt").is_file():
         starts_here = args.save and Path(args.save).resolve() == Path(args.load).resolve()
         if not args.pretrained_checkpoint and not starts_here:
             raise _no_checkpoint("--load", args.load)
+    elif args.load and not args.ckpt_step:
+        older = older_usable_iteration(args.load)
+        if older is not None:
+            args.ckpt_step, complaint = older
+            warnings.warn(
+                f"--load {args.load}: the newest checkpoint is damaged ({complaint}); going on from "
+                f"iteration {args.ckpt_step}",
+                stacklevel=2,
+            )
     start = args.pretrained_checkpoint
     if start and not (Path(start) / "latest_checkpointed_iteration.txt").is_file():
         raise _no_checkpoint("--pretrained-checkpoint", start)

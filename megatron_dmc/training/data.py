@@ -1,10 +1,17 @@
 """Datasets for Megatron's loop: its own GPT datasets over `.bin/.idx` files, or mock data."""
 
+from argparse import Namespace
+
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.training import get_args, get_tokenizer, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split
+
+
+def keeps_documents_apart(args: Namespace) -> bool:
+    """Whether attention and merging stop at the documents packed into a sequence."""
+    return args.reset_attention_mask or args.reset_position_ids
 
 
 def dataset_provider(num_samples: list[int], vp_stage: int | None = None):
@@ -29,8 +36,9 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None):
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
         tokenizer=get_tokenizer(),
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
+        # the restarting position ids say where documents start
+        reset_position_ids=keeps_documents_apart(args),
+        reset_attention_mask=False,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=False,
     )
@@ -39,7 +47,8 @@ def dataset_provider(num_samples: list[int], vp_stage: int | None = None):
         ends = mpu.is_pipeline_first_stage(
             ignore_virtual=vp_stage is None, vp_stage=vp_stage
         ) or mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
-        return ends and mpu.get_tensor_model_parallel_rank() == 0
+        # every stage keeps the documents apart, and so has to know them
+        return (ends or keeps_documents_apart(args)) and mpu.get_tensor_model_parallel_rank() == 0
 
     kind = MockGPTDataset if args.mock_data else GPTDataset
     print_rank_0("> building train, validation, and test datasets ...")

@@ -9,19 +9,25 @@ from torch import Tensor
 from megatron_dmc.schedule import target_merge_rate
 
 
-def merge_rate(counts_LB: Tensor, *, num_tokens: int, num_kv_heads: int) -> Tensor:
-    """Merge rate of each sequence over all layers, KV heads and tokens but the first.
+def merge_rate(
+    counts_LB: Tensor, *, num_tokens: int, num_kv_heads: int, num_documents_B: Tensor | None = None
+) -> Tensor:
+    """Merge rate of each sequence over all layers, KV heads and tokens that may merge.
 
     Args:
         counts_LB: merges, summed over heads (of all ranks) and tokens.
         num_tokens: T of the sequences.
         num_kv_heads: KV heads of a layer, over all ranks.
+        num_documents_B: documents packed into each sequence; their first tokens cannot merge.
+            None: one.
 
     Returns:
         merge_rate_B.
     """
-    possible = counts_LB.shape[0] * num_kv_heads * max(num_tokens - 1, 1)
-    return counts_LB.sum(0) / possible
+    if num_documents_B is None:
+        num_documents_B = torch.ones_like(counts_LB[0])
+    mergeable_B = (num_tokens - num_documents_B.to(counts_LB)).clamp_min(1)
+    return counts_LB.sum(0) / (counts_LB.shape[0] * num_kv_heads * mergeable_B)
 
 
 def compression_loss(merge_rate_B: Tensor, *, target_cr: float) -> Tensor:

@@ -58,8 +58,9 @@ class DMCGPTModel(GPTModel):
                 self.recorder.num_layers, batch, dtype=torch.float32, device=hidden_states.device
             )
         hidden_states, counts = self.recorder.collect(
-            hidden_states, incoming, GateKey.from_tensor(mask), self.pg_collection.tp
-        )
+            hidden_states, incoming, GateKey.from_tensor(mask)[0], self.pg_collection.tp,
+            self.pg_collection.cp,
+        )  # fmt: skip
         if not self.post_process:
             return append_counts(hidden_states, counts)
         self.counts_LB = counts

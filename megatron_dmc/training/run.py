@@ -2,6 +2,7 @@
 
 import sys
 from argparse import Namespace
+from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
@@ -10,10 +11,12 @@ from megatron.core.rerun_state_machine import destroy_rerun_state_machine
 from megatron.training import training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_dmc.checkpoint.convert import is_disk_full
 from megatron_dmc.config import DMCTransformerConfig
 from megatron_dmc.decisions import DecisionRecorder
-from megatron_dmc.errors import DMCError, UnsupportedConfig
+from megatron_dmc.errors import DMCError
 from megatron_dmc.training import cpu_adapter
 from megatron_dmc.training.arguments import (
     add_dmc_args,
@@ -23,7 +26,7 @@ from megatron_dmc.training.arguments import (
 )
 from megatron_dmc.training.data import dataset_provider
 from megatron_dmc.training.model import CarryingCommunicator, build_model
-from megatron_dmc.training.step import ForwardStep
+from megatron_dmc.training.step import CompressionLoss, ForwardStep
 
 
 def skip_needless_compilation() -> None:
@@ -38,6 +41,22 @@ def skip_needless_compilation() -> None:
     utils.compile_helpers = lambda: None
 
 
+def prepare_pipeline(config: DMCTransformerConfig) -> dict[str, Any]:
+    """Initialise Megatron, and the arguments of `pretrain()` that carry the merge counts on.
+
+    Call it after the flags are parsed and before `pretrain()`, which initialises again.
+    """
+    skip_needless_compilation()
+    # Megatron makes its process groups in pretrain(); the pipeline communicator wants them before,
+    # and of the things made here only the rerun state machine refuses to be made again.
+    training.initialize_megatron()
+    destroy_rerun_state_machine()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    if groups.pp.size() == 1:
+        return {}
+    return {"p2p_communicator": CarryingCommunicator(groups.pp, config), "pg_collection": groups}
+
+
 def parse(argv: list[str] | None = None) -> tuple[Namespace, DMCTransformerConfig]:
     """Parse and validate Megatron's and DMC's flags; on a CPU, adapt Megatron to it first."""
     argv = sys.argv[1:] if argv is None else argv
@@ -46,10 +65,6 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, DMCTransformerConfi
         argv = [*cpu_adapter.FLAGS, *argv]
     sys.argv = [sys.argv[0], *argv]
     args = parse_and_validate_args(extra_args_provider=add_dmc_args)
-    if args.reset_attention_mask or args.reset_position_ids:
-        raise UnsupportedConfig(
-            "--reset-attention-mask/--reset-position-ids: segments may not yet end at documents"
-        )
     check_paths(args)
     return args, transformer_config_from_args(args)
 
@@ -61,14 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     except DMCError as error:
         exit_with(error)
         return
-    skip_needless_compilation()
-    # Megatron makes its process groups in pretrain(); the pipeline communicator wants them before,
-    # and of the things made here only the rerun state machine refuses to be made again.
-    training.initialize_megatron()
-    destroy_rerun_state_machine()
-    groups = ProcessGroupCollection.use_mpu_process_groups()
     recorder = DecisionRecorder(config.num_layers)
-    communicator = CarryingCommunicator(groups.pp, config) if groups.pp.size() > 1 else None
+    pipeline = prepare_pipeline(config)
 
     def model_provider(pre_process, post_process, vp_stage=None, config=None, pg_collection=None):
         return build_model(
@@ -77,15 +86,24 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
 
     transformer_config = config
-    training.pretrain(
-        pretrain_cfg_container_from_args(args),
-        dataset_provider,
-        ModelType.encoder_or_decoder,
-        ForwardStep(config.dmc, recorder),
-        model_provider=model_provider,
-        p2p_communicator=communicator,
-        pg_collection=groups if communicator is not None else None,
-    )
+    try:
+        training.pretrain(
+            pretrain_cfg_container_from_args(args),
+            dataset_provider,
+            ModelType.encoder_or_decoder,
+            ForwardStep(CompressionLoss(config.dmc, recorder)),
+            model_provider=model_provider,
+            **pipeline,
+        )
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
+        if not is_disk_full(error):
+            raise
+        exit_with(
+            DMCError(
+                f"--save {args.save}: no space left on the device; the last finished checkpoint is "
+                "untouched. Make room and start the same command again"
+            )
+        )
     assert recorder.in_flight() == 0, "a microbatch's decisions were never collected"
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

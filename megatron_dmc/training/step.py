@@ -5,6 +5,7 @@ Dimension letters: T tokens, B batch, L layers of the whole model.
 
 import functools
 from argparse import Namespace
+from collections.abc import Callable
 
 import torch
 from megatron.core import mpu
@@ -13,30 +14,56 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 from torch import Tensor
 
-from megatron_dmc.config import DMCConfig, Stage
+from megatron_dmc.config import DMCConfig, DMCTransformerConfig, Stage
 from megatron_dmc.decisions import DecisionRecorder, GateKey
 from megatron_dmc.schedule import target_cr
+from megatron_dmc.sequence_layout import SequenceLayout
+from megatron_dmc.training.data import keeps_documents_apart
 from megatron_dmc.training.loss import compression_loss, measured_cr, merge_rate
+from megatron_dmc.training.model import DMCGPTModel
+
+type Finish = Callable[
+    [Tensor, Tensor, dict[str, Tensor]], tuple[Tensor, Tensor, dict[str, Tensor]]
+]
+"""(summed loss, its tokens, report) -> the same with the compression loss in all three."""
 
 
-def get_batch(data_iterator, *, first_stage: bool, last_stage: bool) -> dict[str, Tensor | None]:
-    """tokens_BT, labels_BT, loss_mask_BT, position_ids_BT of the next microbatch.
+def _core(model) -> DMCGPTModel:
+    return get_attr_wrapped_model(model, "recorder", return_model_obj=True)
 
-    Only what the stage needs is fetched; tensor-parallel rank 0 reads and the others receive.
+
+def document_starts(position_ids_BT: Tensor) -> list[list[int]]:
+    """For each sequence the tokens, but the first, at which position ids start again at 0."""
+    return [(row[1:] == 0).nonzero()[:, 0].add(1).tolist() for row in position_ids_BT.cpu()]
+
+
+def get_batch(
+    data_iterator, *, first_stage: bool, last_stage: bool
+) -> tuple[dict[str, Tensor | None], list[list[int]] | None]:
+    """tokens_BT, labels_BT, loss_mask_BT, position_ids_BT of the next microbatch, and where the
+    documents start that are packed into its sequences (None: kept together).
+
+    Only what the stage needs is fetched; tensor-parallel rank 0 reads and the others receive. Under
+    context parallelism T counts this rank's tokens; the documents' starts are those of the whole
+    sequence.
     """
     empty: dict[str, Tensor | None] = dict.fromkeys(
         ("tokens", "labels", "loss_mask", "position_ids")
     )
-    if not (first_stage or last_stage):
-        return empty
     args = get_args()
+    packed = keeps_documents_apart(args)
+    if not (first_stage or last_stage or packed):
+        return empty, None
     device = torch.cuda.current_device()
+    layout = SequenceLayout(mpu.get_context_parallel_group())
+    starts = None
     group = mpu.get_tensor_model_parallel_group()
     shape = (args.micro_batch_size, args.seq_length)
     data = next(data_iterator) if mpu.get_tensor_model_parallel_rank() == 0 else None
     dtypes = {"tokens": torch.int64, "labels": torch.int64, "loss_mask": torch.float32,
               "position_ids": torch.int64}  # fmt: skip
-    wanted = [*(("tokens", "position_ids") if first_stage else ()),
+    wanted = [*(("tokens",) if first_stage else ()),
+              *(("position_ids",) if first_stage or packed else ()),
               *(("labels", "loss_mask") if last_stage else ())]  # fmt: skip
     for name in wanted:
         if data is not None:
@@ -49,12 +76,20 @@ def get_batch(data_iterator, *, first_stage: bool, last_stage: bool) -> dict[str
             torch.distributed.broadcast(
                 tensor, mpu.get_tensor_model_parallel_src_rank(), group=group
             )
-        empty[name] = tensor
-    return empty
+        if name == "position_ids" and packed:
+            starts = document_starts(tensor)
+        empty[name] = layout.own(tensor.T).T.contiguous()
+    return empty, starts
 
 
-class ForwardStep:
-    """Megatron's `forward_step_func`, holding what it needs instead of globals.
+class CompressionLoss:
+    """DMC's part of a forward step: names the microbatch, adds the compression loss, reports.
+
+        mask = compression.begin(model)
+        output = model(tokens, position_ids, mask, labels=labels)
+        finish = compression.end(model)                    # None but on the last pipeline stage
+        ...
+        return finish(loss_sum, num_tokens, {"lm loss": ...})
 
     Args:
         dmc: settings.
@@ -66,27 +101,39 @@ class ForwardStep:
         self.recorder = recorder
         self._step: tuple[int, bool] | None = None
         self._calls: dict[int, int] = {}
+        self._open: tuple[GateKey, list[list[int]] | None] | None = None
         self._layer_counts_L: Tensor | None = None
         self._layer_tokens = 0.0
 
-    def __call__(self, data_iterator, model, *unused):
-        """Returns the model's output and the loss function, as Megatron's schedules expect."""
-        args = get_args()
-        core = get_attr_wrapped_model(model, "recorder", return_model_obj=True)
-        batch = get_batch(data_iterator, first_stage=core.pre_process, last_stage=core.post_process)
-        key = self._next_key(args, core.vp_stage or 0, training=core.training)
+    def begin(self, model, starts: list[list[int]] | None = None) -> Tensor:
+        """Before the model's forward.
+
+        Args:
+            model: a chunk, wrapped or not.
+            starts: of packed documents, see `document_starts`; None: kept together.
+
+        Returns:
+            what the model takes as its attention mask.
+        """
+        core = _core(model)
+        key = self._next_key(get_args(), core.vp_stage or 0, training=core.training)
         self.recorder.begin(key)
-        output = model(
-            batch["tokens"], batch["position_ids"], key.to_tensor(), labels=batch["labels"]
-        )
+        self._open = key, starts
+        return key.to_tensor(starts)
+
+    def end(self, model) -> Finish | None:
+        """After the model's forward: the function that finishes the loss, on the last stage."""
+        assert self._open is not None, "end() without begin()"
+        (key, starts), self._open = self._open, None
+        core = _core(model)
         if not core.post_process:
-            return output, None
+            return None
         counts_LB = core.take_counts()
-        loss = functools.partial(
-            self._loss, batch["loss_mask"], counts_LB, core.config.num_query_groups, key,
-            core.training,
-        )  # fmt: skip
-        return output, loss
+        return functools.partial(self._finish, counts_LB, core.config, starts, key, core.training)
+
+    def target_cr(self, step: int) -> float:
+        """Target CR of a training step of this stage."""
+        return target_cr(step, ramp_steps=self.dmc.ramp_steps or 0, target=self.dmc.target_cr)
 
     def _next_key(self, args: Namespace, chunk: int, *, training: bool) -> GateKey:
         step = getattr(args, "curr_iteration", 0)
@@ -100,39 +147,54 @@ class ForwardStep:
         # evaluation's keys must not meet those of the training step that it follows
         return GateKey(args.seed, step if training else -1 - step, microbatch, first, chunk)
 
-    def _loss(
+    def _finish(
         self,
-        loss_mask_BT: Tensor,
         counts_LB: Tensor,
-        num_kv_heads: int,
+        config: DMCTransformerConfig,
+        starts: list[list[int]] | None,
         key: GateKey,
         training: bool,
-        losses_BT: Tensor,
-    ):
-        mask = loss_mask_BT.view(-1).float()
-        num_tokens = mask.sum().to(torch.int)
-        lm_sum = (losses_BT.float().view(-1) * mask).sum()
-        report = {"lm loss": torch.stack([lm_sum.detach(), num_tokens.float()])}
-        loss = lm_sum
-        if Stage(self.dmc.stage).compresses:
-            length = losses_BT.shape[1]
-            target = self.target_cr(key.step if key.step >= 0 else -1 - key.step)
-            rate_B = merge_rate(counts_LB, num_tokens=length, num_kv_heads=num_kv_heads)
-            hinge = compression_loss(rate_B, target_cr=target)
-            loss = lm_sum + self.dmc.loss_weight * hinge * num_tokens
-            batch = float(rate_B.numel())
-            tokens, entries = measured_cr(counts_LB, num_tokens=length, num_kv_heads=num_kv_heads)
-            one = torch.ones_like(tokens)
-            report["compression loss"] = torch.stack([hinge.detach() * batch, one * batch])
-            report["target cr"] = torch.stack([one * target, one])
-            report["measured cr"] = torch.stack([tokens, entries])
-            if training:
-                self._log_layers(counts_LB.detach(), length * num_kv_heads, key)
+        loss: Tensor,
+        num_tokens: Tensor,
+        report: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        if not Stage(self.dmc.stage).compresses:
+            return loss, num_tokens, report
+        assert config.num_query_groups is not None
+        num_kv_heads = config.num_query_groups
+        length = get_args().seq_length
+        target = self.target_cr(key.step if key.step >= 0 else -1 - key.step)
+        documents_B = None
+        if starts is not None:
+            documents_B = counts_LB.new_tensor([1.0 + len(row) for row in starts])
+        rate_B = merge_rate(
+            counts_LB, num_tokens=length, num_kv_heads=num_kv_heads, num_documents_B=documents_B
+        )
+        hinge = compression_loss(rate_B, target_cr=target)
+        loss = loss + self.dmc.loss_weight * hinge * self._hinge_tokens(num_tokens, config)
+        batch = float(rate_B.numel())
+        tokens, entries = measured_cr(counts_LB, num_tokens=length, num_kv_heads=num_kv_heads)
+        one = torch.ones_like(tokens)
+        report = dict(report)
+        report["compression loss"] = torch.stack([hinge.detach() * batch, one * batch])
+        report["target cr"] = torch.stack([one * target, one])
+        report["measured cr"] = torch.stack([tokens, entries])
+        if training:
+            self._log_layers(counts_LB.detach(), length * num_kv_heads, key)
         return loss, num_tokens, report
 
-    def target_cr(self, step: int) -> float:
-        """Target CR of a training step of this stage."""
-        return target_cr(step, ramp_steps=self.dmc.ramp_steps or 0, target=self.dmc.target_cr)
+    @staticmethod
+    def _hinge_tokens(num_tokens: Tensor, config: DMCTransformerConfig) -> Tensor:
+        """Loss tokens that the compression loss of a microbatch counts for on this rank.
+
+        Where Megatron divides by all ranks' tokens (`--calculate-per-token-loss`), the ranks of a
+        sequence share its tokens evenly, however the loss mask spreads them.
+        """
+        if not config.calculate_per_token_loss or config.context_parallel_size == 1:
+            return num_tokens
+        total = num_tokens.float()
+        torch.distributed.all_reduce(total, group=mpu.get_context_parallel_group())
+        return total / config.context_parallel_size
 
     def _log_layers(self, counts_LB: Tensor, tokens_per_sequence: int, key: GateKey) -> None:
         """Measured CR of every layer to Megatron's writers, after a step's last microbatch."""
@@ -155,3 +217,35 @@ class ForwardStep:
                 writer.add_scalar(f"measured cr/layer {layer}", cr, step)
             if wandb:
                 wandb.log({f"measured cr/layer {layer}": cr}, step)
+
+
+class ForwardStep:
+    """Megatron's `forward_step_func`, holding what it needs instead of globals.
+
+    Args:
+        compression: shared with the model through its recorder.
+    """
+
+    def __init__(self, compression: CompressionLoss):
+        self.compression = compression
+
+    def __call__(self, data_iterator, model, *unused):
+        """Returns the model's output and the loss function, as Megatron's schedules expect."""
+        core = _core(model)
+        batch, starts = get_batch(
+            data_iterator, first_stage=core.pre_process, last_stage=core.post_process
+        )
+        mask = self.compression.begin(model, starts)
+        output = model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"])
+        finish = self.compression.end(model)
+        if finish is None:
+            return output, None
+        return output, functools.partial(self._loss, batch["loss_mask"], finish)
+
+    @staticmethod
+    def _loss(loss_mask_BT: Tensor, finish: Finish, losses_BT: Tensor):
+        mask = loss_mask_BT.view(-1).float()
+        num_tokens = mask.sum().to(torch.int)
+        lm_sum = (losses_BT.float().view(-1) * mask).sum()
+        report = {"lm loss": torch.stack([lm_sum.detach(), num_tokens.float()])}
+        return finish(lm_sum, num_tokens, report)
