@@ -9,64 +9,19 @@ import math
 import torch
 from torch import Tensor
 
+from megatron_dmc.ops.flash import Kernel, choose_kernel
+
 _MASKED = -1.0e4
 """Stands for log(0) inside the kernel: exp of it is 0 in every dtype, and no NaN can arise."""
-
-
-def _flash_forward(
-    q_BNTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float, *, causal: bool = True
-):
-    """Stock flash attention: (out_BNTD, lse_BNT, state for the backward)."""
-    if q_BNTD.is_cuda:
-        out, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = (
-            torch.ops.aten._scaled_dot_product_flash_attention(
-                q_BNTD, k_BGTD, v_BGTD, 0.0, causal, False, scale=scale
-            )
-        )
-        return out, lse, (cum_q, cum_k, max_q, max_k, seed, offset)
-    # ATen's CPU kernel wants as many key heads as query heads: one call for each query head of
-    # the groups, so that keys are never repeated in memory.
-    group = q_BNTD.shape[1] // k_BGTD.shape[1]
-    outs, lses = [], []
-    for r in range(group):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q_BNTD[:, r::group], k_BGTD, v_BGTD, 0.0, causal, scale=scale
-        )
-        outs.append(out)
-        lses.append(lse)
-    if group == 1:
-        return outs[0], lses[0], None
-    return torch.stack(outs, 2).flatten(1, 2), torch.stack(lses, 2).flatten(1, 2), None
-
-
-def _flash_backward(grad_out, q, k, v, out, lse, state, scale: float):
-    """Backward of `_flash_forward`, given the (possibly merged) out and lse."""
-    if q.is_cuda:
-        cum_q, cum_k, max_q, max_k, seed, offset = state
-        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            grad_out, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset,
-            scale=scale,
-        )  # fmt: skip
-    group = q.shape[1] // k.shape[1]
-    dqs, dk, dv = [], None, None
-    for r in range(group):
-        heads = slice(r, None, group)
-        dq_r, dk_r, dv_r = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out[:, heads], q[:, heads], k, v, out[:, heads], lse[:, heads], 0.0, True,
-            scale=scale,
-        )  # fmt: skip
-        dqs.append(dq_r)
-        dk = dk_r if dk is None else dk + dk_r
-        dv = dv_r if dv is None else dv + dv_r
-    dq = dqs[0] if group == 1 else torch.stack(dqs, 2).flatten(1, 2)
-    return dq, dk, dv
 
 
 def _by_group(x_BNTX: Tensor, num_kv_heads: int) -> Tensor:
     return x_BNTX.unflatten(1, (num_kv_heads, -1))
 
 
-def _shifted_forward(q: Tensor, k: Tensor, v: Tensor, log_keep_BGT: Tensor, scale: float):
+def _shifted_forward(
+    q: Tensor, k: Tensor, v: Tensor, log_keep_BGT: Tensor, scale: float, kernel: Kernel
+):
     """Shifted flash attention joined with the diagonal, section 3. Tensors (B, heads, T, D).
 
     Returns:
@@ -87,7 +42,7 @@ def _shifted_forward(q: Tensor, k: Tensor, v: Tensor, log_keep_BGT: Tensor, scal
     out = v[:, :, None].expand(_by_group(q, num_kv_heads).shape).flatten(1, 2)
     state = None
     if q.shape[2] > 1:
-        past, past_lse, state = _flash_forward(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1], scale)
+        past, past_lse, state = kernel.forward(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1], scale, True)
         own = lse[:, :, 1:]
         past_lse = past_lse.to(acc)
         joint = torch.logaddexp(past_lse, own)
@@ -105,10 +60,10 @@ class _TrainingAttention(torch.autograd.Function):
     """Shifted flash attention plus the diagonal, joined by log-sum-exp. All tensors (B, heads, T, D)."""
 
     @staticmethod
-    def forward(ctx, q, k, v, log_keep_BGT, scale):
-        q, k, out, lse, p_own, state = _shifted_forward(q, k, v, log_keep_BGT, scale)
+    def forward(ctx, q, k, v, log_keep_BGT, scale, kernel):
+        q, k, out, lse, p_own, state = _shifted_forward(q, k, v, log_keep_BGT, scale, kernel)
         ctx.save_for_backward(q, k, v, out, lse, p_own)
-        ctx.state, ctx.scale = state, scale
+        ctx.state, ctx.scale, ctx.kernel = state, scale, kernel
         ctx.clamped = (log_keep_BGT < _MASKED) if ctx.needs_input_grad[3] else None
         return out
 
@@ -127,7 +82,7 @@ class _TrainingAttention(torch.autograd.Function):
         dv = (_by_group(p_own, num_kv_heads)[..., None] * g_group).sum(2)
         dbias = torch.zeros_like(dk[..., -1])
         if q.shape[2] > 1:
-            dq_past, dk_past, dv_past = _flash_backward(
+            dq_past, dk_past, dv_past = ctx.kernel.backward(
                 grad_out[:, :, 1:].contiguous(), q[:, :, 1:], k[:, :, :-1], v[:, :, :-1],
                 out[:, :, 1:].contiguous(), lse[:, :, 1:].contiguous(), ctx.state, scale,
             )  # fmt: skip
@@ -140,7 +95,7 @@ class _TrainingAttention(torch.autograd.Function):
             dbias = dbias.masked_fill(ctx.clamped, 0.0)
         dq[..., -1] = 0.0
         dk[..., -1] = 0.0
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias, None, None
 
 
 def training_attention(
@@ -150,6 +105,7 @@ def training_attention(
     log_keep_TBG: Tensor,
     *,
     softmax_scale: float | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Causal attention in which key j counts for a later query with weight (1 - alpha_{j+1}).
 
@@ -163,12 +119,13 @@ def training_attention(
         k_TBGD, v_TBGD: rotated merged keys, merged values, same dtype as the queries.
         log_keep_TBG: `log_keep[t] = log(1 - alpha_t)`, at most 0, -inf allowed; shifted inside.
         softmax_scale: default 1 / sqrt(D).
+        backend: stock kernel by name; default: the choice of `ops.flash.choose_kernel`.
 
     Returns:
         out_TBND. Differentiable in all four tensors.
 
     Raises:
-        ValueError: if N is not a multiple of G or the token counts differ.
+        ValueError: if N is not a multiple of G, the token counts differ, or the backend cannot.
     """
     num_heads, num_kv_heads = q_TBND.shape[2], k_TBGD.shape[2]
     if num_heads % num_kv_heads:
@@ -176,46 +133,51 @@ def training_attention(
     if not q_TBND.shape[0] == k_TBGD.shape[0] == v_TBGD.shape[0] == log_keep_TBG.shape[0]:
         raise ValueError("training_attention: q, k, v and log_keep must have the same T")
     scale = 1.0 / math.sqrt(q_TBND.shape[-1]) if softmax_scale is None else softmax_scale
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_TBND, k_TBGD, v_TBGD))
     out = _TrainingAttention.apply(
-        q_TBND.permute(1, 2, 0, 3),
-        k_TBGD.permute(1, 2, 0, 3),
-        v_TBGD.permute(1, 2, 0, 3),
+        q,
+        k,
+        v,
         log_keep_TBG.permute(1, 2, 0).to(
             torch.float64 if q_TBND.dtype == torch.float64 else torch.float32
         ),
         scale,
+        choose_kernel(q, k, v, backend=backend),
     )
     return out.permute(2, 0, 1, 3)
 
 
 class _PlainAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, scale):
-        out, lse, state = _flash_forward(q, k, v, scale)
+    def forward(ctx, q, k, v, scale, kernel):
+        out, lse, state = kernel.forward(q, k, v, scale, True)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.state, ctx.scale = state, scale
+        ctx.state, ctx.scale, ctx.kernel = state, scale, kernel
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
         q, k, v, out, lse = ctx.saved_tensors
-        return (
-            *_flash_backward(grad_out.contiguous(), q, k, v, out, lse, ctx.state, ctx.scale),
-            None,
-        )
+        grads = ctx.kernel.backward(grad_out.contiguous(), q, k, v, out, lse, ctx.state, ctx.scale)
+        return *grads, None, None
 
 
 def causal_attention(
-    q_TBND: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, *, softmax_scale: float | None = None
+    q_TBND: Tensor,
+    k_TBGD: Tensor,
+    v_TBGD: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Plain causal attention on the same stock kernel: DMC off, and the yardstick of benchmarks.
 
     Args and returns as `training_attention`, but every channel counts.
     """
     scale = 1.0 / math.sqrt(q_TBND.shape[-1]) if softmax_scale is None else softmax_scale
-    out = _PlainAttention.apply(
-        q_TBND.permute(1, 2, 0, 3), k_TBGD.permute(1, 2, 0, 3), v_TBGD.permute(1, 2, 0, 3), scale
-    )
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_TBND, k_TBGD, v_TBGD))
+    kernel = choose_kernel(q, k, v, backend=backend)
+    out = _PlainAttention.apply(q, k, v, scale, kernel)
     return out.permute(2, 0, 1, 3)
 
 
@@ -257,12 +219,13 @@ def chunk_attention(
     """
     q, k, v = (x.transpose(0, 1)[None] for x in (q_TND, k_TGD, v_TGD))
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    kernel = choose_kernel(q, k, v)
     if is_merge_TG is None:
-        out, lse, _ = _flash_forward(q, k, v, softmax_scale)
+        out, lse, _ = kernel.forward(q, k, v, softmax_scale, True)
     else:
         log_keep = torch.zeros(is_merge_TG.shape, dtype=acc, device=q.device)
         log_keep = log_keep.masked_fill(is_merge_TG, float("-inf")).T[None]
-        _, _, out, lse, _, _ = _shifted_forward(q, k, v, log_keep, softmax_scale)
+        _, _, out, lse, _, _ = _shifted_forward(q, k, v, log_keep, softmax_scale, kernel)
     return out[0].transpose(0, 1), lse[0].T.to(acc)
 
 
@@ -291,5 +254,6 @@ def masked_attention(
         q = torch.cat([q[..., :-1], torch.full_like(q[..., :1], 1.0 / softmax_scale)], dim=-1)
         bias = torch.zeros_like(k[..., :1]).masked_fill(~is_visible_GE[None, ..., None], _MASKED)
         k = torch.cat([k[..., :-1], bias], dim=-1)
-    out, lse, _ = _flash_forward(q, k, v, softmax_scale, causal=False)
+    kernel = choose_kernel(q, k, v, causal=False)
+    out, lse, _ = kernel.forward(q, k, v, softmax_scale, False)
     return out[0].transpose(0, 1), lse[0].T.to(acc)
