@@ -134,7 +134,7 @@ def test_decisions_on_the_edges():
     inputs[2][:, :, 0] = 1.0
     inputs[2][:, :, 1] = 0.0
     inputs[2][:, :, 2] = (torch.arange(70) % 32 == 0).float()[:, None]
-    for merge_window in (0, 12):
+    for merge_window in (0, 16):
         check(inputs, merge_window=merge_window)
 
 

@@ -22,6 +22,7 @@ The gates' gradients need no product over channels but `Q_ij = gy_i . x_j`. With
 Both are sums over channels: every block of channels writes its part, and the parts are added.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +34,9 @@ from torch.autograd.function import once_differentiable
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Kernels run on the CPU, by Triton's interpreter (TRITON_INTERPRET=1 before the import)."""
 
-MAX_MERGE_WINDOW = 32
-"""Longest window that the kernels take, unless it covers the whole sequence."""
+MAX_MERGE_WINDOW = 16
+"""Longest window that the kernels take, unless it covers the whole sequence. Longer ones would need
+tiles that no longer fit into registers."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,14 @@ def _products(b_alpha, o_i, BAND: tl.constexpr):
     if BAND > 0:
         m_counts = m_counts & (o_i[:, None] - o_i[None, :] < BAND)
     return tl.where(m_counts, b_m, 0.0)
+
+
+@triton.jit
+def _earlier_products(b_before, o_i):
+    """M_{l-1,j} at [j, l]: product of alpha over (j, l), 0 for l <= j; b_before [I] is alpha_{l-1}."""
+    m_between = o_i[None, :] - 1 > o_i[:, None]
+    b_m = tl.cumprod(tl.where(m_between, b_before[None, :], 1.0), axis=1)
+    return tl.where(o_i[None, :] > o_i[:, None], b_m, 0.0)
 
 
 @triton.jit
@@ -83,12 +93,12 @@ def _scores(b_gy, b_x, INTERPRET: tl.constexpr):
 
 @triton.jit
 def _gate_product(b_q, b_prev, DTYPE: tl.constexpr):
-    """b_q [I, I] times the transpose of b_prev [I, I], in float32; half-precision keys and values
-    have lost more than tf32 loses here."""
+    """b_q [I, I] times b_prev [I, I] in float32; half-precision keys and values have lost more than
+    tf32 loses here."""
     if DTYPE == tl.float32:
-        return tl.dot(b_q, tl.trans(b_prev), input_precision="tf32x3")
+        return tl.dot(b_q, b_prev, input_precision="tf32x3")
     else:
-        return tl.dot(b_q, tl.trans(b_prev), input_precision="tf32")
+        return tl.dot(b_q, b_prev, input_precision="tf32")
 
 
 @triton.jit
@@ -233,18 +243,16 @@ def unlimited_backward_kernel(
 
         b_gomega = tl.sum(b_m * b_q, axis=0) + b_out * b_gax
 
-        # M_{l-1,j} and the product from the tile's start to l - 1
+        # omega_j M_{l-1,j} at [j, l], and the product from the tile's start to l - 1
         b_first = tl.where(o_i == 0, 1.0, b_before)
-        b_prev = tl.where(o_i[:, None] - 1 > o_i[None, :], b_before[:, None], 1.0)
-        b_prev = tl.cumprod(b_prev, axis=0)
-        b_prev = tl.where(o_i[:, None] > o_i[None, :], b_prev, 0.0) * b_omega[None, :]
+        b_prev = _earlier_products(b_before, o_i) * b_omega[:, None]
         b_in_prev = tl.cumprod(b_first, axis=0) * b_cz
         # [I, I]: row i is the token whose output changes, column l the decision
         b_q = tl.where(o_i[:, None] >= o_i[None, :], b_q, 0.0)
         b_h = _gate_product(b_q, b_prev, p_k.dtype.element_ty)
         b_h += ((b_gyc - b_r) / b_z)[:, None] * b_in_prev[None, :]
         b_galpha = tl.sum(b_m * b_h, axis=0)
-        b_future = tl.sum(tl.trans(b_prev) * b_gax[:, None], axis=0) + b_in_prev * b_gac
+        b_future = tl.sum(b_prev * b_gax[:, None], axis=0) + b_in_prev * b_gac
         b_galpha += b_out * b_future
         tl.store(p_galpha + o_t * X, b_galpha, mask=m_t)
         tl.store(p_gomega + o_t * X, b_gomega, mask=m_t)
@@ -346,10 +354,8 @@ def windowed_backward_kernel(
     b_q = _scores(b_gyk, b_k, INTERPRET) + _scores(b_gyv, b_v, INTERPRET)
     b_q = (b_q - tl.sum(b_w * b_q, axis=1)[:, None]) / b_z[:, None]
     b_gomega = tl.sum(b_m * b_q, axis=0)
-    # M_{l-1,j}
-    b_prev = tl.where(o_i[:, None] - 1 > o_i[None, :], b_before[:, None], 1.0)
-    b_prev = tl.cumprod(b_prev, axis=0)
-    b_prev = tl.where(o_i[:, None] > o_i[None, :], b_prev, 0.0) * b_omega[None, :]
+    # omega_j M_{l-1,j} at [j, l]
+    b_prev = _earlier_products(b_before, o_i) * b_omega[:, None]
     m_counts = (o_i[:, None] >= o_i[None, :]) & (o_i[:, None] - o_i[None, :] < W)
     b_q = tl.where(m_counts, b_q, 0.0)
     b_h = _gate_product(b_q, b_prev, p_k.dtype.element_ty)
@@ -370,14 +376,24 @@ def windowed_backward_kernel(
 
 
 def default_tiling(
-    head_dim: int, dtype: torch.dtype, merge_window: int, *, backward: bool
+    head_dim: int, merge_window: int, *, backward: bool, capability: int = 9
 ) -> Tiling:
-    """The tiling for a shape; see docs/performance.md for what is measured."""
+    """The tiling for a shape, chosen by the compiler's registers and spills (docs/performance.md).
+
+    Args:
+        capability: major compute capability of the GPU.
+    """
     channels = max(16, min(64, triton.next_power_of_2(head_dim)))
-    # an overlap of W - 1 tokens at either end, and at least as many in between
-    tokens = 32 if merge_window == 0 else 64 if merge_window <= 16 else 128
-    num_warps = 4 if tokens == 32 or not backward else 8
-    return Tiling(tokens, channels, num_warps=num_warps, num_stages=3)
+    if merge_window == 0:
+        return Tiling(tokens=32, channels=channels, num_warps=4, num_stages=3)
+    # of these tokens the backward leaves 2 (W - 1) to the neighbours
+    if not backward:
+        return Tiling(tokens=64, channels=channels, num_warps=4, num_stages=1)
+    return Tiling(64, channels if capability >= 9 else min(channels, 32), 8, num_stages=1)
+
+
+def _capability(x: Tensor) -> int:
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -390,7 +406,9 @@ class _Merge(torch.autograd.Function):
     def forward(ctx, k_TBGD, v_TBGD, alpha_TBG, omega_TBG, merge_window, tiling):
         k, v = _rows(k_TBGD), _rows(v_TBGD)
         tokens, batch, heads, dim = k.shape
-        tiling = tiling or default_tiling(dim, k.dtype, merge_window, backward=False)
+        tiling = tiling or default_tiling(
+            dim, merge_window, backward=False, capability=_capability(k)
+        )
         y_k, y_v = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
         sequences, blocks = batch * heads, triton.cdiv(dim, tiling.channels)
         sizes = (tokens, heads, sequences)
@@ -423,7 +441,7 @@ class _Merge(torch.autograd.Function):
         k, v, alpha, omega, carry, carry_z = ctx.saved_tensors
         tokens, batch, heads, dim = k.shape
         gy_k, gy_v = _rows(gy_k), _rows(gy_v)
-        tiling = default_tiling(dim, k.dtype, ctx.merge_window, backward=True)
+        tiling = default_tiling(dim, ctx.merge_window, backward=True, capability=_capability(k))
         g_k, g_v = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
         sequences, blocks = batch * heads, triton.cdiv(dim, tiling.channels)
         parts = torch.empty((2, blocks, *alpha.shape), dtype=torch.float32, device=k.device)
@@ -457,6 +475,8 @@ def refusal(k_TBGD: Tensor, v_TBGD: Tensor, merge_window: int) -> str:
         return "keys and values of different shapes or dtypes"
     if MAX_MERGE_WINDOW < merge_window < k_TBGD.shape[0]:
         return f"merge_window={merge_window}, more than {MAX_MERGE_WINDOW} and less than T"
+    if k_TBGD.is_cuda and _capability(k_TBGD) < 8:
+        return "GPUs before compute capability 8.0"
     return ""
 
 
@@ -487,4 +507,6 @@ def merge(
         return k_TBGD.clone(), v_TBGD.clone()
     if merge_window >= k_TBGD.shape[0]:
         merge_window = 0  # a window over the whole sequence is none
-    return _Merge.apply(k_TBGD, v_TBGD, alpha_TBG, omega_TBG, merge_window, tiling)
+    # Triton launches on the current device
+    with torch.cuda.device(k_TBGD.device) if k_TBGD.is_cuda else nullcontext():
+        return _Merge.apply(k_TBGD, v_TBGD, alpha_TBG, omega_TBG, merge_window, tiling)
