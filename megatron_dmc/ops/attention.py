@@ -5,18 +5,31 @@ key/value head, D head dim.
 """
 
 import math
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from megatron_dmc.ops import diagonal
 from megatron_dmc.ops.flash import Kernel, choose_kernel
 
 _MASKED = -1.0e4
 """Stands for log(0) inside the kernel: exp of it is 0 in every dtype, and no NaN can arise."""
 
 
-def _by_group(x_BNTX: Tensor, num_kv_heads: int) -> Tensor:
-    return x_BNTX.unflatten(1, (num_kv_heads, -1))
+def _diagonal(q_BNTD: Tensor):
+    """The implementation of `ops.diagonal` for these tensors: Triton's on a GPU, where it is."""
+    if q_BNTD.is_cuda and find_spec("triton"):
+        from megatron_dmc.ops.triton import diagonal as kernels
+
+        if kernels.takes(q_BNTD):
+            return kernels
+    return diagonal
+
+
+def _bias_unit(scale: float) -> float:
+    """What the queries' borrowed channel holds: 1 / scale, as a power of two, exact in every dtype."""
+    return 2.0 ** round(-math.log2(scale))
 
 
 def _shifted_forward(
@@ -28,31 +41,15 @@ def _shifted_forward(
         q and k with the bias in their borrowed channel, out_BNTD, lse_BNT, the diagonal's
         probability p_own_BNT, and the flash kernel's state for its backward (None for T = 1).
     """
-    num_kv_heads = k.shape[1]
-    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q = torch.cat([q[..., :-1], torch.full_like(q[..., :1], 1.0 / scale)], dim=-1)
-    bias = log_keep_BGT.clamp_min(_MASKED)
+    q, k = q.clone(), k.clone()
+    q[..., -1] = _bias_unit(scale)
     # key j carries log_keep_{j+1}; the last key is never anybody's earlier key
-    bias = torch.cat([bias[..., 1:], torch.zeros_like(bias[..., :1])], dim=-1)
-    k = torch.cat([k[..., :-1], bias[..., None].to(k.dtype)], dim=-1)
-
-    q_own = _by_group(q[..., :-1], num_kv_heads).to(acc)
-    k_own = k[..., None, :, :-1].to(acc)
-    lse = ((q_own * k_own).sum(-1) * scale).flatten(1, 2)
-    out = v[:, :, None].expand(_by_group(q, num_kv_heads).shape).flatten(1, 2)
-    state = None
+    k[..., :-1, -1] = log_keep_BGT[..., 1:].clamp_min(_MASKED) / (scale * _bias_unit(scale))
+    k[..., -1:, -1] = 0.0
+    past = past_lse = state = None
     if q.shape[2] > 1:
         past, past_lse, state = kernel.forward(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1], scale, True)
-        own = lse[:, :, 1:]
-        past_lse = past_lse.to(acc)
-        joint = torch.logaddexp(past_lse, own)
-        tail = past.to(acc) * torch.exp(past_lse - joint)[..., None]
-        tail = tail + out[:, :, 1:].to(acc) * torch.exp(own - joint)[..., None]
-        p_own = torch.cat([torch.ones_like(lse[:, :, :1]), torch.exp(own - joint)], dim=2)
-        lse = torch.cat([lse[:, :, :1], joint], dim=2)
-        out = torch.cat([out[:, :, :1], tail.to(out.dtype)], dim=2)
-    else:
-        p_own = torch.ones_like(lse)
+    out, lse, p_own = _diagonal(q).join(q, k, v, past, past_lse, scale)
     return q, k, out, lse, p_own, state
 
 
@@ -70,32 +67,23 @@ class _TrainingAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         q, k, v, out, lse, p_own = ctx.saved_tensors
-        scale, num_kv_heads = ctx.scale, k.shape[1]
-        acc = lse.dtype
-        g, o = grad_out.to(acc), out.to(acc)
-        v_own = v[:, :, None].to(acc)
-        g_group = _by_group(g, num_kv_heads)
-        delta = (g * o).sum(-1)
-        ds = p_own * ((g_group * v_own).sum(-1).flatten(1, 2) - delta) * scale
-        dq = (_by_group(ds, num_kv_heads)[..., None] * k[:, :, None].to(acc)).flatten(1, 2)
-        dk = (_by_group(ds, num_kv_heads)[..., None] * _by_group(q, num_kv_heads).to(acc)).sum(2)
-        dv = (_by_group(p_own, num_kv_heads)[..., None] * g_group).sum(2)
-        dbias = torch.zeros_like(dk[..., -1])
+        scale, past_grads = ctx.scale, None
+        dbias = torch.zeros(k.shape[:3], dtype=lse.dtype, device=k.device)
         if q.shape[2] > 1:
-            dq_past, dk_past, dv_past = ctx.kernel.backward(
-                grad_out[:, :, 1:].contiguous(), q[:, :, 1:], k[:, :, :-1], v[:, :, :-1],
-                out[:, :, 1:].contiguous(), lse[:, :, 1:].contiguous(), ctx.state, scale,
+            g, o = grad_out[:, :, 1:], out[:, :, 1:]
+            if not g.is_cuda or g.stride() != o.stride():  # as the kernels like them
+                g, o = g.contiguous(), o.contiguous()
+            past_grads = ctx.kernel.backward(
+                g, q[:, :, 1:], k[:, :, :-1], v[:, :, :-1], o, lse[:, :, 1:].contiguous(),
+                ctx.state, scale,
             )  # fmt: skip
-            dq[:, :, 1:] += dq_past.to(acc)
-            dk[:, :, :-1] += dk_past.to(acc)
-            dv[:, :, :-1] += dv_past.to(acc)
-            # the flash kernel saw q[d] = 1/scale, so d score / d bias is 1: dk[d] is the gradient
-            dbias[..., 1:] = dk_past[..., -1].to(acc)
+            # the kernel's score held scale * unit * k[d], which is the bias
+            dbias[..., 1:] = past_grads[1][..., -1]
+            dbias /= scale * _bias_unit(scale)
         if ctx.clamped is not None:
             dbias = dbias.masked_fill(ctx.clamped, 0.0)
-        dq[..., -1] = 0.0
-        dk[..., -1] = 0.0
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias, None, None
+        grads = _diagonal(q).add_gradients(grad_out, q, k, v, out, p_own, past_grads, scale)
+        return *grads, dbias, None, None
 
 
 def training_attention(

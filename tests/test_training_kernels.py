@@ -1,4 +1,4 @@
-"""Merge kernels: their cases in Triton's interpreter and on a GPU, and that they compile without one."""
+"""Training's Triton kernels: their cases in Triton's interpreter and on a GPU, and that they compile without one."""
 
 import os
 import subprocess
@@ -12,13 +12,13 @@ from megatron_dmc import ops
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
-CASES = ROOT / "tests" / "kernel_cases_merge.py"
+CASES = [ROOT / "tests" / name for name in ("kernel_cases_merge.py", "kernel_cases_diagonal.py")]
 
 
 def run_cases(**environment: str) -> None:
     search_path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES)],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *map(str, CASES)],
         check=False,
         capture_output=True,
         text=True,
@@ -56,7 +56,7 @@ def compile_for(kernel, capability: int, dtype: str, num_warps: int, **constants
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    float32 = ("alpha", "omega", "carry", "carry_z", "galpha", "gomega")
+    float32 = ("alpha", "omega", "carry", "carry_z", "galpha", "gomega", "past_lse", "lse", "own")
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -64,6 +64,9 @@ def compile_for(kernel, capability: int, dtype: str, num_warps: int, **constants
             continue
         pointer = "*fp32" if name.removeprefix("p_") in float32 else "*" + dtype
         signature[name] = pointer if name.startswith("p_") else "i32"
+        if name == "scale":
+            signature[name] = "fp32"
+            continue
         attributes[(i,)] = [["tt.divisibility", 16]]
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     return triton.compile(
@@ -110,6 +113,18 @@ def test_kernels_compile_without_a_gpu(full_size):
         if full_size:
             usage = resource_usage(compiled)
             print(f"sm_{capability} {dtype} {name} {direction} {tiling}: {usage}")
+
+
+@pytest.mark.parametrize("name", ["join_kernel", "add_gradients_kernel"])
+def test_diagonal_kernels_compile_without_a_gpu(name):
+    from megatron_dmc.ops.triton import diagonal as kernels
+
+    for capability in (80, 90):
+        compiled = compile_for(
+            getattr(kernels, name), capability, "bf16", 8, D=128, I=32, F=128, PAST=True
+        )
+        print(f"sm_{capability} bf16 {name}: {resource_usage(compiled)}")
+        assert compiled.asm["ptx"].count("ld.global.v4") + compiled.asm["ptx"].count(".v4.b32") > 0
 
 
 def resource_usage(compiled) -> str:
