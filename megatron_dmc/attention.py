@@ -4,11 +4,14 @@ Dimension letters: T tokens, B batch, N query heads on this rank, G key/value he
 D head dim, S positions, F rotary channels.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.rope_utils import (
+    _apply_rotary_pos_emb_bshd,
+    apply_rotary_pos_emb,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
@@ -54,6 +57,15 @@ class NoCoreAttention(torch.nn.Module):
 
     def __init__(self, **kwargs):
         super().__init__()
+
+
+class Angles(NamedTuple):
+    """RoPE's angles, (T, 1 or B, 1, F); None for a model without RoPE."""
+
+    own: Tensor | None
+    """Of this context-parallel rank's tokens."""
+    whole: Tensor | None
+    """Of all tokens of the sequence."""
 
 
 def _scale_channel(x: Tensor, channel: int, factor: float) -> Tensor:
@@ -138,11 +150,15 @@ class DMCSelfAttention(SelfAttention):
         else:
             key, starts = self._gate_key(attention_mask)
             if packed_seq_params is not None:
-                starts, rotary_pos_emb = self._packed(packed_seq_params, k_TBGD, rotary_pos_emb)
+                starts = self._packed_starts(packed_seq_params, k_TBGD)
             layout = SequenceLayout(self.pg_collection.cp, starts)
+            num_tokens = k_TBGD.shape[0] * layout.size
+            angles = Angles(None, None)
+            if rotary_pos_emb is not None:
+                angles = Angles(*layout.angles(rotary_pos_emb, num_tokens))
 
-            def attend(q, k, v, rotary=rotary_pos_emb):
-                return self._attend(q, k, v, rotary, key, layout)
+            def attend(q, k, v):
+                return self._attend(q, k, v, angles, key, layout)
 
             if self.checkpoint_core_attention and self.training:
                 out = tensor_parallel.checkpoint(attend, False, q_TBND, k_TBGD, v_TBGD)
@@ -164,54 +180,45 @@ class DMCSelfAttention(SelfAttention):
                 f"in training ({error})"
             ) from error
 
-    def _packed(
-        self, params, k_TBGD: Tensor, rotary: Tensor | None
-    ) -> tuple[list[list[int]], Tensor | None]:
-        """Documents of Megatron's packed format (thd: one row of tokens), and their RoPE angles."""
+    def _packed_starts(self, params, k_TBGD: Tensor) -> list[list[int]]:
+        """Where the documents of Megatron's packed format (thd: one row of tokens) start."""
         if self.pg_collection.cp.size() > 1 or k_TBGD.shape[1] != 1:
             raise UnsupportedConfig(
                 f"packed sequences with context parallel size {self.pg_collection.cp.size()} and "
                 f"{k_TBGD.shape[1]} rows; DMC takes one row and no context parallelism (packed "
                 "documents with it: --reset-attention-mask)"
             )
-        num_tokens = k_TBGD.shape[0]
-        starts = [s for s in params.cu_seqlens_q.tolist()[1:-1] if s < num_tokens]
-        if rotary is not None:  # Megatron gives the angles of the longest document
-            ends = [*starts, num_tokens]
-            positions = [
-                i for first, end in zip([0, *starts], ends, strict=True) for i in range(end - first)
-            ]
-            rotary = rotary[torch.tensor(positions, device=rotary.device)]
-        return [starts], rotary
+        return [[s for s in params.cu_seqlens_q.tolist()[1:-1] if s < k_TBGD.shape[0]]]
 
-    def _attend(self, q, k, v, rotary, key: GateKey | None, layout: SequenceLayout) -> Tensor:
-        """q, k, v and the rotary angles are those of this context-parallel rank's tokens."""
+    def _attend(
+        self, q, k, v, angles: Angles, key: GateKey | None, layout: SequenceLayout
+    ) -> Tensor:
+        """q, k and v are those of this context-parallel rank's tokens."""
         stage = Stage(self.config.dmc.stage)
         if stage.compresses:
-            return self._attend_compressed(q, k, v, rotary, key, layout)
+            return self._attend_compressed(q, k, v, angles, key, layout)
         if stage is Stage.ZERO_OUT:
             factor = self._zero_out_scale(key)
             self._faded = factor == 0.0 and self.training
             q = _scale_channel(q, gates.IMPORTANCE_CHANNEL, factor)
             k = _scale_channel(k, gates.DECISION_CHANNEL, factor)
-            q, k = self._rotate(q, rotary), self._rotate(k, rotary)
+            q, k = self._rotate(q, angles.own), self._rotate(k, angles.own)
             q = _scale_channel(q, gates.IMPORTANCE_CHANNEL, factor)
             k = _scale_channel(k, gates.DECISION_CHANNEL, factor)
         else:
-            q, k = self._rotate(q, rotary), self._rotate(k, rotary)
+            q, k = self._rotate(q, angles.own), self._rotate(k, angles.own)
         k, v = layout.gather(k), layout.gather(v)
         return layout.attend(causal_attention, q, k, v, softmax_scale=self.softmax_scale)
 
     def _attend_compressed(
-        self, q, k, v, rotary, key: GateKey | None, layout: SequenceLayout
+        self, q, k, v, angles: Angles, key: GateKey | None, layout: SequenceLayout
     ) -> Tensor:
         dmc = self.config.dmc
         omega_TBG = layout.gather(gates.importance(q, k.shape[2], alpha_offset=dmc.alpha_offset))
         q = _scale_channel(q, gates.IMPORTANCE_CHANNEL, 0.0)
-        q = self._rotate(q, rotary)
+        q = self._rotate(q, angles.own)
         # Segments cross the ranks' boundaries: the merge runs over the whole sequence.
         k, v = layout.gather(k), layout.gather(v)
-        rotary = None if rotary is None else layout.gather(rotary)
         logit_TBG = gates.decision_logit(k, alpha_offset=dmc.alpha_offset)
         if dmc.shared_decisions:
             assert self.config.num_query_groups is not None
@@ -229,7 +236,7 @@ class DMCSelfAttention(SelfAttention):
         k = _scale_channel(k, gates.DECISION_CHANNEL, 0.0)
         k, v = merge(k, v, alpha, omega_TBG, merge_window=dmc.merge_window)
         # what RoPE mixed into the borrowed channel is ignored there
-        k = self._rotate(k, rotary)
+        k = self._rotate(k, angles.whole)
         out = layout.attend(training_attention, q, k, v, log_keep, softmax_scale=self.softmax_scale)
         if self.recorder is not None and key is not None:
             out = self.recorder.report(out, layout.own(alpha_hat), key, self.layer_index)
@@ -291,6 +298,8 @@ class DMCSelfAttention(SelfAttention):
     def _rotate(self, x_TBHD: Tensor, rotary: Tensor | None) -> Tensor:
         if rotary is None:
             return x_TBHD
+        if rotary.shape[1] > 1:  # other angles for every sequence; no fused kernel takes them
+            return _apply_rotary_pos_emb_bshd(x_TBHD, rotary)
         return apply_rotary_pos_emb(
             x_TBHD, rotary, config=self.config, cp_group=self.pg_collection.cp
         )

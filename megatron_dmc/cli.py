@@ -128,7 +128,32 @@ def run_report(args: argparse.Namespace) -> int:
     return 0
 
 
-SUBCOMMANDS: list[Callable[[Subparsers], None]] = [add_convert, add_generate, add_report]
+def add_bench(subparsers: Subparsers) -> None:
+    """`megatron-dmc bench`."""
+    from megatron_dmc.bench.command import add_benchmarks
+
+    parser = subparsers.add_parser(
+        "bench",
+        help="benchmarks; the last line of each is a JSON document",
+        description="Measure this machine, each result beside its ceiling or its alternatives.",
+    )
+    add_benchmarks(parser)
+    parser.set_defaults(run=run_bench)
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """Run `megatron-dmc bench`."""
+    from megatron_dmc.bench.command import run
+
+    return run(args)
+
+
+SUBCOMMANDS: list[Callable[[Subparsers], None]] = [
+    add_convert,
+    add_generate,
+    add_report,
+    add_bench,
+]
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -72,6 +72,18 @@ def transformer_config(
     )
 
 
+def rotary_embedding(description: ModelDescription, device: str | torch.device) -> RotaryEmbedding:
+    """RoPE angles for the model, computed on `device`."""
+    rotary = _RotaryEmbedding(
+        description.kv_channels,
+        rotary_percent=1.0,
+        rotary_base=description.rotary_base,
+        use_cpu_initialization=True,
+    )
+    rotary.inv_freq = rotary.inv_freq.to(device)
+    return rotary
+
+
 def build_model(
     description: ModelDescription,
     *,
@@ -106,14 +118,7 @@ def build_model(
         position_embedding_type="rope",
         rotary_base=description.rotary_base,
     )
-    rotary = _RotaryEmbedding(
-        description.kv_channels,
-        rotary_percent=1.0,
-        rotary_base=description.rotary_base,
-        use_cpu_initialization=True,
-    )
-    rotary.inv_freq = rotary.inv_freq.to(device)
-    model.rotary_pos_emb = rotary
+    model.rotary_pos_emb = rotary_embedding(description, device)
     model.requires_grad_(False)
     return model.to(device=device, dtype=dtype).eval()
 

@@ -70,6 +70,28 @@ class SequenceLayout:
             mask[list(starts), b] = True
         return mask
 
+    def angles(self, own_T11F: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """RoPE's angles of this rank's tokens and of the whole sequence; documents start anew.
+
+        The borrowed channel's partner takes part in RoPE without it, so a score depends a little on
+        the positions themselves, not on their distance alone; a packed document has those that it has
+        alone.
+
+        Args:
+            own_T11F: Megatron's angles of this rank's positions; for its packed format, of at least
+                the longest document's.
+            num_tokens: T.
+        """
+        whole = self.gather(own_T11F)
+        if self.starts is None:
+            return own_T11F, whole
+        starts_TB = self.starts_TB(num_tokens)
+        assert starts_TB is not None
+        tokens = torch.arange(num_tokens)[:, None]
+        positions_TB = tokens - (tokens * starts_TB).cummax(0).values
+        whole = whole[positions_TB.to(whole.device), 0]
+        return self.own(whole), whole
+
     def attend(
         self, attention: Callable[..., Tensor], q_TX: Tensor, *keys_TX: Tensor, softmax_scale: float
     ) -> Tensor:

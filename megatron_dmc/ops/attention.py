@@ -5,167 +5,110 @@ key/value head, D head dim.
 """
 
 import math
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+from megatron_dmc.ops import diagonal
+from megatron_dmc.ops.flash import Kernel, choose_kernel
 
 _MASKED = -1.0e4
 """Stands for log(0) inside the kernel: exp of it is 0 in every dtype, and no NaN can arise."""
 
 
-def _flash_forward(
-    q_BNTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float, *, causal: bool = True
+def _diagonal(q_BNTD: Tensor):
+    """The implementation of `ops.diagonal` for these tensors: Triton's on a GPU, where it is."""
+    if q_BNTD.is_cuda and find_spec("triton"):
+        from megatron_dmc.ops.triton import diagonal as kernels
+
+        if kernels.takes(q_BNTD):
+            return kernels
+    return diagonal
+
+
+def _bias_unit(scale: float) -> float:
+    """What the queries' borrowed channel holds: 1 / scale, as a power of two, exact in every dtype."""
+    return 2.0 ** round(-math.log2(scale))
+
+
+def _shifted_forward(
+    q: Tensor, k: Tensor, v: Tensor, log_keep_BGT: Tensor, scale: float, kernel: Kernel
 ):
-    """Stock flash attention: (out_BNTD, lse_BNT, state for the backward)."""
-    if q_BNTD.is_cuda:
-        out, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = (
-            torch.ops.aten._scaled_dot_product_flash_attention(
-                q_BNTD, k_BGTD, v_BGTD, 0.0, causal, False, scale=scale
-            )
-        )
-        return out, lse, (cum_q, cum_k, max_q, max_k, seed, offset)
-    # ATen's CPU kernel wants as many key heads as query heads: one call for each query head of
-    # the groups, so that keys are never repeated in memory.
-    group = q_BNTD.shape[1] // k_BGTD.shape[1]
-    outs, lses = [], []
-    for r in range(group):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q_BNTD[:, r::group], k_BGTD, v_BGTD, 0.0, causal, scale=scale
-        )
-        outs.append(out)
-        lses.append(lse)
-    if group == 1:
-        return outs[0], lses[0], None
-    return torch.stack(outs, 2).flatten(1, 2), torch.stack(lses, 2).flatten(1, 2), None
-
-
-def _flash_backward(grad_out, q, k, v, out, lse, state, scale: float, *, causal: bool = True):
-    """Backward of `_flash_forward`, given the (possibly merged) out and lse."""
-    if q.is_cuda:
-        cum_q, cum_k, max_q, max_k, seed, offset = state
-        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            grad_out, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, causal, seed, offset,
-            scale=scale,
-        )  # fmt: skip
-    group = q.shape[1] // k.shape[1]
-    dqs, dk, dv = [], None, None
-    for r in range(group):
-        heads = slice(r, None, group)
-        dq_r, dk_r, dv_r = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out[:, heads], q[:, heads], k, v, out[:, heads], lse[:, heads], 0.0, causal,
-            scale=scale,
-        )  # fmt: skip
-        dqs.append(dq_r)
-        dk = dk_r if dk is None else dk + dk_r
-        dv = dv_r if dv is None else dv + dv_r
-    dq = dqs[0] if group == 1 else torch.stack(dqs, 2).flatten(1, 2)
-    return dq, dk, dv
-
-
-def _by_group(x_BNTX: Tensor, num_kv_heads: int) -> Tensor:
-    return x_BNTX.unflatten(1, (num_kv_heads, -1))
-
-
-def _joined(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Union of two disjoint sets of keys: (B, N, T, D) and (B, N, T), in the dtype of `lse`."""
-    other_lse = other_lse.to(lse.dtype)
-    joint = torch.logaddexp(lse, other_lse)
-    out = out * torch.exp(lse - joint)[..., None]
-    return out + other.to(lse.dtype) * torch.exp(other_lse - joint)[..., None], joint
-
-
-def _shifted_forward(q: Tensor, k: Tensor, v: Tensor, log_keep_BGT: Tensor, scale: float):
     """Shifted flash attention joined with the diagonal, section 3. Tensors (B, heads, T, D).
 
-    The queries are those of the last tokens; keys before the first query's token are its past.
+    The queries are those of the last tokens; what stands before the first of them is the past.
 
     Returns:
         q and k with the bias in their borrowed channel, out_BNTD, lse_BNT, the diagonal's
-        probability p_own_BNT, and the flash kernel's states for its backward: of the past (None
-        where there is none) and of the queries' own tokens (None for one query).
+        probability p_own_BNT, and the flash kernel's states for its backward: of the queries' own
+        tokens (None for one query) and of the past (None for none).
     """
-    num_kv_heads, past = k.shape[1], k.shape[2] - q.shape[2]
-    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q = torch.cat([q[..., :-1], torch.full_like(q[..., :1], 1.0 / scale)], dim=-1)
-    bias = log_keep_BGT.clamp_min(_MASKED)
+    past = k.shape[2] - q.shape[2]
+    q, k = q.clone(), k.clone()
+    q[..., -1] = _bias_unit(scale)
     # key j carries log_keep_{j+1}; the last key is never anybody's earlier key
-    bias = torch.cat([bias[..., 1:], torch.zeros_like(bias[..., :1])], dim=-1)
-    k = torch.cat([k[..., :-1], bias[..., None].to(k.dtype)], dim=-1)
+    k[..., :-1, -1] = log_keep_BGT[..., 1:].clamp_min(_MASKED) / (scale * _bias_unit(scale))
+    k[..., -1:, -1] = 0.0
     own_k, own_v = k[:, :, past:], v[:, :, past:]
-
-    own_lse = (_by_group(q[..., :-1], num_kv_heads).to(acc) * own_k[..., None, :, :-1].to(acc)).sum(
-        -1
-    )
-    own_lse = (own_lse * scale).flatten(1, 2)
-    lse = own_lse.clone()
-    out = own_v[:, :, None].expand(_by_group(q, num_kv_heads).shape).flatten(1, 2).to(acc)
-    past_state = state = None
+    earlier = earlier_lse = state = past_state = None
     if q.shape[2] > 1:
-        part, part_lse, state = _flash_forward(
-            q[:, :, 1:], own_k[:, :, :-1], own_v[:, :, :-1], scale
+        earlier, earlier_lse, state = kernel.forward(
+            q[:, :, 1:], own_k[:, :, :-1], own_v[:, :, :-1], scale, True
         )
-        tail, tail_lse = _joined(out[:, :, 1:], lse[:, :, 1:], part, part_lse)
-        out = torch.cat([out[:, :, :1], tail], dim=2)
-        lse = torch.cat([lse[:, :, :1], tail_lse], dim=2)
+    out, lse, p_own = _diagonal(q).join(q, own_k, own_v, earlier, earlier_lse, scale)
     if past:
-        part, part_lse, past_state = _flash_forward(
-            q, k[:, :, :past], v[:, :, :past], scale, causal=False
-        )
-        out, lse = _joined(out, lse, part, part_lse)
-    return q, k, out.to(q.dtype), lse, torch.exp(own_lse - lse), (past_state, state)
+        part, part_lse, past_state = kernel.forward(q, k[:, :, :past], v[:, :, :past], scale, False)
+        own_lse = lse
+        out, lse = join_by_lse(out, lse, part, part_lse.to(lse.dtype))
+        p_own = p_own * torch.exp(own_lse - lse)
+    return q, k, out, lse, p_own, (state, past_state)
 
 
 class _TrainingAttention(torch.autograd.Function):
     """Shifted flash attention plus the diagonal, joined by log-sum-exp. All tensors (B, heads, T, D)."""
 
     @staticmethod
-    def forward(ctx, q, k, v, log_keep_BGT, scale):
-        q, k, out, lse, p_own, states = _shifted_forward(q, k, v, log_keep_BGT, scale)
+    def forward(ctx, q, k, v, log_keep_BGT, scale, kernel):
+        q, k, out, lse, p_own, states = _shifted_forward(q, k, v, log_keep_BGT, scale, kernel)
         ctx.save_for_backward(q, k, v, out, lse, p_own)
-        ctx.states, ctx.scale = states, scale
+        ctx.states, ctx.scale, ctx.kernel = states, scale, kernel
         ctx.clamped = (log_keep_BGT < _MASKED) if ctx.needs_input_grad[3] else None
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
         q, k, v, out, lse, p_own = ctx.saved_tensors
-        scale, num_kv_heads, past = ctx.scale, k.shape[1], k.shape[2] - q.shape[2]
-        past_state, state = ctx.states
-        acc = lse.dtype
-        g = grad_out.to(acc)
+        (state, past_state), scale, past = ctx.states, ctx.scale, k.shape[2] - q.shape[2]
         own_k, own_v = k[:, :, past:], v[:, :, past:]
-        g_group = _by_group(g, num_kv_heads)
-        delta = (g * out.to(acc)).sum(-1)
-        ds = p_own * ((g_group * own_v[:, :, None].to(acc)).sum(-1).flatten(1, 2) - delta) * scale
-        ds = _by_group(ds, num_kv_heads)[..., None]
-        dq = (ds * own_k[:, :, None].to(acc)).flatten(1, 2)
-        dk = torch.zeros(k.shape, dtype=acc, device=k.device)
-        dv = torch.zeros(v.shape, dtype=acc, device=v.device)
-        dk[:, :, past:] = (ds * _by_group(q, num_kv_heads).to(acc)).sum(2)
-        dv[:, :, past:] = (_by_group(p_own, num_kv_heads)[..., None] * g_group).sum(2)
-        dk[..., -1] = 0.0
-
-        def add(first: int, keys: slice, state, causal: bool) -> None:
-            dq_part, dk_part, dv_part = _flash_backward(
-                grad_out[:, :, first:].contiguous(), q[:, :, first:], k[:, :, keys], v[:, :, keys],
-                out[:, :, first:].contiguous(), lse[:, :, first:].contiguous(), state, scale,
-                causal=causal,
-            )  # fmt: skip
-            dq[:, :, first:] += dq_part.to(acc)
-            dk[:, :, keys] += dk_part.to(acc)
-            dv[:, :, keys] += dv_part.to(acc)
-
+        earlier_grads = None
+        # the gradient of k[d] as the kernels saw it: their score held scale * unit * k[d], the bias
+        dbias = torch.zeros(k.shape[:3], dtype=lse.dtype, device=k.device)
         if q.shape[2] > 1:
-            add(1, slice(past, -1), state, True)
+            g, o = grad_out[:, :, 1:], out[:, :, 1:]
+            if not g.is_cuda or g.stride() != o.stride():  # as the kernels like them
+                g, o = g.contiguous(), o.contiguous()
+            earlier_grads = ctx.kernel.backward(
+                g, q[:, :, 1:], own_k[:, :, :-1], own_v[:, :, :-1], o, lse[:, :, 1:].contiguous(),
+                state, scale, True,
+            )  # fmt: skip
+            dbias[..., past + 1 :] = earlier_grads[1][..., -1]
+        dq, dk, dv = _diagonal(q).add_gradients(
+            grad_out, q, own_k, own_v, out, p_own, earlier_grads, scale
+        )
         if past:
-            add(0, slice(0, past), past_state, False)
-        # the flash kernel saw q[d] = 1/scale, so d score / d bias is 1: dk[d] is the bias's gradient
-        dbias = torch.cat([torch.zeros_like(dk[:, :, :1, -1]), dk[:, :, :-1, -1]], dim=2)
+            dq_past, dk_past, dv_past = ctx.kernel.backward(
+                grad_out.contiguous(), q, k[:, :, :past], v[:, :, :past], out.contiguous(),
+                lse.contiguous(), past_state, scale, False,
+            )  # fmt: skip
+            dbias[..., 1 : past + 1] = dk_past[..., -1]
+            dq_past[..., -1] = 0.0
+            dk_past[..., -1] = 0.0
+            dq, dk, dv = dq + dq_past, torch.cat([dk_past, dk], 2), torch.cat([dv_past, dv], 2)
+        dbias /= scale * _bias_unit(scale)
         if ctx.clamped is not None:
             dbias = dbias.masked_fill(ctx.clamped, 0.0)
-        dq[..., -1] = 0.0
-        dk[..., -1] = 0.0
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias, None
+        return dq, dk, dv, dbias, None, None
 
 
 def training_attention(
@@ -175,6 +118,7 @@ def training_attention(
     log_keep_TBG: Tensor,
     *,
     softmax_scale: float | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Causal attention in which key j counts for a later query with weight (1 - alpha_{j+1}).
 
@@ -189,12 +133,14 @@ def training_attention(
         k_TBGD, v_TBGD: rotated merged keys, merged values, same dtype as the queries.
         log_keep_TBG: `log_keep[t] = log(1 - alpha_t)`, at most 0, -inf allowed; shifted inside.
         softmax_scale: default 1 / sqrt(D).
+        backend: stock kernel by name; default: the choice of `ops.flash.choose_kernel`.
 
     Returns:
         out_TBND. Differentiable in all four tensors.
 
     Raises:
-        ValueError: if N is not a multiple of G or the token counts do not fit.
+        ValueError: if N is not a multiple of G, the token counts do not fit, or the backend
+            cannot.
     """
     num_heads, num_kv_heads = q_TBND.shape[2], k_TBGD.shape[2]
     if num_heads % num_kv_heads:
@@ -204,62 +150,66 @@ def training_attention(
             "training_attention: k, v and log_keep must have the same T, and q at most as many"
         )
     scale = 1.0 / math.sqrt(q_TBND.shape[-1]) if softmax_scale is None else softmax_scale
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_TBND, k_TBGD, v_TBGD))
     out = _TrainingAttention.apply(
-        q_TBND.permute(1, 2, 0, 3),
-        k_TBGD.permute(1, 2, 0, 3),
-        v_TBGD.permute(1, 2, 0, 3),
+        q,
+        k,
+        v,
         log_keep_TBG.permute(1, 2, 0).to(
             torch.float64 if q_TBND.dtype == torch.float64 else torch.float32
         ),
         scale,
+        choose_kernel(q, k, v, backend=backend),
     )
     return out.permute(2, 0, 1, 3)
 
 
 class _PlainAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, scale):
+    def forward(ctx, q, k, v, scale, kernel):
         past = k.shape[2] - q.shape[2]
-        out, lse, state = _flash_forward(q, k[:, :, past:], v[:, :, past:], scale)
+        out, lse, state = kernel.forward(q, k[:, :, past:], v[:, :, past:], scale, True)
         past_state = None
         if past:
-            part, part_lse, past_state = _flash_forward(
-                q, k[:, :, :past], v[:, :, :past], scale, causal=False
+            part, part_lse, past_state = kernel.forward(
+                q, k[:, :, :past], v[:, :, :past], scale, False
             )
-            joint, lse = _joined(out.to(lse.dtype), lse, part, part_lse)
-            out = joint.to(q.dtype)
+            out, lse = join_by_lse(out, lse, part, part_lse)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.states, ctx.scale = (past_state, state), scale
+        ctx.states, ctx.scale, ctx.kernel = (state, past_state), scale, kernel
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
         q, k, v, out, lse = ctx.saved_tensors
-        (past_state, state), past = ctx.states, k.shape[2] - q.shape[2]
-        grad_out = grad_out.contiguous()
-        dq, dk, dv = _flash_backward(
-            grad_out, q, k[:, :, past:], v[:, :, past:], out, lse, state, ctx.scale
-        )
+        (state, past_state), past = ctx.states, k.shape[2] - q.shape[2]
+        grad_out, kernel = grad_out.contiguous(), ctx.kernel
+        own = k[:, :, past:], v[:, :, past:]
+        dq, dk, dv = kernel.backward(grad_out, q, *own, out, lse, state, ctx.scale, True)
         if past:
-            dq_past, dk_past, dv_past = _flash_backward(
-                grad_out, q, k[:, :, :past], v[:, :, :past], out, lse, past_state, ctx.scale,
-                causal=False,
-            )  # fmt: skip
+            dq_past, dk_past, dv_past = kernel.backward(
+                grad_out, q, k[:, :, :past], v[:, :, :past], out, lse, past_state, ctx.scale, False
+            )
             dq, dk, dv = dq + dq_past, torch.cat([dk_past, dk], 2), torch.cat([dv_past, dv], 2)
-        return dq, dk, dv, None
+        return dq, dk, dv, None, None
 
 
 def causal_attention(
-    q_TBND: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, *, softmax_scale: float | None = None
+    q_TBND: Tensor,
+    k_TBGD: Tensor,
+    v_TBGD: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Plain causal attention on the same stock kernel: DMC off, and the yardstick of benchmarks.
 
     Args and returns as `training_attention`, but every channel counts.
     """
     scale = 1.0 / math.sqrt(q_TBND.shape[-1]) if softmax_scale is None else softmax_scale
-    out = _PlainAttention.apply(
-        q_TBND.permute(1, 2, 0, 3), k_TBGD.permute(1, 2, 0, 3), v_TBGD.permute(1, 2, 0, 3), scale
-    )
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_TBND, k_TBGD, v_TBGD))
+    kernel = choose_kernel(q, k, v, backend=backend)
+    out = _PlainAttention.apply(q, k, v, scale, kernel)
     return out.permute(2, 0, 1, 3)
 
 
@@ -301,12 +251,13 @@ def chunk_attention(
     """
     q, k, v = (x.transpose(0, 1)[None] for x in (q_TND, k_TGD, v_TGD))
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    kernel = choose_kernel(q, k, v)
     if is_merge_TG is None:
-        out, lse, _ = _flash_forward(q, k, v, softmax_scale)
+        out, lse, _ = kernel.forward(q, k, v, softmax_scale, True)
     else:
         log_keep = torch.zeros(is_merge_TG.shape, dtype=acc, device=q.device)
         log_keep = log_keep.masked_fill(is_merge_TG, float("-inf")).T[None]
-        _, _, out, lse, _, _ = _shifted_forward(q, k, v, log_keep, softmax_scale)
+        _, _, out, lse, _, _ = _shifted_forward(q, k, v, log_keep, softmax_scale, kernel)
     return out[0].transpose(0, 1), lse[0].T.to(acc)
 
 
@@ -335,5 +286,6 @@ def masked_attention(
         q = torch.cat([q[..., :-1], torch.full_like(q[..., :1], 1.0 / softmax_scale)], dim=-1)
         bias = torch.zeros_like(k[..., :1]).masked_fill(~is_visible_GE[None, ..., None], _MASKED)
         k = torch.cat([k[..., :-1], bias], dim=-1)
-    out, lse, _ = _flash_forward(q, k, v, softmax_scale, causal=False)
+    kernel = choose_kernel(q, k, v, causal=False)
+    out, lse, _ = kernel.forward(q, k, v, softmax_scale, False)
     return out[0].transpose(0, 1), lse[0].T.to(acc)

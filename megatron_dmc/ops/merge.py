@@ -5,6 +5,8 @@ W merge window, U weighted tokens kept for an open segment, A components of an a
 X any leading dimensions.
 """
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -153,8 +155,43 @@ class _WindowedMerge(torch.autograd.Function):
         )
 
 
+def choose_backend(
+    k_TBGD: Tensor, v_TBGD: Tensor, *, merge_window: int = 0, backend: str | None = None
+) -> str:
+    """Which implementation `merge` runs: the one place that decides.
+
+    Args:
+        backend: what the caller asks for; None: Triton's kernels for CUDA tensors, where Triton is
+            installed and the kernels take the tensors, otherwise PyTorch. float64 always runs in PyTorch.
+
+    Returns:
+        "torch" or "triton".
+
+    Raises:
+        ValueError: for an unknown name, or if the kernels were asked for and cannot.
+    """
+    if backend not in (None, "torch", "triton"):
+        raise ValueError(f"merge: backend={backend!r} is unknown; choose torch or triton")
+    if backend == "torch" or k_TBGD.dtype == torch.float64:
+        return "torch"
+    if backend is None and not (k_TBGD.is_cuda and find_spec("triton")):
+        return "torch"
+    from megatron_dmc.ops.triton import merge as kernels
+
+    refusal = kernels.refusal(k_TBGD, v_TBGD, merge_window)
+    if backend == "triton" and refusal:
+        raise ValueError(f"merge: backend='triton' does not take {refusal}; use backend='torch'")
+    return "torch" if refusal else "triton"
+
+
 def merge(
-    k_TBGD: Tensor, v_TBGD: Tensor, alpha_TBG: Tensor, omega_TBG: Tensor, *, merge_window: int = 0
+    k_TBGD: Tensor,
+    v_TBGD: Tensor,
+    alpha_TBG: Tensor,
+    omega_TBG: Tensor,
+    *,
+    merge_window: int = 0,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Running weighted means of keys and values, `y_t = A_t / z_t` with
 
@@ -168,13 +205,14 @@ def merge(
         alpha_TBG: decisions in [0, 1]. `alpha_0` has no effect: nothing stands before token 0.
         omega_TBG: importances, positive.
         merge_window: W; only the latest W tokens contribute to y_t. 0 is unlimited.
+        backend: "torch", "triton", or None for the default of `choose_backend`.
 
     Returns:
         merged keys and values in the inputs' shapes and dtype. Sums are float32 (float64 for
         float64 inputs).
 
     Raises:
-        ValueError: if `merge_window` is negative or shapes do not fit.
+        ValueError: if `merge_window` is negative, shapes do not fit, or the backend cannot.
     """
     if merge_window < 0:
         raise ValueError(f"merge_window={merge_window} must be 0 (unlimited) or positive")
@@ -183,6 +221,10 @@ def merge(
             f"merge: keys {tuple(k_TBGD.shape)}, alpha {tuple(alpha_TBG.shape)} and omega "
             f"{tuple(omega_TBG.shape)} must agree in (T, B, G)"
         )
+    if choose_backend(k_TBGD, v_TBGD, merge_window=merge_window, backend=backend) == "triton":
+        from megatron_dmc.ops.triton.merge import merge as triton_merge
+
+        return triton_merge(k_TBGD, v_TBGD, alpha_TBG, omega_TBG, merge_window=merge_window)
     acc = torch.float64 if k_TBGD.dtype == torch.float64 else torch.float32
     kv = torch.cat([k_TBGD.to(acc), v_TBGD.to(acc)], dim=-1)
     alpha = alpha_TBG.to(acc)

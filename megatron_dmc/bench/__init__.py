@@ -1,0 +1,1 @@
+"""Benchmarks: commands whose last line of output is one JSON document."""

@@ -1,0 +1,228 @@
+"""What all benchmarks share: settings, timing, ceilings, correctness, and the document at the end."""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dmc import __version__
+from megatron_dmc.errors import DMCError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A benchmark's common arguments, with their defaults filled in."""
+
+    device: torch.device
+    dtype: torch.dtype
+    lengths: tuple[int, ...]
+    repeats: int
+    output: Path | None
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @classmethod
+    def from_args(
+        cls, args: argparse.Namespace, *, gpu: Sequence[int], cpu: Sequence[int]
+    ) -> "Settings":
+        """Fill in; `gpu` and `cpu` are the default lengths.
+
+        Raises:
+            DMCError: the device is not here, or a number is not positive.
+        """
+        try:
+            device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError as e:
+            raise DMCError(f"--device {args.device}: {e}") from e
+        if device.type not in ("cpu", "cuda"):
+            raise DMCError(f"--device {args.device}: use cpu or cuda")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise DMCError(f"--device {args.device}: there is no CUDA device; use --device cpu")
+        on_gpu = device.type == "cuda"
+        lengths = tuple(args.lengths or (gpu if on_gpu else cpu))
+        repeats = args.repeats or (50 if on_gpu else 5)
+        if min(lengths) < 2 or repeats < 1:
+            raise DMCError("--lengths must be at least 2 and --repeats at least 1")
+        output = Path(args.output) if args.output else None
+        return cls(device, getattr(torch, args.dtype), lengths, repeats, output)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one run: median and spread of many."""
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+
+
+def measure_time(
+    function: Callable[[], object], device: torch.device, *, repeats: int, warmup: int = 3
+) -> Timing:
+    """Time `function` by CUDA events, or the wall clock on a CPU.
+
+    The data of a run must be larger than the cache, or already be in it in real use.
+    """
+    for _ in range(warmup):
+        function()
+    if device.type == "cuda":
+        events = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            for _ in range(repeats)
+        ]
+        torch.cuda.synchronize(device)
+        for start, end in events:
+            start.record()
+            function()
+            end.record()
+        torch.cuda.synchronize(device)
+        times = [start.elapsed_time(end) for start, end in events]
+    else:
+        times = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            function()
+            times.append(1e3 * (time.perf_counter() - begin))
+    times.sort()
+    return Timing(statistics.median(times), times[len(times) // 10], times[-1 - len(times) // 10])
+
+
+def peak_memory(function: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes that `function` adds at its peak; None on a CPU, where nobody counts them."""
+    if device.type != "cuda":
+        return None
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def copy_bandwidth(settings: Settings) -> float:
+    """Bytes per second of a large copy on the device, read and written bytes both counted."""
+    size = (1 << 30) if settings.on_gpu else (1 << 26)
+    source = torch.empty(size, dtype=torch.uint8, device=settings.device).random_()
+    target = torch.empty_like(source)
+    timing = measure_time(
+        lambda: target.copy_(source), settings.device, repeats=max(settings.repeats, 5)
+    )
+    return 2 * size / (timing.median_ms / 1e3)
+
+
+def errors_within_twice_the_yardstick(
+    names: Sequence[str],
+    ours: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    honest: Sequence[Tensor],
+) -> dict[str, float]:
+    """Relative error of each tensor, none above twice that of an honest version in its dtype.
+
+    Raises:
+        DMCError: a result is wrong: nothing may be timed.
+    """
+    errors = {}
+    for name, a, b, c in zip(names, ours, exact, honest, strict=True):
+        scale = b.norm().item() + 1e-30
+        error, yardstick = ((x.double() - b).norm().item() / scale for x in (a, c))
+        if not error <= 2 * yardstick + 1e-5:
+            raise DMCError(
+                f"{name} is wrong: relative error {error:.2e}, an honest version's {yardstick:.2e}"
+            )
+        errors[name] = error
+    return errors
+
+
+def document(name: str, settings: Settings, **content: Any) -> dict[str, Any]:
+    """The JSON document: which machine, which versions, which settings, and the content."""
+    gpu = torch.cuda.get_device_name(settings.device) if settings.on_gpu else None
+    return {
+        "benchmark": name,
+        "version": __version__,
+        "gpu": gpu,
+        "cpu_threads": None if gpu else torch.get_num_threads(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if gpu else None,
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "repeats": settings.repeats,
+        "arguments": sys.argv[1:],
+        "note": None if gpu else "small shapes on a CPU: they say nothing about a GPU",
+        **content,
+    }
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One part of a plot: horizontal bars, ours in colour."""
+
+    title: str
+    unit: str
+    bars: list[tuple[str, float, bool]]
+
+
+def plot(panels: list[Panel], folder: Path, stem: str) -> None:
+    """Write `stem`.svg and `stem`.png.
+
+    Raises:
+        DMCError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as e:
+        raise DMCError("--output draws with matplotlib: pip install 'megatron-dmc[report]'") from e
+
+    heights = [len(panel.bars) + 1.2 for panel in panels]
+    style = {"svg.fonttype": "none", "font.family": "DejaVu Sans"}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(8, 0.32 * sum(heights) + 0.4), layout="constrained")
+        axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for ax, panel in zip(axes, panels, strict=True):
+            labels, values, ours = zip(*panel.bars, strict=True)
+            colours = ["#0072b2" if own else "#9fb4c4" for own in ours]
+            bars = ax.barh(range(len(values)), values, color=colours, height=0.7)
+            ax.bar_label(bars, fmt="%.3g", padding=3, fontsize=8, color="#5b6873")
+            ax.set_yticks(range(len(values)), labels, fontsize=8)
+            ax.set_title(panel.title, fontsize=9, loc="left")
+            ax.set_xlabel(panel.unit, fontsize=8)
+            ax.tick_params(axis="x", labelsize=8)
+            ax.invert_yaxis()
+            ax.margins(x=0.12)
+            ax.spines[["top", "right"]].set_visible(False)
+        FigureCanvasSVG(figure).print_svg(str(folder / f"{stem}.svg"))
+        figure.dpi = 160
+        FigureCanvasAgg(figure).print_png(str(folder / f"{stem}.png"))
+
+
+def finish(result: dict[str, Any], panels: list[Panel], settings: Settings) -> int:
+    """Write what --output asks for, then print the document on one line, the last one."""
+    line = json.dumps(result)
+    if settings.output is not None:
+        settings.output.mkdir(parents=True, exist_ok=True)
+        (settings.output / f"{result['benchmark']}.json").write_text(line + "\n")
+        plot(panels, settings.output, result["benchmark"])
+    if result["note"]:
+        print(result["note"], file=sys.stderr)
+    print(line, flush=True)
+    return 0
+
+
+def as_row(timing: Timing, **columns: Any) -> dict[str, Any]:
+    """A row of results."""
+    return {**columns, **asdict(timing)}

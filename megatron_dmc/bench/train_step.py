@@ -1,0 +1,218 @@
+"""A Transformer layer and a full training step with and without DMC (K3).
+
+Regime: Megatron's model in one process, Llama-2-7B's layer shape (a small one on a CPU), random weights
+and tokens, unlimited merging, no activation recompute. Both sides run the same code on the same
+stock attention kernel; without DMC the merge, the gates and the compression loss are left out.
+The step is forward, loss, backward and AdamW. Metric: median milliseconds and peak memory, and
+their ratios. Before timing, both models must give finite losses, and with the borrowed channels
+zero, where nothing merges, the same ones.
+
+Dimension letters: T tokens, B batch, L layers.
+"""
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_dmc.bench.measure import (
+    Panel,
+    Settings,
+    as_row,
+    document,
+    finish,
+    measure_time,
+    peak_memory,
+)
+from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.single_process import ensure_single_process
+from megatron_dmc.config import DMCConfig, Stage
+from megatron_dmc.decisions import DecisionRecorder, GateKey
+from megatron_dmc.errors import DMCError
+from megatron_dmc.models import rotary_embedding, transformer_config
+from megatron_dmc.ops import gates
+from megatron_dmc.specs import dmc_layer_spec
+from megatron_dmc.training.loss import compression_loss, merge_rate
+from megatron_dmc.training.model import DMCGPTModel
+
+TARGET_CR = 4.0
+
+
+def describe(settings: Settings, *, num_layers: int, length: int) -> ModelDescription:
+    """Llama-2-7B with fewer layers, or something small for a CPU."""
+    if settings.on_gpu:
+        shape: dict[str, Any] = dict(hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32,
+                     num_query_groups=32, kv_channels=128, vocab_size=32000)  # fmt: skip
+    else:
+        shape = dict(hidden_size=64, ffn_hidden_size=128, num_attention_heads=4,
+                     num_query_groups=4, kv_channels=16, vocab_size=256)  # fmt: skip
+    return ModelDescription(
+        num_layers=num_layers, max_position_embeddings=length, dtype=settings.dtype, **shape
+    )
+
+
+def build(description: ModelDescription, settings: Settings, *, dmc: bool) -> DMCGPTModel:
+    """The model for training; weights depend on their names' order alone, so both sides agree."""
+    ensure_single_process()
+    stage = Stage.RETROFIT if dmc else Stage.OFF
+    config = transformer_config(
+        description, dmc=DMCConfig(stage=stage.value, target_cr=TARGET_CR), dtype=settings.dtype
+    )
+    recorder = DecisionRecorder(description.num_layers)
+    model = DMCGPTModel(
+        config=config,
+        transformer_layer_spec=dmc_layer_spec(config, recorder=recorder),
+        vocab_size=description.padded_vocab_size,
+        max_sequence_length=description.max_position_embeddings,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        rotary_base=description.rotary_base,
+        recorder=recorder,
+    )
+    model.rotary_pos_emb = rotary_embedding(description, settings.device)
+    model.to(device=settings.device, dtype=settings.dtype).train()
+    generator = torch.Generator(device=settings.device).manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
+            if name.endswith("linear_qkv.weight"):
+                gates.zero_channel_rows(
+                    parameter,
+                    num_kv_heads=description.num_query_groups,
+                    queries_per_group=description.num_attention_heads
+                    // description.num_query_groups,
+                    head_dim=description.kv_channels,
+                )
+    return model
+
+
+def loss_of(model: DMCGPTModel, tokens_BT: Tensor, *, dmc: bool) -> tuple[Tensor, Tensor]:
+    """The language model's loss, and the loss that is trained on."""
+    key = GateKey(seed=1, step=0, microbatch=0, first_sample=0)
+    model.recorder.begin(key)
+    positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+    lm = model(tokens_BT, positions, key.to_tensor(), labels=tokens_BT.roll(-1, 1)).float().mean()
+    counts_LB = model.take_counts()
+    if not dmc:
+        return lm, lm
+    rate_B = merge_rate(
+        counts_LB, num_tokens=tokens_BT.shape[1], num_kv_heads=model.config.num_query_groups
+    )
+    return lm, lm + compression_loss(rate_B, target_cr=TARGET_CR)
+
+
+def check(models: dict[bool, DMCGPTModel], tokens_BT: Tensor) -> dict[str, float]:
+    """Losses with and without DMC where nothing merges.
+
+    Raises:
+        DMCError: they are not finite or do not agree.
+    """
+    losses = {}
+    for dmc, model in models.items():
+        model.eval()  # no noise: zeroed channels mean that every token is appended
+        with torch.no_grad():
+            losses[dmc] = loss_of(model, tokens_BT, dmc=dmc)[0].item()
+        model.train()
+    if not abs(losses[True] - losses[False]) <= 2e-2 * abs(losses[False]):
+        raise DMCError(f"losses with and without DMC disagree where nothing merges: {losses}")
+    return {"with DMC": losses[True], "without DMC": losses[False]}
+
+
+def bench(
+    settings: Settings, *, length: int, num_layers: int, bar: tqdm
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Rows of one length: the layer and the step, with DMC and without."""
+    batch = max(1, 4096 // length) if settings.on_gpu else 1
+    description = describe(settings, num_layers=num_layers, length=length)
+    generator = torch.Generator(device=settings.device).manual_seed(2)
+    tokens_BT = torch.randint(
+        description.vocab_size, (batch, length), generator=generator, device=settings.device
+    )
+    models = {dmc: build(description, settings, dmc=dmc) for dmc in (False, True)}
+    losses = check(models, tokens_BT)
+    rows: list[dict[str, Any]] = []
+    times: dict[tuple[str, bool], tuple[float, int | None]] = {}
+    for dmc in (False, True):
+        model = models.pop(dmc)
+        freqs = model.rotary_pos_emb(length)
+        key = GateKey(seed=1, step=0, microbatch=0, first_sample=0)
+        hidden = torch.randn(
+            (length, batch, description.hidden_size), generator=generator, device=settings.device
+        )
+        hidden = hidden.to(settings.dtype).requires_grad_()
+        layer = model.decoder.layers[0]
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=3e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=settings.on_gpu
+        )
+
+        no_counts = torch.zeros(num_layers, batch, device=settings.device)
+
+        def run_layer(
+            layer=layer, hidden=hidden, freqs=freqs, key=key, model=model, no_counts=no_counts
+        ) -> None:
+            model.recorder.begin(key)
+            out, _ = layer(hidden, attention_mask=key.to_tensor(), rotary_pos_emb=freqs)
+            out, counts = model.recorder.collect(out, no_counts, key)
+            loss = out.float().square().mean() + counts.mean()
+            torch.autograd.grad(loss, [hidden, *layer.parameters()])
+
+        def run_step(model=model, dmc=dmc, optimizer=optimizer) -> None:
+            loss_of(model, tokens_BT, dmc=dmc)[1].backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        for part, function in (("layer", run_layer), ("step", run_step)):
+            bar.set_description(f"{part} T={length} {'with' if dmc else 'without'} DMC")
+            timing = measure_time(function, settings.device, repeats=settings.repeats)
+            memory = peak_memory(function, settings.device)
+            if (
+                memory is not None and part == "step"
+            ):  # weights and optimizer state belong to a step's peak
+                memory = torch.cuda.max_memory_allocated(settings.device)
+            times[part, dmc] = timing.median_ms, memory
+            plain_ms, plain_memory = times[part, False]
+            rows.append(
+                as_row(
+                    timing,
+                    part=part,
+                    dmc=dmc,
+                    num_tokens=length,
+                    batch=batch,
+                    num_layers=num_layers if part == "step" else 1,
+                    peak_memory_bytes=memory,
+                    time_over_plain=timing.median_ms / plain_ms,
+                    memory_over_plain=memory / plain_memory if memory and plain_memory else None,
+                )
+            )
+            bar.update()
+        del model, layer, optimizer, run_layer, run_step, function
+        if settings.on_gpu:
+            torch.cuda.empty_cache()
+    return rows, losses
+
+
+def run(args: argparse.Namespace) -> int:
+    """`megatron-dmc bench train-step`."""
+    settings = Settings.from_args(args, gpu=(4096,), cpu=(64,))
+    num_layers = args.layers or (8 if settings.on_gpu else 2)
+    rows: list[dict[str, Any]] = []
+    losses = {}
+    with tqdm(total=4 * len(settings.lengths), disable=None, leave=False) as bar:
+        for length in settings.lengths:
+            found, losses[length] = bench(settings, length=length, num_layers=num_layers, bar=bar)
+            rows += found
+    result = document(
+        "train-step", settings, lengths=settings.lengths, losses_where_nothing_merges=losses,
+        rows=rows,
+    )  # fmt: skip
+    bars = [
+        (f"T={r['num_tokens']} {r['part']} {'with' if r['dmc'] else 'without'} DMC",
+         r["median_ms"], r["dmc"])
+        for r in rows
+    ]  # fmt: skip
+    return finish(result, [Panel("Forward and backward", "ms", bars)], settings)

@@ -1,0 +1,1 @@
+"""Triton kernels, each with a host wrapper; `megatron_dmc.ops` decides when they run."""

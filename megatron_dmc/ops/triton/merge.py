@@ -1,0 +1,513 @@
+"""The merge of keys and values as Triton kernels, forward and backward. docs/method.md, section 2.
+
+Dimension letters: T tokens, B batch, G key/value heads, D head dim, X = B x G sequences of a head,
+C tiles of a sequence, N blocks of channels, I tokens of a tile, F channels of a block, W merge window.
+
+Within a tile the merge is a product with a small triangular matrix. It is made of products of
+decisions, never of quotients or logarithms, so that decisions of exactly 0 and 1 are exact:
+
+    M_ij = prod_{j < l <= i} alpha_l  (j <= i)    z_i = sum_j M_ij omega_j    y_i = sum_j M_ij omega_j x_j / z_i
+
+Unlimited merging walks through the tiles of a sequence in order and carries one token that stands for
+everything before: x = y_{t-1} with omega = z_{t-1}. The carries are kept, one for each tile, so that
+the backward need not walk forward first; it walks the other way and carries that token's gradients.
+Windowed merging needs no carry: its tiles overlap by W - 1 tokens and all run at once. Keys, values
+and their gradients are each read once (but for the overlap) and written once.
+
+The gates' gradients need no product over channels but `Q_ij = gy_i . x_j`. With `r_i = gy_i . y_i`:
+
+    gomega_j = sum_i M_ij (Q_ij - r_i) / z_i
+    galpha_l = sum_{j < l <= i} M_il M_{l-1,j} omega_j (Q_ij - r_i) / z_i
+
+Both are sums over channels: every block of channels writes its part, and the parts are added.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+"""Kernels run on the CPU, by Triton's interpreter (TRITON_INTERPRET=1 before the import)."""
+
+MAX_MERGE_WINDOW = 16
+"""Longest window that the kernels take, unless it covers the whole sequence. Longer ones would need
+tiles that no longer fit into registers."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a kernel cuts its work. Powers of two; `tokens` and `channels` at least 16."""
+
+    tokens: int
+    channels: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def _products(b_alpha, o_i, BAND: tl.constexpr):
+    """M_ij [I, I]: product of alpha over (j, i], 0 where token j does not count for token i."""
+    m_after = o_i[:, None] > o_i[None, :]
+    b_m = tl.cumprod(tl.where(m_after, b_alpha[:, None], 1.0), axis=0)
+    m_counts = o_i[:, None] >= o_i[None, :]
+    if BAND > 0:
+        m_counts = m_counts & (o_i[:, None] - o_i[None, :] < BAND)
+    return tl.where(m_counts, b_m, 0.0)
+
+
+@triton.jit
+def _earlier_products(b_before, o_i):
+    """M_{l-1,j} at [j, l]: product of alpha over (j, l), 0 for l <= j; b_before [I] is alpha_{l-1}."""
+    m_between = o_i[None, :] - 1 > o_i[:, None]
+    b_m = tl.cumprod(tl.where(m_between, b_before[None, :], 1.0), axis=1)
+    return tl.where(o_i[None, :] > o_i[:, None], b_m, 0.0)
+
+
+@triton.jit
+def _weighted_sum(b_w, b_x, INTERPRET: tl.constexpr):
+    """b_w [I, I] float32 times b_x [I, F], to float32's precision."""
+    if INTERPRET:
+        return tl.dot(b_w, b_x.to(tl.float32))
+    elif b_x.dtype == tl.float32:
+        return tl.dot(b_w, b_x, input_precision="tf32x3")
+    else:
+        # two half-precision parts of a weight hold as much of it as float32 sums can tell
+        b_high = b_w.to(b_x.dtype)
+        b_low = (b_w - b_high.to(tl.float32)).to(b_x.dtype)
+        return tl.dot(b_low, b_x, tl.dot(b_high, b_x))
+
+
+@triton.jit
+def _scores(b_gy, b_x, INTERPRET: tl.constexpr):
+    """gy_i . x_j over the channels of the block: [I, I] float32."""
+    if INTERPRET:
+        return tl.dot(b_gy.to(tl.float32), tl.trans(b_x.to(tl.float32)))
+    else:
+        return tl.dot(b_gy, tl.trans(b_x), input_precision="tf32x3")
+
+
+@triton.jit
+def _gate_product(b_q, b_prev, DTYPE: tl.constexpr):
+    """b_q [I, I] times b_prev [I, I] in float32; half-precision keys and values have lost more than
+    tf32 loses here."""
+    if DTYPE == tl.float32:
+        return tl.dot(b_q, b_prev, input_precision="tf32x3")
+    else:
+        return tl.dot(b_q, b_prev, input_precision="tf32")
+
+
+@triton.jit
+def _last(b_x, o_i, I: tl.constexpr):
+    """The last element of b_x [I], or the last row of b_x [I, I]."""
+    if len(b_x.shape) == 1:
+        return tl.sum(tl.where(o_i == I - 1, b_x, 0.0), axis=0)
+    else:
+        return tl.sum(tl.where(o_i[:, None] == I - 1, b_x, 0.0), axis=0)
+
+
+@triton.jit
+def unlimited_forward_kernel(
+    p_k, p_v, p_alpha, p_omega, p_yk, p_yv, p_carry, p_carry_z,
+    T, G, X,
+    s_kt, s_kb, s_kg, s_vt, s_vb, s_vg, s_at, s_ab, s_ag, s_ot, s_ob, s_og,
+    D: tl.constexpr, I: tl.constexpr, F: tl.constexpr,
+    STAGES: tl.constexpr, SAVE: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """One sequence of one head and one block of channels, tile after tile."""
+    i_f, i_x = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_b, i_g = i_x // G, i_x % G
+    o_i = tl.arange(0, I)
+    o_d = i_f * F + tl.arange(0, F)
+    m_d = o_d < D
+    p_k += i_b * s_kb + i_g * s_kg
+    p_v += i_b * s_vb + i_g * s_vg
+    p_alpha += i_b * s_ab + i_g * s_ag
+    p_omega += i_b * s_ob + i_g * s_og
+
+    # [F]
+    b_ck = tl.zeros([F], tl.float32)
+    b_cv = tl.zeros([F], tl.float32)
+    b_cz = 0.0
+    for i_c in tl.range(0, tl.cdiv(T, I), num_stages=STAGES):
+        o_t = (i_c * I + o_i).to(tl.int64)
+        m_t = o_t < T
+        m_td = m_t[:, None] & m_d[None, :]
+        # [I]
+        b_alpha = tl.load(p_alpha + o_t * s_at, mask=m_t & (o_t > 0), other=0.0).to(tl.float32)
+        b_omega = tl.load(p_omega + o_t * s_ot, mask=m_t, other=1.0).to(tl.float32)
+        # [I, F]
+        b_k = tl.load(p_k + o_t[:, None] * s_kt + o_d[None, :], mask=m_td, other=0.0)
+        b_v = tl.load(p_v + o_t[:, None] * s_vt + o_d[None, :], mask=m_td, other=0.0)
+        if SAVE:
+            p_row = p_carry + (i_c * X + i_x) * (2 * D) + o_d
+            tl.store(p_row, b_ck, mask=m_d)
+            tl.store(p_row + D, b_cv, mask=m_d)
+            tl.store(p_carry_z + i_c * X + i_x, b_cz, mask=i_f == 0)
+
+        # [I, I]
+        b_w = _products(b_alpha, o_i, 0) * b_omega[None, :]
+        # [I]: the carried token's product, and its share
+        b_in = tl.cumprod(b_alpha, axis=0) * b_cz
+        b_z = tl.sum(b_w, axis=1) + b_in
+        b_w = b_w / b_z[:, None]
+        b_in = b_in / b_z
+        # [I, F]
+        b_yk = _weighted_sum(b_w, b_k, INTERPRET) + b_in[:, None] * b_ck[None, :]
+        b_yv = _weighted_sum(b_w, b_v, INTERPRET) + b_in[:, None] * b_cv[None, :]
+        o_y = (o_t * X + i_x)[:, None] * D + o_d[None, :]
+        tl.store(p_yk + o_y, b_yk.to(p_yk.dtype.element_ty), mask=m_td)
+        tl.store(p_yv + o_y, b_yv.to(p_yv.dtype.element_ty), mask=m_td)
+
+        b_share = _last(b_w, o_i, I)
+        b_keep = _last(b_in, o_i, I)
+        b_ck = tl.sum(b_share[:, None] * b_k.to(tl.float32), axis=0) + b_keep * b_ck
+        b_cv = tl.sum(b_share[:, None] * b_v.to(tl.float32), axis=0) + b_keep * b_cv
+        b_cz = _last(b_z, o_i, I)
+
+
+@triton.jit
+def unlimited_backward_kernel(
+    p_k, p_v, p_alpha, p_omega, p_gyk, p_gyv, p_carry, p_carry_z,
+    p_gk, p_gv, p_galpha, p_gomega,
+    T, G, X,
+    s_kt, s_kb, s_kg, s_vt, s_vb, s_vg, s_at, s_ab, s_ag, s_ot, s_ob, s_og,
+    s_gkt, s_gkb, s_gkg, s_gvt, s_gvb, s_gvg,
+    D: tl.constexpr, I: tl.constexpr, F: tl.constexpr,
+    STAGES: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """One sequence of one head and one block of channels, from the last tile to the first."""
+    i_f, i_x = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_b, i_g = i_x // G, i_x % G
+    o_i = tl.arange(0, I)
+    o_d = i_f * F + tl.arange(0, F)
+    m_d = o_d < D
+    p_k += i_b * s_kb + i_g * s_kg
+    p_v += i_b * s_vb + i_g * s_vg
+    p_alpha += i_b * s_ab + i_g * s_ag
+    p_omega += i_b * s_ob + i_g * s_og
+    p_gyk += i_b * s_gkb + i_g * s_gkg
+    p_gyv += i_b * s_gvb + i_g * s_gvg
+    p_galpha += i_f.to(tl.int64) * T * X + i_x
+    p_gomega += i_f.to(tl.int64) * T * X + i_x
+
+    # [F]: alpha_n gA_n of the next tile's first token n, and alpha_n gz_n
+    b_gak = tl.zeros([F], tl.float32)
+    b_gav = tl.zeros([F], tl.float32)
+    b_gaz = 0.0
+    num_tiles = tl.cdiv(T, I)
+    for i_r in tl.range(0, num_tiles, num_stages=STAGES):
+        i_c = num_tiles - 1 - i_r
+        o_t = (i_c * I + o_i).to(tl.int64)
+        m_t = o_t < T
+        m_td = m_t[:, None] & m_d[None, :]
+        # [I]; b_before is alpha_{t-1} within the tile and 1 for its first token
+        b_alpha = tl.load(p_alpha + o_t * s_at, mask=m_t & (o_t > 0), other=0.0).to(tl.float32)
+        m_before = m_t & (o_i > 0) & (o_t > 1)
+        b_before = tl.load(p_alpha + (o_t - 1) * s_at, mask=m_before, other=0.0).to(tl.float32)
+        b_omega = tl.load(p_omega + o_t * s_ot, mask=m_t, other=1.0).to(tl.float32)
+        # [I, F]
+        b_k = tl.load(p_k + o_t[:, None] * s_kt + o_d[None, :], mask=m_td, other=0.0)
+        b_v = tl.load(p_v + o_t[:, None] * s_vt + o_d[None, :], mask=m_td, other=0.0)
+        b_gyk = tl.load(p_gyk + o_t[:, None] * s_gkt + o_d[None, :], mask=m_td, other=0.0)
+        b_gyv = tl.load(p_gyv + o_t[:, None] * s_gvt + o_d[None, :], mask=m_td, other=0.0)
+        # [F]
+        p_row = p_carry + (i_c * X + i_x) * (2 * D) + o_d
+        b_ck = tl.load(p_row, mask=m_d, other=0.0)
+        b_cv = tl.load(p_row + D, mask=m_d, other=0.0)
+        b_cz = tl.load(p_carry_z + i_c * X + i_x)
+
+        # products over channels with the carried token and its gradient: [I], [I], scalar
+        b_gyc = tl.sum(b_gyk.to(tl.float32) * b_ck[None, :], axis=1)
+        b_gyc += tl.sum(b_gyv.to(tl.float32) * b_cv[None, :], axis=1)
+        b_gax = tl.sum(b_k.to(tl.float32) * b_gak[None, :], axis=1)
+        b_gax += tl.sum(b_v.to(tl.float32) * b_gav[None, :], axis=1) + b_gaz
+        b_gac = tl.sum(b_gak * b_ck, axis=0) + tl.sum(b_gav * b_cv, axis=0) + b_gaz
+
+        # [I, I]
+        b_m = _products(b_alpha, o_i, 0)
+        b_w = b_m * b_omega[None, :]
+        # [I]
+        b_in = tl.cumprod(b_alpha, axis=0)
+        b_z = tl.sum(b_w, axis=1) + b_in * b_cz
+        b_w = b_w / b_z[:, None]
+        b_out = _last(b_m, o_i, I)
+        # [I, I]: Q, then (Q - r) / z
+        b_q = _scores(b_gyk, b_k, INTERPRET) + _scores(b_gyv, b_v, INTERPRET)
+        b_r = tl.sum(b_w * b_q, axis=1) + b_in * b_cz / b_z * b_gyc
+        b_q = (b_q - b_r[:, None]) / b_z[:, None]
+
+        b_gomega = tl.sum(b_m * b_q, axis=0) + b_out * b_gax
+
+        # omega_j M_{l-1,j} at [j, l], and the product from the tile's start to l - 1
+        b_first = tl.where(o_i == 0, 1.0, b_before)
+        b_prev = _earlier_products(b_before, o_i) * b_omega[:, None]
+        b_in_prev = tl.cumprod(b_first, axis=0) * b_cz
+        # [I, I]: row i is the token whose output changes, column l the decision
+        b_q = tl.where(o_i[:, None] >= o_i[None, :], b_q, 0.0)
+        b_h = _gate_product(b_q, b_prev, p_k.dtype.element_ty)
+        b_h += ((b_gyc - b_r) / b_z)[:, None] * b_in_prev[None, :]
+        b_galpha = tl.sum(b_m * b_h, axis=0)
+        b_future = tl.sum(b_prev * b_gax[:, None], axis=0) + b_in_prev * b_gac
+        b_galpha += b_out * b_future
+        tl.store(p_galpha + o_t * X, b_galpha, mask=m_t)
+        tl.store(p_gomega + o_t * X, b_gomega, mask=m_t)
+
+        # [I, F]
+        b_wt = tl.trans(b_w)
+        b_out = b_out * b_omega
+        b_gk = _weighted_sum(b_wt, b_gyk, INTERPRET) + b_out[:, None] * b_gak[None, :]
+        b_gv = _weighted_sum(b_wt, b_gyv, INTERPRET) + b_out[:, None] * b_gav[None, :]
+        o_x = (o_t * X + i_x)[:, None] * D + o_d[None, :]
+        tl.store(p_gk + o_x, b_gk.to(p_gk.dtype.element_ty), mask=m_td)
+        tl.store(p_gv + o_x, b_gv.to(p_gv.dtype.element_ty), mask=m_td)
+
+        b_keep = _last(b_in, o_i, I)
+        b_in = b_in / b_z
+        b_gak = tl.sum(b_in[:, None] * b_gyk.to(tl.float32), axis=0) + b_keep * b_gak
+        b_gav = tl.sum(b_in[:, None] * b_gyv.to(tl.float32), axis=0) + b_keep * b_gav
+        b_gaz = b_keep * b_gaz - tl.sum(b_in * b_r, axis=0)
+
+
+@triton.jit
+def windowed_forward_kernel(
+    p_k, p_v, p_alpha, p_omega, p_yk, p_yv,
+    T, G, X,
+    s_kt, s_kb, s_kg, s_vt, s_vb, s_vg, s_at, s_ab, s_ag, s_ot, s_ob, s_og,
+    D: tl.constexpr, I: tl.constexpr, F: tl.constexpr, W: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """One tile: I tokens are read, of which the first W - 1 belong to the tile before."""
+    i_f, i_x, i_c = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    i_b, i_g = i_x // G, i_x % G
+    o_i = tl.arange(0, I)
+    o_d = i_f * F + tl.arange(0, F)
+    o_t = (i_c * (I - W + 1) + o_i - (W - 1)).to(tl.int64)
+    m_t = (o_t >= 0) & (o_t < T)
+    m_td = m_t[:, None] & (o_d < D)[None, :]
+    p_k += i_b * s_kb + i_g * s_kg
+    p_v += i_b * s_vb + i_g * s_vg
+    p_alpha += i_b * s_ab + i_g * s_ag
+    p_omega += i_b * s_ob + i_g * s_og
+    # [I]
+    b_alpha = tl.load(p_alpha + o_t * s_at, mask=m_t & (o_t > 0), other=0.0).to(tl.float32)
+    b_omega = tl.load(p_omega + o_t * s_ot, mask=m_t, other=1.0).to(tl.float32)
+    # [I, F]
+    b_k = tl.load(p_k + o_t[:, None] * s_kt + o_d[None, :], mask=m_td, other=0.0)
+    b_v = tl.load(p_v + o_t[:, None] * s_vt + o_d[None, :], mask=m_td, other=0.0)
+    # [I, I]
+    b_w = _products(b_alpha, o_i, W) * b_omega[None, :]
+    b_w = b_w / tl.sum(b_w, axis=1)[:, None]
+    # [I, F]
+    b_yk = _weighted_sum(b_w, b_k, INTERPRET)
+    b_yv = _weighted_sum(b_w, b_v, INTERPRET)
+    m_td = m_td & (o_i >= W - 1)[:, None]
+    o_y = (o_t * X + i_x)[:, None] * D + o_d[None, :]
+    tl.store(p_yk + o_y, b_yk.to(p_yk.dtype.element_ty), mask=m_td)
+    tl.store(p_yv + o_y, b_yv.to(p_yv.dtype.element_ty), mask=m_td)
+
+
+@triton.jit
+def windowed_backward_kernel(
+    p_k, p_v, p_alpha, p_omega, p_gyk, p_gyv,
+    p_gk, p_gv, p_galpha, p_gomega,
+    T, G, X,
+    s_kt, s_kb, s_kg, s_vt, s_vb, s_vg, s_at, s_ab, s_ag, s_ot, s_ob, s_og,
+    s_gkt, s_gkb, s_gkg, s_gvt, s_gvb, s_gvg,
+    D: tl.constexpr, I: tl.constexpr, F: tl.constexpr, W: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """One tile: I tokens are read, of which W - 1 at either end belong to the neighbours."""
+    i_f, i_x, i_c = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    i_b, i_g = i_x // G, i_x % G
+    o_i = tl.arange(0, I)
+    o_d = i_f * F + tl.arange(0, F)
+    o_t = (i_c * (I - 2 * (W - 1)) + o_i - (W - 1)).to(tl.int64)
+    m_t = (o_t >= 0) & (o_t < T)
+    m_td = m_t[:, None] & (o_d < D)[None, :]
+    p_k += i_b * s_kb + i_g * s_kg
+    p_v += i_b * s_vb + i_g * s_vg
+    p_alpha += i_b * s_ab + i_g * s_ag
+    p_omega += i_b * s_ob + i_g * s_og
+    p_gyk += i_b * s_gkb + i_g * s_gkg
+    p_gyv += i_b * s_gvb + i_g * s_gvg
+    p_galpha += i_f.to(tl.int64) * T * X + i_x
+    p_gomega += i_f.to(tl.int64) * T * X + i_x
+    # [I]
+    b_alpha = tl.load(p_alpha + o_t * s_at, mask=m_t & (o_t > 0), other=0.0).to(tl.float32)
+    m_before = m_t & (o_t > 1)
+    b_before = tl.load(p_alpha + (o_t - 1) * s_at, mask=m_before, other=0.0).to(tl.float32)
+    b_omega = tl.load(p_omega + o_t * s_ot, mask=m_t, other=1.0).to(tl.float32)
+    # [I, F]
+    b_k = tl.load(p_k + o_t[:, None] * s_kt + o_d[None, :], mask=m_td, other=0.0)
+    b_v = tl.load(p_v + o_t[:, None] * s_vt + o_d[None, :], mask=m_td, other=0.0)
+    b_gyk = tl.load(p_gyk + o_t[:, None] * s_gkt + o_d[None, :], mask=m_td, other=0.0)
+    b_gyv = tl.load(p_gyv + o_t[:, None] * s_gvt + o_d[None, :], mask=m_td, other=0.0)
+    # [I, I]
+    b_m = _products(b_alpha, o_i, W)
+    b_w = b_m * b_omega[None, :]
+    b_z = tl.sum(b_w, axis=1)
+    b_w = b_w / b_z[:, None]
+    # [I, I]: Q, then (Q - r) / z
+    b_q = _scores(b_gyk, b_k, INTERPRET) + _scores(b_gyv, b_v, INTERPRET)
+    b_q = (b_q - tl.sum(b_w * b_q, axis=1)[:, None]) / b_z[:, None]
+    b_gomega = tl.sum(b_m * b_q, axis=0)
+    # omega_j M_{l-1,j} at [j, l]
+    b_prev = _earlier_products(b_before, o_i) * b_omega[:, None]
+    m_counts = (o_i[:, None] >= o_i[None, :]) & (o_i[:, None] - o_i[None, :] < W)
+    b_q = tl.where(m_counts, b_q, 0.0)
+    b_h = _gate_product(b_q, b_prev, p_k.dtype.element_ty)
+    # nothing stands before token 0, whatever the padding before it says
+    b_galpha = tl.where(o_t > 0, tl.sum(b_m * b_h, axis=0), 0.0)
+
+    m_own = (o_i >= W - 1) & (o_i < I - (W - 1))
+    tl.store(p_galpha + o_t * X, b_galpha, mask=m_t & m_own)
+    tl.store(p_gomega + o_t * X, b_gomega, mask=m_t & m_own)
+    # [I, F]
+    b_wt = tl.trans(b_w)
+    b_gk = _weighted_sum(b_wt, b_gyk, INTERPRET)
+    b_gv = _weighted_sum(b_wt, b_gyv, INTERPRET)
+    m_td = m_td & m_own[:, None]
+    o_x = (o_t * X + i_x)[:, None] * D + o_d[None, :]
+    tl.store(p_gk + o_x, b_gk.to(p_gk.dtype.element_ty), mask=m_td)
+    tl.store(p_gv + o_x, b_gv.to(p_gv.dtype.element_ty), mask=m_td)
+
+
+def default_tiling(
+    head_dim: int, merge_window: int, *, backward: bool, capability: int = 9
+) -> Tiling:
+    """The tiling for a shape, chosen by the compiler's registers and spills (docs/performance.md).
+
+    Args:
+        capability: major compute capability of the GPU.
+    """
+    channels = max(16, min(64, triton.next_power_of_2(head_dim)))
+    if merge_window == 0:
+        # two programs to a multiprocessor: enough bytes in flight to cover the memory's latency
+        return Tiling(tokens=32, channels=channels, num_warps=4, num_stages=3 if backward else 5)
+    # of these tokens the backward leaves 2 (W - 1) to the neighbours
+    if not backward:
+        return Tiling(tokens=64, channels=channels, num_warps=4, num_stages=1)
+    return Tiling(64, channels if capability >= 9 else min(channels, 32), 8, num_stages=1)
+
+
+def _capability(x: Tensor) -> int:
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x`, copied only if its channels do not lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class _Merge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, k_TBGD, v_TBGD, alpha_TBG, omega_TBG, merge_window, tiling):
+        k, v = _rows(k_TBGD), _rows(v_TBGD)
+        tokens, batch, heads, dim = k.shape
+        tiling = tiling or default_tiling(
+            dim, merge_window, backward=False, capability=_capability(k)
+        )
+        y_k, y_v = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+        sequences, blocks = batch * heads, triton.cdiv(dim, tiling.channels)
+        sizes = (tokens, heads, sequences)
+        strides = [s for x in (k, v, alpha_TBG, omega_TBG) for s in x.stride()[:3]]
+        constants = dict(
+            D=dim, I=tiling.tokens, F=tiling.channels, INTERPRET=INTERPRETED,
+            num_warps=tiling.num_warps,
+        )  # fmt: skip
+        save = any(ctx.needs_input_grad) and not merge_window
+        tiles = triton.cdiv(tokens, tiling.tokens) if save else 0
+        carry = torch.empty((tiles, sequences, 2 * dim), dtype=torch.float32, device=k.device)
+        carry_z = torch.empty((tiles, sequences), dtype=torch.float32, device=k.device)
+        if merge_window:
+            own = tiling.tokens - (merge_window - 1)
+            windowed_forward_kernel[blocks, sequences, triton.cdiv(tokens, own)](
+                k, v, alpha_TBG, omega_TBG, y_k, y_v, *sizes, *strides, W=merge_window, **constants
+            )
+        else:
+            unlimited_forward_kernel[blocks, sequences](
+                k, v, alpha_TBG, omega_TBG, y_k, y_v, carry, carry_z, *sizes, *strides,
+                STAGES=tiling.num_stages, SAVE=save, **constants,
+            )  # fmt: skip
+        ctx.save_for_backward(k, v, alpha_TBG, omega_TBG, carry, carry_z)
+        ctx.merge_window, ctx.tokens = merge_window, tiling.tokens
+        return y_k, y_v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gy_k, gy_v):
+        k, v, alpha, omega, carry, carry_z = ctx.saved_tensors
+        tokens, batch, heads, dim = k.shape
+        gy_k, gy_v = _rows(gy_k), _rows(gy_v)
+        tiling = default_tiling(dim, ctx.merge_window, backward=True, capability=_capability(k))
+        g_k, g_v = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+        sequences, blocks = batch * heads, triton.cdiv(dim, tiling.channels)
+        parts = torch.empty((2, blocks, *alpha.shape), dtype=torch.float32, device=k.device)
+        sizes = (tokens, heads, sequences)
+        strides = [s for x in (k, v, alpha, omega, gy_k, gy_v) for s in x.stride()[:3]]
+        # the carries stand where the forward's tiles begin
+        constants = dict(
+            D=dim, I=ctx.tokens, F=tiling.channels, INTERPRET=INTERPRETED,
+            num_warps=tiling.num_warps,
+        )  # fmt: skip
+        if ctx.merge_window:
+            own = ctx.tokens - 2 * (ctx.merge_window - 1)
+            windowed_backward_kernel[blocks, sequences, triton.cdiv(tokens, own)](
+                k, v, alpha, omega, gy_k, gy_v, g_k, g_v, *parts, *sizes, *strides,
+                W=ctx.merge_window, **constants,
+            )  # fmt: skip
+        else:
+            unlimited_backward_kernel[blocks, sequences](
+                k, v, alpha, omega, gy_k, gy_v, carry, carry_z, g_k, g_v, *parts, *sizes, *strides,
+                STAGES=tiling.num_stages, **constants,
+            )  # fmt: skip
+        galpha, gomega = parts.sum(1) if blocks > 1 else parts[:, 0]
+        return g_k, g_v, galpha.to(alpha.dtype), gomega.to(omega.dtype), None, None
+
+
+def refusal(k_TBGD: Tensor, v_TBGD: Tensor, merge_window: int) -> str:
+    """What the kernels do not take about these tensors; empty if they take them."""
+    if k_TBGD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"dtype {k_TBGD.dtype}"
+    if k_TBGD.shape != v_TBGD.shape or k_TBGD.dtype != v_TBGD.dtype:
+        return "keys and values of different shapes or dtypes"
+    if MAX_MERGE_WINDOW < merge_window < k_TBGD.shape[0]:
+        return f"merge_window={merge_window}, more than {MAX_MERGE_WINDOW} and less than T"
+    if k_TBGD.is_cuda and _capability(k_TBGD) < 8:
+        return "GPUs before compute capability 8.0"
+    return ""
+
+
+def merge(
+    k_TBGD: Tensor,
+    v_TBGD: Tensor,
+    alpha_TBG: Tensor,
+    omega_TBG: Tensor,
+    *,
+    merge_window: int = 0,
+    tiling: Tiling | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`megatron_dmc.ops.merge` for CUDA tensors, by the kernels of this file.
+
+    Args:
+        k_TBGD, v_TBGD: float32, bfloat16 or float16, equal in shape and dtype, any strides. Copied
+            only where the channels do not lie side by side.
+        alpha_TBG, omega_TBG: any floating dtype and strides; computed with in float32.
+        merge_window: W, at most `MAX_MERGE_WINDOW` or at least T; 0 is unlimited.
+        tiling: for benchmarks; default `default_tiling`.
+
+    Returns:
+        merged keys and values, contiguous, in the inputs' dtype. Differentiable once in all tensors.
+        For the backward the inputs are kept and, for unlimited merging, one float32 row per tile.
+    """
+    assert not refusal(k_TBGD, v_TBGD, merge_window)
+    if k_TBGD.numel() == 0:
+        return k_TBGD.clone(), v_TBGD.clone()
+    if merge_window >= k_TBGD.shape[0]:
+        merge_window = 0  # a window over the whole sequence is none
+    # Triton launches on the current device
+    with torch.cuda.device(k_TBGD.device) if k_TBGD.is_cuda else nullcontext():
+        return _Merge.apply(k_TBGD, v_TBGD, alpha_TBG, omega_TBG, merge_window, tiling)

@@ -1,0 +1,153 @@
+"""Merge kernels against the specification. test_training_kernels.py runs this file in its own process.
+
+On a GPU where there is one, otherwise in Triton's interpreter: TRITON_INTERPRET=1 has to be set
+before Triton is imported, so the cases cannot share a process with other tests.
+"""
+
+import itertools
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from megatron_dmc import ops
+from megatron_dmc.ops import gates, reference
+
+if triton.knobs.runtime.interpret:
+    from triton.runtime import interpreter
+
+    _set_attr = interpreter._LangPatchScope.set_attr
+    _patch_lang = interpreter._patch_lang
+    _patched = set()
+
+    def _set_index_attr(self, owner, name, value):
+        # numpy 2.5 refuses int() of a one-element array, which loop bounds are
+        if name == "__index__":
+            value = lambda tensor: int(tensor.handle.data.item())
+        _set_attr(self, owner, name, value)
+
+    class _Nothing:
+        def restore(self):
+            pass
+
+    def _patch_once(fn):
+        # the interpreter patches the language anew for every nested call: most of its time
+        if id(fn.__globals__) not in _patched:
+            _patched.add(id(fn.__globals__))
+            _patch_lang(fn)
+        return _Nothing()
+
+    interpreter._LangPatchScope.set_attr = _set_index_attr
+    interpreter._patch_lang = _patch_once
+
+from megatron_dmc.ops.triton import merge as kernels
+
+DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
+NAMES = ("merged k", "merged v", "grad k", "grad v", "grad alpha", "grad omega")
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make_inputs(num_tokens, dim, *, hard, dtype, batch=2, heads=3, seed=0) -> list[Tensor]:
+    """k, v, alpha, omega and the outputs' two gradients; keys and values are parts of one tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_tokens, batch, heads)
+    logit = 4 * torch.randn(shape, generator=generator)
+    alpha, _, _ = gates.hard_gate(logit) if hard else gates.soft_gate(logit, None, temperature=0.7)
+    omega = torch.sigmoid(3 * torch.randn(shape, generator=generator))
+    qkv = torch.randn(*shape, 3 * dim, generator=generator).to(dtype)
+    gy = torch.randn(*shape, 2 * dim, generator=generator).to(dtype)
+    _, k, v = (x.to(DEVICE) for x in qkv.split(dim, dim=-1))
+    return [k, v, alpha.to(DEVICE), omega.to(DEVICE), *(x.to(DEVICE) for x in gy.split(dim, -1))]
+
+
+def run(op, inputs, **options) -> list[Tensor]:
+    """Outputs and the gradients of k, v, alpha, omega."""
+    *leaves, gy_k, gy_v = inputs
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    outs = op(*leaves, **options)
+    grads = torch.autograd.grad(
+        outs, leaves, (gy_k.to(outs[0].dtype), gy_v.to(outs[1].dtype)), allow_unused=True
+    )
+    grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
+    return [*outs, *grads]
+
+
+def assert_within_twice_the_yardstick(ours, exact, honest, names=NAMES):
+    """Error at most twice that of an honest version in the same dtype."""
+    for name, a, b, c in zip(names, ours, exact, honest, strict=True):
+        assert torch.isfinite(a).all(), f"{name} is not finite"
+        error, yardstick = ((x.double() - b).norm().item() for x in (a, c))
+        floor = 2e-7 * b.norm().item() + 1e-30
+        if name in ("grad omega", "grad log_keep"):
+            # differences of numbers as large as the terms of another gradient
+            floor += 1e-6 * exact[3].norm().item()
+        assert error <= 2 * yardstick + floor, (name, error, yardstick)
+
+
+def check(inputs, *, merge_window, tiling=None):
+    exact = run(reference.merge, [x.double() for x in inputs], merge_window=merge_window)
+    honest = run(
+        reference.merge, [x.to(inputs[0].dtype) for x in inputs], merge_window=merge_window
+    )
+    ours = run(kernels.merge, inputs, merge_window=merge_window, tiling=tiling)
+    for ours_, input_ in zip(ours[2:], inputs[:4], strict=True):
+        assert ours_.dtype == input_.dtype and ours_.shape == input_.shape
+    assert_within_twice_the_yardstick(ours, exact, honest)
+
+
+CASES = list(itertools.product((0, 1, 3, 12), (1, 2, 17, 67), (False, True)))
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_kernels_equal_the_specification(case):
+    merge_window, num_tokens, hard = CASES[case]
+    # dtype and head dim take turns so that each meets every other setting
+    dtype = (torch.float32, torch.bfloat16)[(case + case // 8) % 2]
+    dim = (32, 48)[(case // 2 + case // 8) % 2]
+    check(make_inputs(num_tokens, dim, hard=hard, dtype=dtype), merge_window=merge_window)
+
+
+@pytest.mark.parametrize("merge_window", [0, 3])
+def test_several_blocks_of_channels_and_half_precision(merge_window):
+    """Partial sums of the gates' gradients from three blocks, the last one not full."""
+    inputs = make_inputs(40, 72, hard=False, dtype=torch.float16, batch=1, heads=2)
+    small = kernels.Tiling(tokens=16, channels=32, num_warps=4, num_stages=2)
+    default = kernels.default_tiling
+    kernels.default_tiling = lambda *args, **kwargs: small
+    try:
+        check(inputs, merge_window=merge_window, tiling=small)
+    finally:
+        kernels.default_tiling = default
+
+
+def test_decisions_on_the_edges():
+    """Every token merges; none does; and a merge right across each tile's edge."""
+    inputs = make_inputs(70, 16, hard=True, dtype=torch.float32, batch=1, heads=3)
+    inputs[2][:, :, 0] = 1.0
+    inputs[2][:, :, 1] = 0.0
+    inputs[2][:, :, 2] = (torch.arange(70) % 32 == 0).float()[:, None]
+    for merge_window in (0, 16):
+        check(inputs, merge_window=merge_window)
+
+
+def test_expanded_gradient_and_backend_argument():
+    """The gradient of a sum has strides of 0; without gradients nothing is kept."""
+    inputs = make_inputs(20, 16, hard=False, dtype=torch.float32, batch=1, heads=2)
+    inputs[4:] = [torch.ones((), device=DEVICE).expand(x.shape) for x in inputs[4:]]
+    check(inputs, merge_window=0)
+    with torch.no_grad():
+        ours = ops.merge(*inputs[:4], backend="triton")
+        theirs = ops.merge(*inputs[:4], backend="torch")
+    torch.testing.assert_close(ours, theirs)
+    long = make_inputs(50, 16, hard=False, dtype=torch.float32)[:4]
+    with pytest.raises(ValueError, match="merge_window=40"):
+        ops.merge(*long, merge_window=40, backend="triton")
+    empty = [x[:0] for x in inputs[:4]]
+    assert ops.merge(*empty, backend="triton")[0].shape == empty[0].shape

@@ -1,0 +1,77 @@
+"""The training benchmarks on tiny shapes: they check themselves, and their last line is JSON."""
+
+import json
+
+import pytest
+import torch
+
+from megatron_dmc.bench import measure, train_kernels
+from megatron_dmc.cli import main
+from megatron_dmc.errors import DMCError
+from megatron_dmc.ops import reference
+
+
+def run(capsys, *arguments):
+    assert main(["bench", *arguments]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_train_kernels(capsys, tmp_path):
+    result = run(
+        capsys, "train-kernels", "--device", "cpu", "--dtype", "float32", "--lengths", "20",
+        "--repeats", "1", "--output", str(tmp_path),
+    )  # fmt: skip
+    assert result["benchmark"] == "train-kernels" and "say nothing about a GPU" in result["note"]
+    merge = [r for r in result["rows"] if r["op"] == "merge"]
+    assert {(r["variant"], r["merge_window"]) for r in merge} == {
+        ("torch", 0), ("torch", 12), ("unrolled", 12),
+    }  # fmt: skip
+    for row in merge:
+        assert row["median_ms"] > 0 and row["fraction_of_copy"] > 0 and len(row["errors"]) == 6
+    attention = {r["variant"]: r for r in result["rows"] if r["op"] == "attention"}
+    assert attention["FlexAttention"]["skipped"] == "needs a GPU"
+    assert attention["DMC"]["kernel"] == "cpu" and attention["DMC"]["errors"]
+    names = {"train-kernels.json", "train-kernels.svg", "train-kernels.png"}
+    assert {p.name for p in tmp_path.iterdir()} == names
+
+
+def test_train_step(capsys):
+    result = run(
+        capsys, "train-step", "--device", "cpu", "--dtype", "float32", "--lengths", "16",
+        "--repeats", "1", "--layers", "1",
+    )  # fmt: skip
+    rows = {(r["part"], r["dmc"]): r for r in result["rows"]}
+    assert set(rows) == {("layer", False), ("layer", True), ("step", False), ("step", True)}
+    assert rows["step", True]["time_over_plain"] > 0
+    losses = result["losses_where_nothing_merges"]["16"]
+    assert losses["with DMC"] == pytest.approx(losses["without DMC"], rel=1e-5)
+
+
+def test_the_alternatives_compute_the_same():
+    settings = measure.Settings(torch.device("cpu"), torch.float64, (17,), 1, None)
+    shape = (17, 2, 3, 8)
+    k, v = train_kernels.random_tensors(settings, shape, shape)
+    alpha, log_keep, omega = (x.double() for x in train_kernels.random_gates(settings, shape[:3]))
+    ours = train_kernels.unrolled_merge(k, v, alpha, omega, merge_window=4)
+    theirs = reference.merge(k, v, alpha, omega, merge_window=4)
+    torch.testing.assert_close(tuple(ours), theirs, rtol=1e-5, atol=1e-5)
+    (q,) = train_kernels.random_tensors(settings, (17, 2, 6, 8))
+    torch.testing.assert_close(
+        train_kernels.dense_bias_attention(q, k, v, log_keep),
+        reference.training_attention(q, k, v, log_keep),
+    )
+
+
+def test_a_wrong_result_is_not_timed():
+    exact = torch.randn(50, dtype=torch.float64)
+    with pytest.raises(DMCError, match="grad k is wrong"):
+        measure.errors_within_twice_the_yardstick(
+            ["grad k"], [exact.float() * 1.1], [exact], [exact.float()]
+        )
+
+
+def test_absent_device_is_one_line(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["bench", "train-kernels", "--device", "cuda"]) == 2
+    assert "there is no CUDA device" in capsys.readouterr().err
