@@ -326,6 +326,32 @@ def test_hugging_face_folder(tmp_path, capsys):
         assert json.loads(capsys.readouterr().out)["model"]["parameters"] == 8_030_261_248
 
 
+SBATCH = {"llama2-7b": 2, "llama2-13b": 4, "llama2-70b": 8}
+
+
+@pytest.mark.parametrize("name", SBATCH)
+def test_sbatch_files_hold_what_the_plan_says(name):
+    """Model and layout of examples/slurm are the best of the plan that their comment names."""
+    text = (Path(__file__).parents[1] / "examples/slurm" / f"{name}.sbatch").read_text()
+    nodes = SBATCH[name]
+    assert f"--nodes={nodes}\n" in text
+    assert f"plan --model {name} --gpus {8 * nodes} --gpu-memory 64GB" in text
+    job, model = Job(8 * nodes), find_model(name)
+    assumptions = Assumptions()  # of h100
+    best = best_first(make_plans(model, job, assumptions), 64e9)[0]
+    for array, flags in (("MODEL", model.megatron_flags()), ("LAYOUT", best.layout.flags(job))):
+        assert text.split(f"\n{array}=(")[1].split("\n)")[0].split() == flags
+
+
+def test_shell_files_parse():
+    root = Path(__file__).parents[1]
+    files = [*(root / "examples/slurm").glob("*.s*"), *(root / "tests/slurm").glob("*.sh")]
+    assert len(files) == 6
+    for file in files:
+        done = subprocess.run(["bash", "-n", str(file)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 ERRORS = {
     "unknown model": (["--model", "llama9"], ["llama9", "llama2-7b"]),
     "too small a GPU": (["--gpu-memory", "10GB"], ["--gpu-memory 10GB", "smallest needs", "more"]),
