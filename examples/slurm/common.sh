@@ -88,7 +88,7 @@ run_stage() {
         --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${PROCESSES_PER_NODE:-8}"
         --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
         --rdzv-endpoint "${RDZV_HOST:-$head_node}:${RDZV_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
-        --max-restarts 0 --signals-to-handle SIGINT,SIGHUP,SIGQUIT # TERM is the processes' own
+        --max-restarts 0 --signals-to-handle "SIGINT,SIGHUP,SIGQUIT" # TERM is the processes' own
     )
     local training=(
         "${MODEL[@]}" "${LAYOUT[@]}" "${SCHEDULE[@]}" --train-iters "$STEPS"
