@@ -148,9 +148,31 @@ def run_bench(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def add_plan(subparsers: Subparsers) -> None:
+    """`megatron-dmc plan`."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="layouts of a retrofit that fit a cluster, their memory, tokens and GPU-hours",
+        description="Estimate memory per GPU and step time of every tensor, pipeline, context and "
+        "data parallel layout, rank those that fit, and print Megatron's flags for the best.",
+    )
+    from megatron_dmc.plan.arguments import add_arguments
+
+    add_arguments(parser)
+    parser.set_defaults(run=run_plan)
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """Run `megatron-dmc plan`."""
+    from megatron_dmc.plan.command import run
+
+    return run(args)
+
+
 SUBCOMMANDS: list[Callable[[Subparsers], None]] = [
     add_convert,
     add_generate,
+    add_plan,
     add_report,
     add_bench,
 ]

@@ -30,6 +30,7 @@ LEVELS = {
     "checkpoint": 3,
     "specs": 4,
     "models": 4,
+    "plan": 4,
     "engine": 5,
     "training": 5,
     "server": 6,

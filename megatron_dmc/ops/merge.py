@@ -115,7 +115,7 @@ class _UnlimitedMerge(torch.autograd.Function):
     def forward(ctx, x_TBGE, alpha_TBG, omega_TBG):
         weighted = torch.cat([x_TBGE * omega_TBG[..., None], omega_TBG[..., None]], dim=-1)
         sums = linear_scan(alpha_TBG, weighted)
-        z = sums[..., -1:]
+        z = sums[..., -1:].clone()  # a view would keep all of `sums` for the backward
         y = sums[..., :-1] / z
         ctx.save_for_backward(x_TBGE, alpha_TBG, omega_TBG, y, z)
         return y

@@ -1,0 +1,75 @@
+"""The model to train, by name or from a Hugging Face `config.json`."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.errors import CheckpointError, UnsupportedConfig
+from megatron_dmc.plan.presets import PRESETS
+
+
+@dataclass
+class PlannedModel(ModelDescription):
+    """A `ModelDescription` that also knows QK-norm, for which weights cannot be converted yet."""
+
+    qk_layernorm: bool = False
+    """RMSNorm over the head dim of queries and keys (Qwen3)."""
+
+    name: str = ""
+    """As the user gave it."""
+
+    def megatron_flags(self) -> list[str]:
+        """`ModelDescription.megatron_flags`, with QK-norm."""
+        return super().megatron_flags() + (["--qk-layernorm"] if self.qk_layernorm else [])
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, vocabulary padding left out."""
+        embeddings = (2 - self.share_embeddings_and_output_weights) * self.vocab_size
+        return (
+            embeddings * self.hidden_size + self.num_layers * layer_parameters(self, 1)
+        ) + self.hidden_size
+
+
+def layer_parameters(model: PlannedModel, tensor_parallel: int) -> int:
+    """Parameters of one transformer layer on one of `tensor_parallel` ranks.
+
+    Args:
+        tensor_parallel: divides query heads, KV heads and the MLP's width.
+    """
+    h, d = model.hidden_size, model.kv_channels
+    heads = model.num_attention_heads // tensor_parallel
+    groups = model.num_query_groups // tensor_parallel
+    attention = h * (heads + 2 * groups) * d + heads * d * h
+    mlp = 3 * h * (model.ffn_hidden_size // tensor_parallel)
+    norms = 2 * h + (2 * d if model.qk_layernorm else 0)
+    return attention + mlp + norms
+
+
+def find_model(name: str) -> PlannedModel:
+    """A preset's name, a Hugging Face folder, or the path of a `config.json`.
+
+    Raises:
+        UnsupportedConfig: neither a preset nor a path that exists, or not a Llama-shaped model.
+        CheckpointError: an unreadable `config.json`.
+    """
+    if name in PRESETS:
+        return PlannedModel(**PRESETS[name], name=name)
+    path = Path(name)
+    if path.is_dir():
+        description = ModelDescription.from_hf_folder(path)
+    elif path.is_file():
+        try:
+            config = json.loads(path.read_text())
+        except (OSError, ValueError) as e:
+            raise CheckpointError(f"--model {path}: not a readable config.json ({e})") from e
+        if not isinstance(config, dict):
+            raise CheckpointError(f"--model {path}: holds no JSON object; give a config.json")
+        description = ModelDescription.from_hf_config(config)
+    else:
+        raise UnsupportedConfig(
+            f"--model {name}: neither a folder, a config.json, nor one of {', '.join(PRESETS)}"
+        )
+    values = {f.name: getattr(description, f.name) for f in fields(ModelDescription)}
+    return PlannedModel(**values, name=name)
