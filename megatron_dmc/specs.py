@@ -68,6 +68,11 @@ def _with_torch_norm(spec: Any, config: DMCTransformerConfig, vp_stage: int | No
         for name in ("input_layernorm", "pre_mlp_layernorm"):
             if getattr(layer.submodules, name) is not IdentityOp:
                 setattr(layer.submodules, name, torch_norm)
+        attention = layer.submodules.self_attention = copy.copy(layer.submodules.self_attention)
+        attention.submodules = copy.copy(attention.submodules)
+        for name in ("q_layernorm", "k_layernorm"):
+            if getattr(attention.submodules, name) not in (None, IdentityOp):
+                setattr(attention.submodules, name, torch_norm)
         copies.append(layer)
     return TransformerBlockSubmodules(layer_specs=copies, layer_norm=torch_norm)
 

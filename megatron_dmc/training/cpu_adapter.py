@@ -100,12 +100,13 @@ class _Event:
         return 0.0
 
 
-def _nothing(*args, **kwargs):
-    return None
+def _nothing():
+    """A function that does nothing; each its own, because Dynamo wants one rule for an object."""
+    return lambda *args, **kwargs: None
 
 
-def _zero(*args, **kwargs):
-    return 0
+def _zero():
+    return lambda *args, **kwargs: 0
 
 
 def is_needed() -> bool:
@@ -134,7 +135,7 @@ def install() -> None:
         "reset_peak_memory_stats",
         "ipc_collect",
     ):
-        setattr(cuda, name, _nothing)
+        setattr(cuda, name, _nothing())
     for name in ("manual_seed", "manual_seed_all"):
         setattr(cuda, name, lambda seed: torch.default_generator.manual_seed(seed))
     for name in (
@@ -143,7 +144,7 @@ def install() -> None:
         "memory_reserved",
         "max_memory_reserved",
     ):
-        setattr(cuda, name, _zero)
+        setattr(cuda, name, _zero())
     cuda.memory_stats = lambda *a, **k: _Zeros()
     cuda.Stream = _Stream
     cuda.Event = _Event
@@ -156,7 +157,7 @@ def install() -> None:
     cuda.get_device_properties = lambda device=None: types.SimpleNamespace(
         major=8, minor=0, total_memory=0, multi_processor_count=1, name="cpu"
     )
-    cuda.nvtx = types.SimpleNamespace(range_push=_nothing, range_pop=_nothing, mark=_nothing)
+    cuda.nvtx = types.SimpleNamespace(range_push=_nothing(), range_pop=_nothing(), mark=_nothing())
     _CudaToCpu().__enter__()
     _patch_megatron()
 
@@ -178,5 +179,5 @@ def _patch_megatron() -> None:
         training.initialize_megatron, allow_no_cuda=True
     )
     # fused elementwise functions are compiled and warmed up for a GPU; a CPU runs them as they are
-    training.set_jit_fusion_options = _nothing
+    training.set_jit_fusion_options = _nothing()
     torch._dynamo.config.disable = True
