@@ -192,10 +192,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def silence_optional_packages() -> None:
-    """Megatron and torch warn on import about accelerator packages that are absent; that is normal."""
+    """Megatron and torch warn about accelerator packages that are absent, and about choices that are not
+    the user's; that is normal."""
     absent = "Transformer Engine|transformer-engine|Apex"
     warnings.filterwarnings("ignore", message=f".*({absent})", category=UserWarning)
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="full scope is deprecated", category=UserWarning)
+    for name in ("torch.utils.cpp_extension", "megatron.core.models.gpt.gpt_model"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def main(argv: list[str] | None = None) -> int:

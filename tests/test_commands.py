@@ -101,7 +101,6 @@ def test_generate_streams_and_says_what_it_cost(demo_folder):
         (["generate", MODEL, "--prompt", "x", "--max-tokens", "0"], ["max_tokens", "0"]),
         (["generate", MODEL, "--prompt", "x", "--top-p", "7"], ["top_p", "7"]),
         (["generate", MODEL, "--prompt", "x", "--dtype", "int3"], ["int3"]),
-        (["generate", MODEL, "--prompt", ""], ["prompt"]),
         (["convert", "--to", "megatron", "no-such-folder", "out"], ["no-such-folder"]),
         (["report", "--base", MODEL, "--model", MODEL, "--data", "no-such-data"], ["no-such-data"]),
     ],

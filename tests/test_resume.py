@@ -44,6 +44,16 @@ def whole(tmp_path_factory) -> tuple[Path, str]:
     return folder, done.stdout
 
 
+def kill_all(word: str) -> None:
+    """SIGKILL to every process whose command line has the word: the launcher and its workers."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if word in (entry / "cmdline").read_text():
+                os.kill(int(entry.name), signal.SIGKILL)
+        except (OSError, UnicodeDecodeError):
+            continue
+
+
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory) -> Path:
     """What a run killed with SIGKILL during its sixth step leaves behind."""
@@ -59,7 +69,7 @@ def killed(tmp_path_factory) -> Path:
     assert process.stdout is not None
     for line in process.stdout:
         if re.search(r" iteration +5/", line):
-            os.killpg(process.pid, signal.SIGKILL)
+            kill_all(str(folder))
             break
     process.wait()
     assert process.returncode == -signal.SIGKILL

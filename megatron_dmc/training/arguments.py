@@ -1,7 +1,6 @@
 """Flags `--dmc-*`, generated from `DMCConfig`, and back."""
 
 import sys
-import warnings
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields
 from pathlib import Path
@@ -62,7 +61,7 @@ def check_paths(args: Namespace) -> None:
     """Say at once what would otherwise fail minutes later, or silently.
 
     A damaged newest checkpoint in `--load` is passed over: `args.ckpt_step` becomes the newest whole
-    one before it, and a warning names both.
+    one before it, and a line on stderr names both.
 
     Raises:
         DMCError: a folder to load from that holds no (whole) checkpoint, or data files that do not
@@ -76,10 +75,11 @@ def check_paths(args: Namespace) -> None:
         older = older_usable_iteration(args.load)
         if older is not None:
             args.ckpt_step, complaint = older
-            warnings.warn(
-                f"--load {args.load}: the newest checkpoint is damaged ({complaint}); going on from "
-                f"iteration {args.ckpt_step}",
-                stacklevel=2,
+            print(
+                f"pretrain_dmc.py: warning: --load {args.load}: the newest checkpoint is damaged "
+                f"({complaint}); going on from iteration {args.ckpt_step}",
+                file=sys.stderr,
+                flush=True,
             )
     start = args.pretrained_checkpoint
     if start and not (Path(start) / "latest_checkpointed_iteration.txt").is_file():

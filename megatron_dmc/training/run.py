@@ -1,7 +1,9 @@
 """The whole run of `pretrain_dmc.py`: set up, train through Megatron's `pretrain()`, finish a stage."""
 
+import shutil
 import sys
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from megatron.training.arguments import parse_and_validate_args
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dmc.checkpoint.convert import is_disk_full
+from megatron_dmc.checkpoint.torch_dist import iteration_folder
 from megatron_dmc.config import DMCTransformerConfig
 from megatron_dmc.decisions import DecisionRecorder
 from megatron_dmc.errors import DMCError
@@ -57,6 +60,22 @@ def prepare_pipeline(config: DMCTransformerConfig) -> dict[str, Any]:
     return {"p2p_communicator": CarryingCommunicator(groups.pp, config), "pg_collection": groups}
 
 
+def no_room_for_another(save: str | None) -> bool:
+    """Whether the newest checkpoint in a folder is larger than what is free there.
+
+    Megatron's writers run in processes of their own and report a full disk as an error without its
+    reason.
+    """
+    if not save or not Path(save).is_dir():
+        return False
+    try:
+        newest = iteration_folder(save)
+    except DMCError:
+        return False
+    size = sum(f.stat().st_size for f in newest.rglob("*") if f.is_file())
+    return shutil.disk_usage(save).free < size
+
+
 def parse(argv: list[str] | None = None) -> tuple[Namespace, DMCTransformerConfig]:
     """Parse and validate Megatron's and DMC's flags; on a CPU, adapt Megatron to it first."""
     argv = sys.argv[1:] if argv is None else argv
@@ -96,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
             **pipeline,
         )
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
-        if not is_disk_full(error):
+        if not (is_disk_full(error) or no_room_for_another(args.save)):
             raise
         exit_with(
             DMCError(
