@@ -32,9 +32,9 @@ from megatron_dmc.cli import main as cli
 from megatron_dmc.cli import silence_optional_packages
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL = ROOT / "examples" / "models" / "stdlib-llama-4m"
+MODEL = ROOT / "examples" / "models" / "stdlib-llama-3m"
 SEQ_LENGTH = 512
-BATCH = 4
+BATCH = 8
 SPLITS = ("train", "validation", "heldout")
 
 
@@ -43,9 +43,9 @@ class Plan:
     """Steps and settings of the three stages."""
 
     zero_out: int = 20
-    retrofit: int = 140
-    finetune: int = 190
-    lr: float = 1.5e-3
+    retrofit: int = 120
+    finetune: int = 60
+    lr: float = 1e-3
     target_cr: float = 4.0
     merge_window: int = 12
     alpha_offset: float = 2.0
