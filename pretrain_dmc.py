@@ -6,7 +6,8 @@ Takes every flag of Megatron-LM's pretrain_gpt.py and the `--dmc-*` group (`--he
 stages follow each other: zero-out, retrofit, finetune; `--dmc-stage off` is plain pretraining.
 """
 
-from megatron_dmc.training.run import main
-
 if __name__ == "__main__":
+    # Here, because the processes that Megatron starts to write checkpoints import this file again.
+    from megatron_dmc.training.run import main
+
     main()

@@ -227,7 +227,7 @@ class DMCSelfAttention(SelfAttention):
             )
         starts_TB = layout.starts_TB(k.shape[0])
         if self.training:
-            noise = None if key is None else self._noise(logit_TBG, key)
+            noise = None if key is None or not dmc.noise_scale else self._noise(logit_TBG, key)
             alpha, log_keep, alpha_hat = gates.soft_gate(
                 logit_TBG, noise, temperature=dmc.temperature, starts_TB=starts_TB
             )
@@ -258,7 +258,7 @@ class DMCSelfAttention(SelfAttention):
             first = self.pg_collection.tp.rank() * num_heads
             heads = slice(first, first + num_heads)
         assert self.config.num_query_groups is not None
-        return gates.logistic_noise(
+        noise = gates.logistic_noise(
             num_tokens,
             self.config.num_query_groups,
             seed=key.seed,
@@ -268,6 +268,7 @@ class DMCSelfAttention(SelfAttention):
             heads=heads,
             device=logit_TBG.device,
         )
+        return noise * self.config.dmc.noise_scale
 
     def _zero_out_scale(self, key: GateKey | None) -> float:
         dmc = self.config.dmc

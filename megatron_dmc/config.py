@@ -50,6 +50,10 @@ class DMCConfig:
     temperature: float = 0.1
     """Temperature of the relaxed decisions in training."""
 
+    noise_scale: float = 1.0
+    """Factor on the noise of the decisions in training; 1 is the paper's. 0: decisions as in inference,
+    with the relaxed gate's gradient."""
+
     shared_decisions: bool = False
     """The KV heads of a layer decide together, by the mean of their logits, so that their cache
     lengths agree (DMC-C of the paper). Each head keeps its own importances."""
@@ -71,6 +75,7 @@ class DMCConfig:
                       "a compression ratio is tokens / entries, so it is at least 1")  # fmt: skip
         self._require("alpha_offset", self.alpha_offset > 0, "it must be positive")
         self._require("temperature", self.temperature > 0, "it must be positive")
+        self._require("noise_scale", 0 <= self.noise_scale <= 1, "use 0 (none) to 1 (the paper's)")
         self._require("merge_window", self.merge_window >= 0, "use 0 for unlimited")
         self._require("loss_weight", self.loss_weight >= 0, "it must not be negative")
         self._require("zero_out_fraction", 0 <= self.zero_out_fraction <= 1, "use 0 to 1")

@@ -124,3 +124,20 @@ def test_evaluation_counts_tokens_and_entries():
         logits = full_forward(loaded.model, ids[:, :-1])[0, :, :VOCAB]
         nll += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
     assert result.nll == pytest.approx(nll, rel=1e-6)
+
+
+@pytest.mark.parametrize("noise_scale,differs", [(0.0, False), (1.0, True)])
+def test_without_noise_training_decides_as_inference_does(noise_scale, differs):
+    dmc = retrofitted()
+    dmc.noise_scale = noise_scale
+    loaded = random_model(2, dmc=dmc)
+    tokens = torch.randint(0, VOCAB, (2, 48), generator=torch.Generator().manual_seed(1))
+    trace = DecisionTrace(loaded.model)
+    decisions = []
+    for training in (False, True):
+        loaded.model.train(training)
+        traced_forward(loaded, tokens, trace)
+        # of the first layer: deeper ones see what relaxed gates, not hard ones, have made of it
+        decisions.append(trace.is_merge_LTBG[0])
+    assert 0.2 < decisions[0].float().mean() < 0.8
+    assert bool((decisions[0] != decisions[1]).any()) is differs

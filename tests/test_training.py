@@ -117,6 +117,7 @@ def test_wrong_flags_end_with_one_line(flags, message):
         ({"target_cr": 0.99}, "--dmc-target-cr=0.99"),
         ({"target_cr": float("nan")}, "--dmc-target-cr=nan"),
         ({"temperature": 0.0}, "--dmc-temperature=0.0"),
+        ({"noise_scale": 1.5}, "--dmc-noise-scale=1.5"),
         ({"merge_window": -1}, "--dmc-merge-window=-1"),
         ({"zero_out_fraction": 1.5}, "--dmc-zero-out-fraction"),
     ],

@@ -63,11 +63,42 @@ def linear_scan(decay_TX: Tensor, x_TXD: Tensor, initial_XD: Tensor | None = Non
     return out[:num_tokens]
 
 
+def _window_band(decay_TX: Tensor, merge_window: int) -> Tensor:
+    """band_TXW: the product of decay over (t - age, t] for ages W-1 to 0; 0 where t < age."""
+    num_tokens = decay_TX.shape[0]
+    columns = [torch.ones_like(decay_TX)]
+    for age in range(1, min(merge_window, num_tokens)):
+        factor = decay_TX[1 : num_tokens - age + 1] * columns[-1][age:]
+        columns.append(F.pad(factor, (0, 0, age, 0)))
+    columns += [torch.zeros_like(decay_TX)] * (merge_window - len(columns))
+    return torch.stack(columns[::-1], dim=-1)
+
+
+def _banded_product(band_TXW: Tensor, x_TXD: Tensor) -> Tensor:
+    """out_TXD: `out_t` = sum over the latest W tokens of `band_t` times x, as a product per chunk.
+
+    x is read once, forward and backward, instead of once per token of the window. Memory is
+    O(T * (C + W)) beside the result.
+    """
+    num_tokens, num_columns, merge_window = band_TXW.shape
+    dim, back = x_TXD.shape[-1], merge_window - 1
+    chunk = max(2 * _CHUNK, back)
+    pad = -num_tokens % chunk
+    band = F.pad(band_TXW, (0, 0, 0, 0, 0, pad))
+    band = band.reshape(-1, chunk, num_columns, merge_window).transpose(1, 2)
+    # Row i moves i places to the right: W values and C zeros a row, read back one shorter.
+    shifted = F.pad(band, (0, chunk)).flatten(2)[..., : chunk * (chunk + back)]
+    weights = shifted.unflatten(2, (chunk, chunk + back))
+    x = F.pad(x_TXD, (0, 0, 0, 0, 0, pad)) if pad else x_TXD
+    x = x.reshape(-1, chunk, num_columns, dim).transpose(1, 2)
+    if back:
+        before = torch.cat([torch.zeros_like(x[:1, :, -back:]), x[:-1, :, -back:]])
+        x = torch.cat([before, x], dim=2)
+    return (weights @ x).transpose(1, 2).reshape(-1, num_columns, dim)[:num_tokens]
+
+
 def window_scan(decay_TX: Tensor, x_TXD: Tensor, merge_window: int) -> Tensor:
     """`s_t` = sum of the latest `merge_window` x_j, each times the product of decay over (j, t].
-
-    A product with a banded matrix per chunk, so that forward and backward read x once instead of
-    once per token of the window. Differentiable.
 
     Args:
         decay_TX: factors in [0, 1].
@@ -75,39 +106,21 @@ def window_scan(decay_TX: Tensor, x_TXD: Tensor, merge_window: int) -> Tensor:
         merge_window: W, positive.
 
     Returns:
-        s_TXD. Memory is O(T * (C + W)) beside the result.
+        s_TXD. Differentiable.
     """
-    num_tokens, *lead = decay_TX.shape
-    dim, back = x_TXD.shape[-1], merge_window - 1
-    chunk = max(2 * _CHUNK, back)
-    decay = decay_TX.reshape(num_tokens, -1)
-    columns = [torch.ones_like(decay)]
-    for age in range(1, min(merge_window, num_tokens)):
-        # column `age` is the product of decay over (t - age, t]; zero where t < age
-        factor = decay[1 : num_tokens - age + 1] * columns[-1][age:]
-        columns.append(F.pad(factor, (0, 0, age, 0)))
-    columns += [torch.zeros_like(decay)] * (merge_window - len(columns))
-    pad = -num_tokens % chunk
-    # (chunks, X, C, W), the oldest first
-    band = F.pad(torch.stack(columns[::-1], dim=-1), (0, 0, 0, 0, 0, pad))
-    band = band.reshape(-1, chunk, decay.shape[1], merge_window).transpose(1, 2)
-    # Row i moves i places to the right: W values and C zeros a row, read back one shorter.
-    shifted = F.pad(band, (0, chunk)).flatten(2)[..., : chunk * (chunk + back)]
-    weights = shifted.unflatten(2, (chunk, chunk + back))
-    x = F.pad(x_TXD.reshape(num_tokens, -1, dim), (0, 0, 0, 0, 0, pad))
-    x = x.reshape(-1, chunk, decay.shape[1], dim).transpose(1, 2)
-    if back:
-        before = torch.cat([torch.zeros_like(x[:1, :, -back:]), x[:-1, :, -back:]])
-        x = torch.cat([before, x], dim=2)
-    out = (weights @ x).transpose(1, 2).reshape(-1, *lead, dim)
-    return out[:num_tokens]
+    band = _window_band(decay_TX.flatten(1), merge_window)
+    return _banded_product(band, x_TXD.flatten(1, -2)).view_as(x_TXD)
 
 
-def _windowed(x_TBGE: Tensor, alpha_TBG: Tensor, omega_TBG: Tensor, merge_window: int):
-    """Plain differentiable windowed average of `x`."""
-    weighted = torch.cat([x_TBGE * omega_TBG[..., None], omega_TBG[..., None]], dim=-1)
-    sums = window_scan(alpha_TBG, weighted, merge_window)
-    return sums[..., :-1] / sums[..., -1:]
+def _windowed(x_TBGE: Tensor, alpha_TBG: Tensor, omega_TBG: Tensor, merge_window: int) -> Tensor:
+    """Windowed average of `x`, differentiable.
+
+    The weights are normalised before they meet x: they are narrower than x is.
+    """
+    omega = F.pad(omega_TBG.flatten(1), (0, 0, merge_window - 1, 0))
+    weights = _window_band(alpha_TBG.flatten(1), merge_window) * omega.unfold(0, merge_window, 1)
+    weights = weights / weights.sum(-1, keepdim=True)
+    return _banded_product(weights, x_TBGE.flatten(1, 2)).view_as(x_TBGE)
 
 
 class _UnlimitedMerge(torch.autograd.Function):
@@ -135,24 +148,6 @@ class _UnlimitedMerge(torch.autograd.Function):
         y_prev = torch.cat([torch.zeros_like(y[:1]), y[:-1]])
         galpha = (g_sum * (y_prev * z_prev)).sum(-1) + g_z * z_prev[..., 0]
         return gx, galpha, gomega
-
-
-class _WindowedMerge(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_TBGE, alpha_TBG, omega_TBG, merge_window):
-        ctx.save_for_backward(x_TBGE, alpha_TBG, omega_TBG)
-        ctx.merge_window = merge_window
-        return _windowed(x_TBGE, alpha_TBG, omega_TBG, merge_window)
-
-    @staticmethod
-    def backward(ctx, gy):
-        inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
-        with torch.enable_grad():
-            y = _windowed(*inputs, ctx.merge_window)
-        return (
-            *torch.autograd.grad(y, inputs, gy, materialize_grads=True, allow_unused=True),
-            None,
-        )
 
 
 def choose_backend(
@@ -231,7 +226,7 @@ def merge(
     if alpha.shape[0] > 0:
         alpha = torch.cat([torch.zeros_like(alpha[:1]), alpha[1:]])
     if merge_window:
-        y = _WindowedMerge.apply(kv, alpha, omega_TBG.to(acc), merge_window)
+        y = _windowed(kv, alpha, omega_TBG.to(acc), merge_window)
     else:
         y = _UnlimitedMerge.apply(kv, alpha, omega_TBG.to(acc))
     y = y.to(k_TBGD.dtype)
