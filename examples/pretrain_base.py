@@ -22,9 +22,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import demo
-
 from megatron_dmc.cli import main as cli
+
+import demo
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 512
