@@ -22,7 +22,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
 from megatron_dmc.report.data import ReportData, write_atomically
@@ -319,9 +319,14 @@ def _draw_cr(ax: Axes, data: ReportData) -> None:
     _plot(ax, _series(data, data.curves, "measured_cr"), "measured", color=BLUE, lw=1.8)
     held_out = _series(data, data.validation, "measured_cr")
     _plot(ax, held_out, "held-out", color=ORANGE, lw=1.6, marker="o", ms=4.5, clip_on=False)
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     _finish(ax, data)
-    ax.set_ylim(bottom=min(1, ax.get_ylim()[0]) if ax.get_ylim()[0] < 1 else 1)
+    highest = max((max(p["measured_cr_per_layer"]) for p in per_layer), default=0.0)
+    if highest > 3 * data.target_cr:  # one layer that keeps almost nothing must not flatten the rest
+        ax.set_yscale("log", base=4)
+        ax.yaxis.set_major_locator(LogLocator(base=4, numticks=12))
+        ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    ax.set_ylim(bottom=1)
 
 
 def _draw_compression_loss(ax: Axes, data: ReportData) -> None:
