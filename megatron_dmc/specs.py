@@ -31,7 +31,8 @@ def with_dmc_attention(spec: Any, recorder: DecisionRecorder | None = None) -> A
         recorder: injected into every attention layer; None for inference.
 
     Raises:
-        UnsupportedConfig: if the self-attention is not Megatron's `SelfAttention`.
+        UnsupportedConfig: if the self-attention is not Megatron's `SelfAttention`, or the layer has
+            cross attention.
     """
     if isinstance(spec, TransformerBlockSubmodules):
         spec = copy.copy(spec)
@@ -40,9 +41,15 @@ def with_dmc_attention(spec: Any, recorder: DecisionRecorder | None = None) -> A
     spec = copy.copy(spec)
     spec.submodules = copy.copy(spec.submodules)
     attention = spec.submodules.self_attention
-    if attention.module is not SelfAttention:
+    if getattr(attention, "module", attention) is not SelfAttention:
         raise UnsupportedConfig(
-            f"DMC replaces Megatron's SelfAttention; this layer spec has {attention.module}"
+            "DMC replaces Megatron's SelfAttention; this layer spec has "
+            f"{getattr(attention, 'module', attention)}"
+        )
+    if spec.submodules.cross_attention is not IdentityOp:
+        raise UnsupportedConfig(
+            "this layer spec has cross attention: its keys are an encoder's, all of them needed at "
+            "every step, and DMC compresses those of a decoder alone"
         )
     submodules = copy.copy(attention.submodules)
     submodules.core_attention = NoCoreAttention

@@ -1,11 +1,21 @@
-"""One rank of `test_layouts.py`: Megatron's real schedule over a given layout, in float64.
+"""The runs of `test_layouts.py`: Megatron's real schedule over given layouts, in float64.
 
-Started by torchrun. Loads the weights from a distributed checkpoint (or makes and saves them), runs
-one forward and backward over all microbatches, and writes loss reports and full gradients.
+    python tests/layout_worker.py JOBS.json
+
+Each job is a process group of its own: its ranks are forked from this process, which has imported
+everything and done nothing else (imports would take most of the time), and meet over gloo. A rank
+loads the weights from a distributed checkpoint (or makes and saves them), runs one forward and
+backward over all microbatches, and rank 0 writes loss reports and full gradients to the job's `--out`;
+where a rank fails, its traceback goes to the same name with `.error` behind it.
 """
 
 import argparse
+import json
+import os
+import socket
+import sys
 from argparse import Namespace
+from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
@@ -63,7 +73,7 @@ def full_gradients(ddp: DistributedDataParallel, *, tied: bool) -> dict[str, tor
     return gradients
 
 
-def parse() -> Namespace:
+def parse(flags: list[str]) -> Namespace:
     parser = argparse.ArgumentParser()
     for name in ("tp", "pp", "cp"):
         parser.add_argument(f"--{name}", type=int, default=1)
@@ -86,7 +96,7 @@ def parse() -> Namespace:
     parser.add_argument("--weights", required=True)
     parser.add_argument("--make-weights", action="store_true")
     parser.add_argument("--out", required=True)
-    return parser.parse_args()
+    return parser.parse_args(flags)
 
 
 def config_of(options: Namespace) -> DMCTransformerConfig:
@@ -151,10 +161,13 @@ def build_chunks(options: Namespace, config, args, recorder, groups) -> list:
     ]
 
 
-def main():
-    options = parse()
+def run_rank(rank: int, processes: int, port: int, flags: list[str]) -> None:
+    """One rank of a job, in a process of its own."""
+    options = parse(flags)
     cpu_adapter.install()
-    torch.distributed.init_process_group("gloo")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes
+    )
     parallel_state.initialize_model_parallel(
         options.tp, options.pp, options.vp, context_parallel_size=options.cp
     )
@@ -233,7 +246,26 @@ def main():
         reports = {k: (n / d).item() for k, (n, d) in gathered[-1]["totals"].items()}
         torch.save({"reports": reports, "gradients": joined}, options.out)
     torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for processes, flags in json.loads(Path(sys.argv[1]).read_text()):
+        try:
+            torch.multiprocessing.start_processes(
+                run_rank, (processes, free_port(), flags), nprocs=processes, start_method="fork"
+            )
+        except Exception as error:  # noqa: BLE001 (the test that asks for this job shows it)
+            Path(f"{parse(flags).out}.error").write_text(str(error))
 
 
 if __name__ == "__main__":
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     main()

@@ -1,6 +1,7 @@
 """Checkpoints: Hugging Face to Megatron and back, loading, and everything that can be wrong."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -550,3 +551,35 @@ def test_cli_help_is_quick():
     code += "print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+def test_checksums_notice_what_changed(tmp_path):
+    from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
+
+    from megatron_dmc.checkpoint.integrity import (
+        MANIFEST,
+        forget_checksums,
+        verify_checksums,
+        write_checksums,
+    )
+
+    for name in ("__0_0.distcp", "__3_1.distcp", "metadata.json"):
+        (tmp_path / name).write_bytes(os.urandom(1000))
+    verify_checksums(tmp_path)  # none there
+    write_checksums(tmp_path)
+    verify_checksums(tmp_path)
+    verify_integrity_manifest(str(tmp_path))  # Megatron's own check accepts them
+    part = tmp_path / "__3_1.distcp"
+    data = bytearray(part.read_bytes())
+    data[500] ^= 1
+    part.write_bytes(data)
+    with pytest.raises(CheckpointError, match="__3_1.distcp: its bytes are not those"):
+        verify_checksums(tmp_path)
+    part.unlink()
+    with pytest.raises(CheckpointError, match="__3_1.distcp"):
+        verify_checksums(tmp_path)
+    (tmp_path / MANIFEST).write_text("{")
+    with pytest.raises(CheckpointError, match=f"{MANIFEST}: damaged"):
+        verify_checksums(tmp_path)
+    forget_checksums(tmp_path)
+    verify_checksums(tmp_path)

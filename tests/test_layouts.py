@@ -5,8 +5,8 @@ is computed in float32); the bound is on the largest difference of any gradient 
 the largest element of that gradient.
 """
 
+import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,44 +16,6 @@ import torch
 
 BOUND = 1e-6
 WORKER = Path(__file__).with_name("layout_worker.py")
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-def run(tmp: Path, name: str, processes: int, *flags: str) -> dict:
-    out = tmp / f"{name}.pt"
-    root = Path(__file__).parents[1]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_DEVICE_MAX_CONNECTIONS="1",
-                       CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(root))  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}",
-         f"--master-port={free_port()}", str(WORKER), "--out", str(out), *flags],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return torch.load(out, weights_only=False)
-
-
-@pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    """Per variant of the model: its weights, and the results of one process."""
-    made: dict[tuple, tuple[Path, list[str], dict]] = {}
-
-    def get(variant: list[str]):
-        key = tuple(variant)
-        if key not in made:
-            tmp = tmp_path_factory.mktemp("variant")
-            (tmp / "weights").mkdir()
-            flags = ["--weights", str(tmp / "weights"), *variant]
-            made[key] = (tmp, flags, run(tmp, "single", 1, "--make-weights", *flags))
-        return made[key]
-
-    return get
-
 
 MHA_WINDOW = ["--kv-heads=4", "--merge-window=3"]
 TIED = ["--tied"]
@@ -88,24 +50,68 @@ LAYOUTS: dict[str, tuple[int, list[str], list[str]]] = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def results(request, tmp_path_factory) -> Path:
+    """Folder with the results of the layouts that are asked for and of one process for each model."""
+    tmp = tmp_path_factory.mktemp("layouts")
+    wanted = [
+        item.callspec.params["layout"]
+        for item in request.session.items
+        if item.path == request.path and hasattr(item, "callspec")
+    ]
+    variants = [variant for _, _, variant in map(LAYOUTS.__getitem__, wanted)]
+    jobs = []
+    for variant in {name_of(variant): variant for variant in variants}.values():
+        (tmp / f"{name_of(variant)}.weights").mkdir()
+        jobs.append((1, [*job_flags(tmp, name_of(variant), variant), "--make-weights"]))
+    for layout in wanted:
+        processes, flags, variant = LAYOUTS[layout]
+        jobs.append((processes, [*job_flags(tmp, layout, variant), *flags]))
+    (tmp / "jobs.json").write_text(json.dumps(jobs))
+    environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
+                       PYTHONPATH=str(WORKER.parents[1]))  # fmt: skip
+    with open(tmp / "log", "w") as log:
+        subprocess.run([sys.executable, str(WORKER), str(tmp / "jobs.json")], env=environment,
+                       stdout=log, stderr=log, timeout=550, check=False)  # fmt: skip
+    return tmp
+
+
+def name_of(variant: list[str]) -> str:
+    return "one-process" + "".join(variant)
+
+
+def job_flags(tmp: Path, name: str, variant: list[str]) -> list[str]:
+    weights = tmp / f"{name_of(variant)}.weights"
+    return ["--out", str(tmp / name), "--weights", str(weights), *variant]
+
+
+def read(results: Path, name: str) -> dict:
+    error = results / f"{name}.error"
+    assert not error.exists(), error.read_text()
+    assert (results / name).exists(), (results / "log").read_text()[-4000:]
+    return torch.load(results / name, weights_only=False)
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_equals_one_process(single, layout, record_property):
-    processes, flags, variant = LAYOUTS[layout]
-    tmp, base_flags, expected = single(variant)
-    got = run(tmp, layout, processes, *base_flags, *flags)
+def test_layout_equals_one_process(results, layout, record_property):
+    variant = LAYOUTS[layout][2]
+    expected, got = read(results, name_of(variant)), read(results, layout)
     compresses = "--stage=zero-out" not in variant
     if compresses:
         assert expected["reports"]["compression loss"] > 0, "the hinge must be active"
         assert expected["reports"]["measured cr"] > 1
     assert ("compression loss" in got["reports"]) == compresses
-    assert got["reports"] == pytest.approx(expected["reports"], rel=1e-6, abs=0)
+    assert set(got["reports"]) == set(expected["reports"])
+    reports = max(abs(got["reports"][k] / v - 1) for k, v in expected["reports"].items())
     assert set(got["gradients"]) == set(expected["gradients"])
-    worst = 0.0
+    gradients = 0.0
     for name, gradient in expected["gradients"].items():
         scale = gradient.abs().max().item()
         assert scale > 0, name
-        worst = max(worst, (got["gradients"][name] - gradient).abs().max().item() / scale)
-    print(f"{layout}: largest relative gradient difference {worst:.1e}")
-    record_property("largest_difference", worst)
-    assert worst < BOUND
+        difference = (got["gradients"][name] - gradient).abs().max().item() / scale
+        gradients = max(gradients, difference)
+    # conftest.py prints it at the end
+    record_property("layout", f"{layout:36} losses, CR {reports:.1e}   gradients {gradients:.1e}")
+    assert reports < BOUND
+    assert gradients < BOUND

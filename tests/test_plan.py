@@ -352,8 +352,9 @@ def test_sbatch_files_hold_what_the_plan_says(name):
 
 def test_shell_files_parse():
     root = Path(__file__).parents[1]
-    files = [*(root / "examples/slurm").glob("*.s*"), *(root / "tests/slurm").glob("*.sh")]
-    assert len(files) == 6
+    files = [file for folder in ("examples", "examples/slurm", "tests", "tests/slurm")
+             for file in (root / folder).glob("*.s[hb]*")]  # fmt: skip
+    assert len(files) == 9
     for file in files:
         done = subprocess.run(["bash", "-n", str(file)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -112,7 +112,7 @@ def test_goes_on_in_another_layout(whole, killed, tmp_path, flags):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("damage", ["truncated", "missing", "metadata"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "metadata", "flipped bit"])
 def test_a_damaged_newest_checkpoint_is_passed_over(whole, killed, tmp_path, damage):
     reference, log = whole
     folder = tmp_path / "again"
@@ -123,6 +123,12 @@ def test_a_damaged_newest_checkpoint_is_passed_over(whole, killed, tmp_path, dam
         os.truncate(part, part.stat().st_size // 2)
     elif damage == "missing":
         part.unlink()
+    elif damage == "flipped bit":
+        with open(part, "r+b") as file:
+            file.seek(part.stat().st_size // 2)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 4]))
     else:
         (newest / ".metadata").write_bytes(b"not a pickle")
     done = pretrain(*TRAIN, *to(folder))
@@ -132,6 +138,22 @@ def test_a_damaged_newest_checkpoint_is_passed_over(whole, killed, tmp_path, dam
     expected, got = by_step(log), by_step(done.stdout)
     assert sorted(got) == [3, 4, 5, 6, 7, 8]
     assert {i: got[i] for i in (5, 6, 7, 8)} == {i: expected[i] for i in (5, 6, 7, 8)}
+
+
+@pytest.mark.dist
+def test_the_distributed_optimizer_goes_on_at_another_size(tmp_path):
+    flags = [*TRAIN, *to(tmp_path), "--use-distributed-optimizer", "--save-interval", "4"]
+    whole = pretrain(*flags, processes=2)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
+    shutil.rmtree(tmp_path / "iter_0000008")
+    again = pretrain(*flags)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert sorted(by_step(again.stdout)) == [5, 6, 7, 8]
+    for name in ("lm loss", "compression loss", "measured cr", "grad norm"):
+        assert logged(again.stdout, name)[-2:] == pytest.approx(
+            logged(whole.stdout, name)[-2:], rel=2e-4, abs=1e-5
+        )
 
 
 @pytest.mark.dist

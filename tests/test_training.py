@@ -1,5 +1,6 @@
 """pretrain_dmc.py as a user runs it: the stages through torchrun, checkpoints, and wrong input."""
 
+import json
 import os
 import subprocess
 import sys
@@ -31,14 +32,15 @@ MODEL = [
 
 
 def pretrain(
-    *flags: str, processes: int = 1, model=MODEL, program=("pretrain_dmc.py",)
+    *flags: str, processes: int = 1, model=MODEL, program=("pretrain_dmc.py",), packages: str = ""
 ) -> subprocess.CompletedProcess:
+    """Run it; `packages` is a folder of Python packages that come before those installed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc-per-node={processes}", *program, *model, *flags]  # fmt: skip
     if processes == 0:  # straight, for what fails before any process group
         command = [sys.executable, "pretrain_dmc.py", *model, *flags]
     environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_DEVICE_MAX_CONNECTIONS="1",
-                       CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT))  # fmt: skip
+                       CUDA_VISIBLE_DEVICES="", PYTHONPATH=f"{packages}:{ROOT}")  # fmt: skip
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False
     )
@@ -47,6 +49,33 @@ def pretrain(
 def logged(output: str, name: str) -> list[float]:
     lines = [line for line in output.splitlines() if " iteration " in line and "consumed" in line]
     return [float(line.split(f"{name}: ")[1].split(" |")[0]) for line in lines]
+
+
+WANDB = '''
+"""What Megatron calls of W&B, written to the run's folder."""
+import json, os
+from types import SimpleNamespace
+run = SimpleNamespace(entity="e", project="p", log_artifact=lambda *a, **k: None)
+def init(**kwargs):
+    global folder
+    folder = kwargs["dir"]
+def log(values, step=None):
+    with open(os.path.join(folder, "log"), "a") as out:
+        print(json.dumps([step, values], default=float), file=out)
+def Artifact(*args, **kwargs):
+    return SimpleNamespace(add_reference=lambda *a, **k: None, add_file=lambda *a: None)
+def finish():
+    pass
+'''
+
+
+def tensorboard(folder: Path) -> dict[str, dict[int, float]]:
+    """Scalars of the event files in a folder: tag, step, value."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
 @pytest.mark.dist
@@ -66,14 +95,20 @@ def test_stages_follow_each_other(tmp_path):
         assert (heads[:, :-1, :-1] != 0).any(-1).all() and (heads[:, -1] != 0).any(-1).all()
 
     results = {}
-    layouts = {"one": (1, []), "tp2": (2, ["--tensor-model-parallel-size", "2"]),
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "wandb.py").write_text(WANDB)
+    wandb = ["--wandb-project", "p", "--wandb-exp-name", "n", "--wandb-save-dir",
+             str(tmp_path / "wandb")]  # fmt: skip
+    layouts = {"one": (1, wandb), "tp2": (2, ["--tensor-model-parallel-size", "2"]),
                "pp2": (2, ["--pipeline-model-parallel-size", "2"])}  # fmt: skip
     for name, (processes, flags) in layouts.items():
         run = pretrain(
             "--dmc-stage", "retrofit", "--dmc-target-cr", "3", "--dmc-ramp-steps", "2",
             "--train-iters", "4", "--pretrained-checkpoint", str(zero), "--load", str(retrofit / name),
             "--save", str(retrofit / name), "--save-interval", "4", "--ckpt-format", "torch_dist",
-            "--tensorboard-dir", str(tmp_path / "tb" / name), *flags, processes=processes,
+            "--tensorboard-dir", str(tmp_path / "tb" / name), "--log-throughput",
+            "--log-timers-to-tensorboard", *flags, processes=processes,
+            packages=str(tmp_path / "packages"),
         )  # fmt: skip
         assert run.returncode == 0, run.stderr[-3000:]
         results[name] = run.stdout
@@ -89,6 +124,32 @@ def test_stages_follow_each_other(tmp_path):
     # Megatron's console averages the first two steps; its TensorBoard has each step's value
     assert [(p["step"], p["target_cr"]) for p in curves] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 3.0)]
     assert all(len(p["measured_cr_per_layer"]) == LAYERS for p in curves)
+    # throughput and CR through Megatron's writers: TensorBoard, and W&B beside it
+    entries = map(json.loads, (tmp_path / "wandb" / "log").read_text().splitlines())
+    sent: dict[str, dict[int, float]] = {}
+    for step, values in entries:
+        for name, value in values.items():
+            sent.setdefault(name, {})[step] = value
+    layers = [f"measured cr/layer {i}" for i in range(LAYERS)]
+    for folder in ("one", "pp2"):
+        scalars = tensorboard(tmp_path / "tb" / folder)
+        for name in (*layers, "measured cr", "target cr", "lm loss", "compression loss"):
+            assert set(scalars[name]) == {1, 2, 3, 4}, name
+        for name in (*layers, "measured cr"):
+            assert all(1 <= cr <= 32 for cr in scalars[name].values()), name
+        # 4 sequences of 32 tokens a step, never faster than Megatron's own time for a step
+        speed, seconds = scalars["tokens per second per GPU"], scalars["iteration-time"]
+        assert set(speed) == {2, 3, 4}
+        processes = layouts[folder][0]
+        assert all(0 < v < 10 * 4 * 32 / seconds[s] / processes for s, v in speed.items())
+        assert set(speed) <= set(seconds) and set(speed) <= set(scalars["throughput"])  # TFLOP/s
+        # a layer's CR is of all its heads; together they give the whole model's
+        entries_of = [32 * 4 * KV_HEADS / scalars[name][3] for name in layers]
+        whole = LAYERS * 32 * 4 * KV_HEADS / sum(entries_of)
+        assert whole == pytest.approx(scalars["measured cr"][3], rel=1e-4)
+        if folder == "one":
+            for name in (*layers, "measured cr", "tokens per second per GPU", "throughput"):
+                assert sent[name] == pytest.approx(scalars[name], rel=1e-5), name
     loaded = load_model(retrofit / "pp2")
     assert loaded.description.dmc.stage == "retrofit" and loaded.description.dmc.target_cr == 3.0
 
@@ -133,12 +194,19 @@ def test_config_names_flag_and_value(values, message):
     "values,message",
     [
         ({"kv_channels": 15}, "head dim 15 is odd"),
+        ({"multi_latent_attention": True}, "multi-latent"),
+        ({"softmax_type": "learnable"}, "softmax_type='learnable'"),
+        ({"apply_query_key_layer_scaling": True}, "apply-query-key-layer-scaling"),
+        ({"attention_output_gate": True}, "gated attention output"),
+        ({"mtp_num_layers": 1}, "multi-token prediction"),
+        ({"experimental_attention_variant": "gated_delta_net", "linear_attention_freq": 2},
+         "experimental_attention_variant=gated_delta_net"),
         ({"window_size": (128, 0)}, "sliding-window"),
         ({"attention_dropout": 0.1}, "dropout"),
         ({"rotary_interleaved": True}, "rotary-interleaved"),
         ({"tensor_model_parallel_size": 4}, "2 KV heads"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_combined_is_refused(values, message):
     common = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2,
               "attention_dropout": 0.0, "dmc": DMCConfig(stage="retrofit")}  # fmt: skip
@@ -147,6 +215,34 @@ def test_what_cannot_be_combined_is_refused(values, message):
         DMCTransformerConfig(**common | values)
     if "tensor_model_parallel_size" not in values:  # Megatron has its own word on that
         DMCTransformerConfig(**common | values | {"dmc": DMCConfig()})
+
+
+def test_layer_specs_that_dmc_cannot_serve_are_refused():
+    import copy
+
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.attention import CrossAttention
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from megatron_dmc.attention import DMCSelfAttention
+    from megatron_dmc.specs import with_dmc_attention
+
+    spec = get_gpt_layer_local_spec()
+    assert with_dmc_attention(spec).submodules.self_attention.module is DMCSelfAttention
+    with pytest.raises(UnsupportedConfig, match="MLASelfAttention"):
+        with_dmc_attention(get_gpt_layer_local_spec(multi_latent_attention=True))
+    decoder = copy.copy(spec)
+    decoder.submodules = copy.copy(spec.submodules)
+    decoder.submodules.cross_attention = ModuleSpec(module=CrossAttention)
+    with pytest.raises(UnsupportedConfig, match="cross attention"):
+        with_dmc_attention(decoder)
+    assert spec.submodules.self_attention.module is not DMCSelfAttention  # left as it was
+    attention = with_dmc_attention(spec).submodules.self_attention
+    config = DMCTransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=2,
+                                  attention_dropout=0.0, dmc=DMCConfig(stage="retrofit"))  # fmt: skip
+    with pytest.raises(UnsupportedConfig, match="causal"):  # an encoder's
+        DMCSelfAttention(config, attention.submodules, 1, AttnMaskType.padding)
 
 
 def test_schedule():

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.hf_llama import TE_NAMES, megatron_shapes
+from megatron_dmc.checkpoint.integrity import verify_checksums, write_checksums
 from megatron_dmc.checkpoint.single_process import ensure_single_process
 from megatron_dmc.errors import CheckpointError
 
@@ -150,8 +151,24 @@ def read_common(folder: Path) -> dict[str, Any]:
         ) from e
 
 
+def check_whole(folder: Path) -> None:
+    """Check an iteration's files: format, length, metadata, and checksums where it has them.
+
+    Collective over all ranks, if there are several.
+
+    Raises:
+        CheckpointError: names what is missing or damaged.
+    """
+    _check_backend(folder / "metadata.json")
+    read_metadata(folder)
+    read_common(folder)
+    verify_checksums(folder)
+
+
 def older_usable_iteration(path: str | Path) -> tuple[int, str] | None:
     """Where the newest iteration of a checkpoint folder is damaged: the one to go on from.
+
+    Collective over all ranks, if there are several.
 
     Returns:
         None if the newest is whole; else the newest whole iteration before it, and what is wrong
@@ -161,9 +178,7 @@ def older_usable_iteration(path: str | Path) -> tuple[int, str] | None:
         CheckpointError: the newest is damaged, and no other is whole.
     """
     try:
-        folder = iteration_folder(path)
-        read_metadata(folder)
-        read_common(folder)
+        check_whole(iteration_folder(path))
         return None
     except CheckpointError as e:
         complaint = e
@@ -175,9 +190,7 @@ def older_usable_iteration(path: str | Path) -> tuple[int, str] | None:
     for iteration in reversed([i for i in iterations if i < newest]):
         folder = Path(path) / f"iter_{iteration:07d}"
         try:
-            _check_backend(folder / "metadata.json")
-            read_metadata(folder)
-            read_common(folder)
+            check_whole(folder)
         except CheckpointError:
             continue
         return iteration, str(complaint)
@@ -360,4 +373,5 @@ def write(path: str | Path, state: dict[str, Tensor], description: ModelDescript
         )
     except CheckpointException as e:  # a BaseException, with the reason in its text
         raise RuntimeError(str(e)) from e
+    write_checksums(folder)
     (Path(path) / TRACKER_FILE).write_text(RELEASE)

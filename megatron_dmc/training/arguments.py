@@ -6,9 +6,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.training.argument_utils import ArgumentGroupFactory, core_transformer_config_from_args
 
-from megatron_dmc.checkpoint.torch_dist import older_usable_iteration
+from megatron_dmc.checkpoint.torch_dist import (
+    TRACKER_FILE,
+    check_whole,
+    iteration_folder,
+    older_usable_iteration,
+)
 from megatron_dmc.config import DMCConfig, DMCTransformerConfig, Stage
 from megatron_dmc.errors import DMCError
 
@@ -60,29 +66,15 @@ def transformer_config_from_args(args: Namespace) -> DMCTransformerConfig:
 def check_paths(args: Namespace) -> None:
     """Say at once what would otherwise fail minutes later, or silently.
 
-    A damaged newest checkpoint in `--load` is passed over: `args.ckpt_step` becomes the newest whole
-    one before it, and a line on stderr names both.
-
     Raises:
-        DMCError: a folder to load from that holds no (whole) checkpoint, or data files that do not
-            exist.
+        DMCError: a folder to load from that holds no checkpoint, or data files that do not exist.
     """
-    if args.load and not (Path(args.load) / "latest_checkpointed_iteration.txt").is_file():
+    if args.load and not (Path(args.load) / TRACKER_FILE).is_file():
         starts_here = args.save and Path(args.save).resolve() == Path(args.load).resolve()
         if not args.pretrained_checkpoint and not starts_here:
             raise _no_checkpoint("--load", args.load)
-    elif args.load and not args.ckpt_step:
-        older = older_usable_iteration(args.load)
-        if older is not None:
-            args.ckpt_step, complaint = older
-            print(
-                f"pretrain_dmc.py: warning: --load {args.load}: the newest checkpoint is damaged "
-                f"({complaint}); going on from iteration {args.ckpt_step}",
-                file=sys.stderr,
-                flush=True,
-            )
     start = args.pretrained_checkpoint
-    if start and not (Path(start) / "latest_checkpointed_iteration.txt").is_file():
+    if start and not (Path(start) / TRACKER_FILE).is_file():
         raise _no_checkpoint("--pretrained-checkpoint", start)
     for flag in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
         for item in getattr(args, flag) or []:
@@ -93,9 +85,39 @@ def check_paths(args: Namespace) -> None:
                 )
 
 
+def pass_over_damaged(args: Namespace) -> None:
+    """Look whether the checkpoint that training would start from is whole. Collective over all ranks.
+
+    Other formats than `torch_dist` are left to Megatron.
+
+    A damaged newest checkpoint in `--load` is passed over: `args.ckpt_step` becomes the newest whole
+    one before it, and a line on stderr names both.
+
+    Raises:
+        CheckpointError: no checkpoint in `--load` is whole, or, where nothing is loaded from there
+            yet, `--pretrained-checkpoint` is damaged.
+    """
+    if args.ckpt_format != "torch_dist":
+        return
+    if args.load and (Path(args.load) / TRACKER_FILE).is_file():
+        older = None if args.ckpt_step else older_usable_iteration(args.load)
+        if older is None:
+            return
+        args.ckpt_step, complaint = older
+        if torch.distributed.get_rank() == 0:
+            print(
+                f"pretrain_dmc.py: warning: --load {args.load}: the newest checkpoint is damaged "
+                f"({complaint}); going on from iteration {args.ckpt_step}",
+                file=sys.stderr,
+                flush=True,
+            )
+    elif args.pretrained_checkpoint:
+        check_whole(iteration_folder(args.pretrained_checkpoint))
+
+
 def _no_checkpoint(flag: str, path: str) -> DMCError:
     return DMCError(
-        f"{flag} {path}: no checkpoint there (latest_checkpointed_iteration.txt is missing); check "
+        f"{flag} {path}: no checkpoint there ({TRACKER_FILE} is missing); check "
         "the path, or convert one with `megatron-dmc convert`"
     )
 

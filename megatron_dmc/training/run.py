@@ -1,5 +1,6 @@
 """The whole run of `pretrain_dmc.py`: set up, train through Megatron's `pretrain()`, finish a stage."""
 
+import functools
 import shutil
 import sys
 from argparse import Namespace
@@ -10,21 +11,24 @@ import torch
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.rerun_state_machine import destroy_rerun_state_machine
-from megatron.training import training
+from megatron.training import get_args, training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
+from megatron.training.checkpointing import get_checkpoint_name
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dmc.checkpoint.convert import is_disk_full
+from megatron_dmc.checkpoint.integrity import forget_checksums, write_checksums
 from megatron_dmc.checkpoint.torch_dist import iteration_folder
 from megatron_dmc.config import DMCTransformerConfig
 from megatron_dmc.decisions import DecisionRecorder
 from megatron_dmc.errors import DMCError
-from megatron_dmc.training import cpu_adapter
+from megatron_dmc.training import cpu_adapter, repairs
 from megatron_dmc.training.arguments import (
     add_dmc_args,
     check_paths,
     exit_with,
+    pass_over_damaged,
     transformer_config_from_args,
 )
 from megatron_dmc.training.data import dataset_provider
@@ -32,28 +36,51 @@ from megatron_dmc.training.model import CarryingCommunicator, build_model
 from megatron_dmc.training.step import CompressionLoss, ForwardStep
 
 
-def skip_needless_compilation() -> None:
-    """Megatron runs `make` for its dataset helper, which the wheel ships compiled and without a
-    Makefile; where the helper imports, there is nothing to compile."""
-    from megatron.core.datasets import utils
+def save_with_checksums() -> None:
+    """Have `pretrain()` write checksums beside every `torch_dist` checkpoint that it saves.
 
-    try:
-        import megatron.core.datasets.helpers_cpp  # noqa: F401
-    except ImportError:
+    They are written after the checkpoint is complete; a run that is killed in between leaves one
+    without, which loads as well. Not with `--async-save`, nor where `--verify-integrity` has Megatron
+    do the same.
+    """
+    save = training.save_checkpoint
+    if hasattr(save, "__wrapped__"):
         return
-    utils.compile_helpers = lambda: None
+
+    @functools.wraps(save)
+    def saving(iteration, *rest, non_persistent_ckpt=False, **options):
+        args = get_args()
+        ours = (
+            args.ckpt_format == "torch_dist"
+            and not (args.async_save or args.verify_integrity or non_persistent_ckpt)
+        )  # fmt: skip
+        folder = Path(get_checkpoint_name(args.save, iteration, return_base_dir=True))
+        if ours:
+            forget_checksums(folder)
+        save(iteration, *rest, non_persistent_ckpt=non_persistent_ckpt, **options)
+        if ours:
+            write_checksums(folder)
+
+    training.save_checkpoint = saving
 
 
 def prepare_pipeline(config: DMCTransformerConfig) -> dict[str, Any]:
     """Initialise Megatron, and the arguments of `pretrain()` that carry the merge counts on.
 
-    Call it after the flags are parsed and before `pretrain()`, which initialises again.
+    Call it after the flags are parsed and before `pretrain()`, which initialises again. Also sees to
+    it that checkpoints are saved with checksums and that a damaged newest one is passed over.
+
+    Raises:
+        CheckpointError: the checkpoint to start from is damaged, and there is no other.
     """
-    skip_needless_compilation()
+    repairs.skip_needless_compilation()
+    repairs.let_distributed_optimizer_resume()
+    save_with_checksums()
     # Megatron makes its process groups in pretrain(); the pipeline communicator wants them before,
     # and of the things made here only the rerun state machine refuses to be made again.
     training.initialize_megatron()
     destroy_rerun_state_machine()
+    pass_over_damaged(get_args())
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if groups.pp.size() == 1:
         return {}
@@ -92,11 +119,11 @@ def main(argv: list[str] | None = None) -> None:
     """Train one stage. A user's mistake ends with one line and exit code 2."""
     try:
         args, config = parse(argv)
+        pipeline = prepare_pipeline(config)
     except DMCError as error:
         exit_with(error)
         return
     recorder = DecisionRecorder(config.num_layers)
-    pipeline = prepare_pipeline(config)
 
     def model_provider(pre_process, post_process, vp_stage=None, config=None, pg_collection=None):
         return build_model(

@@ -4,12 +4,16 @@ Dimension letters: T tokens, B batch, L layers of the whole model.
 """
 
 import functools
+import time
 from argparse import Namespace
 from collections.abc import Callable
 
 import torch
 from megatron.core import mpu
-from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.num_microbatches_calculator import (
+    get_current_global_batch_size,
+    get_num_microbatches,
+)
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 from torch import Tensor
@@ -104,6 +108,7 @@ class CompressionLoss:
         self._open: tuple[GateKey, list[list[int]] | None] | None = None
         self._layer_counts_L: Tensor | None = None
         self._layer_tokens = 0.0
+        self._last_step: tuple[int, float] | None = None
 
     def begin(self, model, starts: list[list[int]] | None = None) -> Tensor:
         """Before the model's forward.
@@ -158,6 +163,8 @@ class CompressionLoss:
         num_tokens: Tensor,
         report: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        if training:
+            self._log_speed(key)
         if not Stage(self.dmc.stage).compresses:
             return loss, num_tokens, report
         assert config.num_query_groups is not None
@@ -196,6 +203,33 @@ class CompressionLoss:
         torch.distributed.all_reduce(total, group=mpu.get_context_parallel_group())
         return total / config.context_parallel_size
 
+    def _log_speed(self, key: GateKey) -> None:
+        """Tokens per second and GPU to Megatron's writers, after a step's last microbatch.
+
+        From one step's end to the next one's; a step that waited for a checkpoint or an evaluation
+        is left out. Megatron itself writes TFLOP/s per GPU (`--log-throughput`).
+        """
+        if key.microbatch + 1 < get_num_microbatches():
+            return
+        args, now, last = get_args(), time.monotonic(), self._last_step
+        self._last_step = key.step, now
+        if (key.step + 1) % args.tensorboard_log_interval or last is None:
+            return
+        waited = any(n and key.step % n == 0 for n in (args.save_interval, args.eval_interval))
+        if waited or last[0] + 1 != key.step:
+            return
+        tokens = args.seq_length * get_current_global_batch_size()
+        self._write("tokens per second per GPU", tokens / (now - last[1]) / args.world_size, key)
+
+    @staticmethod
+    def _write(name: str, value: float, key: GateKey) -> None:
+        """To TensorBoard and W&B, on the rank that has them."""
+        writer, wandb = get_tensorboard_writer(), get_wandb_writer()
+        if writer:
+            writer.add_scalar(name, value, key.step + 1)
+        if wandb:
+            wandb.log({name: value}, key.step + 1)
+
     def _log_layers(self, counts_LB: Tensor, tokens_per_sequence: int, key: GateKey) -> None:
         """Measured CR of every layer to Megatron's writers, after a step's last microbatch."""
         args = get_args()
@@ -203,20 +237,17 @@ class CompressionLoss:
             self._layer_counts_L, self._layer_tokens = torch.zeros_like(counts_LB[:, 0]), 0.0
         self._layer_counts_L += counts_LB.sum(1)
         self._layer_tokens += float(tokens_per_sequence * counts_LB.shape[1])
-        step = key.step + 1
-        if key.microbatch + 1 < get_num_microbatches() or step % args.tensorboard_log_interval:
+        if key.microbatch + 1 < get_num_microbatches():
+            return
+        if (key.step + 1) % args.tensorboard_log_interval:
             return
         totals = torch.cat(
             [self._layer_counts_L, self._layer_counts_L.new_tensor([self._layer_tokens])]
         )
         torch.distributed.all_reduce(totals, group=mpu.get_data_parallel_group())
         values = (totals[-1] / (totals[-1] - totals[:-1])).tolist()
-        writer, wandb = get_tensorboard_writer(), get_wandb_writer()
         for layer, cr in enumerate(values):
-            if writer:
-                writer.add_scalar(f"measured cr/layer {layer}", cr, step)
-            if wandb:
-                wandb.log({f"measured cr/layer {layer}": cr}, step)
+            self._write(f"measured cr/layer {layer}", cr, key)
 
 
 class ForwardStep:

@@ -19,13 +19,10 @@ python=${PYTHON:-$repo/.venv/bin/python}
 work=${1:-$(mktemp -d /tmp/dmc-slurm.XXXXXX)}
 mkdir -p "$work"
 steps=60
+patience=${PATIENCE:-300}
 
-fail() {
-    echo "run_slurm.sh: $*" >&2
-    tail -n 20 "$work"/*.log "$work"/run-dir/*.log >&2 || true
-    exit 1
-}
-[[ -x $python ]] || fail "no Python at $python: run make setup, or set PYTHON"
+# shellcheck source=tests/small_job.sh
+source "$repo/tests/small_job.sh"
 
 # --- Slurm -----------------------------------------------------------------------------------------
 
@@ -101,42 +98,27 @@ done
 sinfo
 [[ $(sinfo -h -t idle -o %D) == 2 ]] || fail "the two nodes did not come up"
 
-# --- model, data -----------------------------------------------------------------------------------
+# --- model -----------------------------------------------------------------------------------------
 
-models=("$repo"/examples/models/*/)
-[[ ${#models[@]} == 1 ]] || fail "examples/models should hold one model"
-model=${models[0]%/}
-export PYTHONPATH=$repo OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES="" PYTHONWARNINGS=ignore
 "$python" -m megatron_dmc.cli convert --to megatron --force "$model" "$work/base" \
     >"$work/prepare.log" 2>&1 || fail "conversion failed"
-"$python" - "$model" "$repo" "$work" >>"$work/prepare.log" 2>&1 <<'PYTHON' || fail "preparing failed"
-import json, sys
+"$python" - "$model" "$work/flags" >>"$work/prepare.log" 2>&1 <<'PYTHON' || fail "preparing failed"
+import sys
 from pathlib import Path
 from megatron_dmc.checkpoint.description import ModelDescription
 
-model, repo, work = sys.argv[1:]
-flags = ModelDescription.from_hf_folder(model).megatron_flags()
-# Without --use-distributed-optimizer: where neither Transformer Engine nor Apex is installed, Megatron
-# 0.19.2 cannot load that optimizer's checkpoint (`assert len(steps) == 1`).
-flags += ["--seq-length", "64", "--micro-batch-size", "1", "--global-batch-size", "4"]
-Path(work, "flags").write_text("\n".join(flags) + "\n")
-files = sorted(Path(repo, "megatron_dmc").rglob("*.py"))
-with open(Path(work, "text.jsonl"), "w") as out:
-    for file in files:
-        out.write(json.dumps({"text": file.read_text()}) + "\n")
+flags = ModelDescription.from_hf_folder(sys.argv[1]).megatron_flags()
+flags += ["--use-distributed-optimizer", "--seq-length", "64"]
+flags += ["--micro-batch-size", "1", "--global-batch-size", "4"]
+Path(sys.argv[2]).write_text("\n".join(flags) + "\n")
 PYTHON
-"$python" "$repo/tools/preprocess_data.py" --input "$work/text.jsonl" --output-prefix "$work/data" \
-    --tokenizer-type SentencePieceTokenizer --tokenizer-model "$model/tokenizer.model" \
-    --append-eod >>"$work/prepare.log" 2>&1 || fail "tools/preprocess_data.py failed"
 
 # --- the stages ------------------------------------------------------------------------------------
 
-export DMC_REPO=$repo RUN_DIR=$work/run-dir DMC_PYTHON=$python BASE_CHECKPOINT=$work/base
-export TRAIN_DATA=$work/data_text_document VALID_DATA=$work/data_text_document
-export TOKENIZER_MODEL=$model/tokenizer.model FLAGS_FILE=$work/flags
-export RDZV_HOST=localhost PROCESSES_PER_NODE=1 SAVE_INTERVAL=100000 EVAL_INTERVAL=100000 EVAL_ITERS=1
+export RUN_DIR=$work/run-dir BASE_CHECKPOINT=$work/base FLAGS_FILE=$work/flags
+export TOKENIZER_MODEL=$model/tokenizer.model
+export RDZV_HOST=localhost PROCESSES_PER_NODE=1 SAVE_INTERVAL=100000
 export ZERO_OUT_STEPS=$steps RETROFIT_STEPS=$steps FINETUNE_STEPS=5 TARGET_CR=2
-unset CONTAINER_IMAGE
 mkdir -p "$RUN_DIR"
 submitted=$("$repo/examples/slurm/submit.sh" "$repo/examples/slurm/llama2-7b.sbatch" \
     --nodes 2 --gpus-per-node 0 --time 20)
@@ -144,38 +126,30 @@ echo "$submitted"
 job_of() { awk -v stage="$1" '$1 == stage { print $2 }' <<<"$submitted"; }
 log_of() { echo "$RUN_DIR/$1.$(job_of "$1").log"; }
 job_field() { scontrol show job "$(job_of "$1")" | grep -o "\b$2=[^ ]*" | head -n 1 | cut -d= -f2; }
-saved() { cat "$RUN_DIR/$1/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
 reached() { # STAGE -> steps in its log
     local count
     count=$(grep -c " iteration .*/ .*$steps |" "$(log_of "$1")" 2>/dev/null) || true
     echo "${count:-0}"
 }
 
-wait_until() { # SECONDS WHAT COMMAND...
-    local end=$((SECONDS + $1)) what=$2
-    shift 2
-    until "$@"; do
-        ((SECONDS < end)) || fail "gave up waiting until $what"
-        sleep 0.3
-    done
-}
 has_trained() { (($(reached "$1") >= 5)); }
 has_saved() { (($(saved "$1") > 0)); }
-is_over() { [[ $(job_field "$1" JobState) =~ ^(COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL)$ ]]; }
+is_over() { is_ended "$(job_field "$1" JobState)"; }
+is_ended() { [[ $1 =~ ^(COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL)$ ]]; }
 
 declare -A stopped_at
 interrupt() { # STAGE COMMAND...
     local stage=$1
     shift
-    wait_until 300 "$stage trains" has_trained "$stage"
+    wait_until "$patience" "$stage trains" has_trained "$stage"
     "$@"
-    wait_until 120 "$stage saves" has_saved "$stage"
+    wait_until "$patience" "$stage saves" has_saved "$stage"
     stopped_at[$stage]=$(saved "$stage")
     echo "$stage: interrupted, saved at iteration ${stopped_at[$stage]} of $steps"
 }
 interrupt zero-out scontrol requeue "$(job_of zero-out)"
 interrupt retrofit scancel --batch --signal=USR1 "$(job_of retrofit)"
-wait_until 300 "finetune is over" is_over finetune
+wait_until "$patience" "finetune is over" is_over finetune
 
 for stage in zero-out retrofit finetune; do
     last=$steps restarts=1
@@ -195,4 +169,18 @@ for stage in zero-out retrofit finetune; do
     fi
     echo "$stage: $state, iteration $last of $last"
 done
+
+# --- retrofit.sh in one job ------------------------------------------------------------------------
+
+export RUN_DIR=$work/run-dir/one-job ZERO_OUT_STEPS=2 RETROFIT_STEPS=2 FINETUNE_STEPS=2
+export REPORT_FLAGS="--seq-length 64 --max-windows 2 --max-tokens 8"
+id=$(sbatch --parsable --nodes 2 --time 20 --output "$work/run-dir/one-job.log" \
+    "$repo/examples/retrofit.sh" "$model" 2)
+one_job() { scontrol show job "$id" | grep -o "\b$1=[^ ]*" | head -n 1 | cut -d= -f2; }
+one_job_is_over() { is_ended "$(one_job JobState)"; }
+wait_until "$patience" "retrofit.sh is over" one_job_is_over
+[[ "$(one_job JobState) $(one_job ExitCode)" == "COMPLETED 0:0" ]] || fail "retrofit.sh failed"
+[[ $(saved finetune) == 2 && -s $RUN_DIR/report/report.html ]] || fail "retrofit.sh left no report"
+echo "retrofit.sh in one job: $(one_job JobState) $(one_job ExitCode), all steps"
+
 echo "ok: three stages, two interruptions, $SECONDS s; logs in $work"

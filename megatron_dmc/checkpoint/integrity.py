@@ -1,0 +1,96 @@
+"""Checksums beside a checkpoint, so that a flipped bit is noticed before it is trained on.
+
+The file is Megatron's own (`integrity.json`, what `--verify-integrity` writes and reads): SHA-256 of
+every file of an iteration. Megatron has rank 0 read a whole checkpoint for it; here every rank reads
+the files that it wrote.
+"""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from megatron_dmc.errors import CheckpointError
+
+MANIFEST = "integrity.json"
+ALGORITHM = "sha256"
+_PART = re.compile(r"__(\d+)_\d+\.distcp")
+"""A file of torch's distributed checkpoints, and the rank that wrote it."""
+
+
+def _rank_and_size() -> tuple[int, int]:
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _own_files(names: list[str]) -> list[str]:
+    """This rank's share: what it wrote itself is likely to be in its node's memory."""
+    rank, size = _rank_and_size()
+    return [n for n in names if (int(m[1]) if (m := _PART.fullmatch(n)) else 0) % size == rank]
+
+
+def _joined(own: dict[str, str]) -> dict[str, str]:
+    """All ranks' entries, on every rank."""
+    _, size = _rank_and_size()
+    if size == 1:
+        return own
+    parts: list[dict[str, str]] = [{}] * size
+    torch.distributed.all_gather_object(parts, own)
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, ALGORITHM).hexdigest()
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the checksums of a finished iteration into its folder. Collective over all ranks."""
+    names = sorted(f.name for f in folder.iterdir() if f.is_file() and f.name != MANIFEST)
+    digests = _joined({name: _digest(folder / name) for name in _own_files(names)})
+    if _rank_and_size()[0] == 0:
+        partial = folder / f"{MANIFEST}.part"
+        partial.write_text(json.dumps({"algorithm": ALGORITHM, "files": digests}, indent=2))
+        os.replace(partial, folder / MANIFEST)
+
+
+def forget_checksums(folder: Path) -> None:
+    """Before an iteration is saved over an older try: that one's checksums do not hold any more."""
+    if _rank_and_size()[0] == 0:
+        (folder / MANIFEST).unlink(missing_ok=True)
+
+
+def verify_checksums(folder: Path) -> None:
+    """Compare an iteration's files with the checksums beside them. Collective over all ranks.
+
+    A checkpoint without checksums passes.
+
+    Raises:
+        CheckpointError: on every rank; names the files that differ or cannot be read.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return
+    try:
+        document = json.loads(manifest.read_text())
+        algorithm, files = document["algorithm"], dict(document["files"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{manifest}: damaged ({e})") from e
+    if algorithm != ALGORITHM:
+        raise CheckpointError(f"{manifest}: the algorithm is {algorithm!r}, not {ALGORITHM!r}")
+    complaints = {}
+    for name in _own_files(sorted(files)):
+        try:
+            if _digest(folder / name) != files[name]:
+                complaints[name] = "its bytes are not those that were saved"
+        except OSError as e:
+            complaints[name] = str(e)
+    complaints = _joined(complaints)
+    if complaints:
+        raise CheckpointError(
+            "; ".join(f"{folder / name}: {why}" for name, why in sorted(complaints.items()))
+        )
