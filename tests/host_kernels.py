@@ -7,7 +7,6 @@ A stand-in for `megatron_dmc.ops.cuda.decode` with the same functions. Dimension
 import ctypes
 import os
 import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -28,12 +27,14 @@ def compile_host(source: str, target: Path, *options: str) -> None:
     )  # fmt: skip
 
 
+def compile_library(target: Path) -> None:
+    """For `library`, which finds it by DMC_HOST_LIBRARY."""
+    compile_host("host_kernels.cpp", target, "-shared", "-fPIC")
+
+
 @cache
 def library() -> ctypes.CDLL:
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "host_kernels.so"
-        compile_host("host_kernels.cpp", target, "-shared", "-fPIC")
-        loaded = ctypes.CDLL(str(target))
+    loaded = ctypes.CDLL(os.environ["DMC_HOST_LIBRARY"])
     for which, struct in enumerate((AppendParams, AttentionParams, PlanParams)):
         assert loaded.sizes(which) == ctypes.sizeof(struct), struct.__name__
     loaded.set_lazy_copies(int(os.environ.get("DMC_LAZY_COPIES", "0")))
@@ -48,7 +49,7 @@ class PagedKV(ctypes.Structure):
     _fields_ = [
         *fields("k_pages v_pages table entries", ctypes.c_void_p),
         *fields("table_row table_head entries_row entries_head", ctypes.c_int64),
-        *fields("page_size head_dim table_width", ctypes.c_int),
+        *fields("page_shift head_dim table_width", ctypes.c_int),
     ]
 
 
@@ -89,7 +90,7 @@ def address(x: Tensor | None) -> int | None:
 def paged(k_pages, v_pages, table, entries) -> PagedKV:
     return PagedKV(
         *map(address, (k_pages, v_pages, table, entries)), *table.stride()[:2], *entries.stride(),
-        k_pages.shape[1], k_pages.shape[2], table.shape[2],
+        k_pages.shape[1].bit_length() - 1, k_pages.shape[2], table.shape[2],
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from host_kernels import INCLUDE, compile_host
+from host_kernels import INCLUDE, compile_host, compile_library
 from kernel_tools import run_cases
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,15 +43,22 @@ def test_units_on_the_host(tmp_path):
     assert result.returncode == 0, result.stdout
 
 
+@pytest.fixture(scope="module")
+def host_library(tmp_path_factory):
+    target = tmp_path_factory.mktemp("host") / "host_kernels.so"
+    compile_library(target)
+    return str(target)
+
+
 @needs_compiler
 @pytest.mark.parametrize("large", ["0", pytest.param("1", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("lazy", ["0", "1"])
-def test_kernels_in_an_emulated_warp(lazy, large):
+def test_kernels_in_an_emulated_warp(lazy, large, host_library):
     """Asynchronous copies happen at once, or as late as the kernel's waits allow."""
     pytest.importorskip("triton")  # shares Triton's file of cases
     run_cases(
         "kernel_cases_decode.py", TRITON_INTERPRET="1", DMC_TESTED_BACKEND="host",
-        DMC_LAZY_COPIES=lazy, DMC_LARGE_CASES=large,
+        DMC_LAZY_COPIES=lazy, DMC_LARGE_CASES=large, DMC_HOST_LIBRARY=host_library,
     )  # fmt: skip
 
 
@@ -154,7 +161,7 @@ def put(i, f):
 for got, wanted in (
     (message(), "q is on cpu; all tensors must be on one GPU"),
     (message(dim=80), "head_dim=80; the kernels are built for 64, 96, 128 and 256"),
-    (message(page=12), "page_size=12; the kernels take multiples of 8"),
+    (message(page=12), "page_size=12; the kernels take 8, 16, 32 and 64"),
     (message(dtype=torch.float32), "dtype Float; the kernels take bfloat16 and float16"),
     (message(put(0, lambda q: q[:, :7])), "q has 7 heads, not a multiple of the 2"),
     (message(put(2, lambda v: v[:5])), "v_pages has shape [5, 16, 128], expected [6, 16, 128]"),

@@ -90,8 +90,9 @@ def random_cache(
     on_device = torch.Generator(device=device).manual_seed(seed)
     live = slots[slots >= 0]
     for pages in (k_pages, v_pages):
-        rows = torch.randn(len(live), dim, generator=on_device, device=device)
-        pages.view(-1, dim)[live] = rows.to(dtype)
+        for some in live.split(1 << 20):
+            rows = torch.randn(len(some), dim, generator=on_device, device=device)
+            pages.view(-1, dim)[some] = rows.to(dtype)
     k_pages.view(-1, dim)[live, -1] = 0.0
     state = torch.randn(
         num_rows, num_kv_heads, num_kept(merge_window), 2 * dim + 1, generator=on_device,
@@ -145,10 +146,13 @@ def check_attention(
     rows = rows_B[checked]
     lengths = cache.num_entries_RG[rows].masked_fill(rows[:, None] < 0, 0)
     tables, q = cache.block_table_RGM[rows], q_BND[checked]
+    # only these requests' pages are converted
+    pages = tables[tables >= 0].unique()
+    tables = torch.searchsorted(pages, tables.clamp_min(0))
     exact, honest = (
         reference.paged_decode_attention(
-            q.to(dtype), cache.k_pages_PSD.to(dtype), cache.v_pages_PSD.to(dtype), tables, lengths,
-            softmax_scale=softmax_scale,
+            q.to(dtype), cache.k_pages_PSD[pages].to(dtype), cache.v_pages_PSD[pages].to(dtype),
+            tables, lengths, softmax_scale=softmax_scale,
         )
         for dtype in (torch.float64, q.dtype)
     )  # fmt: skip

@@ -72,8 +72,9 @@ void check_cache(const Tensor& k_pages, const Tensor& v_pages, const Tensor& tab
   check_dtype(v_pages, "v_pages", dtype);
   check_dense(k_pages, "k_pages");
   check_dense(v_pages, "v_pages");
-  TORCH_CHECK_VALUE(k_pages.size(1) > 0 && k_pages.size(1) % 8 == 0, "page_size=", k_pages.size(1),
-                    "; the kernels take multiples of 8");
+  const int64_t page = k_pages.size(1);
+  TORCH_CHECK_VALUE(page == 8 || page == 16 || page == 32 || page == 64, "page_size=", page,
+                    "; the kernels take 8, 16, 32 and 64");
   check_shape(table, "block_table", {kAny, heads, kAny});
   check_dtype(table, "block_table", ScalarType::Int);
   check_last_dense(table, "block_table");
@@ -100,7 +101,7 @@ dmc::PagedKV<T> paged(const Tensor& k_pages, const Tensor& v_pages, const Tensor
                       const Tensor& entries) {
   return {data<T>(k_pages),      data<T>(v_pages),       data<int32_t>(table),
           data<int64_t>(entries), table.stride(0),       table.stride(1),
-          entries.stride(0),     entries.stride(1),      int(k_pages.size(1)),
+          entries.stride(0),     entries.stride(1),      __builtin_ctzll(k_pages.size(1)),
           int(k_pages.size(2)),  int(table.size(2))};
 }
 

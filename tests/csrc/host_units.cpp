@@ -48,7 +48,7 @@ void segment_is_a_weighted_mean() {
 void addresses_of_a_paged_cache() {
   std::vector<int32_t> table(2 * 3 * 5);
   std::vector<int64_t> entries(2 * 3);
-  dmc::PagedKV<dmc::bf16> kv{nullptr, nullptr, table.data(), entries.data(), 15, 5, 3, 1, 16, 128, 5};
+  dmc::PagedKV<dmc::bf16> kv{nullptr, nullptr, table.data(), entries.data(), 15, 5, 3, 1, 4, 128, 5};
   CHECK(kv.table(1, 2) == table.data() + 25);
   CHECK(kv.num_entries(1, 2) == entries.data() + 5);
   CHECK(kv.column(15) == 0 && kv.column(16) == 1 && kv.column(47) == 2);

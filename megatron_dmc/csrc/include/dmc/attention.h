@@ -98,17 +98,20 @@ struct Worker {
     const int entry = at.first_entry();
     // a tile of a plan made ahead may lie behind the last entry
     const int behind = smaller(kTile, at.entries - entry);
-    int32_t page[2] = {0, 0};
-    if (behind > 0) page[0] = at.table[p.kv.column(entry)];
-    if (behind > kHalf) page[1] = at.table[p.kv.column(entry + kHalf)];
+    int64_t halves[2] = {0, 0};  // where they begin
+    DMC_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const int first = entry + h * kHalf;
+      if (behind > h * kHalf) halves[h] = p.kv.offset(at.table[p.kv.column(first)], first);
+    }
     char* k = stages + stage * Sizes::kStage;
     DMC_UNROLL
     for (int i = 0; i < kTile * Sizes::kChunks / kWarp; ++i) {
       const int index = lane + i * kWarp;
       const int row = index / Sizes::kChunks, chunk = index % Sizes::kChunks;
       const bool valid = row < behind;
-      const int64_t from =
-          valid ? p.kv.offset(row < kHalf ? page[0] : page[1], entry + row) + chunk * 8 : 0;
+      const int64_t half = row < kHalf ? halves[0] : halves[1];
+      const int64_t from = valid ? half + row % kHalf * kHeadDim + chunk * 8 : 0;
       char* to = k + row * Sizes::kPitch + chunk * 16;
       copy_async(to, p.kv.k_pages_PSD + from, valid);
       copy_async(to + Sizes::kMatrix, p.kv.v_pages_PSD + from, valid);
@@ -210,21 +213,18 @@ struct Worker {
         const float scale = total > 0.0f ? 1.0f / total : 0.0f;
         T* out_D = p.out_BND + b * p.out_stride[0] + (int64_t(g) * p.group + r) * p.out_stride[1];
         float* part_D = p.part_C2RD + (part * p.group + r) * kHeadDim;
-        DMC_UNROLL
-        for (int s = 0; s < kSteps; ++s) {
+        const int d = lane / 4;  // and every eighth channel after it
+        if (is_whole) {
           DMC_UNROLL
-          for (int h = 0; h < 2; ++h) {
-            const int d = s * 16 + h * 8 + lane / 4;
-            const float value = out[s][n][h * 2 + j] * scale;
-            if (is_whole) {
-              from_float(value, out_D[d]);
-            } else {
-              part_D[d] = value;
-            }
+          for (int i = 0; i < 2 * kSteps; ++i) {
+            from_float(out[i / 2][n][i % 2 * 2 + j] * scale, out_D[i * 8 + d]);
           }
-        }
-        if (!is_whole && lane < 4) {
-          p.part_lse_C2R[part * p.group + r] = max[n][j] + log2_fast(total);
+        } else {
+          DMC_UNROLL
+          for (int i = 0; i < 2 * kSteps; ++i) {
+            part_D[i * 8 + d] = out[i / 2][n][i % 2 * 2 + j] * scale;
+          }
+          if (d == 0) p.part_lse_C2R[part * p.group + r] = max[n][j] + log2_fast(total);
         }
       }
     }
