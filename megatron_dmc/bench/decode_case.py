@@ -83,7 +83,7 @@ def random_cache(
     table[has_page] = order[:total]
     shape = (total + num_free, page_size, dim)
     k_pages, v_pages = (torch.full(shape, NAN, dtype=dtype, device=device) for _ in range(2))
-    table, lengths = table.to(device), lengths_RG.to(device)
+    table, lengths = table.to(device), lengths_RG.to(device, copy=True)
     entries = torch.arange(int(lengths.max()), device=device).expand(num_rows, num_kv_heads, -1)
     slots = cache_ops.slots_of_entries(table, entries, page_size) if total else entries
     slots = torch.where(entries < lengths[..., None], slots, -1).flatten()
