@@ -1,5 +1,5 @@
 """CUDA kernels without a GPU: headers under the host's compiler, kernels in an emulated warp, resources
-that the CUDA compiler reports, and (slow) the extension as setup.py builds it."""
+that the CUDA compiler reports, and (exhaustive) the extension as setup.py builds it."""
 
 import os
 import re
@@ -51,7 +51,7 @@ def host_library(tmp_path_factory):
 
 
 @needs_compiler
-@pytest.mark.parametrize("large", ["0", pytest.param("1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("large", ["0", pytest.param("1", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("lazy", ["0", "1"])
 def test_kernels_in_an_emulated_warp(lazy, large, host_library):
     """Asynchronous copies happen at once, or as late as the kernel's waits allow."""
@@ -82,7 +82,7 @@ def resources(report: str):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("target", ["80", "90a"])
 def test_kernels_compile_without_spills(target, everything, tmp_path):
     nvcc = find_nvcc()
@@ -174,7 +174,7 @@ print("extension works")
 
 
 @needs_nvcc
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 def test_extension_builds_and_refuses_in_words(tmp_path):
     library = tmp_path / "lib"

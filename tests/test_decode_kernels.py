@@ -10,7 +10,7 @@ from megatron_dmc.ops import cache_backend, cache_ops
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("large", ["0", pytest.param("1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("large", ["0", pytest.param("1", marks=pytest.mark.exhaustive)])
 def test_cases_in_the_interpreter(large):
     run_cases("kernel_cases_decode.py", TRITON_INTERPRET="1", DMC_LARGE_CASES=large)
 
@@ -69,7 +69,7 @@ def spilled_bytes(usage: str) -> int:
     return int(usage.split("STACK:")[1].split()[0])
 
 
-@pytest.mark.parametrize("full_size", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("full_size", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_kernels_compile_without_a_gpu_and_without_spills(full_size):
     """For an A100 and an H100; with their registers in the test's output."""
     for capability in (80, 90):
