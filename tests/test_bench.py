@@ -1,11 +1,11 @@
-"""The training benchmarks on tiny shapes: they check themselves, and their last line is JSON."""
+"""The kernels' benchmarks on tiny shapes: they check themselves, and their last line is JSON."""
 
 import json
 
 import pytest
 import torch
 
-from megatron_dmc.bench import measure, train_kernels
+from megatron_dmc.bench import kernels, measure, train_kernels
 from megatron_dmc.cli import main
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import reference
@@ -45,6 +45,45 @@ def test_train_step(capsys):
     assert rows["step", True]["time_over_plain"] > 0
     losses = result["losses_where_nothing_merges"]["16"]
     assert losses["with DMC"] == pytest.approx(losses["without DMC"], rel=1e-5)
+
+
+def test_kernels(capsys, tmp_path):
+    result = run(
+        capsys, "kernels", "--device", "cpu", "--dtype", "bfloat16", "--lengths", "40",
+        "--repeats", "1", "--batches", "3", "--crs", "4", "--output", str(tmp_path),
+    )  # fmt: skip
+    assert "say nothing about a GPU" in result["note"]
+    rows = {(r["op"], r["group"], r["skewed"]): r for r in result["rows"]}
+    assert len(rows) == len(result["rows"]) == 8
+    for row in rows.values():
+        assert row["variant"] == "torch" and row["median_ms"] > 0 and row["fraction_of_copy"] > 0
+        assert set(row["errors"]) == {
+            "attention", "append, q", "append, entries", "append, segments",
+        }  # fmt: skip
+    # 3 requests x 4 heads x 10 entries, their keys and values, queries and outputs; 64 channels
+    assert rows["attention", 1, False]["bytes_needed"] == 2 * (120 + 12) * 64 * 2
+    assert rows["append", 4, True]["time_over_attention"] > 0
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".svg", ".png"}
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    settings = measure.Settings(torch.device("cpu"), torch.float32, (32,), 1, None)
+    lengths = kernels.head_lengths(2, 2, 32, 2.0, skewed=True)
+    right = kernels.cache_ops.paged_decode_attention
+    monkeypatch.setattr(
+        kernels.cache_ops, "paged_decode_attention",
+        lambda *args, **options: right(*args, **{**options, "softmax_scale": 0.1}),
+    )  # fmt: skip
+    with pytest.raises(DMCError, match="out is wrong"):
+        kernels.check(settings, "torch", lengths, 2, 64)
+
+
+def test_skewed_heads_nearly_keep_the_total():
+    equal, skewed = (
+        kernels.head_lengths(16, 32, 4096, 4.0, skewed=skewed).double() for skewed in (False, True)
+    )
+    assert skewed.mean().item() == pytest.approx(equal.mean().item(), rel=0.05)
+    assert skewed.std() > 0.4 * skewed.mean() and equal.std() == 0
 
 
 def test_the_alternatives_compute_the_same():

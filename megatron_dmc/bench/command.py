@@ -21,6 +21,11 @@ BENCHMARKS = [
         "merge and training attention against their ceilings and the alternatives",
     ),
     Benchmark(
+        "kernels",
+        "megatron_dmc.bench.kernels",
+        "decode attention and append over ragged pages against their bytes",
+    ),
+    Benchmark(
         "train-step",
         "megatron_dmc.bench.train_step",
         "a Transformer layer and a full training step, with and without DMC",
@@ -50,6 +55,15 @@ def add_benchmarks(parser: argparse.ArgumentParser) -> None:
             sub.add_argument(
                 "--layers", type=int, help="layers of the full step (default: 8, 2 on a CPU)"
             )
+        if benchmark.name == "kernels":
+            sub.add_argument(
+                "--batches", type=int, nargs="+", metavar="B",
+                help="requests (default: 1, 16, 64 and 256, 2 on a CPU)",
+            )  # fmt: skip
+            sub.add_argument(
+                "--crs", type=float, nargs="+", metavar="CR",
+                help="tokens over entries (default: 1, 4 and 8, 1 and 4 on a CPU)",
+            )  # fmt: skip
         sub.set_defaults(module=benchmark.module)
 
 

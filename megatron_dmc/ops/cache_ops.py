@@ -11,27 +11,13 @@ float64 for a float64 model). Entry e of a head lies in page `block_table[e // S
 What lies in slots that hold no entry is never used, be it NaN.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from megatron_dmc.ops import gates
 from megatron_dmc.ops.attention import chunk_attention, join_by_lse, masked_attention
+from megatron_dmc.ops.cache_backend import FreePages, choose_backend, kernels
 from megatron_dmc.ops.merge import continue_merge
-
-Backend = Literal["torch"]
-
-
-def choose_backend(backend: str | None, x: Tensor) -> Backend:
-    """The one place that picks the default backend of these ops.
-
-    Raises:
-        ValueError: for a backend that does not exist.
-    """
-    del x  # its device will matter once there are kernels
-    if backend not in (None, "torch"):
-        raise ValueError(f"backend={backend!r} does not exist; use 'torch' or None")
-    return "torch"
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -50,15 +36,26 @@ def apply_rope(x_XHD: Tensor, freqs_XF: Tensor | None) -> Tensor:
         the rotated tensor in the dtype of `x`; cosine and sine are rounded to it first, as Megatron
         does.
     """
+    return _turn(x_XHD, *cosine_and_sine(freqs_XF, x_XHD.dtype))
+
+
+def cosine_and_sine(
+    freqs_XF: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The tables of cosines and sines that RoPE needs, (X, F) each in the model's dtype."""
     if freqs_XF is None:
+        return None, None
+    return freqs_XF.cos().to(dtype), freqs_XF.sin().to(dtype)
+
+
+def _turn(x_XHD: Tensor, cos_XF: Tensor | None, sin_XF: Tensor | None) -> Tensor:
+    if cos_XF is None or sin_XF is None:
         return x_XHD
-    cos = freqs_XF.cos().to(x_XHD.dtype)[:, None]
-    sin = freqs_XF.sin().to(x_XHD.dtype)[:, None]
-    num_rotary = freqs_XF.shape[1]
+    num_rotary = cos_XF.shape[1]
     rotary, passed = x_XHD[..., :num_rotary], x_XHD[..., num_rotary:]
     first, second = rotary.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    return torch.cat([rotary * cos + turned * sin, passed], dim=-1)
+    return torch.cat([rotary * cos_XF[:, None] + turned * sin_XF[:, None], passed], dim=-1)
 
 
 def zero_borrowed_channel(x: Tensor) -> Tensor:
@@ -139,20 +136,49 @@ def decode_append(
         freqs_BF: RoPE angles of each request's position, or None.
         block_table_RGM, num_entries_RG, segments_RGUA: this layer's; `segments` may be None in plain
             mode. The block table must already hold a page for the entry that is written; where it
-            does not (-1), nothing is written.
+            does not (-1), the head is left as it was.
         rows_B: which of the R rows each request uses; distinct.
         merge_window: W; 0 is unlimited.
     """
-    choose_backend(backend, k_BGD)
+    cos, sin = cosine_and_sine(freqs_BF, k_BGD.dtype)
+    chosen = choose_backend(backend, k_BGD, k_pages_PSD.shape[1])
+    if chosen == "torch":
+        torch_append(
+            k_BGD, v_BGD, is_merge_BG, omega_BG, cos, sin, k_pages_PSD, v_pages_PSD,
+            block_table_RGM, num_entries_RG, segments_RGUA, rows_B, merge_window, None,
+        )  # fmt: skip
+        return
+    positions = torch.arange(k_BGD.shape[0], device=k_BGD.device)
+    kernels(chosen).decode_append(
+        None, k_BGD, v_BGD, is_merge_BG, omega_BG, cos, sin, positions, k_pages_PSD, v_pages_PSD,
+        block_table_RGM, num_entries_RG, segments_RGUA, rows_B, None, None,
+        compress=is_merge_BG is not None, may_merge=True, alpha_offset=0.0,
+        merge_window=merge_window,
+    )  # fmt: skip
+
+
+def torch_append(
+    k_BGD, v_BGD, is_merge_BG, omega_BG, cos_BF, sin_BF, k_pages_PSD, v_pages_PSD,
+    block_table_RGM, num_entries_RG, segments_RGUA, rows_B, merge_window, free_pages,
+) -> None:  # fmt: skip
+    """`decode_append` in PyTorch: cosines and sines for angles, rows that are not negative, and
+    `free_pages` (or None) as in `gate_and_append`."""
     entries = num_entries_RG[rows_B]
+    is_merge = torch.zeros_like(entries, dtype=torch.bool)
+    if is_merge_BG is not None:
+        is_merge = is_merge_BG & (entries > 0)
+    entry = entries - is_merge.to(entries.dtype)
+    if free_pages is not None:
+        _take_pages(block_table_RGM, rows_B, entry // k_pages_PSD.shape[1], free_pages)
+    slots = slots_of_entries(block_table_RGM[rows_B], entry[..., None], k_pages_PSD.shape[1])[
+        ..., 0
+    ]
+    has_page = slots >= 0
     if is_merge_BG is None:
-        key, value = apply_rope(k_BGD, freqs_BF), v_BGD
-        entry = entries
-        num_entries_RG[rows_B] = entries + 1
+        key, value = _turn(k_BGD, cos_BF, sin_BF), v_BGD
     else:
         assert segments_RGUA is not None and omega_BG is not None
         acc = segments_RGUA.dtype
-        is_merge = is_merge_BG & (entries > 0)
         omega = omega_BG.to(acc)[..., None]
         k = zero_borrowed_channel(k_BGD)
         weighted = torch.cat([k.to(acc) * omega, v_BGD.to(acc) * omega, omega], dim=-1)
@@ -163,16 +189,132 @@ def decode_append(
             segment = torch.cat([kept[:, :, 1:], weighted[:, :, None]], dim=2)
         else:
             segment = kept + weighted[:, :, None]
-        segments_RGUA[rows_B] = segment
+        segments_RGUA[rows_B] = torch.where(has_page[..., None, None], segment, old)
         total = segment.sum(2)
         y = (total[..., :-1] / total[..., -1:]).to(k_BGD.dtype)
         y_k, value = y.split([k_BGD.shape[-1], v_BGD.shape[-1]], dim=-1)
-        key = zero_borrowed_channel(apply_rope(y_k, freqs_BF))
-        entry = entries - is_merge.to(entries.dtype)
-        num_entries_RG[rows_B] = entry + 1
-    table = block_table_RGM[rows_B]
-    slots = slots_of_entries(table, entry[..., None], k_pages_PSD.shape[1])
+        key = zero_borrowed_channel(_turn(y_k, cos_BF, sin_BF))
+    num_entries_RG[rows_B] = torch.where(has_page, entry + 1, entries)
     write_entries(k_pages_PSD, v_pages_PSD, slots.flatten(), key.flatten(0, 1), value.flatten(0, 1))
+
+
+def _take_pages(
+    block_table_RGM: Tensor, rows_B: Tensor, column_BG: Tensor, free_pages: FreePages
+) -> None:
+    """Give a page to every head that has none in its column."""
+    heads = torch.arange(column_BG.shape[1], device=column_BG.device)
+    column = column_BG.clamp_max(block_table_RGM.shape[2] - 1)
+    wants = (block_table_RGM[rows_B[:, None], heads, column] < 0) & (column == column_BG)
+    at_B, at_G = wants.nonzero(as_tuple=True)
+    first, num_free = int(free_pages.state[0]), free_pages.page_ids.numel()
+    got = max(0, min(len(at_B), num_free - first))
+    at_B, at_G = at_B[:got], at_G[:got]
+    page_ids = free_pages.page_ids[first : first + got].to(block_table_RGM.dtype)
+    block_table_RGM[rows_B[at_B], at_G, column[at_B, at_G]] = page_ids
+    free_pages.state[0] += int(wants.sum())
+    if got < int(wants.sum()):
+        free_pages.state[1] = 1
+
+
+def gate_and_append(
+    q_BND: Tensor,
+    k_BGD: Tensor,
+    v_BGD: Tensor,
+    cos_XF: Tensor | None,
+    sin_XF: Tensor | None,
+    positions_B: Tensor,
+    k_pages_PSD: Tensor,
+    v_pages_PSD: Tensor,
+    block_table_RGM: Tensor,
+    num_entries_RG: Tensor,
+    segments_RGUA: Tensor | None,
+    rows_B: Tensor,
+    *,
+    alpha_offset: float,
+    merge_window: int = 0,
+    compress: bool = True,
+    may_merge: bool = True,
+    free_pages: FreePages | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """All that a decoded token does before attention, from the raw projections: gates, `decode_append`,
+    and RoPE of the queries. On a GPU one kernel, and nothing that the host has to wait for.
+
+    Mutates what `decode_append` does, and with `free_pages` also `block_table_RGM` (a page where the
+    entry's page is -1) and `free_pages.state`.
+
+    Args:
+        q_BND, k_BGD, v_BGD: unrotated, the borrowed channel in place (after QK-norm, if any).
+        cos_XF, sin_XF: `cosine_and_sine` of X positions; both halves of F are alike. None: no RoPE.
+        positions_B: int64, each token's row in these tables.
+        rows_B: int64, distinct; -1 for padding of a fixed batch: nothing of it is written.
+        alpha_offset: docs/method.md, section 1.
+        compress: False: a plain cache (see `decode_append`); the gates are not looked at.
+        may_merge: False: every token is appended, though the borrowed channel carries no content.
+        free_pages: None: the block table must hold the page already.
+
+    Returns:
+        rotated q_BND, the borrowed channel zero when compressing; rows of padding are undefined.
+    """
+    chosen = choose_backend(backend, k_BGD, k_pages_PSD.shape[1])
+    if chosen != "torch":
+        rotated: Tensor = kernels(chosen).decode_append(
+            q_BND, k_BGD, v_BGD, None, None, cos_XF, sin_XF, positions_B, k_pages_PSD, v_pages_PSD,
+            block_table_RGM, num_entries_RG, segments_RGUA, rows_B,
+            None if free_pages is None else free_pages.page_ids,
+            None if free_pages is None else free_pages.state,
+            compress=compress, may_merge=may_merge, alpha_offset=alpha_offset,
+            merge_window=merge_window,
+        )  # fmt: skip
+        return rotated
+    cos, sin = (None if x is None else x[positions_B] for x in (cos_XF, sin_XF))
+    is_merge = omega = None
+    if compress:
+        logit = gates.decision_logit(k_BGD, alpha_offset=alpha_offset)
+        is_merge = gates.hard_decisions(logit) & may_merge
+        omega = gates.importance(q_BND, k_BGD.shape[1], alpha_offset=alpha_offset)
+    live = rows_B >= 0
+
+    def of_live(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[live]
+
+    torch_append(
+        k_BGD[live], v_BGD[live], of_live(is_merge), of_live(omega), of_live(cos), of_live(sin),
+        k_pages_PSD, v_pages_PSD, block_table_RGM, num_entries_RG, segments_RGUA, rows_B[live],
+        merge_window, free_pages,
+    )  # fmt: skip
+    if not compress:
+        return _turn(q_BND, cos, sin)
+    return zero_borrowed_channel(_turn(zero_borrowed_channel(q_BND), cos, sin))
+
+
+def plan_decode_attention(
+    num_entries_LRG: Tensor,
+    rows_B: Tensor,
+    *,
+    like: Tensor,
+    page_size: int,
+    ahead: int = 0,
+    backend: str | None = None,
+) -> list[Tensor | None]:
+    """How the kernels divide decode attention among their workers, for L layers in one launch.
+
+    Made once before a step's first layer, it serves all of them: `ahead` counts the tokens that will be
+    appended before attention looks.
+
+    Args:
+        num_entries_LRG: int64, as they are now.
+        rows_B: int64; -1 is padding.
+        like: queries or keys (..., D), which decide about the backend as in the other ops.
+
+    Returns:
+        one plan for each layer, for `paged_decode_attention` of the same rows and backend; None each
+        for PyTorch, which needs none. A plan must not be shorter than the entries then are.
+    """
+    chosen = choose_backend(backend, like, page_size)
+    if chosen == "torch":
+        return [None] * num_entries_LRG.shape[0]
+    return list(kernels(chosen).plan(num_entries_LRG, rows_B, ahead=ahead).unbind(0))
 
 
 def paged_decode_attention(
@@ -183,6 +325,8 @@ def paged_decode_attention(
     num_entries_BG: Tensor,
     *,
     softmax_scale: float,
+    rows_B: Tensor | None = None,
+    plan_Y: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """One query token per request over all entries of each head, of which every head has its own
@@ -190,13 +334,26 @@ def paged_decode_attention(
 
     Args:
         q_BND: rotated queries, heads ordered by group; the borrowed channel zero when compressing.
-        block_table_BGM, num_entries_BG: the requests' rows of one layer.
+        block_table_BGM, num_entries_BG: the requests' rows of one layer; with `rows_B` all R rows.
+        rows_B: int64, each request's row of both; -1 is padding, which attends over nothing.
+        plan_Y: this layer's part of `plan_decode_attention`; None: planned here. PyTorch needs none.
 
     Returns:
         out_BND in the queries' dtype, computed in float32 (float64); zero for a head without
         entries.
     """
-    choose_backend(backend, q_BND)
+    chosen = choose_backend(backend, q_BND, k_pages_PSD.shape[1])
+    if chosen != "torch":
+        if rows_B is None:
+            rows_B = torch.arange(q_BND.shape[0], device=q_BND.device)
+        attended: Tensor = kernels(chosen).paged_decode_attention(
+            q_BND, k_pages_PSD, v_pages_PSD, block_table_BGM, num_entries_BG, rows_B, plan_Y,
+            softmax_scale=softmax_scale,
+        )  # fmt: skip
+        return attended
+    if rows_B is not None:
+        block_table_BGM = block_table_BGM[rows_B]
+        num_entries_BG = num_entries_BG[rows_B].masked_fill(rows_B[:, None] < 0, 0)
     batch, num_kv_heads = num_entries_BG.shape
     if batch == 0:
         return torch.zeros_like(q_BND)
@@ -247,7 +404,7 @@ def prefill(
     Returns:
         out_TND in the queries' dtype.
     """
-    choose_backend(backend, q_TND)
+    choose_backend(backend, q_TND, k_pages_PSD.shape[1])  # so far all run the same PyTorch
     num_tokens, num_kv_heads = k_TGD.shape[:2]
     if num_tokens == 0:
         return torch.zeros_like(q_TND)

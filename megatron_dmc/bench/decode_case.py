@@ -1,0 +1,244 @@
+"""Random caches for decoding, and the checks that tests and benchmarks share.
+
+Dimension letters as in `ops.cache_ops`.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.bench.measure import errors_within_twice_the_yardstick
+from megatron_dmc.errors import DMCError
+from megatron_dmc.ops import cache_ops, gates, reference
+from megatron_dmc.ops.cache_backend import FreePages
+from megatron_dmc.ops.merge import num_kept
+
+NAN = float("nan")
+
+
+@dataclass
+class LayerCache:
+    """One layer's storage over a pool of its own; whatever holds no entry is NaN."""
+
+    k_pages_PSD: Tensor
+    v_pages_PSD: Tensor
+    block_table_RGM: Tensor
+    num_entries_RG: Tensor
+    segments_RGUA: Tensor
+    free_pages: FreePages
+
+    def clone(self, dtype: torch.dtype) -> "LayerCache":
+        """A copy with keys and values in another dtype, and the sums in its accumulator's."""
+        return LayerCache(
+            self.k_pages_PSD.to(dtype, copy=True),
+            self.v_pages_PSD.to(dtype, copy=True),
+            self.block_table_RGM.clone(),
+            self.num_entries_RG.clone(),
+            self.segments_RGUA.to(cache_ops.accumulator_dtype(dtype), copy=True),
+            FreePages(self.free_pages.page_ids.clone(), self.free_pages.state.clone()),
+        )
+
+    def entries(self) -> Tensor:
+        """All live entries, keys and values side by side: (entries, 2 D)."""
+        rows = []
+        for table_M, num in zip(
+            self.block_table_RGM.flatten(0, 1), self.num_entries_RG.flatten().tolist(), strict=True
+        ):
+            pages = table_M[: -(-num // self.k_pages_PSD.shape[1])].long()
+            if (pages < 0).any():
+                raise DMCError("an entry has no page")
+            kv = torch.cat([self.k_pages_PSD[pages], self.v_pages_PSD[pages]], dim=-1)
+            rows.append(kv.flatten(0, 1)[:num])
+        return torch.cat(rows)
+
+
+def random_cache(
+    lengths_RG: Tensor,
+    *,
+    dim: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    room: int = 0,
+    num_free: int = 0,
+    merge_window: int = 0,
+    seed: int = 0,
+) -> LayerCache:
+    """A cache whose heads have these numbers of entries, in pages dealt out at random.
+
+    Args:
+        room: width of the block table beyond the longest head, in pages; -1 there.
+        num_free: free pages besides those in the tables.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    num_rows, num_kv_heads = lengths_RG.shape
+    needed = (lengths_RG + page_size - 1) // page_size
+    total = int(needed.sum())
+    order = torch.randperm(total + num_free, generator=generator).to(torch.int32)
+    table = torch.full((num_rows, num_kv_heads, int(needed.max()) + room), -1, dtype=torch.int32)
+    has_page = torch.arange(table.shape[2]) < needed[..., None]
+    table[has_page] = order[:total]
+    shape = (total + num_free, page_size, dim)
+    k_pages, v_pages = (torch.full(shape, NAN, dtype=dtype, device=device) for _ in range(2))
+    table, lengths = table.to(device), lengths_RG.to(device, copy=True)
+    entries = torch.arange(int(lengths.max()), device=device).expand(num_rows, num_kv_heads, -1)
+    slots = cache_ops.slots_of_entries(table, entries, page_size) if total else entries
+    slots = torch.where(entries < lengths[..., None], slots, -1).flatten()
+    on_device = torch.Generator(device=device).manual_seed(seed)
+    live = slots[slots >= 0]
+    for pages in (k_pages, v_pages):
+        for some in live.split(1 << 20):
+            rows = torch.randn(len(some), dim, generator=on_device, device=device)
+            pages.view(-1, dim)[some] = rows.to(dtype)
+    k_pages.view(-1, dim)[live, -1] = 0.0
+    state = torch.randn(
+        num_rows, num_kv_heads, num_kept(merge_window), 2 * dim + 1, generator=on_device,
+        device=device,
+    )  # fmt: skip
+    state[..., -1] = state[..., -1].abs() + 0.1
+    free_pages = FreePages.of(order[total:].to(device))
+    return LayerCache(k_pages, v_pages, table, lengths, state, free_pages)
+
+
+def random_heads(
+    batch: int, heads: list[int], dim: int, *, dtype, device, seed: int, strided: bool = False
+) -> list[Tensor]:
+    """Raw q, k, v with so many heads each; `strided`: parts of one tensor, as a fused projection
+    gives them."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    shape = (batch, sum(heads), dim + 3 if strided else dim)
+    x = torch.randn(shape, generator=generator, device=device)[..., :dim].to(dtype)
+    if strided:
+        wide = torch.full((batch, sum(heads) + 1, dim + 8), NAN, dtype=dtype, device=device)
+        wide[:, 1:, :dim] = x
+        x = wide[:, 1:, :dim]
+    parts = list(x.split(heads, dim=1))
+    return parts if strided else [part.contiguous() for part in parts]
+
+
+def check_attention(
+    attend: Callable[..., Tensor],
+    q_BND: Tensor,
+    cache: LayerCache,
+    rows_B: Tensor,
+    *,
+    softmax_scale: float,
+    checked: slice = slice(None),
+) -> float:
+    """Run `attend(q, k_pages, v_pages, table_RGM, entries_RG, rows_B, softmax_scale=...)` and compare.
+
+    Args:
+        checked: the requests whose results are compared.
+
+    Returns:
+        the relative error.
+
+    Raises:
+        DMCError: more than twice the error of the specification in this dtype, or not zero for a head
+            without entries or for padding.
+    """
+    args = (cache.block_table_RGM, cache.num_entries_RG)
+    out = attend(q_BND, cache.k_pages_PSD, cache.v_pages_PSD, *args, rows_B,
+                 softmax_scale=softmax_scale)  # fmt: skip
+    rows = rows_B[checked]
+    lengths = cache.num_entries_RG[rows].masked_fill(rows[:, None] < 0, 0)
+    tables, q = cache.block_table_RGM[rows], q_BND[checked]
+    # only these requests' pages are converted
+    pages = tables[tables >= 0].unique()
+    tables = torch.searchsorted(pages, tables.clamp_min(0))
+    exact, honest = (
+        reference.paged_decode_attention(
+            q.to(dtype), cache.k_pages_PSD[pages].to(dtype), cache.v_pages_PSD[pages].to(dtype),
+            tables, lengths, softmax_scale=softmax_scale,
+        )
+        for dtype in (torch.float64, q.dtype)
+    )  # fmt: skip
+    out = out[checked]
+    empty = (lengths == 0).repeat_interleave(q.shape[1] // lengths.shape[1], dim=1)
+    if (out[empty] != 0).any():
+        raise DMCError("attention over no entries is not zero")
+    return errors_within_twice_the_yardstick(["out"], [out], [exact], [honest])["out"]
+
+
+def _append_in_float64(
+    q, k, v, positions, rows, angles_XF, cache, *,
+    alpha_offset, merge_window=0, compress=True, may_merge=True,
+) -> Tensor:  # fmt: skip
+    """The specification's rotated queries, and its work on the float64 cache; the gates are those of
+    the tensors' own dtype, whose epsilon is part of them."""
+    is_merge = omega = None
+    if compress:
+        logit = gates.decision_logit(k, alpha_offset=alpha_offset)
+        is_merge = gates.hard_decisions(logit) & may_merge
+        omega = gates.importance(q, k.shape[1], alpha_offset=alpha_offset).double()
+    angles = None if angles_XF is None else angles_XF[positions].double()
+    cos, sin = cache_ops.cosine_and_sine(angles, torch.float64)
+    cache_ops.torch_append(
+        k.double(), v.double(), is_merge, omega, cos, sin, cache.k_pages_PSD, cache.v_pages_PSD,
+        cache.block_table_RGM, cache.num_entries_RG, cache.segments_RGUA, rows, merge_window,
+        cache.free_pages,
+    )  # fmt: skip
+    return cache_ops.rotate_query(q.double(), angles, compress=compress)
+
+
+def check_append(
+    append: Callable[..., Tensor],
+    qkv: list[Tensor],
+    angles_XF: Tensor | None,
+    positions_B: Tensor,
+    cache: LayerCache,
+    rows_B: Tensor,
+    **options,
+) -> dict[str, float]:
+    """Run `append(q, k, v, cos, sin, positions, k_pages, ..., rows_B, free_pages=..., **options)` on
+    the cache, and compare all that it mutated with the PyTorch version in float64.
+
+    Returns:
+        the relative errors.
+
+    Raises:
+        DMCError: as `check_attention`; or counts, pages or decisions differ, or something was written
+            that was not to be.
+    """
+
+    q, k, v = qkv
+    dtype = q.dtype
+    before, exact, honest = (cache.clone(d) for d in (dtype, torch.float64, dtype))
+
+    def run(op, cache: LayerCache) -> Tensor:
+        cos, sin = cache_ops.cosine_and_sine(angles_XF, dtype)
+        return op(
+            q, k, v, cos, sin, positions_B, cache.k_pages_PSD, cache.v_pages_PSD,
+            cache.block_table_RGM, cache.num_entries_RG, cache.segments_RGUA, rows_B,
+            free_pages=cache.free_pages, **options,
+        )  # fmt: skip
+
+    q_ours = run(append, cache)
+    q_honest = run(functools.partial(cache_ops.gate_and_append, backend="torch"), honest)
+    live = rows_B >= 0
+    q_exact = _append_in_float64(
+        q[live], k[live], v[live], positions_B[live], rows_B[live], angles_XF, exact, **options
+    )
+    for name, ours, spec in (
+        ("entry counts", cache.num_entries_RG, exact.num_entries_RG),
+        ("pages held", cache.block_table_RGM >= 0, exact.block_table_RGM >= 0),
+        ("state of the free list", cache.free_pages.state, exact.free_pages.state),
+    ):
+        if not torch.equal(ours, spec):
+            raise DMCError(f"{name} differ: {ours.tolist()}, by the specification {spec.tolist()}")
+    held = cache.block_table_RGM[cache.block_table_RGM >= 0]
+    if held.unique().numel() != held.numel():
+        raise DMCError("a page is in two block tables")
+    written = (cache.k_pages_PSD.isnan() != before.k_pages_PSD.isnan()).any(-1).sum()
+    appended = (cache.num_entries_RG - before.num_entries_RG).sum()
+    if written != appended:
+        raise DMCError(f"{int(written)} slots were filled for {int(appended)} new entries")
+    return errors_within_twice_the_yardstick(
+        ["q", "entries", "segments"],
+        [q_ours[live], cache.entries(), cache.segments_RGUA],
+        [q_exact, exact.entries(), exact.segments_RGUA],
+        [q_honest[live], honest.entries(), honest.segments_RGUA],
+    )

@@ -1,0 +1,99 @@
+#include "kernels.h"
+
+namespace dmc {
+namespace {
+
+constexpr int kPlanThreads = 1024;
+constexpr int kJoinThreads = 128;
+
+__global__ void __launch_bounds__(kPlanThreads) plan_kernel(__grid_constant__ const PlanParams p) {
+  __shared__ int shared[kPlanThreads / kWarp];
+  plan_layer(p, shared);
+}
+
+template <class T, int kHeadDim, int kQueryBlocks>
+__global__ void __launch_bounds__(kWarpsPerBlock* kWarp)
+    attend_kernel(__grid_constant__ const AttentionParams<T> p) {
+  extern __shared__ __align__(16) char shared_memory[];
+  attend_stretch<T, kHeadDim, kQueryBlocks>(p, shared_memory);
+}
+
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(kJoinThreads)
+    join_kernel(__grid_constant__ const AttentionParams<T> p) {
+  const int index = (blockIdx.x * kJoinThreads + threadIdx.x) / kWarp;
+  if (index < p.num_requests * p.num_kv_heads * p.group) join_parts<T, kHeadDim>(p, index);
+}
+
+template <class T, int kHeadDim, int kQueryBlocks>
+cudaError_t launch(const AttentionParams<T>& p, cudaStream_t stream) {
+  constexpr int kBytes = kWarpsPerBlock * Stages<kHeadDim>::kBytes;
+  const auto kernel = attend_kernel<T, kHeadDim, kQueryBlocks>;
+  // set for every device that a process uses, so at every launch; it costs no launch
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  const int blocks = (p.num_workers + kWarpsPerBlock - 1) / kWarpsPerBlock;
+  kernel<<<blocks, kWarpsPerBlock * kWarp, kBytes, stream>>>(p);
+  error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
+  const int64_t threads = int64_t(p.num_requests) * p.num_kv_heads * p.group * kWarp;
+  join_kernel<T, kHeadDim>
+      <<<int((threads + kJoinThreads - 1) / kJoinThreads), kJoinThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <int kHeadDim>
+cudaError_t workers(int* count) {
+  constexpr int kBytes = kWarpsPerBlock * Stages<kHeadDim>::kBytes;
+  const auto kernel = attend_kernel<bf16, kHeadDim, 1>;
+  int device, multiprocessors, blocks;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kWarpsPerBlock * kWarp,
+                                                        kBytes);
+  *count = multiprocessors * blocks * kWarpsPerBlock;
+  return error;
+}
+
+}  // namespace
+
+cudaError_t launch_plan(const PlanParams& p, cudaStream_t stream) {
+  if (p.num_layers == 0) return cudaSuccess;
+  plan_kernel<<<p.num_layers, kPlanThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <class T>
+cudaError_t launch_attention(const AttentionParams<T>& p, cudaStream_t stream) {
+  if (p.num_requests == 0) return cudaSuccess;
+  const bool one_block = p.group <= 8;
+  switch (p.kv.head_dim) {
+    case 64: return one_block ? launch<T, 64, 1>(p, stream) : launch<T, 64, 2>(p, stream);
+    case 96: return one_block ? launch<T, 96, 1>(p, stream) : launch<T, 96, 2>(p, stream);
+    case 128: return one_block ? launch<T, 128, 1>(p, stream) : launch<T, 128, 2>(p, stream);
+    case 256: return one_block ? launch<T, 256, 1>(p, stream) : cudaErrorInvalidValue;
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+template cudaError_t launch_attention(const AttentionParams<bf16>&, cudaStream_t);
+#ifndef DMC_HOT_KERNELS_ONLY  // a test of registers looks at one dtype
+template cudaError_t launch_attention(const AttentionParams<fp16>&, cudaStream_t);
+#endif
+
+cudaError_t count_workers(int head_dim, int* count) {
+  switch (head_dim) {
+    case 64: return workers<64>(count);
+    case 96: return workers<96>(count);
+    case 128: return workers<128>(count);
+    case 256: return workers<256>(count);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace dmc

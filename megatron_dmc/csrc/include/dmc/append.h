@@ -1,0 +1,207 @@
+// One decoded token of every request into the cache. docs/method.md, section 6.
+//
+// Dimension letters: B requests, N query heads, G key/value heads, D head dim, X rows of a table of
+// angles, F rotary channels, R rows, U weighted tokens kept for an open segment, A = 2 D + 1.
+#pragma once
+
+#include "dmc/paged_kv.h"
+#include "dmc/segment.h"
+
+namespace dmc {
+
+template <class T>
+struct AppendParams {
+  PagedKV<T> kv;
+  const T* q_BND;  // null: there are no queries to rotate, and gates are given
+  const T* k_BGD;
+  const T* v_BGD;
+  T* q_out_BND;
+  const T* cos_XF;  // null: no RoPE
+  const T* sin_XF;
+  const uint8_t* is_merge_BG;  // null: gates come from q and k
+  const float* omega_BG;
+  const int64_t* positions_B;
+  const int64_t* rows_B;
+  float* segments_RGUA;
+  const int32_t* free_ids;  // null: pages are in the table
+  int32_t* free_state;
+  int64_t q_stride[2], k_stride[2], v_stride[2], q_out_stride[2];
+  int64_t cos_stride, sin_stride, segments_row_stride, segments_head_stride;
+  int num_requests, num_kv_heads, group, half, merge_window, num_free;
+  float alpha_offset, eps;
+  bool compress, may_merge;
+};
+
+// A thread owns pairs of channels: those that RoPE turns together, (j, j + half), and after them the
+// channels that pass, paired likewise. The borrowed channel is the second of the last pair.
+template <int kHeadDim>
+struct Pairs {
+  static constexpr int kTotal = kHeadDim / 2;
+  static constexpr int kOwn = (kTotal + kWarp - 1) / kWarp;
+  int half;
+
+  DMC_DEVICE int pair(int i) const { return thread_index() % kWarp + i * kWarp; }
+  DMC_DEVICE bool owns(int i) const { return pair(i) < kTotal; }
+  DMC_DEVICE int first(int i) const { return pair(i) < half ? pair(i) : half + pair(i); }
+  DMC_DEVICE int second(int i) const {
+    return pair(i) < half ? half + pair(i) : kTotal + pair(i);
+  }
+  DMC_DEVICE bool has_borrowed(int i) const { return pair(i) == kTotal - 1; }
+
+  template <class T>
+  DMC_DEVICE void load(float (&x)[2 * kOwn], const T* from, bool compress) const {
+    DMC_UNROLL
+    for (int i = 0; i < kOwn; ++i) {
+      const bool borrowed = compress && has_borrowed(i);
+      x[2 * i] = owns(i) ? to_float(from[first(i)]) : 0.0f;
+      x[2 * i + 1] = owns(i) && !borrowed ? to_float(from[second(i)]) : 0.0f;
+    }
+  }
+  DMC_DEVICE void load_sums(float (&x)[2 * kOwn], const float* from) const {
+    DMC_UNROLL
+    for (int i = 0; i < kOwn; ++i) {
+      x[2 * i] = owns(i) ? from[first(i)] : 0.0f;
+      x[2 * i + 1] = owns(i) ? from[second(i)] : 0.0f;
+    }
+  }
+  DMC_DEVICE void store_sums(const float (&x)[2 * kOwn], float* to) const {
+    DMC_UNROLL
+    for (int i = 0; i < kOwn; ++i) {
+      if (!owns(i)) continue;
+      to[first(i)] = x[2 * i];
+      to[second(i)] = x[2 * i + 1];
+    }
+  }
+  template <class T>
+  DMC_DEVICE void store(const float (&x)[2 * kOwn], T* to) const {
+    DMC_UNROLL
+    for (int i = 0; i < kOwn; ++i) {
+      if (!owns(i)) continue;
+      from_float(x[2 * i], to[first(i)]);
+      from_float(x[2 * i + 1], to[second(i)]);
+    }
+  }
+  // RoPE, half-split; afterwards the borrowed channel is 0 again.
+  DMC_DEVICE void turn(float (&x)[2 * kOwn], const float (&cos)[kOwn], const float (&sin)[kOwn],
+                       bool compress) const {
+    DMC_UNROLL
+    for (int i = 0; i < kOwn; ++i) {
+      const float a = x[2 * i], b = x[2 * i + 1];
+      x[2 * i] = a * cos[i] - b * sin[i];
+      x[2 * i + 1] = compress && has_borrowed(i) ? 0.0f : b * cos[i] + a * sin[i];
+    }
+  }
+};
+
+// One warp for each (request, key/value head).
+template <class T, int kHeadDim>
+DMC_DEVICE void append_token(const AppendParams<T>& p, int index) {
+  using Own = Pairs<kHeadDim>;
+  constexpr int kChannels = 2 * Own::kOwn;
+  const int b = index / p.num_kv_heads, g = index % p.num_kv_heads;
+  const int lane = thread_index() % kWarp;
+  const Own own{p.half};
+  const int64_t row = p.rows_B[b];
+  const T* k_D = p.k_BGD + b * p.k_stride[0] + g * p.k_stride[1];
+  const T* v_D = p.v_BGD + b * p.v_stride[0] + g * p.v_stride[1];
+  const T* q_ND = nullptr;
+  if (p.q_BND) q_ND = p.q_BND + b * p.q_stride[0] + int64_t(g) * p.group * p.q_stride[1];
+
+  float cos[Own::kOwn], sin[Own::kOwn];
+  const int64_t position = p.positions_B[b];
+  DMC_UNROLL
+  for (int i = 0; i < Own::kOwn; ++i) {
+    const bool turns = own.pair(i) < p.half;
+    cos[i] = turns ? to_float(p.cos_XF[position * p.cos_stride + own.pair(i)]) : 1.0f;
+    sin[i] = turns ? to_float(p.sin_XF[position * p.sin_stride + own.pair(i)]) : 0.0f;
+  }
+
+  float logit = 0.0f;
+  for (int r = 0; q_ND && r < p.group; ++r) {
+    const T* q_D = q_ND + r * p.q_stride[1];
+    float q[kChannels];
+    own.load(q, q_D, p.compress);
+    logit += to_float(q_D[kHeadDim - 1]);
+    own.turn(q, cos, sin, p.compress);
+    const int64_t n = int64_t(g) * p.group + r;
+    own.store(q, p.q_out_BND + b * p.q_out_stride[0] + n * p.q_out_stride[1]);
+  }
+  if (row < 0) return;  // padding
+
+  // gates
+  int64_t* num_entries = p.kv.num_entries(row, g);
+  const int entries = int(*num_entries);
+  bool is_merge = false;
+  float omega = 1.0f;
+  if (p.compress && p.is_merge_BG) {
+    is_merge = p.is_merge_BG[index] != 0;
+    omega = p.omega_BG[index];
+  } else if (p.compress) {
+    is_merge = p.may_merge && to_float(k_D[kHeadDim - 1]) - p.alpha_offset > 0.0f;
+    omega = sigmoid(logit / p.group + p.alpha_offset) + p.eps;
+  }
+  is_merge = is_merge && entries > 0;
+
+  // the entry's page: the head's, or one from the free list
+  const int entry = is_merge ? entries - 1 : entries;
+  const int column = p.kv.column(entry);
+  if (column >= p.kv.table_width) return;
+  int32_t* in_table = p.kv.table(row, g) + column;
+  int page_id = kNoPage;
+  if (lane == 0) {
+    page_id = *in_table;
+    if (page_id < 0 && p.free_ids) {
+      const int taken = atomic_add(p.free_state, 1);
+      if (taken < p.num_free) {
+        page_id = p.free_ids[taken];
+        *in_table = page_id;
+      } else {
+        p.free_state[1] = 1;
+      }
+    }
+  }
+  page_id = shuffle(page_id, 0);  // also: all lanes have read `entries`
+  if (page_id < 0) return;
+
+  float k[kChannels], v[kChannels];
+  own.load(k, k_D, p.compress);
+  own.load(v, v_D, false);
+  if (p.compress) {
+    float* kept = p.segments_RGUA + row * p.segments_row_stride + g * p.segments_head_stride;
+    constexpr int kRow = 2 * kHeadDim + 1;
+    const int num_kept = larger(p.merge_window, 1);
+    Segment<kChannels> segment, token, older;
+    token.open(k, v, omega);
+    segment = token;
+    for (int u = p.merge_window ? 1 : 0; u < num_kept; ++u) {
+      if (is_merge) {
+        own.load_sums(older.k_sum, kept + u * kRow);
+        own.load_sums(older.v_sum, kept + u * kRow + kHeadDim);
+        older.omega_sum = kept[u * kRow + 2 * kHeadDim];
+        segment.merge(older);
+      } else {
+        const float zero[kChannels] = {};
+        older.open(zero, zero, 0.0f);
+      }
+      if (!p.merge_window) continue;
+      sync_warp();  // every lane has read the row's omega before it is overwritten
+      own.store_sums(older.k_sum, kept + (u - 1) * kRow);
+      own.store_sums(older.v_sum, kept + (u - 1) * kRow + kHeadDim);
+      if (lane == 0) kept[(u - 1) * kRow + 2 * kHeadDim] = older.omega_sum;
+    }
+    sync_warp();
+    float* last = kept + (num_kept - 1) * kRow;
+    const Segment<kChannels> newest = p.merge_window ? token : segment;
+    own.store_sums(newest.k_sum, last);
+    own.store_sums(newest.v_sum, last + kHeadDim);
+    if (lane == 0) last[2 * kHeadDim] = newest.omega_sum;
+    segment.emit(k, v);
+  }
+  own.turn(k, cos, sin, p.compress);
+  const int64_t offset = p.kv.offset(page_id, entry);
+  own.store(k, p.kv.k_pages_PSD + offset);
+  own.store(v, p.kv.v_pages_PSD + offset);
+  if (lane == 0) *num_entries = entry + 1;
+}
+
+}  // namespace dmc

@@ -1,0 +1,315 @@
+// Decode attention over pages and per-head lengths. docs/method.md, section 6.
+//
+// Dimension letters: B requests, N query heads, G key/value heads, X = B x G heads, D head dim,
+// C workers, R query heads of a key/value head.
+//
+// A worker is one warp. It walks through its stretch of tiles (schedule.h), from head to head, with
+// the next tiles on their way into its own part of shared memory; warps never wait for one another.
+// A tile is 16 entries. Products are S^T (16 entries x 8 queries) = K q^T and O^T (D x 8) += V^T P^T,
+// so a group of up to 8 queries fills one product's columns, and a single query costs no more.
+#pragma once
+
+#include "dmc/paged_kv.h"
+#include "dmc/schedule.h"
+
+namespace dmc {
+
+template <class T>
+struct AttentionParams {
+  PagedKV<T> kv;
+  const T* q_BND;
+  T* out_BND;
+  const int64_t* rows_B;
+  const int32_t* plan_Y;
+  float* part_C2RD;
+  float* part_lse_C2R;
+  int64_t q_stride[2], out_stride[2];
+  int num_requests, num_kv_heads, group, num_workers;
+  float scale;  // of the scores, times log2(e): they are kept in base 2
+};
+
+// Where a walk along the line of tiles stands.
+template <class T>
+struct Cursor {
+  int x, tile, first, last;  // head, tile, and the head's tiles [first, last)
+  int entries;
+  const int32_t* table;
+
+  DMC_DEVICE void start(const AttentionParams<T>& p, int at) {
+    tile = at;
+    x = head_of_tile(p.plan_Y, p.num_requests * p.num_kv_heads, at);
+    first = p.plan_Y[x];
+    last = p.plan_Y[x + 1];
+    enter(p);
+  }
+  DMC_DEVICE void enter(const AttentionParams<T>& p) {
+    const int64_t row = p.rows_B[x / p.num_kv_heads];
+    const int head = x % p.num_kv_heads;
+    entries = int(*p.kv.num_entries(row, head));
+    table = p.kv.table(row, head);
+  }
+  // To the next tile; `end` is where the stretch ends.
+  DMC_DEVICE void advance(const AttentionParams<T>& p, int end) {
+    ++tile;
+    if (tile < last || tile >= end) return;
+    do {
+      ++x;
+      first = last;
+      last = p.plan_Y[x + 1];
+    } while (tile >= last);
+    enter(p);
+  }
+  DMC_DEVICE int first_entry() const { return (tile - first) * kTile; }
+};
+
+// Sizes of a worker's shared memory. A row has one chunk of padding: 8 rows fall into 8 bank groups.
+template <int kHeadDim>
+struct Stages {
+  static constexpr int kChunks = kHeadDim / 8;  // 16 bytes each
+  static constexpr int kPitch = (kChunks + 1) * 16;
+  static constexpr int kMatrix = kTile * kPitch;
+  static constexpr int kStage = 2 * kMatrix;
+  static constexpr int kCount = kHeadDim <= 96 ? 4 : kHeadDim <= 128 ? 3 : 2;
+  static constexpr int kBytes = kCount * kStage;
+};
+
+constexpr int kWarpsPerBlock = 2;
+
+template <class T, int kHeadDim, int kQueryBlocks>
+struct Worker {
+  using Sizes = Stages<kHeadDim>;
+  static constexpr int kSteps = kHeadDim / 16;
+  static constexpr int kHalf = kTile / 2;  // a page holds whole halves of tiles
+
+  const AttentionParams<T>& p;
+  char* stages;
+  int lane;
+  uint32_t q[kSteps][kQueryBlocks][2];
+  float out[kSteps][kQueryBlocks][4];  // O^T: channels x queries
+  float max[kQueryBlocks][2], sum[kQueryBlocks][2];  // of two queries; sums of this thread's entries
+
+  DMC_DEVICE Worker(const AttentionParams<T>& p, char* stages)
+      : p(p), stages(stages), lane(thread_index() % kWarp) {}
+
+  // The query of column j of a block, as the products' layout gives it to this thread.
+  DMC_DEVICE int query(int block, int j) const { return block * 8 + lane % 4 * 2 + j; }
+
+  DMC_DEVICE void fetch(const Cursor<T>& at, int stage) {
+    const int entry = at.first_entry();
+    // a tile of a plan made ahead may lie behind the last entry
+    const int behind = smaller(kTile, at.entries - entry);
+    int64_t halves[2] = {0, 0};  // where they begin
+    DMC_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const int first = entry + h * kHalf;
+      if (behind > h * kHalf) halves[h] = p.kv.offset(at.table[p.kv.column(first)], first);
+    }
+    char* k = stages + stage * Sizes::kStage;
+    DMC_UNROLL
+    for (int i = 0; i < kTile * Sizes::kChunks / kWarp; ++i) {
+      const int index = lane + i * kWarp;
+      const int row = index / Sizes::kChunks, chunk = index % Sizes::kChunks;
+      const bool valid = row < behind;
+      const int64_t half = row < kHalf ? halves[0] : halves[1];
+      const int64_t from = valid ? half + row % kHalf * kHeadDim + chunk * 8 : 0;
+      char* to = k + row * Sizes::kPitch + chunk * 16;
+      copy_async(to, p.kv.k_pages_PSD + from, valid);
+      copy_async(to + Sizes::kMatrix, p.kv.v_pages_PSD + from, valid);
+    }
+  }
+
+  DMC_DEVICE void begin_head(int x) {
+    const int b = x / p.num_kv_heads, g = x % p.num_kv_heads;
+    DMC_UNROLL
+    for (int n = 0; n < kQueryBlocks; ++n) {
+      const int r = n * 8 + lane / 4;
+      const T* q_D =
+          p.q_BND + b * p.q_stride[0] + (int64_t(g) * p.group + r) * p.q_stride[1] + lane % 4 * 2;
+      DMC_UNROLL
+      for (int s = 0; s < kSteps; ++s) {
+        DMC_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          q[s][n][h] =
+              r < p.group ? *reinterpret_cast<const uint32_t*>(q_D + s * 16 + h * 8) : 0u;
+        }
+        DMC_UNROLL
+        for (int i = 0; i < 4; ++i) out[s][n][i] = 0.0f;
+      }
+      DMC_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        max[n][j] = -INFINITY;
+        sum[n][j] = 0.0f;
+      }
+    }
+  }
+
+  DMC_DEVICE void attend(const Cursor<T>& at, int stage) {
+    const char* k = stages + stage * Sizes::kStage;
+    float scores[kQueryBlocks][4] = {};
+    const char* k_row = k + lane % 16 * Sizes::kPitch + lane / 16 * 16;
+    DMC_UNROLL
+    for (int s = 0; s < kSteps; ++s) {
+      uint32_t a[4];
+      load_matrices(a, k_row + s * 32);
+      DMC_UNROLL
+      for (int n = 0; n < kQueryBlocks; ++n) multiply_add(scores[n], a, q[s][n], T{});
+    }
+    const int entry = at.first_entry() + lane / 4;
+    uint32_t weights[kQueryBlocks][2];
+    DMC_UNROLL
+    for (int n = 0; n < kQueryBlocks; ++n) {
+      float decay[2];
+      DMC_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        float& upper = scores[n][j];
+        float& lower = scores[n][2 + j];
+        upper = entry < at.entries ? upper * p.scale : -INFINITY;
+        lower = entry + 8 < at.entries ? lower * p.scale : -INFINITY;
+        float most = fmaxf(upper, lower);
+        most = fmaxf(most, shuffle_xor(most, 4));
+        most = fmaxf(most, shuffle_xor(most, 8));
+        most = fmaxf(fmaxf(most, shuffle_xor(most, 16)), max[n][j]);
+        const float base = most == -INFINITY ? 0.0f : most;
+        decay[j] = exp2_fast(max[n][j] - base);
+        upper = exp2_fast(upper - base);
+        lower = exp2_fast(lower - base);
+        sum[n][j] = sum[n][j] * decay[j] + upper + lower;
+        max[n][j] = most;
+      }
+      if (count_lanes(decay[0] != 1.0f || decay[1] != 1.0f)) {
+        DMC_UNROLL
+        for (int s = 0; s < kSteps; ++s) {
+          DMC_UNROLL
+          for (int i = 0; i < 4; ++i) out[s][n][i] *= decay[i % 2];
+        }
+      }
+      weights[n][0] = transpose_matrix(pack<T>(scores[n][0], scores[n][1]));
+      weights[n][1] = transpose_matrix(pack<T>(scores[n][2], scores[n][3]));
+    }
+    const char* v_row = k + Sizes::kMatrix + (lane % 8 + lane / 16 * 8) * Sizes::kPitch +
+                        lane / 8 % 2 * 16;
+    DMC_UNROLL
+    for (int s = 0; s < kSteps; ++s) {
+      uint32_t a[4];
+      load_matrices_transposed(a, v_row + s * 32);
+      DMC_UNROLL
+      for (int n = 0; n < kQueryBlocks; ++n) multiply_add(out[s][n], a, weights[n], T{});
+    }
+  }
+
+  // Write the head's output, or this worker's part of it.
+  DMC_DEVICE void end_head(int x, bool is_whole, int64_t part) {
+    const int b = x / p.num_kv_heads, g = x % p.num_kv_heads;
+    DMC_UNROLL
+    for (int n = 0; n < kQueryBlocks; ++n) {
+      DMC_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        float total = sum[n][j];
+        total += shuffle_xor(total, 4);
+        total += shuffle_xor(total, 8);
+        total += shuffle_xor(total, 16);
+        const int r = query(n, j);
+        if (r >= p.group) continue;
+        const float scale = total > 0.0f ? 1.0f / total : 0.0f;
+        T* out_D = p.out_BND + b * p.out_stride[0] + (int64_t(g) * p.group + r) * p.out_stride[1];
+        float* part_D = p.part_C2RD + (part * p.group + r) * kHeadDim;
+        const int d = lane / 4;  // and every eighth channel after it
+        if (is_whole) {
+          DMC_UNROLL
+          for (int i = 0; i < 2 * kSteps; ++i) {
+            from_float(out[i / 2][n][i % 2 * 2 + j] * scale, out_D[i * 8 + d]);
+          }
+        } else {
+          DMC_UNROLL
+          for (int i = 0; i < 2 * kSteps; ++i) {
+            part_D[i * 8 + d] = out[i / 2][n][i % 2 * 2 + j] * scale;
+          }
+          if (d == 0) p.part_lse_C2R[part * p.group + r] = max[n][j] + log2_fast(total);
+        }
+      }
+    }
+  }
+
+  DMC_DEVICE void walk(int worker, int begin, int end) {
+    Cursor<T> ahead;
+    ahead.start(p, begin);
+    Cursor<T> at = ahead;
+    int left = end - begin;  // tiles to fetch
+    DMC_UNROLL
+    for (int s = 0; s < Sizes::kCount - 1; ++s) {
+      if (left-- > 0) {
+        fetch(ahead, s);
+        ahead.advance(p, end);
+      }
+      copy_async_commit();
+    }
+    int stage = 0;
+    while (at.tile < end) {
+      if (at.tile == begin || at.tile == at.first) begin_head(at.x);
+      copy_async_wait<Sizes::kCount - 2>();
+      sync_warp();  // the tile is here for all lanes, and all are done with the one before
+      if (left-- > 0) {
+        fetch(ahead, stage == 0 ? Sizes::kCount - 1 : stage - 1);
+        ahead.advance(p, end);
+      }
+      copy_async_commit();
+      attend(at, stage);
+      if (at.tile + 1 == at.last || at.tile + 1 == end) {
+        // a worker's first head leaves part 0, another one part 1
+        const bool is_whole = at.first >= begin && at.last <= end;
+        end_head(at.x, is_whole, int64_t(worker) * 2 + (at.first > begin ? 1 : 0));
+      }
+      at.advance(p, end);
+      stage = stage + 1 == Sizes::kCount ? 0 : stage + 1;
+    }
+  }
+};
+
+// `shared` holds kWarpsPerBlock times Stages<kHeadDim>::kBytes.
+template <class T, int kHeadDim, int kQueryBlocks>
+DMC_DEVICE void attend_stretch(const AttentionParams<T>& p, char* shared) {
+  const int warp = thread_index() / kWarp;
+  const int worker = block_index() * kWarpsPerBlock + warp;
+  const Stretches stretches(p.plan_Y[p.num_requests * p.num_kv_heads], p.num_workers);
+  if (worker >= stretches.num_workers) return;
+  const int begin = stretches.begin(worker), end = stretches.begin(worker + 1);
+  if (begin == end) return;
+  Worker<T, kHeadDim, kQueryBlocks> own(p, shared + warp * Stages<kHeadDim>::kBytes);
+  own.walk(worker, begin, end);
+}
+
+// One warp for each query head: join the parts, or write zeros for a head without tiles.
+template <class T, int kHeadDim>
+DMC_DEVICE void join_parts(const AttentionParams<T>& p, int index) {
+  const int x = index / p.group, r = index % p.group;
+  const int b = x / p.num_kv_heads, g = x % p.num_kv_heads, lane = thread_index() % kWarp;
+  const int first = p.plan_Y[x], last = p.plan_Y[x + 1];
+  const Stretches stretches(p.plan_Y[p.num_requests * p.num_kv_heads], p.num_workers);
+  const int begin = first == last ? 0 : stretches.worker_of(first);
+  const int end = first == last ? 0 : stretches.worker_of(last - 1) + 1;
+  if (end - begin == 1) return;  // written already
+  const auto part = [&](int worker) {
+    return (int64_t(worker) * 2 + (first > stretches.begin(worker) ? 1 : 0)) * p.group + r;
+  };
+  float most = -INFINITY;
+  for (int c = begin + lane; c < end; c += kWarp) most = fmaxf(most, p.part_lse_C2R[part(c)]);
+  for (int mask = 16; mask; mask /= 2) most = fmaxf(most, shuffle_xor(most, mask));
+  const float base = most == -INFINITY ? 0.0f : most;
+  constexpr int kOwn = kHeadDim / kWarp;
+  float out[kOwn] = {}, sum = 0.0f;
+  for (int c = begin; c < end; ++c) {
+    const float weight = exp2_fast(p.part_lse_C2R[part(c)] - base);
+    sum += weight;
+    DMC_UNROLL
+    for (int i = 0; i < kOwn; ++i) {
+      out[i] += weight * p.part_C2RD[part(c) * kHeadDim + lane + i * kWarp];
+    }
+  }
+  T* out_D = p.out_BND + b * p.out_stride[0] + (int64_t(g) * p.group + r) * p.out_stride[1];
+  DMC_UNROLL
+  for (int i = 0; i < kOwn; ++i) {
+    from_float(sum > 0.0f ? out[i] / sum : 0.0f, out_D[lane + i * kWarp]);
+  }
+}
+
+}  // namespace dmc

@@ -1,0 +1,24 @@
+// Launches. No torch here: addresses, sizes and a stream. Each returns what the launch returned.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "dmc/append.h"
+#include "dmc/attention.h"
+
+namespace dmc {
+
+// head_dim is 64, 96, 128 or 256.
+template <class T>
+cudaError_t launch_append(const AppendParams<T>& p, cudaStream_t stream);
+
+cudaError_t launch_plan(const PlanParams& p, cudaStream_t stream);
+
+// Group at most 16, with head_dim 256 at most 8.
+template <class T>
+cudaError_t launch_attention(const AttentionParams<T>& p, cudaStream_t stream);
+
+// Workers that the current device runs at once.
+cudaError_t count_workers(int head_dim, int* count);
+
+}  // namespace dmc

@@ -1,0 +1,129 @@
+"""Which implementation runs the cache ops, and the page list that kernels take pages from.
+
+Dimension letters as in `ops.cache_ops`.
+"""
+
+import functools
+import importlib
+import logging
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.errors import OutOfPages
+
+Backend = Literal["torch", "triton", "cuda"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FreePages:
+    """Free pages that decoding may take without asking the host.
+
+    Attributes:
+        page_ids: int32, one dimension; taken in order.
+        state: int32 (2,): how many were asked for (beyond `page_ids` if they ran out), and 1 once a
+            head found none. Such a head is left as it was: the token is not in its cache.
+    """
+
+    page_ids: Tensor
+    state: Tensor
+
+    @classmethod
+    def of(cls, page_ids: Tensor) -> "FreePages":
+        """A fresh list of these pages."""
+        page_ids = page_ids.to(torch.int32).contiguous()
+        return cls(page_ids, torch.zeros(2, dtype=torch.int32, device=page_ids.device))
+
+    def taken(self) -> int:
+        """How many pages are taken; waits for the device.
+
+        Raises:
+            OutOfPages: if a head found none. The step has to be done again.
+        """
+        asked, ran_out = self.state.tolist()
+        if ran_out:
+            raise OutOfPages(
+                f"{asked} pages wanted by decoding, {self.page_ids.numel()} free; give the cache "
+                "more memory (num_pages, kv_cache_memory_bytes) or run fewer sequences (max_num_seqs)"
+            )
+        return asked
+
+
+def refusal(backend: str, x: Tensor, page_size: int) -> str:
+    """What a backend's kernels do not take about these tensors; empty if they take them."""
+    dtypes: tuple[torch.dtype, ...]
+    if backend == "triton":
+        try:
+            from megatron_dmc.ops.triton.merge import INTERPRETED
+        except ImportError:
+            return "Triton is not installed"
+        dtypes = (torch.float32, torch.bfloat16, torch.float16)
+        if not (x.is_cuda or INTERPRETED):
+            return "tensors that are not on a GPU"
+    else:
+        from megatron_dmc.ops import cuda
+
+        dtypes = (torch.bfloat16, torch.float16)
+        if reason := cuda.absence():
+            return reason
+        if not x.is_cuda:
+            return "tensors that are not on a GPU"
+        if x.shape[-1] not in cuda.HEAD_DIMS:
+            return f"head_dim={x.shape[-1]}; they are built for {cuda.HEAD_DIMS}"
+        if page_size not in cuda.PAGE_SIZES:
+            return f"page_size={page_size}; they are built for {cuda.PAGE_SIZES}"
+    if x.dtype not in dtypes:
+        return f"dtype {x.dtype}"
+    if x.shape[-1] > 256:
+        return f"head_dim={x.shape[-1]}, more than 256"
+    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] < 8:
+        return "GPUs before compute capability 8.0"
+    return ""
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.info(message)
+
+
+def choose_backend(backend: str | None, x: Tensor, page_size: int) -> Backend:
+    """The one place that picks the default backend of the cache ops.
+
+    Args:
+        backend: "torch", "triton" or "cuda"; None: PyTorch on a CPU, on a GPU the CUDA extension,
+            else Triton, else PyTorch, the reasons logged once.
+        x: queries or keys (..., D).
+
+    Raises:
+        ValueError: for a backend that does not exist or does not take these tensors.
+    """
+    if backend not in (None, "torch", "triton", "cuda"):
+        raise ValueError(
+            f"backend={backend!r} does not exist; use 'cuda', 'triton', 'torch' or None"
+        )
+    if backend == "torch" or (backend is None and not x.is_cuda):
+        return "torch"
+    if backend in ("triton", "cuda"):
+        if reason := refusal(backend, x, page_size):
+            raise ValueError(f"backend={backend!r} does not take {reason}; use None or 'torch'")
+        return backend  # type: ignore[return-value]
+    reasons: list[str] = []
+    for name in ("cuda", "triton"):
+        reason = refusal(name, x, page_size)
+        if not reason:
+            if reasons:
+                _say_once(f"cache ops run in {name}: {'; '.join(reasons)}")
+            return name  # type: ignore[return-value]
+        reasons.append(f"{name} kernels: {reason}")
+    _say_once(f"cache ops run in PyTorch: {'; '.join(reasons)}")
+    return "torch"
+
+
+def kernels(backend: Backend) -> ModuleType:
+    """The module with a backend's `decode_append`, `plan` and `paged_decode_attention`."""
+    return importlib.import_module(f"megatron_dmc.ops.{backend}.decode")

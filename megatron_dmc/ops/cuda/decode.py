@@ -1,0 +1,111 @@
+"""Decoding's CUDA kernels, under the names that `megatron_dmc.ops.cache_backend.kernels` promises.
+
+Outputs and workspace are allocated here; the operators of `megatron_dmc/csrc` fill them.
+Dimension letters as in `ops.cache_ops`; Y = B x G + 1, C workers.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.ops.cuda import absence
+
+
+@functools.cache
+def _operators():
+    """`torch.ops.megatron_dmc`, with versions without data for torch.compile: operators return nothing."""
+    assert not absence(), absence()
+    for name in ("decode_append", "plan", "paged_decode_attention"):
+        torch.library.register_fake(f"megatron_dmc::{name}", lambda *args, **kwargs: None)
+    return torch.ops.megatron_dmc
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@functools.cache
+def _num_workers(device: torch.device, head_dim: int) -> int:
+    with torch.cuda.device(device):
+        return int(_operators().count_workers(head_dim))
+
+
+def decode_append(
+    q_BND: Tensor | None,
+    k_BGD: Tensor,
+    v_BGD: Tensor,
+    is_merge_BG: Tensor | None,
+    omega_BG: Tensor | None,
+    cos_XF: Tensor | None,
+    sin_XF: Tensor | None,
+    positions_B: Tensor,
+    k_pages_PSD: Tensor,
+    v_pages_PSD: Tensor,
+    block_table_RGM: Tensor,
+    num_entries_RG: Tensor,
+    segments_RGUA: Tensor | None,
+    rows_B: Tensor,
+    free_page_ids: Tensor | None,
+    free_state: Tensor | None,
+    *,
+    compress: bool,
+    may_merge: bool,
+    alpha_offset: float,
+    merge_window: int,
+) -> Tensor | None:
+    """As `megatron_dmc.ops.triton.decode_append.decode_append`."""
+    q = None if q_BND is None else _rows(q_BND)
+    q_out = None if q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _operators().decode_append(
+        q, _rows(k_BGD), _rows(v_BGD),
+        None if is_merge_BG is None else is_merge_BG.contiguous(),
+        None if omega_BG is None else omega_BG.float().contiguous(),
+        cos_XF, sin_XF, positions_B, k_pages_PSD, v_pages_PSD, block_table_RGM, num_entries_RG,
+        segments_RGUA if compress else None, rows_B, free_page_ids, free_state, q_out, compress,
+        may_merge, alpha_offset, merge_window,
+    )  # fmt: skip
+    return q_out
+
+
+def plan(num_entries_LRG: Tensor, rows_B: Tensor, *, ahead: int = 0) -> Tensor:
+    """As `megatron_dmc.ops.cache_operators().plan_decode_attention`: plan_LY, int32."""
+    num_layers, _, num_kv_heads = num_entries_LRG.shape
+    size = rows_B.shape[0] * num_kv_heads + 1
+    out = torch.empty(num_layers, size, dtype=torch.int32, device=rows_B.device)
+    _operators().plan(num_entries_LRG, rows_B, out, ahead)
+    return out
+
+
+def paged_decode_attention(
+    q_BND: Tensor,
+    k_pages_PSD: Tensor,
+    v_pages_PSD: Tensor,
+    block_table_RGM: Tensor,
+    num_entries_RG: Tensor,
+    rows_B: Tensor,
+    plan_Y: Tensor | None,
+    *,
+    softmax_scale: float,
+    num_workers: int | None = None,
+) -> Tensor:
+    """As `megatron_dmc.ops.cache_operators().paged_decode_attention`.
+
+    Args:
+        num_workers: C; default: as many warps as the GPU holds at once.
+    """
+    q = _rows(q_BND)
+    if q.stride(0) % 2 or q.stride(1) % 2 or q.storage_offset() % 2:
+        q = q.contiguous()
+    if plan_Y is None:
+        plan_Y = plan(num_entries_RG[None], rows_B)[0]
+    num_workers = num_workers or _num_workers(q.device, q.shape[-1])
+    group = q.shape[1] // block_table_RGM.shape[1]
+    part = torch.empty(num_workers, 2, group, q.shape[-1], dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(num_workers, 2, group, dtype=torch.float32, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _operators().paged_decode_attention(
+        q, k_pages_PSD, v_pages_PSD, block_table_RGM, num_entries_RG, rows_B, plan_Y, out, part,
+        part_lse, softmax_scale,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,6 @@
+"""Decoding's Triton kernels, under the names that `megatron_dmc.ops.cache_backend.kernels` promises."""
+
+from megatron_dmc.ops.triton.decode_append import decode_append
+from megatron_dmc.ops.triton.decode_attention import paged_decode_attention, plan
+
+__all__ = ["decode_append", "paged_decode_attention", "plan"]

@@ -1,0 +1,247 @@
+"""One decoded token of every request into the cache, as one Triton kernel. docs/method.md, section 6.
+
+Dimension letters: B requests, R query heads per key/value head, N query heads, G key/value heads,
+D head dim, X rows of a table of angles, F rotary channels, H half of them, Z channels that pass,
+P pages, S slots per page, M block-table width, U weighted tokens kept for an open segment,
+A = 2 D + 1 components of an accumulator.
+
+A program is one (request, key/value head). A head's channels are held in three parts, so that a
+thread has both channels of a rotated pair: `lo` [H], `hi` [H] and `rest` [Z], padded to powers of two.
+The open segment has three verbs, as in the reference: open, merge, emit.
+"""
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _load(p_x, o_h, o_z, m_lo, m_hi, m_rest, HALF: tl.constexpr):
+    """The three parts of a head as float32; 0 where masked."""
+    b_lo = tl.load(p_x + o_h, mask=m_lo, other=0.0).to(tl.float32)
+    b_hi = tl.load(p_x + HALF + o_h, mask=m_hi, other=0.0).to(tl.float32)
+    b_rest = tl.load(p_x + 2 * HALF + o_z, mask=m_rest, other=0.0).to(tl.float32)
+    return b_lo, b_hi, b_rest
+
+
+@triton.jit
+def _store(p_x, b_lo, b_hi, b_rest, o_h, o_z, m_lo, m_hi, m_rest, HALF: tl.constexpr):
+    dtype = p_x.dtype.element_ty
+    tl.store(p_x + o_h, b_lo.to(dtype), mask=m_lo)
+    tl.store(p_x + HALF + o_h, b_hi.to(dtype), mask=m_hi)
+    tl.store(p_x + 2 * HALF + o_z, b_rest.to(dtype), mask=m_rest)
+
+
+@triton.jit
+def append_kernel(
+    p_q, p_k, p_v, p_is_merge, p_omega, p_cos, p_sin, p_positions, p_rows,
+    p_k_pages, p_v_pages, p_table, p_entries, p_segments, p_free, p_free_state, p_q_out,
+    M, num_free, alpha_offset, eps,
+    s_qb, s_qn, s_kb, s_kg, s_vb, s_vg, s_cx, s_sx,
+    s_tr, s_tg, s_er, s_eg, s_sr, s_sg, s_ob, s_on,
+    D: tl.constexpr, S: tl.constexpr, U: tl.constexpr, R: tl.constexpr,
+    HALF: tl.constexpr, H: tl.constexpr, Z: tl.constexpr,
+    COMPRESS: tl.constexpr, GATES_GIVEN: tl.constexpr, MAY_MERGE: tl.constexpr,
+    WINDOWED: tl.constexpr, ROTATE_Q: tl.constexpr, TAKE_PAGES: tl.constexpr,
+):  # fmt: skip
+    """Gates, segment, RoPE, page, entry and count of one head; see `decode_append`."""
+    i_g, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    num_groups = tl.num_programs(0)
+    i_row = tl.load(p_rows + i_b).to(tl.int64)
+    i_position = tl.load(p_positions + i_b).to(tl.int64)
+    o_h, o_z = tl.arange(0, H), tl.arange(0, Z)
+    m_lo, m_rest = o_h < HALF, o_z < D - 2 * HALF
+    m_hi = m_lo
+    # channels that carry content: all but the borrowed one
+    m_hi_c, m_rest_c = m_hi, m_rest
+    if COMPRESS:
+        m_hi_c = m_hi & (HALF + o_h != D - 1)
+        m_rest_c = m_rest & (2 * HALF + o_z != D - 1)
+    # [H]
+    b_cos = tl.load(p_cos + i_position * s_cx + o_h, mask=m_lo, other=1.0).to(tl.float32)
+    b_sin = tl.load(p_sin + i_position * s_sx + o_h, mask=m_lo, other=0.0).to(tl.float32)
+
+    p_q += i_b * s_qb + i_g * R * s_qn
+    p_k += i_b * s_kb + i_g * s_kg
+    p_v += i_b * s_vb + i_g * s_vg
+    if ROTATE_Q:
+        for i_r in range(R):
+            b_lo, b_hi, b_rest = _load(p_q + i_r * s_qn, o_h, o_z, m_lo, m_hi_c, m_rest_c, HALF)
+            b_turned = tl.where(m_hi_c, b_hi * b_cos + b_lo * b_sin, 0.0)
+            b_lo = b_lo * b_cos - b_hi * b_sin
+            p_o = p_q_out + i_b * s_ob + (i_g * R + i_r) * s_on
+            _store(p_o, b_lo, b_turned, b_rest, o_h, o_z, m_lo, m_hi, m_rest, HALF)
+
+    # gates
+    m_row = i_row >= 0
+    i_row = tl.maximum(i_row, 0)
+    p_entries += i_row * s_er + i_g * s_eg
+    num_entries = tl.load(p_entries)
+    is_merge = num_entries < 0  # false
+    omega = 1.0
+    if COMPRESS:
+        if GATES_GIVEN:
+            is_merge = tl.load(p_is_merge + i_b * num_groups + i_g) != 0
+            omega = tl.load(p_omega + i_b * num_groups + i_g).to(tl.float32)
+        else:
+            if MAY_MERGE:
+                is_merge = tl.load(p_k + D - 1).to(tl.float32) - alpha_offset > 0
+            logit = 0.0
+            for i_r in range(R):
+                logit += tl.load(p_q + i_r * s_qn + D - 1).to(tl.float32)
+            omega = 1.0 / (1.0 + tl.exp(-(logit / R + alpha_offset))) + eps
+        is_merge = is_merge & (num_entries > 0)
+
+    # the entry's page: the head's, or one from the free list
+    i_entry = tl.where(is_merge, num_entries - 1, num_entries)
+    i_column = i_entry // S
+    m_column = m_row & (i_column < M)
+    p_table += i_row * s_tr + i_g * s_tg + i_column
+    i_page = tl.load(p_table, mask=m_column, other=-1).to(tl.int64)
+    if TAKE_PAGES:
+        m_take = m_column & (i_page < 0)
+        i_taken = tl.atomic_add(p_free_state, 1, mask=m_take)
+        m_got = m_take & (i_taken < num_free)
+        i_new = tl.load(p_free + i_taken, mask=m_got, other=-1)
+        tl.store(p_table, i_new.to(p_table.dtype.element_ty), mask=m_got)
+        tl.store(p_free_state + 1, 1, mask=m_take & (i_taken >= num_free))
+        i_page = tl.where(m_take, i_new.to(tl.int64), i_page)
+    m_write = i_page >= 0
+
+    b_klo, b_khi, b_krest = _load(p_k, o_h, o_z, m_lo, m_hi_c, m_rest_c, HALF)
+    b_vlo, b_vhi, b_vrest = _load(p_v, o_h, o_z, m_lo, m_hi, m_rest, HALF)
+    if COMPRESS:
+        p_segments += i_row * s_sr + i_g * s_sg
+        b_klo, b_khi, b_krest = b_klo * omega, b_khi * omega, b_krest * omega
+        b_vlo, b_vhi, b_vrest = b_vlo * omega, b_vhi * omega, b_vrest * omega
+        # open: what was kept is forgotten; merge: it is added
+        b_tklo, b_tkhi, b_tkrest = b_klo, b_khi, b_krest
+        b_tvlo, b_tvhi, b_tvrest = b_vlo, b_vhi, b_vrest
+        total = omega
+        m_keep = m_write & is_merge
+        for i_u in range(U - 1 if WINDOWED else 1):
+            p_old = p_segments + (i_u + 1 if WINDOWED else i_u) * (2 * D + 1)
+            b_lo, b_hi, b_rest = _load(
+                p_old, o_h, o_z, m_lo & m_keep, m_hi & m_keep, m_rest & m_keep, HALF
+            )
+            b_tklo, b_tkhi, b_tkrest = b_tklo + b_lo, b_tkhi + b_hi, b_tkrest + b_rest
+            b_lo2, b_hi2, b_rest2 = _load(
+                p_old + D, o_h, o_z, m_lo & m_keep, m_hi & m_keep, m_rest & m_keep, HALF
+            )
+            b_tvlo, b_tvhi, b_tvrest = b_tvlo + b_lo2, b_tvhi + b_hi2, b_tvrest + b_rest2
+            old_omega = tl.load(p_old + 2 * D, mask=m_keep, other=0.0)
+            total += old_omega
+            tl.debug_barrier()
+            if WINDOWED:
+                p_new = p_segments + i_u * (2 * D + 1)
+                _store(
+                    p_new, b_lo, b_hi, b_rest,
+                    o_h, o_z, m_lo & m_write, m_hi & m_write, m_rest & m_write, HALF,
+                )  # fmt: skip
+                _store(
+                    p_new + D, b_lo2, b_hi2, b_rest2,
+                    o_h, o_z, m_lo & m_write, m_hi & m_write, m_rest & m_write, HALF,
+                )  # fmt: skip
+                tl.store(p_new + 2 * D, old_omega, mask=m_write)
+        if WINDOWED:
+            p_new = p_segments + (U - 1) * (2 * D + 1)
+        else:
+            p_new = p_segments
+            b_klo, b_khi, b_krest = b_tklo, b_tkhi, b_tkrest
+            b_vlo, b_vhi, b_vrest = b_tvlo, b_tvhi, b_tvrest
+            omega = total
+        _store(
+            p_new, b_klo, b_khi, b_krest,
+            o_h, o_z, m_lo & m_write, m_hi & m_write, m_rest & m_write, HALF,
+        )  # fmt: skip
+        _store(
+            p_new + D, b_vlo, b_vhi, b_vrest,
+            o_h, o_z, m_lo & m_write, m_hi & m_write, m_rest & m_write, HALF,
+        )  # fmt: skip
+        tl.store(p_new + 2 * D, omega, mask=m_write)
+        # emit
+        b_klo, b_khi, b_krest = b_tklo / total, b_tkhi / total, b_tkrest / total
+        b_vlo, b_vhi, b_vrest = b_tvlo / total, b_tvhi / total, b_tvrest / total
+
+    b_turned = tl.where(m_hi_c, b_khi * b_cos + b_klo * b_sin, 0.0)
+    b_klo = b_klo * b_cos - b_khi * b_sin
+    o_slot = (i_page * S + i_entry % S) * D
+    _store(
+        p_k_pages + o_slot, b_klo, b_turned, b_krest,
+        o_h, o_z, m_lo & m_write, m_hi & m_write, m_rest & m_write, HALF,
+    )  # fmt: skip
+    _store(
+        p_v_pages + o_slot, b_vlo, b_vhi, b_vrest,
+        o_h, o_z, m_lo & m_write, m_hi & m_write, m_rest & m_write, HALF,
+    )  # fmt: skip
+    tl.store(p_entries, (i_entry + 1).to(p_entries.dtype.element_ty), mask=m_write)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def decode_append(
+    q_BND: Tensor | None,
+    k_BGD: Tensor,
+    v_BGD: Tensor,
+    is_merge_BG: Tensor | None,
+    omega_BG: Tensor | None,
+    cos_XF: Tensor | None,
+    sin_XF: Tensor | None,
+    positions_B: Tensor,
+    k_pages_PSD: Tensor,
+    v_pages_PSD: Tensor,
+    block_table_RGM: Tensor,
+    num_entries_RG: Tensor,
+    segments_RGUA: Tensor | None,
+    rows_B: Tensor,
+    free_page_ids: Tensor | None,
+    free_state: Tensor | None,
+    *,
+    compress: bool,
+    may_merge: bool,
+    alpha_offset: float,
+    merge_window: int,
+) -> Tensor | None:
+    """The host side of `append_kernel`; `megatron_dmc.ops.cache_ops` has the contract.
+
+    Gates come from `is_merge_BG, omega_BG` where given, else from the raw q and k.
+
+    Returns:
+        the rotated queries, or None where `q_BND` is.
+    """
+    batch, num_kv_heads, dim = k_BGD.shape
+    k, v = _rows(k_BGD), _rows(v_BGD)
+    q = k if q_BND is None else _rows(q_BND)
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    half = 0 if cos_XF is None else cos_XF.shape[1] // 2
+    cos, sin = (k if x is None else _rows(x) for x in (cos_XF, sin_XF))
+    segments = k if segments_RGUA is None else segments_RGUA
+    gates_given = is_merge_BG is not None
+    free = rows_B if free_page_ids is None else free_page_ids
+    if batch:
+        with torch.cuda.device(k.device) if k.is_cuda else nullcontext():
+            append_kernel[num_kv_heads, batch](
+                q, k, v,
+                k if is_merge_BG is None else is_merge_BG.contiguous().view(torch.uint8),
+                k if omega_BG is None else omega_BG.contiguous(),
+                cos, sin, positions_B, rows_B, k_pages_PSD, v_pages_PSD, block_table_RGM,
+                num_entries_RG, segments, free, rows_B if free_state is None else free_state,
+                q_out, block_table_RGM.shape[2], free.numel(), alpha_offset,
+                torch.finfo(q.dtype).eps,
+                *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos.stride(0), sin.stride(0),
+                *block_table_RGM.stride()[:2], *num_entries_RG.stride(), *segments.stride()[:2],
+                *q_out.stride()[:2],
+                D=dim, S=k_pages_PSD.shape[1], U=segments.shape[2] if compress else 1,
+                R=1 if q_BND is None else q.shape[1] // num_kv_heads,
+                HALF=half, H=max(1, triton.next_power_of_2(half)),
+                Z=max(1, triton.next_power_of_2(dim - 2 * half)),
+                COMPRESS=compress, GATES_GIVEN=gates_given, MAY_MERGE=may_merge,
+                WINDOWED=compress and merge_window > 0, ROTATE_Q=q_BND is not None,
+                TAKE_PAGES=free_page_ids is not None, num_warps=1,
+            )  # fmt: skip
+    return None if q_BND is None else q_out

@@ -1,0 +1,270 @@
+"""Decode attention over pages and per-head lengths as Triton kernels. docs/method.md, section 6.
+
+Dimension letters: B requests, G key/value heads, X = B x G heads, R query heads per key/value head,
+N query heads, D head dim, P pages, S slots per page, M block-table width, I entries of a tile,
+F channels and Q queries of a tile, powers of two, C workers.
+
+All heads' tiles form one line, head after head. A plan is that line: `plan_Y` (Y = X + 1), the number
+of tiles before each head. Every worker takes an equal stretch of the line, so the work is balanced by
+true length, the grid does not depend on the lengths, and the host never sees them. A head inside one
+stretch is written at once; of others each worker leaves a part, and a second kernel joins the parts by
+their log-sum-exp. A worker has at most two such heads: that of its first and of its last tile.
+"""
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_dmc.ops.triton.merge import INTERPRETED
+
+TILE = 32
+"""Entries of a tile: what the plan counts."""
+WORKERS_PER_MULTIPROCESSOR = 8
+
+
+@triton.jit
+def plan_kernel(
+    p_entries, p_rows, p_plan, X, G, ahead,
+    s_el, s_er, s_eg,
+    I: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The plan of one layer."""
+    i_l = tl.program_id(0).to(tl.int64)
+    p_entries += i_l * s_el
+    p_plan += i_l * (X + 1)
+    o_x = tl.arange(0, BLOCK)
+    before = 0
+    tl.store(p_plan, 0)
+    for i_x in range(0, X, BLOCK):
+        m_x = i_x + o_x < X
+        # [BLOCK]
+        b_row = tl.load(p_rows + (i_x + o_x) // G, mask=m_x, other=-1)
+        m_row = m_x & (b_row >= 0)
+        o_e = b_row * s_er + (i_x + o_x) % G * s_eg
+        b_entries = tl.load(p_entries + o_e, mask=m_row, other=0)
+        b_tiles = tl.where(m_row, (b_entries + ahead + I - 1) // I, 0).to(tl.int32)
+        tl.store(p_plan + 1 + i_x + o_x, before + tl.cumsum(b_tiles, axis=0), mask=m_x)
+        before += tl.sum(b_tiles, axis=0)
+
+
+@triton.jit
+def _first_tile(i_c, num_tiles, num_workers):
+    """Where worker i_c's stretch begins; the first `num_tiles % num_workers` are one tile longer."""
+    num_workers = tl.maximum(num_workers, 1)
+    return i_c * (num_tiles // num_workers) + tl.minimum(i_c, num_tiles % num_workers)
+
+
+@triton.jit
+def _worker_of_tile(i_tile, num_tiles, num_workers):
+    """The inverse."""
+    num_workers = tl.maximum(num_workers, 1)
+    own = tl.maximum(num_tiles // num_workers, 1)
+    longer = num_tiles % num_workers
+    in_shorter = tl.maximum(i_tile - longer * (own + 1), 0)
+    return tl.where(i_tile < longer * (own + 1), i_tile // (own + 1), longer + in_shorter // own)
+
+
+@triton.jit
+def _head_of_tile(p_plan, X, i_tile, BLOCK: tl.constexpr):
+    """The head to which a tile belongs: the last one with `plan[x] <= i_tile`."""
+    o_x = tl.arange(0, BLOCK)
+    step = tl.cdiv(X, BLOCK)
+    b_before = tl.load(p_plan + o_x * step, mask=o_x * step < X, other=2147483647)
+    i_x = (tl.sum((b_before <= i_tile).to(tl.int32), axis=0) - 1) * step
+    count = 0
+    for i in range(0, step, BLOCK):
+        m_x = (i + o_x < step) & (i_x + i + o_x < X)
+        b_before = tl.load(p_plan + i_x + i + o_x, mask=m_x, other=2147483647)
+        count += tl.sum((b_before <= i_tile).to(tl.int32), axis=0)
+    return i_x + count - 1
+
+
+@triton.jit
+def attend_kernel(
+    p_q, p_k_pages, p_v_pages, p_table, p_entries, p_rows, p_plan, p_out, p_part, p_part_lse,
+    X, G, scale,
+    s_qb, s_qn, s_tr, s_tg, s_er, s_eg, s_ob, s_on,
+    R: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, F: tl.constexpr, S: tl.constexpr,
+    I: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """One worker. Scores are kept in base 2: `scale` contains log2(e)."""
+    i_c, num_tiles = tl.program_id(0), tl.load(p_plan + X)
+    num_workers = tl.minimum(tl.num_programs(0), num_tiles)
+    begin = tl.minimum(_first_tile(i_c, num_tiles, num_workers), num_tiles)
+    end = tl.minimum(_first_tile(i_c + 1, num_tiles, num_workers), num_tiles)
+    o_i, o_d, o_r = tl.arange(0, I), tl.arange(0, F), tl.arange(0, Q)
+    m_d = o_d < D
+    m_rd = (o_r < R)[:, None] & m_d[None, :]
+    i_x = _head_of_tile(p_plan, X, begin, BLOCK)
+    i_tile = begin
+    while i_tile < end:
+        first, last = tl.load(p_plan + i_x), tl.load(p_plan + i_x + 1)
+        stop = tl.minimum(last, end)
+        i_b, i_g = (i_x // G).to(tl.int64), i_x % G
+        i_row = tl.load(p_rows + i_b)
+        if stop > i_tile:
+            num_entries = tl.load(p_entries + i_row * s_er + i_g * s_eg)
+            p_row = p_table + i_row * s_tr + i_g * s_tg
+            # [Q, F]
+            o_q = i_b * s_qb + (i_g * R + o_r)[:, None] * s_qn + o_d[None, :]
+            b_q = tl.load(p_q + o_q, mask=m_rd, other=0.0)
+            b_out = tl.zeros([Q, F], tl.float32)
+            # [Q]
+            b_max = tl.full([Q], float("-inf"), tl.float32)
+            b_sum = tl.zeros([Q], tl.float32)
+            for i_t in range(i_tile - first, stop - first):
+                # [I]
+                o_e = i_t * I + o_i
+                m_e = o_e < num_entries
+                b_page = tl.load(p_row + o_e // S, mask=m_e, other=0).to(tl.int64)
+                # [I, F]
+                o_kv = (b_page * S + o_e % S)[:, None] * D + o_d[None, :]
+                m_kv = m_e[:, None] & m_d[None, :]
+                b_k = tl.load(p_k_pages + o_kv, mask=m_kv, other=0.0)
+                b_v = tl.load(p_v_pages + o_kv, mask=m_kv, other=0.0)
+                # [Q, I]
+                if Q == 1:
+                    b_s = tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), axis=1)[None, :]
+                elif INTERPRET:
+                    b_s = tl.dot(b_q.to(tl.float32), tl.trans(b_k.to(tl.float32)))
+                else:
+                    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3")
+                b_s = tl.where(m_e[None, :], b_s * scale, float("-inf"))
+                # [Q]; a tile of a plan made ahead may lie behind the last entry
+                b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
+                b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
+                b_p = tl.exp2(b_s - b_base[:, None])
+                b_decay = tl.exp2(b_max - b_base)
+                b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
+                b_out = b_out * b_decay[:, None]
+                if Q == 1:
+                    b_pv = tl.sum(tl.trans(b_p) * b_v.to(tl.float32), axis=0)[None, :]
+                elif INTERPRET:
+                    b_pv = tl.dot(b_p, b_v.to(tl.float32))
+                else:
+                    b_pv = tl.dot(b_p.to(b_v.dtype), b_v, input_precision="tf32x3")
+                b_out += b_pv
+                b_max = b_new
+            b_out = b_out / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
+            if (first >= begin) & (last <= end):
+                o_out = i_b * s_ob + (i_g * R + o_r)[:, None] * s_on + o_d[None, :]
+                tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_rd)
+            else:
+                # a worker's first head leaves part 0, another one part 1
+                i_part = i_c * 2 + tl.where(i_tile > begin, 1, 0)
+                o_part = (i_part * R + o_r)[:, None] * D + o_d[None, :]
+                tl.store(p_part + o_part, b_out, mask=m_rd)
+                tl.store(p_part_lse + i_part * R + o_r, b_max + tl.log2(b_sum), mask=o_r < R)
+        i_tile = stop
+        i_x += 1
+
+
+@triton.jit
+def join_kernel(
+    p_plan, p_part, p_part_lse, p_out, X, G, C, s_ob, s_on,
+    R: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """Join the parts of one head, or write zeros for a head without tiles."""
+    i_x = tl.program_id(0)
+    i_b, i_g = (i_x // G).to(tl.int64), i_x % G
+    num_tiles = tl.load(p_plan + X)
+    num_workers = tl.minimum(C, num_tiles)
+    first, last = tl.load(p_plan + i_x), tl.load(p_plan + i_x + 1)
+    o_d, o_r = tl.arange(0, F), tl.arange(0, Q)
+    m_rd = (o_r < R)[:, None] & (o_d < D)[None, :]
+    i_begin = _worker_of_tile(first, num_tiles, num_workers)
+    i_end = _worker_of_tile(last - 1, num_tiles, num_workers)
+    if (last == first) | (i_end > i_begin):
+        # [Q]
+        b_max = tl.full([Q], float("-inf"), tl.float32)
+        b_sum = tl.zeros([Q], tl.float32)
+        # [Q, F]
+        b_out = tl.zeros([Q, F], tl.float32)
+        for i_c in range(i_begin, tl.where(last == first, i_begin, i_end + 1)):
+            m_first = first <= _first_tile(i_c, num_tiles, num_workers)
+            i_part = i_c * 2 + tl.where(m_first, 0, 1)
+            o_part = (i_part * R + o_r)[:, None] * D + o_d[None, :]
+            b_part = tl.load(p_part + o_part, mask=m_rd, other=0.0)
+            b_lse = tl.load(p_part_lse + i_part * R + o_r, mask=o_r < R, other=float("-inf"))
+            b_new = tl.maximum(b_max, b_lse)
+            b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
+            b_decay, b_weight = tl.exp2(b_max - b_base), tl.exp2(b_lse - b_base)
+            b_out = b_out * b_decay[:, None] + b_part * b_weight[:, None]
+            b_sum = b_sum * b_decay + b_weight
+            b_max = b_new
+        b_out = b_out / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
+        o_out = i_b * s_ob + (i_g * R + o_r)[:, None] * s_on + o_d[None, :]
+        tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_rd)
+
+
+def _multiprocessors(x: Tensor) -> int:
+    if not x.is_cuda:
+        return 1  # the interpreter
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+def _on(x: Tensor):
+    """Triton launches on the current device."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def plan(num_entries_LRG: Tensor, rows_B: Tensor, *, ahead: int = 0) -> Tensor:
+    """As `megatron_dmc.ops.cache_ops.plan_decode_attention`: plan_LY, int32."""
+    num_layers, _, num_kv_heads = num_entries_LRG.shape
+    heads = rows_B.shape[0] * num_kv_heads
+    out = torch.empty(num_layers, heads + 1, dtype=torch.int32, device=rows_B.device)
+    with _on(out):
+        plan_kernel[(num_layers,)](
+            num_entries_LRG, rows_B, out, heads, num_kv_heads, ahead, *num_entries_LRG.stride(),
+            I=TILE, BLOCK=1024, num_warps=8,
+        )  # fmt: skip
+    return out
+
+
+def paged_decode_attention(
+    q_BND: Tensor,
+    k_pages_PSD: Tensor,
+    v_pages_PSD: Tensor,
+    block_table_RGM: Tensor,
+    num_entries_RG: Tensor,
+    rows_B: Tensor,
+    plan_Y: Tensor | None,
+    *,
+    softmax_scale: float,
+    num_workers: int | None = None,
+) -> Tensor:
+    """As `megatron_dmc.ops.cache_ops.paged_decode_attention`.
+
+    Args:
+        num_workers: default: `WORKERS_PER_MULTIPROCESSOR` for each multiprocessor.
+    """
+    q = q_BND if q_BND.stride(-1) == 1 else q_BND.contiguous()
+    batch, num_heads, dim = q.shape
+    num_kv_heads, page_size = block_table_RGM.shape[1], k_pages_PSD.shape[1]
+    group, heads = num_heads // num_kv_heads, batch * num_kv_heads
+    if plan_Y is None:
+        plan_Y = plan(num_entries_RG[None], rows_B)[0]
+    if num_workers is None:
+        num_workers = WORKERS_PER_MULTIPROCESSOR * _multiprocessors(q)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    part = torch.empty(num_workers, 2, group, dim, dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(num_workers, 2, group, dtype=torch.float32, device=q.device)
+    queries = 1 if group == 1 else max(16, triton.next_power_of_2(group))
+    sizes = dict(R=group, D=dim, F=max(16, triton.next_power_of_2(dim)))
+    if batch:
+        with _on(q):
+            attend_kernel[(num_workers,)](
+                q, k_pages_PSD, v_pages_PSD, block_table_RGM, num_entries_RG, rows_B, plan_Y, out,
+                part, part_lse, heads, num_kv_heads, softmax_scale * 1.4426950408889634,
+                *q.stride()[:2], *block_table_RGM.stride()[:2], *num_entries_RG.stride(),
+                *out.stride()[:2], Q=queries, S=page_size, I=TILE, BLOCK=128,
+                INTERPRET=INTERPRETED, num_warps=4, **sizes,
+            )  # fmt: skip
+            join_kernel[(heads,)](
+                plan_Y, part, part_lse, out, heads, num_kv_heads, num_workers, *out.stride()[:2],
+                Q=triton.next_power_of_2(group), num_warps=4, **sizes,
+            )  # fmt: skip
+    return out

@@ -1,0 +1,84 @@
+// The kernels of megatron_dmc/csrc on a host, for tests/host_kernels.py: the same bodies, emulated.
+#include "emulator.h"
+
+#include "dmc/append.h"
+#include "dmc/attention.h"
+
+namespace {
+
+// A block's shared memory, full of NaN at first as a GPU's may be.
+std::vector<float> nan_memory(size_t bytes) {
+  return std::vector<float>(bytes / 4 + 8, std::nanf(""));
+}
+char* aligned(std::vector<float>& memory) {
+  const auto address = reinterpret_cast<uintptr_t>(memory.data());
+  return reinterpret_cast<char*>((address + 15) / 16 * 16);
+}
+
+template <class T, int kHeadDim>
+void append(const dmc::AppendParams<T>& p) {
+  emulator::launch(p.num_requests * p.num_kv_heads, dmc::kWarp,
+                   [&] { dmc::append_token<T, kHeadDim>(p, dmc::block_index()); });
+}
+
+template <class T, int kHeadDim, int kQueryBlocks>
+void attend(const dmc::AttentionParams<T>& p) {
+  auto memory = nan_memory(dmc::kWarpsPerBlock * dmc::Stages<kHeadDim>::kBytes);
+  emulator::launch((p.num_workers + dmc::kWarpsPerBlock - 1) / dmc::kWarpsPerBlock,
+                   dmc::kWarpsPerBlock * dmc::kWarp,
+                   [&] { dmc::attend_stretch<T, kHeadDim, kQueryBlocks>(p, aligned(memory)); });
+  emulator::launch(p.num_requests * p.num_kv_heads * p.group, dmc::kWarp,
+                   [&] { dmc::join_parts<T, kHeadDim>(p, dmc::block_index()); });
+}
+
+template <class T, int kHeadDim>
+void attend(const dmc::AttentionParams<T>& p) {
+  if (p.group <= 8) {
+    attend<T, kHeadDim, 1>(p);
+  } else {
+    attend<T, kHeadDim, 2>(p);
+  }
+}
+
+template <class T>
+int append_any(const dmc::AppendParams<T>& p) {
+  switch (p.kv.head_dim) {
+    case 64: append<T, 64>(p); return 0;
+    case 96: append<T, 96>(p); return 0;
+    case 128: append<T, 128>(p); return 0;
+    case 256: append<T, 256>(p); return 0;
+    default: return 1;
+  }
+}
+
+template <class T>
+int attend_any(const dmc::AttentionParams<T>& p) {
+  switch (p.kv.head_dim) {
+    case 64: attend<T, 64>(p); return 0;
+    case 96: attend<T, 96>(p); return 0;
+    case 128: attend<T, 128>(p); return 0;
+    case 256: attend<T, 256>(p); return 0;
+    default: return 1;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int append_bf16(const dmc::AppendParams<dmc::bf16>* p) { return append_any(*p); }
+int append_fp16(const dmc::AppendParams<dmc::fp16>* p) { return append_any(*p); }
+int attend_bf16(const dmc::AttentionParams<dmc::bf16>* p) { return attend_any(*p); }
+int attend_fp16(const dmc::AttentionParams<dmc::fp16>* p) { return attend_any(*p); }
+int plan(const dmc::PlanParams* p) {
+  int shared[8];
+  emulator::launch(p->num_layers, 64, [&] { dmc::plan_layer(*p, shared); });
+  return 0;
+}
+void set_lazy_copies(int lazy) { emulator::lazy_copies = lazy != 0; }
+int sizes(int which) {
+  const size_t all[] = {sizeof(dmc::AppendParams<dmc::bf16>),
+                        sizeof(dmc::AttentionParams<dmc::bf16>), sizeof(dmc::PlanParams)};
+  return int(all[which]);
+}
+}

@@ -1,0 +1,97 @@
+// Unit tests of the headers that need no warp. Exit status 0, or one line for each check that fails.
+#include <cstdio>
+#include <vector>
+
+#include "emulator.h"
+
+#include "dmc/paged_kv.h"
+#include "dmc/schedule.h"
+#include "dmc/segment.h"
+
+int failures = 0;
+#define CHECK(condition)                                                    \
+  do {                                                                      \
+    if (!(condition)) {                                                     \
+      std::printf("%s:%d: %s\n", __FILE__, __LINE__, #condition);           \
+      ++failures;                                                           \
+    }                                                                       \
+  } while (0)
+
+bool near(double a, double b) { return std::fabs(a - b) <= 1e-6 * (1 + std::fabs(b)); }
+
+void segment_is_a_weighted_mean() {
+  const float k[3][2] = {{1, -2}, {3, 5}, {-4, 0.5f}}, v[3][2] = {{2, 2}, {0, -1}, {7, 3}};
+  const float omega[3] = {0.25f, 1.0f, 0.5f};
+  dmc::Segment<2> segment, token;
+  segment.open(k[0], v[0], omega[0]);
+  float out_k[2], out_v[2];
+  segment.emit(out_k, out_v);
+  CHECK(near(out_k[1], -2) && near(out_v[0], 2));
+  for (int t = 1; t < 3; ++t) {
+    token.open(k[t], v[t], omega[t]);
+    segment.merge(token);
+  }
+  segment.emit(out_k, out_v);
+  for (int i = 0; i < 2; ++i) {
+    double sum_k = 0, sum_v = 0, sum = 0;
+    for (int t = 0; t < 3; ++t) {
+      sum_k += double(omega[t]) * k[t][i];
+      sum_v += double(omega[t]) * v[t][i];
+      sum += omega[t];
+    }
+    CHECK(near(out_k[i], sum_k / sum) && near(out_v[i], sum_v / sum));
+  }
+  segment.open(k[1], v[1], 0.75f);  // forgets
+  CHECK(near(segment.omega_sum, 0.75) && near(segment.k_sum[0], 2.25));
+}
+
+void addresses_of_a_paged_cache() {
+  std::vector<int32_t> table(2 * 3 * 5);
+  std::vector<int64_t> entries(2 * 3);
+  dmc::PagedKV<dmc::bf16> kv{nullptr, nullptr, table.data(), entries.data(), 15, 5, 3, 1, 4, 128, 5};
+  CHECK(kv.table(1, 2) == table.data() + 25);
+  CHECK(kv.num_entries(1, 2) == entries.data() + 5);
+  CHECK(kv.column(15) == 0 && kv.column(16) == 1 && kv.column(47) == 2);
+  CHECK(kv.offset(0, 0) == 0 && kv.offset(0, 15) == 15 * 128 && kv.offset(3, 17) == (48 + 1) * 128);
+  // beyond 32 bits: a pool of 80 GB
+  CHECK(kv.offset(20000000, 5) == (int64_t(20000000) * 16 + 5) * 128);
+}
+
+void stretches_cover_the_line_once() {
+  for (int tiles : {0, 1, 3, 4, 5, 63, 64, 1000, 1001}) {
+    for (int available : {1, 2, 7, 64}) {
+      const dmc::Stretches s(tiles, available);
+      CHECK(s.num_workers >= 1 && s.num_workers <= available);
+      CHECK(s.begin(0) == 0 && s.begin(s.num_workers) == tiles);
+      int shortest = tiles, longest = 0;
+      for (int w = 0; w < s.num_workers; ++w) {
+        const int length = s.begin(w + 1) - s.begin(w);
+        shortest = dmc::smaller(shortest, length);
+        longest = dmc::larger(longest, length);
+        for (int t = s.begin(w); t < s.begin(w + 1); ++t) CHECK(s.worker_of(t) == w);
+      }
+      CHECK(longest - shortest <= 1);
+    }
+  }
+}
+
+void half_precision_rounds_to_nearest() {
+  dmc::bf16 b;
+  dmc::from_float(1.00390625f, b);  // half way between 1 and 1.0078125: to even
+  CHECK(dmc::to_float(b) == 1.0f);
+  dmc::from_float(1.01171875f, b);
+  CHECK(dmc::to_float(b) == 1.015625f);
+  dmc::from_float(std::nanf(""), b);
+  CHECK(std::isnan(dmc::to_float(b)));
+  dmc::fp16 h;
+  dmc::from_float(-0.1f, h);
+  CHECK(std::fabs(dmc::to_float(h) + 0.1f) < 5e-5f);
+}
+
+int main() {
+  segment_is_a_weighted_mean();
+  addresses_of_a_paged_cache();
+  stretches_cover_the_line_once();
+  half_precision_rounds_to_nearest();
+  return failures != 0;
+}

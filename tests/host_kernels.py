@@ -1,0 +1,150 @@
+"""The CUDA kernels on the CPU: compiled by the host's compiler and run by tests/csrc/emulator.h.
+
+A stand-in for `megatron_dmc.ops.cuda.decode` with the same functions. Dimension letters as in
+`ops.cache_ops`.
+"""
+
+import ctypes
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCES = Path(__file__).resolve().parent / "csrc"
+INCLUDE = SOURCES.parent.parent / "megatron_dmc" / "csrc" / "include"
+NUM_WORKERS = 5
+
+
+def compile_host(source: str, target: Path, *options: str) -> None:
+    compiler = os.environ.get("CXX", "c++").split()
+    subprocess.run(
+        [*compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+         f"-I{INCLUDE}", *options, str(SOURCES / source), "-o", str(target)],
+        check=True,
+    )  # fmt: skip
+
+
+def compile_library(target: Path) -> None:
+    """For `library`, which finds it by DMC_HOST_LIBRARY."""
+    compile_host("host_kernels.cpp", target, "-shared", "-fPIC")
+
+
+@cache
+def library() -> ctypes.CDLL:
+    loaded = ctypes.CDLL(os.environ["DMC_HOST_LIBRARY"])
+    for which, struct in enumerate((AppendParams, AttentionParams, PlanParams)):
+        assert loaded.sizes(which) == ctypes.sizeof(struct), struct.__name__
+    loaded.set_lazy_copies(int(os.environ.get("DMC_LAZY_COPIES", "0")))
+    return loaded
+
+
+def fields(names: str, ctype) -> list[tuple[str, type]]:
+    return [(name, ctype) for name in names.split()]
+
+
+class PagedKV(ctypes.Structure):
+    _fields_ = [
+        *fields("k_pages v_pages table entries", ctypes.c_void_p),
+        *fields("table_row table_head entries_row entries_head", ctypes.c_int64),
+        *fields("page_shift head_dim table_width", ctypes.c_int),
+    ]
+
+
+class AppendParams(ctypes.Structure):
+    _fields_ = [
+        ("kv", PagedKV),
+        *fields("q k v q_out cos sin is_merge omega positions rows segments", ctypes.c_void_p),
+        *fields("free_ids free_state", ctypes.c_void_p),
+        *fields("q_b q_n k_b k_g v_b v_g o_b o_n cos_x sin_x seg_r seg_g", ctypes.c_int64),
+        *fields("num_requests num_kv_heads group half merge_window num_free", ctypes.c_int),
+        *fields("alpha_offset eps", ctypes.c_float),
+        *fields("compress may_merge", ctypes.c_bool),
+    ]
+
+
+class AttentionParams(ctypes.Structure):
+    _fields_ = [
+        ("kv", PagedKV),
+        *fields("q out rows plan part part_lse", ctypes.c_void_p),
+        *fields("q_b q_n o_b o_n", ctypes.c_int64),
+        *fields("num_requests num_kv_heads group num_workers", ctypes.c_int),
+        ("scale", ctypes.c_float),
+    ]
+
+
+class PlanParams(ctypes.Structure):
+    _fields_ = [
+        *fields("entries rows plan", ctypes.c_void_p),
+        *fields("layer_stride row_stride head_stride", ctypes.c_int64),
+        *fields("num_layers num_requests num_kv_heads ahead", ctypes.c_int),
+    ]
+
+
+def address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def paged(k_pages, v_pages, table, entries) -> PagedKV:
+    return PagedKV(
+        *map(address, (k_pages, v_pages, table, entries)), *table.stride()[:2], *entries.stride(),
+        k_pages.shape[1].bit_length() - 1, k_pages.shape[2], table.shape[2],
+    )  # fmt: skip
+
+
+def call(name: str, params: ctypes.Structure, dtype: torch.dtype | None = None) -> None:
+    suffix = {None: "", torch.bfloat16: "_bf16", torch.float16: "_fp16"}[dtype]
+    assert getattr(library(), name + suffix)(ctypes.byref(params)) == 0
+
+
+def decode_append(
+    q, k, v, is_merge, omega, cos, sin, positions, k_pages, v_pages, table, entries, segments, rows,
+    free_ids, free_state, *, compress, may_merge, alpha_offset, merge_window,
+):  # fmt: skip
+    out = None if q is None else torch.full(q.shape, float("nan"), dtype=q.dtype)
+    zero = (0, 0)
+    params = AppendParams(
+        paged(k_pages, v_pages, table, entries), *map(address, (q, k, v, out, cos, sin)),
+        *map(address, (is_merge, omega, positions, rows, segments if compress else None)),
+        *map(address, (free_ids, free_state)),
+        *(zero if q is None else q.stride()[:2]), *k.stride()[:2], *v.stride()[:2],
+        *(zero if out is None else out.stride()[:2]),
+        *(0 if x is None else x.stride(0) for x in (cos, sin)), *segments.stride()[:2],
+        k.shape[0], k.shape[1], 1 if q is None else q.shape[1] // k.shape[1],
+        0 if cos is None else cos.shape[1] // 2, merge_window,
+        0 if free_ids is None else free_ids.numel(), alpha_offset, torch.finfo(k.dtype).eps,
+        compress, may_merge,
+    )  # fmt: skip
+    call("append", params, k.dtype)
+    return out
+
+
+def plan(entries_LRG: Tensor, rows: Tensor, *, ahead: int = 0) -> Tensor:
+    out = torch.full((entries_LRG.shape[0], rows.numel() * entries_LRG.shape[2] + 1), -1).int()
+    call(
+        "plan",
+        PlanParams(
+            *map(address, (entries_LRG, rows, out)), *entries_LRG.stride(), entries_LRG.shape[0],
+            rows.numel(), entries_LRG.shape[2], ahead,
+        ),
+    )  # fmt: skip
+    return out
+
+
+def paged_decode_attention(
+    q, k_pages, v_pages, table, entries, rows, plan_Y, *, softmax_scale, num_workers=NUM_WORKERS
+):
+    plan_Y = plan(entries[None], rows)[0] if plan_Y is None else plan_Y
+    out = torch.full(q.shape, float("nan"), dtype=q.dtype)
+    group = q.shape[1] // table.shape[1]
+    part = torch.full((num_workers, 2, group, q.shape[2]), float("nan"))
+    part_lse = torch.full((num_workers, 2, group), float("nan"))
+    params = AttentionParams(
+        paged(k_pages, v_pages, table, entries), *map(address, (q, out, rows, plan_Y)),
+        *map(address, (part, part_lse)), *q.stride()[:2], *out.stride()[:2], q.shape[0],
+        table.shape[1], group, num_workers, softmax_scale * 1.4426950408889634,
+    )  # fmt: skip
+    call("attend", params, q.dtype)
+    return out

@@ -1,0 +1,172 @@
+"""Decoding's kernels against the specification; see kernel_cases_merge.py.
+
+Dimension letters as in `ops.cache_ops`.
+"""
+
+import os
+
+import pytest
+import torch
+from kernel_cases_merge import DEVICE  # patches Triton
+
+from megatron_dmc.bench import decode_case
+from megatron_dmc.bench.measure import errors_within_twice_the_yardstick
+from megatron_dmc.ops import cache_ops
+from megatron_dmc.ops.triton import decode
+
+BACKEND = os.environ.get("DMC_TESTED_BACKEND", "triton")
+# the interpreter cuts bfloat16 off instead of rounding it
+HALF = torch.float16 if DEVICE == "cpu" and BACKEND == "triton" else torch.bfloat16
+kernels = decode
+if BACKEND == "host":
+    import host_kernels as kernels
+
+    cache_ops.choose_backend = lambda backend, x, page_size: backend
+    cache_ops.kernels = lambda backend: kernels if backend == "host" else None
+LARGE = os.environ.get("DMC_LARGE_CASES") == "1"
+EDGES = [0, 1, 33, 65, 97, 31, 7, 8, 9, 16, 64, 32, 100, 0, 3, 40]
+
+
+def lengths(batch, num_kv_heads, longest=100, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(0, longest + 1, (batch * num_kv_heads,), generator=generator)
+    edges = torch.tensor(EDGES[: batch * num_kv_heads])
+    drawn[: len(edges)] = edges.clamp_max(longest)
+    return drawn.view(batch, num_kv_heads)
+
+
+# group, head dim, page size, dtype, rows of padding, plan ahead, heads of lengths
+ATTENTION = [
+    (1, 128, 16, HALF, True, 0, (4, 3)),
+    (4, 64, 8, HALF, False, 1, (2, 2)),
+    (8, 96, 64, torch.float32, False, 0, (3, 1)),
+    (8, 96, 32, HALF, False, 1, (3, 1)),
+]
+ATTENTION_LARGE = [
+    (group, dim, page_size, dtype, ahead == 1, ahead, (3, 4))
+    for group in (1, 4, 8, 16)
+    for dim, page_size in ((64, 64), (96, 32), (128, 16), (256, 8))
+    for dtype, ahead in ((HALF, 0), (torch.float32, 1))
+]
+
+
+@pytest.mark.parametrize("case", ATTENTION + (ATTENTION_LARGE if LARGE else []), ids=str)
+def test_attention_equals_the_specification(case):
+    group, dim, page_size, dtype, padded, ahead, shape = case
+    if BACKEND in ("cuda", "host") and dtype == torch.float32:
+        pytest.skip("the extension takes half precision")
+    cache = decode_case.random_cache(
+        lengths(*shape), dim=dim, page_size=page_size, dtype=dtype, device=DEVICE, num_free=2
+    )
+    rows = torch.randperm(shape[0], generator=torch.Generator().manual_seed(3))
+    if padded:
+        rows[1] = -1
+    rows = rows.to(DEVICE)
+    heads = [shape[1] * group, shape[1]]
+    q, _ = decode_case.random_heads(
+        shape[0], heads, dim, dtype=dtype, device=DEVICE, seed=1, strided=True
+    )
+
+    def attend(q, k_pages, v_pages, table, entries, rows, *, softmax_scale):
+        plan = None
+        if ahead:
+            layers = torch.stack([entries + 5, entries])
+            plan = cache_ops.plan_decode_attention(
+                layers, rows, like=q, page_size=page_size, ahead=ahead, backend=BACKEND
+            )[1]
+        return cache_ops.paged_decode_attention(
+            q, k_pages, v_pages, table, entries, rows_B=rows, plan_Y=plan,
+            softmax_scale=softmax_scale, backend=BACKEND,
+        )  # fmt: skip
+
+    decode_case.check_attention(attend, q, cache, rows, softmax_scale=3 * dim**-0.5)
+
+
+@pytest.mark.parametrize("num_workers", [1, 5, 64])
+def test_any_number_of_workers_gives_the_same(num_workers):
+    cache = decode_case.random_cache(
+        torch.tensor([[150, 0, 97]]), dim=64, page_size=8, dtype=HALF, device=DEVICE
+    )
+    rows = torch.tensor([0], device=DEVICE)
+    (q,) = decode_case.random_heads(1, [3], 64, dtype=HALF, device=DEVICE, seed=1)
+
+    def attend(q, k_pages, v_pages, table, entries, rows, *, softmax_scale):
+        return kernels.paged_decode_attention(
+            q, k_pages, v_pages, table, entries, rows, None, softmax_scale=softmax_scale,
+            num_workers=num_workers,
+        )  # fmt: skip
+
+    decode_case.check_attention(attend, q, cache, rows, softmax_scale=0.5)
+
+
+# group, head dim, rotary channels, page size, dtype, window, compress, may_merge, free pages
+APPEND = [
+    (1, 128, 128, 16, HALF, 0, True, True, 20),
+    (4, 64, 64, 8, HALF, 12, True, True, 20),
+    (2, 96, 96, 8, torch.float32, 3, True, True, 1),
+    (1, 64, 32, 8, HALF, 0, True, False, 20),
+    (2, 96, 0, 8, HALF, 0, False, True, 20),
+    (1, 96, 96, 8, HALF, 3, True, True, 1),
+]
+APPEND_LARGE = [
+    (group, dim, dim, page_size, dtype, window, True, True, num_free)
+    for group in (1, 8)
+    for dim, page_size in ((64, 64), (96, 32), (128, 16), (256, 8))
+    for dtype in (HALF, torch.float32)
+    for window, num_free in ((0, 2), (1, 30), (12, 30))
+]
+
+
+@pytest.mark.parametrize("case", APPEND + (APPEND_LARGE if LARGE else []), ids=str)
+def test_append_equals_the_specification(case):
+    group, dim, rotary, page_size, dtype, window, compress, may_merge, num_free = case
+    if BACKEND in ("cuda", "host") and dtype == torch.float32:
+        pytest.skip("the extension takes half precision")
+    full = page_size
+    state = torch.tensor([[0, 1], [full, full - 1], [2 * full, full + 1], [1, 3]])
+    cache = decode_case.random_cache(
+        state, dim=dim, page_size=page_size, dtype=dtype, device=DEVICE, room=1,
+        num_free=num_free, merge_window=window,
+    )  # fmt: skip
+    rows = torch.tensor([2, -1, 0, 1], device=DEVICE)
+    half = torch.rand(50, rotary // 2, generator=torch.Generator().manual_seed(7)) * 6
+    angles = torch.cat([half, half], dim=-1).to(DEVICE) if rotary else None
+    for step in range(2):
+        qkv = decode_case.random_heads(
+            4, [2 * group, 2, 2], dim, dtype=dtype, device=DEVICE, seed=step, strided=step == 0
+        )
+        positions = torch.tensor([40, 0, 3, 17], device=DEVICE) + step
+
+        def append(*args, **kwargs):
+            return cache_ops.gate_and_append(*args, **kwargs, backend=BACKEND)
+
+        decode_case.check_append(
+            append, qkv, angles, positions, cache, rows, alpha_offset=0.2, merge_window=window,
+            compress=compress, may_merge=may_merge,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_append_with_gates_from_outside(window):
+    start = decode_case.random_cache(
+        torch.tensor([[0, 8], [5, 16]]), dim=64, page_size=8, dtype=HALF, device=DEVICE, room=1,
+        num_free=4, merge_window=window,
+    )  # fmt: skip
+    start.block_table_RGM[1, 1, 2] = start.free_pages.page_ids[0]
+    _, k, v = decode_case.random_heads(2, [2, 2, 2], 64, dtype=HALF, device=DEVICE, seed=0)
+    is_merge = torch.tensor([[True, False], [True, True]], device=DEVICE)
+    omega = torch.tensor([[0.3, 0.9], [0.5, 1.0]], device=DEVICE)
+    half = torch.arange(64, device=DEVICE).view(2, 32) / 10
+    results = []
+    for backend, dtype in ((BACKEND, HALF), ("torch", torch.float64), ("torch", HALF)):
+        cache = start.clone(dtype)
+        cache_ops.decode_append(
+            k.to(dtype), v.to(dtype), is_merge, omega, torch.cat([half, half], -1),
+            cache.k_pages_PSD, cache.v_pages_PSD, cache.block_table_RGM, cache.num_entries_RG,
+            cache.segments_RGUA, torch.tensor([1, 0], device=DEVICE), merge_window=window,
+            backend=backend,
+        )  # fmt: skip
+        # row 0 is served second; its head 0 has neither an entry nor a page, so it is left alone
+        assert cache.num_entries_RG.tolist() == [[0, 8], [5, 17]]
+        results.append([cache.entries(), cache.segments_RGUA])
+    errors_within_twice_the_yardstick(["entries", "segments"], *results)
