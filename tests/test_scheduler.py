@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from megatron_dmc.engine.request import Request, RequestStatus
 from megatron_dmc.engine.sampling_params import SamplingParams
-from megatron_dmc.engine.scheduler import Scheduler
+from megatron_dmc.engine.scheduler import NO_PREFIX, Scheduler
 from megatron_dmc.errors import InvalidRequest
 
 PAGE_SIZE, NUM_HEADS = 4, 3
@@ -31,7 +31,14 @@ class CountingAccount:
         entries = self.entries[request.request_id]
         return self.pages_of([n + num_new_tokens for n in entries]) - self.pages_of(entries)
 
-    def start(self, request):
+    def num_entries(self, request):
+        return sum(self.entries[request.request_id])
+
+    def find_prefix(self, request):
+        return NO_PREFIX
+
+    def start(self, request, *, use_prefix):
+        assert not use_prefix
         assert request.request_id not in self.entries
         self.entries[request.request_id] = [0] * NUM_HEADS
 

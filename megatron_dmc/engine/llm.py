@@ -5,9 +5,12 @@ from typing import Any
 
 import torch
 
-from megatron_dmc.engine.engine import EngineConfig, EngineStats, LLMEngine
+from megatron_dmc.engine.config import EngineConfig
+from megatron_dmc.engine.engine import LLMEngine
 from megatron_dmc.engine.request import RequestOutput
 from megatron_dmc.engine.sampling_params import SamplingParams
+from megatron_dmc.engine.scheduler import SchedulingPolicy
+from megatron_dmc.engine.stats import EngineStats
 from megatron_dmc.errors import InvalidRequest, UnsupportedConfig
 
 _DTYPES = {
@@ -38,6 +41,9 @@ class LLM:
         gpu_memory_utilization: as a part of the GPU's memory, model included. On a CPU the default is
             what `max_num_seqs` longest sequences need, at most 1 GiB.
         enable_dmc: None: as the model. False: never merge.
+        scheduling_policy: "fcfs" or "priority".
+        enable_prefix_caching: share the pages of equal prefixes between requests.
+        prefix_block_size: tokens between two places at which a shared prefix can end.
         seed: of requests without a seed.
         device: default: the GPU if there is one.
     """
@@ -57,6 +63,9 @@ class LLM:
         kv_cache_memory_bytes: int | None = None,
         gpu_memory_utilization: float = 0.9,
         enable_dmc: bool | None = None,
+        scheduling_policy: SchedulingPolicy = "fcfs",
+        enable_prefix_caching: bool = False,
+        prefix_block_size: int = 256,
         seed: int = 0,
         device: str | torch.device | None = None,
     ):
@@ -98,6 +107,9 @@ class LLM:
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
                 seed=seed,
+                scheduling_policy=scheduling_policy,
+                enable_prefix_caching=enable_prefix_caching,
+                prefix_block_size=prefix_block_size,
             ),
             dtype=model_dtype,
             device=device,
@@ -119,12 +131,14 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Complete the prompts. The outputs are in the prompts' order.
 
         Args:
             prompts: texts, `{"prompt_token_ids": [...]}`, or lists of token ids; one or several.
             sampling_params: one for all, or one for each.
+            priority: of each prompt, with the scheduling policy "priority"; lower goes first.
 
         Raises:
             InvalidRequest: for the first prompt that can never run; none has been started then.
@@ -139,12 +153,17 @@ class LLM:
             raise InvalidRequest(
                 f"{len(params)} sampling_params for {len(prompts)} prompts; give one, or one for each"
             )
+        priorities = [0] * len(prompts) if priority is None else list(priority)
+        if len(priorities) != len(prompts):
+            raise InvalidRequest(
+                f"{len(priorities)} priorities for {len(prompts)} prompts; give one for each"
+            )
         ids: list[str] = []
         try:
-            for prompt, p in zip(prompts, params, strict=True):
+            for prompt, p, level in zip(prompts, params, priorities, strict=True):
                 request_id = f"generate-{self._num_generated}"
                 self._num_generated += 1
-                self.engine.add_request(request_id, prompt, p)
+                self.engine.add_request(request_id, prompt, p, priority=level)
                 ids.append(request_id)
             finished = self._run(len(ids), use_tqdm)
         except BaseException:

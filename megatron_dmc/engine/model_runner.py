@@ -55,11 +55,10 @@ class ModelRunner:
         packed: list[PackedChunk] = []
         for chunk, offsets in zip(chunks, wanted, strict=True):
             request = chunk.request
-            assert request.row is not None
             rows += [len(token_ids) + offset for offset in offsets]
             token_ids += request.tokens_between(chunk.start, chunk.end)
             positions += range(chunk.start, chunk.end)
-            packed.append(PackedChunk(request.row, chunk.start, chunk.num_tokens))
+            packed.append(PackedChunk(request, chunk.start, chunk.num_tokens))
         self.context.begin_step(packed)
         logits = self.model(
             input_ids=torch.tensor([token_ids], device=self.device),
