@@ -5,7 +5,7 @@ D head dim, S positions, F rotary channels, L layers, R rows, U weighted tokens 
 A components of an accumulator, M block-table width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,6 +98,7 @@ class PagedContext(BaseInferenceContext):
         exchange: Exchange | None = None,
         num_ranks: int = 1,
         rank: int = 0,
+        sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
     ):
         """
         Args:
@@ -105,6 +106,7 @@ class PagedContext(BaseInferenceContext):
             prefix_block_size: tokens between cached prefixes; None: none are cached.
             count_flips: compare decisions that are made a second time.
             exchange, num_ranks, rank: tensor parallelism, see `BlockTables`.
+            sum_over_ranks: of decision logits, for heads that decide together.
         """
         super().__init__(InferenceConfig(max_sequence_length=max_model_len))
         self.max_sequence_length = max_model_len
@@ -136,6 +138,7 @@ class PagedContext(BaseInferenceContext):
         self.num_repeated_decisions = self.num_flipped_decisions = 0
         self._count_flips = count_flips and rule is not None and rule.may_merge
         self._is_merge_L: list[Tensor] = []
+        self._num_ranks, self._sum_over_ranks = num_ranks, sum_over_ranks
         self._backend = backend
         self._device = torch.device(device)
         self._chunks: list[PackedChunk] = []
@@ -346,7 +349,11 @@ class PagedContext(BaseInferenceContext):
             return None, None
         logit_TG = gates.decision_logit(k_TGD, alpha_offset=self.rule.alpha_offset)
         if self.rule.shared_decisions:
-            logit_TG = gates.share_decisions(logit_TG, logit_TG.shape[-1])
+            num_heads = logit_TG.shape[-1] * self._num_ranks
+            if self._sum_over_ranks is None:
+                logit_TG = gates.share_decisions(logit_TG, num_heads)
+            else:
+                logit_TG = gates.share_decisions(logit_TG, num_heads, self._sum_over_ranks)
         is_merge_TG = gates.hard_decisions(logit_TG)
         if not self.rule.may_merge:
             is_merge_TG = torch.zeros_like(is_merge_TG)

@@ -16,12 +16,14 @@ from megatron_dmc.engine.context import CompressionRule, PagedContext
 from megatron_dmc.engine.decision_record import DecisionRecord
 from megatron_dmc.engine.detokenizer import IncrementalDetokenizer, find_stop
 from megatron_dmc.engine.model_runner import ModelRunner
+from megatron_dmc.engine.prompts import read_prompt
 from megatron_dmc.engine.request import CompletionOutput, Request, RequestOutput, RequestStatus
 from megatron_dmc.engine.sampler import SampledToken, Sampler, token_logprobs
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.engine.scheduler import ScheduledChunk, Scheduler
 from megatron_dmc.engine.stats import Counters, EngineStats
-from megatron_dmc.errors import InvalidRequest, UnsupportedConfig
+from megatron_dmc.engine.tensor_parallel import Command, TensorParallel
+from megatron_dmc.errors import EngineDead, InvalidRequest, UnsupportedConfig
 
 
 class LLMEngine:
@@ -37,6 +39,8 @@ class LLMEngine:
         enable_dmc: None: as the model. False: never merge (the borrowed channel of a DMC model still
             carries no content). True: refuse a plain model.
         eos_id: end-of-text token; default: the tokenizer's.
+        parallel: this rank of several; `model` has its share of the heads. Rank 0 is called as ever, the
+            others call `follow`.
     """
 
     def __init__(
@@ -50,25 +54,34 @@ class LLMEngine:
         device: torch.device | str = "cpu",
         enable_dmc: bool | None = None,
         eos_id: int | None = None,
+        parallel: TensorParallel | None = None,
     ):
-        num_heads = description.num_layers * description.num_query_groups
+        num_ranks = 1 if parallel is None else parallel.size
+        heads_per_rank = description.num_query_groups // num_ranks
+        num_heads = description.num_layers * heads_per_rank
         if config.num_pages < num_heads:
             raise UnsupportedConfig(
                 f"num_pages={config.num_pages} cannot hold a single token: {description.num_layers} "
-                f"layers of {description.num_query_groups} KV heads need {num_heads} pages at least"
+                f"layers of {heads_per_rank} KV heads need {num_heads} pages at least"
             )
         if config.max_model_len > description.max_position_embeddings:
             raise UnsupportedConfig(
                 f"max_model_len={config.max_model_len} is more than the model's "
                 f"{description.max_position_embeddings} positions; lower it"
             )
+        if parallel is not None and config.enable_prefix_caching:
+            raise UnsupportedConfig(
+                "enable_prefix_caching=True with tensor parallelism: the ranks would keep different "
+                "prefixes; switch it off"
+            )
         self.config, self.description, self.tokenizer = config, description, tokenizer
+        self.parallel = parallel
         self.eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
         counts = config.count_flipped_decisions
         self._counts_flips = dtype.itemsize <= 2 if counts is None else counts
         self.context = PagedContext(
             num_layers=description.num_layers,
-            num_kv_heads=description.num_query_groups,
+            num_kv_heads=heads_per_rank,
             head_dim=description.kv_channels,
             num_pages=config.num_pages,
             page_size=config.page_size,
@@ -80,9 +93,17 @@ class LLMEngine:
             poison=config.poison,
             prefix_block_size=config.prefix_block_size if config.enable_prefix_caching else None,
             count_flips=self._counts_flips,
+            num_ranks=num_ranks,
+            exchange=None if parallel is None else parallel.exchange,
+            rank=0 if parallel is None else parallel.rank,
+            sum_over_ranks=None if parallel is None else parallel.sum,
         )
         self.runner = ModelRunner(
-            model, self.context, vocab_size=description.vocab_size, device=device
+            model,
+            self.context,
+            vocab_size=description.vocab_size,
+            device=device,
+            gather=None if parallel is None else parallel.gather_logits,
         )
         self.scheduler = Scheduler(
             self.context,
@@ -95,6 +116,8 @@ class LLMEngine:
         self.sampler = Sampler(config.seed)
         self._requests: dict[str, Request] = {}
         self._detokenizers: dict[str, IncrementalDetokenizer] = {}
+        self._unsent: list[Command] = []
+        self._lost: EngineDead | None = None
         self._num_added = 0
         self._counters = Counters(description.num_layers, description.num_query_groups)
 
@@ -119,6 +142,7 @@ class LLMEngine:
             InvalidRequest: it can never run; nothing is queued then.
         """
         params = params if params is not None else SamplingParams()
+        self._check_alive()
         if request_id in self._requests:
             raise InvalidRequest(f"request {request_id}: this id is in use; choose another")
         text, token_ids = self._tokens_of(request_id, prompt)
@@ -139,6 +163,7 @@ class LLMEngine:
             decisions=DecisionRecord() if self._counts_flips else None,
         )
         self.scheduler.add(request)
+        self._tell("add_request", request_id, prompt, params, priority=priority)
         self._num_added += 1
         self._requests[request_id] = request
         if self.tokenizer is not None:
@@ -151,6 +176,7 @@ class LLMEngine:
         request = self._requests.get(request_id)
         if request is None:
             return None
+        self._tell("abort_request", request_id)
         self._finish(request, "abort", None)
         return self._forget(request)
 
@@ -161,7 +187,26 @@ class LLMEngine:
     # A step.
 
     def step(self) -> list[RequestOutput]:
-        """Compute one batch. Returns what changed: every request that got a token or ended."""
+        """Compute one batch. Returns what changed: every request that got a token or ended.
+
+        Raises:
+            EngineDead: with tensor parallelism: another rank is gone.
+        """
+        if self.parallel is None:
+            return self._step()
+        self._check_alive()
+        try:
+            self._tell("step")
+            self._send()
+            return self._step()
+        except RuntimeError as error:
+            explained = self.parallel.explain(error)
+            if isinstance(explained, EngineDead):
+                self._lost = explained
+                raise explained from error
+            raise
+
+    def _step(self) -> list[RequestOutput]:
         began = time.perf_counter()
         schedule = self.scheduler.schedule()
         if not schedule.chunks:
@@ -212,16 +257,61 @@ class LLMEngine:
                 self._record_prompt_logprobs(request, chunk.start, logits_XV[rows])
             request.num_computed_tokens = chunk.end
         if sampling:
-            tokens = self.sampler.sample(logits_XV[sample_rows], sampling)
+            tokens = self._sample(logits_XV[sample_rows], sampling)
             for request, token in zip(sampling, tokens, strict=True):
                 self._append(request, token)
         return sampling
+
+    def _sample(self, logits_BV: Tensor, requests: list[Request]) -> list[SampledToken]:
+        if self.parallel is None:
+            return self.sampler.sample(logits_BV, requests)
+        return self.parallel.from_first(lambda: self.sampler.sample(logits_BV, requests))
 
     def _collect(self, changed: list[Request]) -> list[RequestOutput]:
         return [
             self._forget(request) if request.is_finished else self._output(request)
             for request in changed
         ]
+
+    # Tensor parallelism.
+
+    def follow(self) -> None:
+        """On ranks other than 0: do what rank 0 is asked, until it calls `close`.
+
+        Raises:
+            EngineDead: rank 0 or another rank is gone.
+        """
+        parallel = self.parallel
+        assert parallel is not None and parallel.rank > 0, "rank 0 leads"
+        try:
+            while True:
+                for command in parallel.receive():
+                    if command.name == "close":
+                        return
+                    method = self._step if command.name == "step" else getattr(self, command.name)
+                    method(*command.arguments, **command.keywords)
+        except RuntimeError as error:
+            raise parallel.explain(error) from error
+
+    def close(self) -> None:
+        """Rank 0: let the other ranks' `follow` return. Without tensor parallelism nothing to do."""
+        if self.parallel is not None and self.parallel.rank == 0 and self._lost is None:
+            self._tell("close")
+            self._send()
+
+    def _tell(self, name: str, *arguments: Any, **keywords: Any) -> None:
+        """Rank 0: what the others have to do too, sent with the next step."""
+        if self.parallel is not None and self.parallel.rank == 0:
+            self._unsent.append(Command(name, arguments, keywords))
+
+    def _send(self) -> None:
+        assert self.parallel is not None
+        self.parallel.send(self._unsent)
+        self._unsent = []
+
+    def _check_alive(self) -> None:
+        if self._lost is not None:
+            raise self._lost
 
     # One request.
 
@@ -337,34 +427,7 @@ class LLMEngine:
     def _tokens_of(
         self, request_id: str, prompt: str | Sequence[int] | dict
     ) -> tuple[str | None, list[int]]:
-        text = None
-        if isinstance(prompt, dict):
-            if "prompt_token_ids" not in prompt:
-                if not isinstance(prompt.get("prompt"), str):
-                    raise InvalidRequest(
-                        f"request {request_id}: a prompt needs 'prompt_token_ids' or 'prompt'"
-                    )
-                prompt = prompt["prompt"]
-            else:
-                text, prompt = prompt.get("prompt"), prompt["prompt_token_ids"]
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InvalidRequest(
-                    f"request {request_id}: a text prompt needs a tokenizer; pass prompt_token_ids"
-                )
-            text, token_ids = prompt, list(self.tokenizer.encode(prompt))
-            adds_bos = bool(getattr(self.tokenizer, "add_bos", False))
-            if self.tokenizer.bos_id is not None and (adds_bos or not token_ids):
-                token_ids.insert(0, self.tokenizer.bos_id)
-        else:
-            token_ids = [int(i) for i in prompt]
-        for token_id in token_ids:
-            if not 0 <= token_id < self.description.vocab_size:
-                raise InvalidRequest(
-                    f"request {request_id}: token id {token_id} is not in the model's vocabulary of "
-                    f"{self.description.vocab_size}; was the prompt encoded with its tokenizer?"
-                )
-        return text, token_ids
+        return read_prompt(request_id, prompt, self.tokenizer, self.description.vocab_size)
 
     # Figures.
 

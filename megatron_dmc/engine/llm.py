@@ -1,5 +1,6 @@
 """`LLM(model=...).generate(prompts, params)`, in vLLM's manner."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from megatron_dmc.engine.request import RequestOutput
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.engine.scheduler import SchedulingPolicy
 from megatron_dmc.engine.stats import EngineStats
-from megatron_dmc.errors import InvalidRequest, UnsupportedConfig
+from megatron_dmc.engine.tensor_parallel import TensorParallel
+from megatron_dmc.errors import EngineDead, InvalidRequest, UnsupportedConfig
 
 _DTYPES = {
     "float64": torch.float64,
@@ -44,6 +46,8 @@ class LLM:
         scheduling_policy: "fcfs" or "priority".
         enable_prefix_caching: share the pages of equal prefixes between requests.
         prefix_block_size: tokens between two places at which a shared prefix can end.
+        tensor_parallel_size: processes that share the heads, started by torchrun; every process makes an
+            `LLM`, and all but rank 0 then call `follow`.
         seed: of requests without a seed.
         device: default: the GPU if there is one.
     """
@@ -66,6 +70,7 @@ class LLM:
         scheduling_policy: SchedulingPolicy = "fcfs",
         enable_prefix_caching: bool = False,
         prefix_block_size: int = 256,
+        tensor_parallel_size: int = 1,
         seed: int = 0,
         device: str | torch.device | None = None,
     ):
@@ -78,10 +83,19 @@ class LLM:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(device)
+        parallel = None
+        if tensor_parallel_size != 1:
+            if device.type == "cuda" and device.index is None:
+                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+                torch.cuda.set_device(device)
+            parallel = TensorParallel(tensor_parallel_size, device=device)
         if not hasattr(model, "description"):
             from megatron_dmc.models import load_model
 
-            model = load_model(model, device=device, dtype=_parse_dtype(dtype))
+            model = load_model(
+                model, device=device, dtype=_parse_dtype(dtype),
+                tensor_parallel_size=tensor_parallel_size,
+            )  # fmt: skip
         description = model.description
         gpt = model.model
         model_dtype = next(gpt.parameters()).dtype
@@ -91,11 +105,15 @@ class LLM:
         if num_pages is None:
             num_pages = _num_pages(
                 page_bytes,
-                worst_case=_worst_case_pages(description, max_model_len, page_size) * max_num_seqs,
+                worst_case=_worst_case_pages(description, max_model_len, page_size)
+                // tensor_parallel_size
+                * max_num_seqs,
                 kv_cache_memory_bytes=kv_cache_memory_bytes,
                 gpu_memory_utilization=gpu_memory_utilization,
                 device=device,
             )
+        if parallel is not None:
+            num_pages = parallel.least(num_pages)
         self.engine = LLMEngine(
             gpt,
             description,
@@ -114,8 +132,25 @@ class LLM:
             dtype=model_dtype,
             device=device,
             enable_dmc=enable_dmc,
+            parallel=parallel,
         )
         self._num_generated = 0
+
+    def follow(self) -> bool:
+        """With tensor parallelism: on rank 0 False at once; elsewhere True when rank 0 is done, after
+        taking part in all it did.
+
+        Raises:
+            EngineDead: another rank is gone.
+        """
+        if self.engine.parallel is None or self.engine.parallel.rank == 0:
+            return False
+        self.engine.follow()
+        return True
+
+    def close(self) -> None:
+        """With tensor parallelism: let the other ranks go."""
+        self.engine.close()
 
     def get_tokenizer(self) -> Any | None:
         """The tokenizer in use."""
@@ -166,6 +201,8 @@ class LLM:
                 self.engine.add_request(request_id, prompt, p, priority=level)
                 ids.append(request_id)
             finished = self._run(len(ids), use_tqdm)
+        except EngineDead:
+            raise
         except BaseException:
             for request_id in ids:
                 self.engine.abort_request(request_id)
