@@ -9,6 +9,7 @@ Dimension letters: X rows of logits, V vocabulary, K ranks, L layers, B requests
 """
 
 import datetime
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -45,7 +46,8 @@ class TensorParallel:
         """Join the group that torchrun describes in the environment.
 
         Args:
-            timeout_s: how long a rank may take over its part of a step.
+            timeout_s: how long a rank may take over its part of a step; in the model's own collectives
+                it is rounded up to minutes.
 
         Raises:
             UnsupportedConfig: the processes that run are not `size`.
@@ -64,7 +66,10 @@ class TensorParallel:
                 f"torchrun --nproc-per-node {size}"
             )
         if not parallel_state.model_parallel_is_initialized():
-            parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=size,
+                distributed_timeout_minutes=max(1, math.ceil(timeout_s / 60)),
+            )
         self.size, self.rank = size, dist.get_rank()
         self._group = parallel_state.get_tensor_model_parallel_group()
         # an idle engine's ranks wait for rank 0 as long as it takes
