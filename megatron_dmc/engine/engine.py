@@ -145,6 +145,8 @@ class LLMEngine:
         self._check_alive()
         if request_id in self._requests:
             raise InvalidRequest(f"request {request_id}: this id is in use; choose another")
+        if not isinstance(priority, int):
+            raise InvalidRequest(f"request {request_id}: priority={priority!r}: use a whole number")
         text, token_ids = self._tokens_of(request_id, prompt)
         if params.stop and self.tokenizer is None:
             raise InvalidRequest(
