@@ -17,5 +17,9 @@ class OutOfPages(DMCError, RuntimeError):
     """The page pool cannot serve an allocation. Nothing has been allocated when it is raised."""
 
 
+class EngineDead(DMCError, RuntimeError):
+    """The engine has lost a process that it needs and answers nothing any more."""
+
+
 class CheckpointError(DMCError, ValueError):
     """A checkpoint or tokenizer that is missing, truncated, or does not fit the model."""

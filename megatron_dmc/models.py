@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
@@ -12,10 +13,11 @@ from torch.nn.functional import silu
 
 from megatron_dmc.checkpoint.convert import open_checkpoint, read_weights
 from megatron_dmc.checkpoint.description import ModelDescription
-from megatron_dmc.checkpoint.hf_llama import megatron_shapes
+from megatron_dmc.checkpoint.hf_llama import empty_state, megatron_shapes
 from megatron_dmc.checkpoint.single_process import ensure_single_process
 from megatron_dmc.checkpoint.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from megatron_dmc.config import DMCConfig, DMCTransformerConfig
+from megatron_dmc.errors import UnsupportedConfig
 
 
 @dataclass
@@ -37,7 +39,11 @@ class _RotaryEmbedding(RotaryEmbedding):
 
 
 def transformer_config(
-    description: ModelDescription, *, dmc: DMCConfig | None, dtype: torch.dtype
+    description: ModelDescription,
+    *,
+    dmc: DMCConfig | None,
+    dtype: torch.dtype,
+    tensor_parallel_size: int = 1,
 ) -> DMCTransformerConfig:
     """Megatron's configuration of the model: local layer spec, no fusions, weights not drawn."""
     d = description
@@ -68,6 +74,7 @@ def transformer_config(
         bias_activation_fusion=False,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
+        tensor_model_parallel_size=tensor_parallel_size,
         dmc=dmc if dmc is not None else DMCConfig(),
     )
 
@@ -90,6 +97,7 @@ def build_model(
     dmc: DMCConfig | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    tensor_parallel_size: int = 1,
 ) -> GPTModel:
     """A GPTModel in evaluation mode with weights not yet set.
 
@@ -99,15 +107,21 @@ def build_model(
     Args:
         dmc: DMC settings; None: a plain model (`description.dmc` is not looked at).
         dtype: of weights and computation; default: `description.dtype`.
+        tensor_parallel_size: this rank's share of the heads; Megatron's groups must be running.
 
     Raises:
         UnsupportedConfig: DMC cannot be combined with this model.
     """
     from megatron_dmc.specs import dmc_layer_spec
 
-    ensure_single_process()
+    if tensor_parallel_size == 1:
+        ensure_single_process()
+    else:
+        check_divisible(description, tensor_parallel_size)
     dtype = dtype or description.dtype
-    config = transformer_config(description, dmc=dmc, dtype=dtype)
+    config = transformer_config(
+        description, dmc=dmc, dtype=dtype, tensor_parallel_size=tensor_parallel_size
+    )
     model = GPTModel(
         config,
         transformer_layer_spec=dmc_layer_spec(config),
@@ -123,6 +137,35 @@ def build_model(
     return model.to(device=device, dtype=dtype).eval()
 
 
+def check_divisible(description: ModelDescription, tensor_parallel_size: int) -> None:
+    """Every rank must have whole KV heads and an equal part of the rest.
+
+    Raises:
+        UnsupportedConfig: with the number that does not divide.
+    """
+    for what, number in (
+        ("num_query_groups", description.num_query_groups),
+        ("ffn_hidden_size", description.ffn_hidden_size),
+        ("padded_vocab_size", description.padded_vocab_size),
+    ):
+        if number % tensor_parallel_size:
+            raise UnsupportedConfig(
+                f"tensor_parallel_size={tensor_parallel_size} does not divide the model's "
+                f"{what}={number}; use a divisor of it"
+            )
+
+
+def shard(name: str, tensor: Tensor, size: int, rank: int) -> Tensor:
+    """One tensor-parallel rank's part of a Megatron tensor, as a view where it is one."""
+    if "linear_fc1" in name:  # gate and up are split separately
+        return torch.cat([half.chunk(size)[rank] for half in tensor.chunk(2)])
+    if any(part in name for part in ("linear_proj", "linear_fc2")):
+        return tensor.chunk(size, dim=1)[rank]
+    if any(part in name for part in ("linear_qkv", "word_embeddings", "output_layer")):
+        return tensor.chunk(size)[rank]
+    return tensor
+
+
 def load_model(
     path: str | Path,
     *,
@@ -130,6 +173,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     dmc: DMCConfig | Literal["auto"] | None = "auto",
     progress: bool = False,
+    tensor_parallel_size: int = 1,
 ) -> LoadedModel:
     """A model from a Hugging Face folder or a Megatron `torch_dist` checkpoint.
 
@@ -137,6 +181,8 @@ def load_model(
         dtype: of weights and computation; default: as stored.
         dmc: "auto": as the checkpoint says. None: run it as a plain model.
         progress: show a progress bar on a terminal.
+        tensor_parallel_size: load this rank's share only (every rank reads all of the weights first);
+            Megatron's groups must be running.
 
     Returns:
         the model, ready for `model(input_ids, position_ids, attention_mask=None)`, which gives
@@ -152,14 +198,17 @@ def load_model(
         check_vocab(tokenizer, description)
     settings = description.dmc if dmc == "auto" else dmc
     description = replace(description, dmc=settings, dtype=dtype or description.dtype)
-    model = build_model(description, dmc=settings)
+    model = build_model(description, dmc=settings, tensor_parallel_size=tensor_parallel_size)
     state: dict[str, Any] = model.state_dict()
-    read_weights(
-        source,
-        description,
-        {name: state[name] for name in megatron_shapes(description)},
-        progress=progress,
-    )
+    if tensor_parallel_size == 1:
+        weights = {name: state[name] for name in megatron_shapes(description)}
+        read_weights(source, description, weights, progress=progress)
+    else:
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        weights = empty_state(description)
+        read_weights(source, description, weights, progress=progress and rank == 0)
+        for name, tensor in weights.items():
+            state[name].copy_(shard(name, tensor, tensor_parallel_size, rank))
     model.to(device)
     assert isinstance(model.rotary_pos_emb, _RotaryEmbedding)
     model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq.to(device)

@@ -1,4 +1,4 @@
-"""The kernels' benchmarks on tiny shapes: they check themselves, and their last line is JSON."""
+"""The benchmarks on tiny shapes: they check themselves, and their last line is JSON."""
 
 import json
 
@@ -114,3 +114,16 @@ def test_absent_device_is_one_line(capsys):
         pytest.skip("there is a GPU")
     assert main(["bench", "train-kernels", "--device", "cuda"]) == 2
     assert "there is no CUDA device" in capsys.readouterr().err
+
+
+def test_decode(capsys):
+    result = run(
+        capsys, "decode", "--device", "cpu", "--dtype", "float32", "--lengths", "200", "--repeats", "2",
+        "--layers", "1", "--batch", "2", "--crs", "4",
+    )  # fmt: skip
+    plain, dense = result["rows"]
+    assert (plain["cr"], dense["cr"]) == (1, 4) and plain["speedup"] == 1
+    assert dense["measured_cr"] == pytest.approx(4, rel=0.02)
+    assert plain["live_bytes"] == pytest.approx(4 * dense["live_bytes"], rel=0.02)
+    assert dense["tokens_per_second"] > 0 and dense["error"] < 1e-5
+    assert dense["fragmentation"] > plain["fragmentation"] > 1

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from megatron_dmc.engine.request import Request, RequestStatus
 from megatron_dmc.engine.sampling_params import SamplingParams
-from megatron_dmc.engine.scheduler import Scheduler
-from megatron_dmc.errors import InvalidRequest
+from megatron_dmc.engine.scheduler import NO_PREFIX, Scheduler
+from megatron_dmc.errors import InvalidRequest, UnsupportedConfig
 
 PAGE_SIZE, NUM_HEADS = 4, 3
 
@@ -31,7 +31,14 @@ class CountingAccount:
         entries = self.entries[request.request_id]
         return self.pages_of([n + num_new_tokens for n in entries]) - self.pages_of(entries)
 
-    def start(self, request):
+    def num_entries(self, request):
+        return sum(self.entries[request.request_id])
+
+    def find_prefix(self, request):
+        return NO_PREFIX
+
+    def start(self, request, *, use_prefix):
+        assert not use_prefix
         assert request.request_id not in self.entries
         self.entries[request.request_id] = [0] * NUM_HEADS
 
@@ -46,6 +53,20 @@ class CountingAccount:
         ]
 
 
+class NeverMerges:
+    @staticmethod
+    def randint(_low, high):
+        return high
+
+
+class MergesFourfold:
+    """Every head keeps a quarter of its tokens."""
+
+    @staticmethod
+    def randint(low, high):
+        return max(low, high // 4)
+
+
 def make_request(number, num_prompt, max_tokens, max_model_len=10**6):
     return Request(
         request_id=str(number),
@@ -57,12 +78,15 @@ def make_request(number, num_prompt, max_tokens, max_model_len=10**6):
     )
 
 
-def make_scheduler(num_pages=60, max_num_seqs=4, max_num_batched_tokens=16, max_model_len=64):
+def make_scheduler(
+    num_pages=60, max_num_seqs=4, max_num_batched_tokens=16, max_model_len=64, **options
+):
     return Scheduler(
         CountingAccount(num_pages),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
+        **options,
     )
 
 
@@ -87,8 +111,9 @@ def advance(scheduler, rng):
                 scheduler.finish(request)
     assert 0 <= account.num_free_pages <= account.num_pages
     assert set(account.entries) == {r.request_id for r in scheduler.running}
-    order = [r.number for r in scheduler.running] + [r.number for r in scheduler.waiting]
-    assert order == sorted(order)
+    for requests in (scheduler.running, scheduler.waiting):
+        order = [scheduler.order(r) for r in requests]
+        assert order == sorted(order)
     return schedule
 
 
@@ -138,11 +163,6 @@ def test_newest_is_preempted_and_comes_back_first():
     for request in requests:
         scheduler.add(request)
 
-    class NeverMerges:
-        @staticmethod
-        def randint(_low, high):
-            return high
-
     preempted = []
     while scheduler.has_unfinished_requests:
         preempted += advance(scheduler, NeverMerges).preempted
@@ -170,11 +190,6 @@ def test_long_prompts_are_cut_into_chunks():
     scheduler.add(make_request(0, 20, 2))
     scheduler.add(make_request(1, 3, 2))
 
-    class NeverMerges:
-        @staticmethod
-        def randint(_low, high):
-            return high
-
     steps = [
         [(c.request.number, c.num_tokens) for c in advance(scheduler, NeverMerges).chunks]
         for _ in range(4)
@@ -186,3 +201,94 @@ def test_long_prompts_are_cut_into_chunks():
 def test_sizes_must_be_positive(name):
     with pytest.raises(ValueError, match=f"{name}=0 must be positive"):
         make_scheduler(**{name: 0})
+
+
+def test_priorities_pass_a_bounded_number_of_earlier_requests():
+    scheduler = make_scheduler(max_num_seqs=1, policy="priority", priority_reach=3)
+    for number, priority in enumerate([0, 0, 0, 0, -1, 1, 0, 0, -1]):
+        request = make_request(number, 2, 1)
+        request.priority = priority
+        scheduler.add(request)
+    ended = []
+    while scheduler.has_unfinished_requests:
+        ended += [c.request.number for c in advance(scheduler, NeverMerges).chunks]
+    # -1 passes three (and ties with the one before), 1 is passed by three
+    assert ended == [0, 1, 4, 2, 3, 8, 6, 7, 5]
+    order = {n: i for i, n in enumerate(ended)}
+    assert all(order[n] <= n + 3 for n in order)
+
+
+def test_a_low_priority_request_is_served_under_endless_urgent_ones():
+    scheduler = make_scheduler(max_num_seqs=1, policy="priority", priority_reach=8)
+    humble = make_request(0, 8, 4)
+    humble.priority = 5
+    scheduler.add(humble)
+    urgent = make_request(1, 4, 4)
+    urgent.priority = -1
+    scheduler.add(urgent)
+    passed = set()
+    for number in range(2, 400):  # one comes with every step, each needs four steps
+        request = make_request(number, 4, 4)
+        request.priority = -1
+        scheduler.add(request)
+        started = {c.request.number for c in advance(scheduler, NeverMerges).chunks}
+        if 0 in started:
+            break
+        passed |= started
+    # later requests by less than (5 + 1) * 8 numbers pass it, all of them
+    assert passed == set(range(1, 48))
+
+
+def test_first_in_order_is_never_preempted_and_waiting_ones_come_by_priority():
+    scheduler = make_scheduler(num_pages=18, max_num_batched_tokens=64, policy="priority")
+    requests = [make_request(i, 4, 16) for i in range(3)]
+    for request, priority in zip(requests, (2, 0, 1), strict=True):
+        request.priority = priority
+        scheduler.add(request)
+    preempted = []
+    while scheduler.has_unfinished_requests:
+        step = advance(scheduler, NeverMerges)
+        preempted += step.preempted
+    assert requests[1] not in preempted and preempted
+    with pytest.raises(InvalidRequest, match="priority=2 needs scheduling_policy='priority'"):
+        make_scheduler().add(requests[0])
+    with pytest.raises(UnsupportedConfig, match="scheduling_policy='fifo'"):
+        make_scheduler(policy="fifo")
+
+
+def test_admission_follows_the_measured_cr():
+    """Once heads are seen to keep a quarter, about four times as many requests run at a time."""
+
+    def most_running(rng):
+        scheduler = make_scheduler(
+            num_pages=120, max_num_seqs=64, max_num_batched_tokens=400, max_model_len=200
+        )
+        most = 0
+        for number in range(60):
+            scheduler.add(make_request(number, 60, 20))
+        while scheduler.has_unfinished_requests:
+            advance(scheduler, rng)
+            most = max(most, len(scheduler.running))
+        return most, scheduler.num_preemptions
+
+    plain, preempted_plain = most_running(NeverMerges)
+    dense, _ = most_running(MergesFourfold)
+    # 80 tokens are 60 pages of the 3 heads: two fit
+    assert plain <= 2 and preempted_plain <= 60
+    assert dense >= 3 * plain
+
+
+def test_prompts_shrink_to_the_pages_that_are_free():
+    scheduler = make_scheduler(num_pages=30, max_num_batched_tokens=64, max_model_len=64)
+    scheduler.add(make_request(0, 36, 4))
+    first = scheduler.schedule()
+    assert [c.num_tokens for c in first.chunks] == [36]
+    account = scheduler.account
+    account.grow(first.chunks[0].request, 36, MergesFourfold)
+    first.chunks[0].request.num_computed_tokens = 36
+    first.chunks[0].request.output_token_ids.append(0)
+    # 9 pages are held; the 21 others take in 28 tokens at worst, the first request's page has room
+    scheduler.add(make_request(1, 40, 1))
+    second = scheduler.schedule()
+    assert [(c.request.number, c.num_tokens) for c in second.chunks] == [(0, 1), (1, 28)]
+    assert not second.preempted

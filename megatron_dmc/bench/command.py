@@ -30,6 +30,11 @@ BENCHMARKS = [
         "megatron_dmc.bench.train_step",
         "a Transformer layer and a full training step, with and without DMC",
     ),
+    Benchmark(
+        "decode",
+        "megatron_dmc.bench.decode",
+        "decode throughput over a long paged cache at several CRs",
+    ),
 ]
 
 
@@ -64,6 +69,11 @@ def add_benchmarks(parser: argparse.ArgumentParser) -> None:
                 "--crs", type=float, nargs="+", metavar="CR",
                 help="tokens over entries (default: 1, 4 and 8, 1 and 4 on a CPU)",
             )  # fmt: skip
+        if benchmark.name == "decode":
+            sub.add_argument("--layers", type=int, help="layers (default: 32, 2 on a CPU)")
+            sub.add_argument("--batch", type=int, default=4, help="requests (default: 4)")
+            sub.add_argument("--crs", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0],
+                             metavar="CR", help="imposed CRs (default: 1 2 4 8)")  # fmt: skip
         sub.set_defaults(module=benchmark.module)
 
 

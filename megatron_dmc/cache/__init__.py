@@ -2,5 +2,6 @@
 
 from megatron_dmc.cache.block_tables import BlockTables, OpenSegments
 from megatron_dmc.cache.page_pool import PagePool
+from megatron_dmc.cache.prefix_cache import PrefixCache, Snapshot, extend_keys
 
-__all__ = ["BlockTables", "OpenSegments", "PagePool"]
+__all__ = ["BlockTables", "OpenSegments", "PagePool", "PrefixCache", "Snapshot", "extend_keys"]

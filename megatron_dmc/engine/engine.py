@@ -5,103 +5,25 @@ Dimension letters: L layers, G key/value heads.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_dmc.engine.config import EngineConfig
 from megatron_dmc.engine.context import CompressionRule, PagedContext
+from megatron_dmc.engine.decision_record import DecisionRecord
 from megatron_dmc.engine.detokenizer import IncrementalDetokenizer, find_stop
 from megatron_dmc.engine.model_runner import ModelRunner
+from megatron_dmc.engine.prompts import read_prompt
 from megatron_dmc.engine.request import CompletionOutput, Request, RequestOutput, RequestStatus
 from megatron_dmc.engine.sampler import SampledToken, Sampler, token_logprobs
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.engine.scheduler import ScheduledChunk, Scheduler
-from megatron_dmc.errors import InvalidRequest, UnsupportedConfig
-
-
-@dataclass
-class EngineConfig:
-    """Sizes of the engine. Validated at construction: `UnsupportedConfig` names the field."""
-
-    max_model_len: int
-    """Longest sequence, prompt and completion together."""
-
-    num_pages: int
-    """Pages of the cache, over all layers and KV heads."""
-
-    page_size: int = 16
-    """Slots per page."""
-
-    max_num_seqs: int = 64
-    """Requests that run at a time."""
-
-    max_num_batched_tokens: int = 2048
-    """Tokens computed in a step; longer prompts are computed in chunks."""
-
-    seed: int = 0
-    """For requests that bring no seed."""
-
-    poison: bool = False
-    """Fill free pages with NaN, for tests."""
-
-    def __post_init__(self) -> None:
-        for name in (
-            "max_model_len",
-            "num_pages",
-            "page_size",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UnsupportedConfig(f"{name}={value!r}: use a positive whole number")
-
-
-@dataclass
-class EngineStats:
-    """Counts since the engine was made. Tokens and entries are those of finished requests and of the
-    running ones; a request that was preempted counts from its new start."""
-
-    num_waiting: int
-    num_running: int
-    num_finished: int
-    num_preemptions: int
-    num_pages: int
-    num_pages_in_use: int
-    page_bytes: int
-    peak_pages_in_use: int
-    num_generated_tokens: int
-    num_prompt_tokens: int
-    busy_seconds: float
-    """Time spent in steps."""
-    seq_tokens: int
-    """Tokens in the cache: each counts once, not once per head."""
-    entries_LG: list[list[int]] = field(repr=False)
-    """Entries of each layer's KV heads, over the same requests."""
-    cr_of_running: dict[str, float] = field(default_factory=dict, repr=False)
-    """Measured CR of each running request."""
-
-    @property
-    def num_entries(self) -> int:
-        return sum(map(sum, self.entries_LG))
-
-    @property
-    def measured_cr(self) -> float | None:
-        """Total tokens / total entries."""
-        num_heads = sum(map(len, self.entries_LG))
-        return self.seq_tokens * num_heads / self.num_entries if self.num_entries else None
-
-    @property
-    def measured_cr_LG(self) -> list[list[float | None]]:
-        """Tokens / entries of each layer's KV heads."""
-        return [[self.seq_tokens / n if n else None for n in heads] for heads in self.entries_LG]
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Generated tokens over the time spent in steps."""
-        return self.num_generated_tokens / self.busy_seconds if self.busy_seconds else None
+from megatron_dmc.engine.stats import Counters, EngineStats
+from megatron_dmc.engine.tensor_parallel import Command, TensorParallel
+from megatron_dmc.errors import EngineDead, InvalidRequest, UnsupportedConfig
 
 
 class LLMEngine:
@@ -117,6 +39,8 @@ class LLMEngine:
         enable_dmc: None: as the model. False: never merge (the borrowed channel of a DMC model still
             carries no content). True: refuse a plain model.
         eos_id: end-of-text token; default: the tokenizer's.
+        parallel: this rank of several; `model` has its share of the heads. Rank 0 is called as ever, the
+            others call `follow`.
     """
 
     def __init__(
@@ -130,23 +54,34 @@ class LLMEngine:
         device: torch.device | str = "cpu",
         enable_dmc: bool | None = None,
         eos_id: int | None = None,
+        parallel: TensorParallel | None = None,
     ):
-        num_heads = description.num_layers * description.num_query_groups
+        num_ranks = 1 if parallel is None else parallel.size
+        heads_per_rank = description.num_query_groups // num_ranks
+        num_heads = description.num_layers * heads_per_rank
         if config.num_pages < num_heads:
             raise UnsupportedConfig(
                 f"num_pages={config.num_pages} cannot hold a single token: {description.num_layers} "
-                f"layers of {description.num_query_groups} KV heads need {num_heads} pages at least"
+                f"layers of {heads_per_rank} KV heads need {num_heads} pages at least"
             )
         if config.max_model_len > description.max_position_embeddings:
             raise UnsupportedConfig(
                 f"max_model_len={config.max_model_len} is more than the model's "
                 f"{description.max_position_embeddings} positions; lower it"
             )
+        if parallel is not None and config.enable_prefix_caching:
+            raise UnsupportedConfig(
+                "enable_prefix_caching=True with tensor parallelism: the ranks would keep different "
+                "prefixes; switch it off"
+            )
         self.config, self.description, self.tokenizer = config, description, tokenizer
+        self.parallel = parallel
         self.eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
+        counts = config.count_flipped_decisions
+        self._counts_flips = dtype.itemsize <= 2 if counts is None else counts
         self.context = PagedContext(
             num_layers=description.num_layers,
-            num_kv_heads=description.num_query_groups,
+            num_kv_heads=heads_per_rank,
             head_dim=description.kv_channels,
             num_pages=config.num_pages,
             page_size=config.page_size,
@@ -156,27 +91,35 @@ class LLMEngine:
             device=device,
             rule=_compression_rule(description.dmc, enable_dmc),
             poison=config.poison,
+            prefix_block_size=config.prefix_block_size if config.enable_prefix_caching else None,
+            count_flips=self._counts_flips,
+            num_ranks=num_ranks,
+            exchange=None if parallel is None else parallel.exchange,
+            rank=0 if parallel is None else parallel.rank,
+            sum_over_ranks=None if parallel is None else parallel.sum,
         )
         self.runner = ModelRunner(
-            model, self.context, vocab_size=description.vocab_size, device=device
+            model,
+            self.context,
+            vocab_size=description.vocab_size,
+            device=device,
+            gather=None if parallel is None else parallel.gather_logits,
         )
         self.scheduler = Scheduler(
             self.context,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=config.max_model_len,
+            policy=config.scheduling_policy,
+            priority_reach=config.priority_reach,
         )
         self.sampler = Sampler(config.seed)
         self._requests: dict[str, Request] = {}
         self._detokenizers: dict[str, IncrementalDetokenizer] = {}
-        self._num_added = self._num_finished = 0
-        self._num_generated = self._num_prompt = 0
-        self._busy_seconds = 0.0
-        self._peak_pages = 0
-        self._finished_tokens = 0
-        self._finished_entries_LG = torch.zeros(
-            description.num_layers, description.num_query_groups, dtype=torch.int64
-        )
+        self._unsent: list[Command] = []
+        self._lost: EngineDead | None = None
+        self._num_added = 0
+        self._counters = Counters(description.num_layers, description.num_query_groups)
 
     # Requests.
 
@@ -185,19 +128,25 @@ class LLMEngine:
         request_id: str,
         prompt: str | Sequence[int] | dict,
         params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
     ) -> None:
         """Queue a request.
 
         Args:
             prompt: a text, token ids, or `{"prompt_token_ids": [...]}` (`"prompt"` beside it is kept
                 for the output).
+            priority: lower goes first; only with the scheduling policy "priority".
 
         Raises:
             InvalidRequest: it can never run; nothing is queued then.
         """
         params = params if params is not None else SamplingParams()
+        self._check_alive()
         if request_id in self._requests:
             raise InvalidRequest(f"request {request_id}: this id is in use; choose another")
+        if not isinstance(priority, int):
+            raise InvalidRequest(f"request {request_id}: priority={priority!r}: use a whole number")
         text, token_ids = self._tokens_of(request_id, prompt)
         if params.stop and self.tokenizer is None:
             raise InvalidRequest(
@@ -212,8 +161,11 @@ class LLMEngine:
             prompt_token_ids=token_ids,
             params=params,
             max_total_tokens=len(token_ids) + new,
+            priority=priority,
+            decisions=DecisionRecord() if self._counts_flips else None,
         )
         self.scheduler.add(request)
+        self._tell("add_request", request_id, prompt, params, priority=priority)
         self._num_added += 1
         self._requests[request_id] = request
         if self.tokenizer is not None:
@@ -226,6 +178,7 @@ class LLMEngine:
         request = self._requests.get(request_id)
         if request is None:
             return None
+        self._tell("abort_request", request_id)
         self._finish(request, "abort", None)
         return self._forget(request)
 
@@ -236,7 +189,26 @@ class LLMEngine:
     # A step.
 
     def step(self) -> list[RequestOutput]:
-        """Compute one batch. Returns what changed: every request that got a token or ended."""
+        """Compute one batch. Returns what changed: every request that got a token or ended.
+
+        Raises:
+            EngineDead: with tensor parallelism: another rank is gone.
+        """
+        if self.parallel is None:
+            return self._step()
+        self._check_alive()
+        try:
+            self._tell("step")
+            self._send()
+            return self._step()
+        except RuntimeError as error:
+            explained = self.parallel.explain(error)
+            if isinstance(explained, EngineDead):
+                self._lost = explained
+                raise explained from error
+            raise
+
+    def _step(self) -> list[RequestOutput]:
         began = time.perf_counter()
         schedule = self.scheduler.schedule()
         if not schedule.chunks:
@@ -244,10 +216,12 @@ class LLMEngine:
                 "nothing can be scheduled"
             )
             return []
+        sizes = [chunk.num_tokens for chunk in schedule.chunks]
+        self._counters.scheduled(schedule.chunks)
         logits, wanted = self._run(schedule.chunks)
         changed = self._postprocess(schedule.chunks, logits, wanted)
         outputs = self._collect(changed)
-        self._busy_seconds += time.perf_counter() - began
+        self._counters.computed(sizes, time.perf_counter() - began)
         return outputs
 
     def _run(self, chunks: list[ScheduledChunk]) -> tuple[Tensor, list[list[int]]]:
@@ -264,7 +238,7 @@ class LLMEngine:
                 offsets.append(chunk.num_tokens - 1)
             wanted.append(offsets)
         logits = self.runner.run(chunks, wanted)
-        self._peak_pages = max(self._peak_pages, self.context.pool.num_held)
+        self._counters.peak_pages = max(self._counters.peak_pages, self._pages_in_use)
         return logits, wanted
 
     def _postprocess(
@@ -283,14 +257,17 @@ class LLMEngine:
                 sample_rows.append(rows.pop())
             if rows:
                 self._record_prompt_logprobs(request, chunk.start, logits_XV[rows])
-            if request.num_computed_tokens == 0 and request.metrics.num_preemptions == 0:
-                self._num_prompt += request.num_prompt_tokens
             request.num_computed_tokens = chunk.end
         if sampling:
-            tokens = self.sampler.sample(logits_XV[sample_rows], sampling)
+            tokens = self._sample(logits_XV[sample_rows], sampling)
             for request, token in zip(sampling, tokens, strict=True):
                 self._append(request, token)
         return sampling
+
+    def _sample(self, logits_BV: Tensor, requests: list[Request]) -> list[SampledToken]:
+        if self.parallel is None:
+            return self.sampler.sample(logits_BV, requests)
+        return self.parallel.from_first(lambda: self.sampler.sample(logits_BV, requests))
 
     def _collect(self, changed: list[Request]) -> list[RequestOutput]:
         return [
@@ -298,13 +275,53 @@ class LLMEngine:
             for request in changed
         ]
 
+    # Tensor parallelism.
+
+    def follow(self) -> None:
+        """On ranks other than 0: do what rank 0 is asked, until it calls `close`.
+
+        Raises:
+            EngineDead: rank 0 or another rank is gone.
+        """
+        parallel = self.parallel
+        assert parallel is not None and parallel.rank > 0, "rank 0 leads"
+        try:
+            while True:
+                for command in parallel.receive():
+                    if command.name == "close":
+                        return
+                    method = self._step if command.name == "step" else getattr(self, command.name)
+                    method(*command.arguments, **command.keywords)
+        except RuntimeError as error:
+            raise parallel.explain(error) from error
+
+    def close(self) -> None:
+        """Rank 0: let the other ranks' `follow` return. Without tensor parallelism nothing to do."""
+        if self.parallel is not None and self.parallel.rank == 0 and self._lost is None:
+            self._tell("close")
+            self._send()
+
+    def _tell(self, name: str, *arguments: Any, **keywords: Any) -> None:
+        """Rank 0: what the others have to do too, sent with the next step."""
+        if self.parallel is not None and self.parallel.rank == 0:
+            self._unsent.append(Command(name, arguments, keywords))
+
+    def _send(self) -> None:
+        assert self.parallel is not None
+        self.parallel.send(self._unsent)
+        self._unsent = []
+
+    def _check_alive(self) -> None:
+        if self._lost is not None:
+            raise self._lost
+
     # One request.
 
     def _append(self, request: Request, token: SampledToken) -> None:
         if request.metrics.first_token_time is None:
             request.metrics.first_token_time = time.monotonic()
         request.output_token_ids.append(token.token_id)
-        self._num_generated += 1
+        self._counters.num_generated += 1
         if token.logprobs is not None and token.logprob is not None:
             request.logprobs.append(token.logprobs)
             request.cumulative_logprob += token.logprob
@@ -346,12 +363,12 @@ class LLMEngine:
     def _finish(self, request: Request, finish_reason: str, stop_reason: str | int | None) -> None:
         self._measure(request)
         if request.status is RequestStatus.RUNNING:
-            self._finished_tokens += request.num_computed_tokens
-            self._finished_entries_LG += self._entries_of(request)
+            self._counters.finished_tokens += request.num_computed_tokens
+            self._counters.finished_entries_LG += self._entries_of(request)
         self.scheduler.finish(request)
         request.finish_reason, request.stop_reason = finish_reason, stop_reason
         request.metrics.finished_time = time.monotonic()
-        self._num_finished += 1
+        self._counters.num_finished += 1
 
     def _forget(self, request: Request) -> RequestOutput:
         output = self._output(request)
@@ -360,8 +377,9 @@ class LLMEngine:
         del self._requests[request.request_id]
         return output
 
-    def _entries_of(self, request: Request) -> Tensor:
-        return self.context.tables.num_entries_LRG[:, request.row].cpu()
+    def _entries_of(self, request: Request) -> np.ndarray:
+        assert request.row is not None
+        return self.context.tables.entries(request.row)
 
     def _measure(self, request: Request) -> None:
         """Bring the request's cache figures up to date; keep the last ones of one that does not run."""
@@ -369,7 +387,7 @@ class LLMEngine:
             return
         entries_LG = self._entries_of(request)
         metrics = request.metrics
-        metrics.num_cached_tokens = request.num_computed_tokens * entries_LG.numel()
+        metrics.num_cached_tokens = request.num_computed_tokens * entries_LG.size
         metrics.num_entries = int(entries_LG.sum())
         metrics.num_pages = int((-(-entries_LG // self.config.page_size)).sum())
 
@@ -411,64 +429,73 @@ class LLMEngine:
     def _tokens_of(
         self, request_id: str, prompt: str | Sequence[int] | dict
     ) -> tuple[str | None, list[int]]:
-        text = None
-        if isinstance(prompt, dict):
-            if "prompt_token_ids" not in prompt:
-                if not isinstance(prompt.get("prompt"), str):
-                    raise InvalidRequest(
-                        f"request {request_id}: a prompt needs 'prompt_token_ids' or 'prompt'"
-                    )
-                prompt = prompt["prompt"]
-            else:
-                text, prompt = prompt.get("prompt"), prompt["prompt_token_ids"]
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InvalidRequest(
-                    f"request {request_id}: a text prompt needs a tokenizer; pass prompt_token_ids"
-                )
-            text, token_ids = prompt, list(self.tokenizer.encode(prompt))
-            adds_bos = bool(getattr(self.tokenizer, "add_bos", False))
-            if self.tokenizer.bos_id is not None and (adds_bos or not token_ids):
-                token_ids.insert(0, self.tokenizer.bos_id)
-        else:
-            token_ids = [int(i) for i in prompt]
-        for token_id in token_ids:
-            if not 0 <= token_id < self.description.vocab_size:
-                raise InvalidRequest(
-                    f"request {request_id}: token id {token_id} is not in the model's vocabulary of "
-                    f"{self.description.vocab_size}; was the prompt encoded with its tokenizer?"
-                )
-        return text, token_ids
+        return read_prompt(request_id, prompt, self.tokenizer, self.description.vocab_size)
 
     # Figures.
 
+    def lengths(self, request_id: str) -> list[list[int]] | None:
+        """Entries of each layer's KV heads of a running request; None if it does not run."""
+        request = self._requests.get(request_id)
+        if request is None or request.row is None:
+            return None
+        return self._entries_of(request).tolist()
+
+    def check_integrity(self) -> None:
+        """Every page is free or held by exactly those who name it.
+
+        Raises:
+            AssertionError: if not.
+        """
+        prefixes = self.context.prefixes
+        self.context.tables.check_integrity(None if prefixes is None else prefixes.page_ids())
+
     def stats(self) -> EngineStats:
         """Counts so far."""
-        tokens, entries_LG = self._finished_tokens, self._finished_entries_LG.clone()
+        counters, context = self._counters, self.context
+        running_LG = np.zeros_like(counters.finished_entries_LG)
+        tokens = counters.finished_tokens
         crs = {}
         for request in self.scheduler.running:
             self._measure(request)
             tokens += request.num_computed_tokens
-            entries_LG += self._entries_of(request)
+            running_LG += self._entries_of(request)
             if request.metrics.measured_cr is not None:
                 crs[request.request_id] = request.metrics.measured_cr
-        pool = self.context.pool
+        pool, prefixes = context.pool, context.prefixes
         return EngineStats(
             num_waiting=len(self.scheduler.waiting),
             num_running=len(self.scheduler.running),
-            num_finished=self._num_finished,
+            num_finished=counters.num_finished,
             num_preemptions=self.scheduler.num_preemptions,
             num_pages=pool.num_pages,
-            num_pages_in_use=pool.num_held,
+            num_pages_in_use=self._pages_in_use,
             page_bytes=pool.page_bytes,
-            peak_pages_in_use=self._peak_pages,
-            num_generated_tokens=self._num_generated,
-            num_prompt_tokens=self._num_prompt,
-            busy_seconds=self._busy_seconds,
+            peak_pages_in_use=counters.peak_pages,
+            num_generated_tokens=counters.num_generated,
+            num_prompt_tokens=counters.num_prompt,
+            busy_seconds=counters.prefill_seconds + counters.decode_seconds,
             seq_tokens=tokens,
-            entries_LG=entries_LG.tolist(),
+            entries_LG=(counters.finished_entries_LG + running_LG).tolist(),
             cr_of_running=crs,
+            entry_bytes=pool.page_bytes // pool.page_size,
+            running_entries_LG=running_LG.tolist(),
+            num_prefill_tokens=counters.num_prefill,
+            num_decode_tokens=counters.num_decode,
+            prefill_seconds=counters.prefill_seconds,
+            decode_seconds=counters.decode_seconds,
+            num_decode_only_tokens=counters.num_decode_only,
+            num_cached_pages=pool.num_reclaimable,
+            num_cached_prefixes=0 if prefixes is None else len(prefixes),
+            num_evicted_prefixes=0 if prefixes is None else prefixes.num_evicted,
+            num_prefix_queried_tokens=context.num_queried_tokens,
+            num_prefix_hit_tokens=context.num_hit_tokens,
+            num_repeated_decisions=context.num_repeated_decisions,
+            num_flipped_decisions=context.num_flipped_decisions,
         )
+
+    @property
+    def _pages_in_use(self) -> int:
+        return self.context.pool.num_held - self.context.pool.num_reclaimable
 
 
 def _compression_rule(dmc: Any | None, enable_dmc: bool | None) -> CompressionRule | None:

@@ -1,14 +1,19 @@
 """`LLM(model=...).generate(prompts, params)`, in vLLM's manner."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from megatron_dmc.engine.engine import EngineConfig, EngineStats, LLMEngine
+from megatron_dmc.engine.config import EngineConfig
+from megatron_dmc.engine.engine import LLMEngine
 from megatron_dmc.engine.request import RequestOutput
 from megatron_dmc.engine.sampling_params import SamplingParams
-from megatron_dmc.errors import InvalidRequest, UnsupportedConfig
+from megatron_dmc.engine.scheduler import SchedulingPolicy
+from megatron_dmc.engine.stats import EngineStats
+from megatron_dmc.engine.tensor_parallel import TensorParallel
+from megatron_dmc.errors import EngineDead, InvalidRequest, UnsupportedConfig
 
 _DTYPES = {
     "float64": torch.float64,
@@ -38,6 +43,11 @@ class LLM:
         gpu_memory_utilization: as a part of the GPU's memory, model included. On a CPU the default is
             what `max_num_seqs` longest sequences need, at most 1 GiB.
         enable_dmc: None: as the model. False: never merge.
+        scheduling_policy: "fcfs" or "priority".
+        enable_prefix_caching: share the pages of equal prefixes between requests.
+        prefix_block_size: tokens between two places at which a shared prefix can end.
+        tensor_parallel_size: processes that share the heads, started by torchrun; every process makes an
+            `LLM`, and all but rank 0 then call `follow`.
         seed: of requests without a seed.
         device: default: the GPU if there is one.
     """
@@ -57,6 +67,10 @@ class LLM:
         kv_cache_memory_bytes: int | None = None,
         gpu_memory_utilization: float = 0.9,
         enable_dmc: bool | None = None,
+        scheduling_policy: SchedulingPolicy = "fcfs",
+        enable_prefix_caching: bool = False,
+        prefix_block_size: int = 256,
+        tensor_parallel_size: int = 1,
         seed: int = 0,
         device: str | torch.device | None = None,
     ):
@@ -69,10 +83,19 @@ class LLM:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(device)
+        parallel = None
+        if tensor_parallel_size != 1:
+            if device.type == "cuda" and device.index is None:
+                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+                torch.cuda.set_device(device)
+            parallel = TensorParallel(tensor_parallel_size, device=device)
         if not hasattr(model, "description"):
             from megatron_dmc.models import load_model
 
-            model = load_model(model, device=device, dtype=_parse_dtype(dtype))
+            model = load_model(
+                model, device=device, dtype=_parse_dtype(dtype),
+                tensor_parallel_size=tensor_parallel_size,
+            )  # fmt: skip
         description = model.description
         gpt = model.model
         model_dtype = next(gpt.parameters()).dtype
@@ -82,11 +105,15 @@ class LLM:
         if num_pages is None:
             num_pages = _num_pages(
                 page_bytes,
-                worst_case=_worst_case_pages(description, max_model_len, page_size) * max_num_seqs,
+                worst_case=_worst_case_pages(description, max_model_len, page_size)
+                // tensor_parallel_size
+                * max_num_seqs,
                 kv_cache_memory_bytes=kv_cache_memory_bytes,
                 gpu_memory_utilization=gpu_memory_utilization,
                 device=device,
             )
+        if parallel is not None:
+            num_pages = parallel.least(num_pages)
         self.engine = LLMEngine(
             gpt,
             description,
@@ -98,12 +125,32 @@ class LLM:
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
                 seed=seed,
+                scheduling_policy=scheduling_policy,
+                enable_prefix_caching=enable_prefix_caching,
+                prefix_block_size=prefix_block_size,
             ),
             dtype=model_dtype,
             device=device,
             enable_dmc=enable_dmc,
+            parallel=parallel,
         )
         self._num_generated = 0
+
+    def follow(self) -> bool:
+        """With tensor parallelism: on rank 0 False at once; elsewhere True when rank 0 is done, after
+        taking part in all it did.
+
+        Raises:
+            EngineDead: another rank is gone.
+        """
+        if self.engine.parallel is None or self.engine.parallel.rank == 0:
+            return False
+        self.engine.follow()
+        return True
+
+    def close(self) -> None:
+        """With tensor parallelism: let the other ranks go."""
+        self.engine.close()
 
     def get_tokenizer(self) -> Any | None:
         """The tokenizer in use."""
@@ -119,12 +166,14 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Complete the prompts. The outputs are in the prompts' order.
 
         Args:
             prompts: texts, `{"prompt_token_ids": [...]}`, or lists of token ids; one or several.
             sampling_params: one for all, or one for each.
+            priority: of each prompt, with the scheduling policy "priority"; lower goes first.
 
         Raises:
             InvalidRequest: for the first prompt that can never run; none has been started then.
@@ -139,14 +188,21 @@ class LLM:
             raise InvalidRequest(
                 f"{len(params)} sampling_params for {len(prompts)} prompts; give one, or one for each"
             )
+        priorities = [0] * len(prompts) if priority is None else list(priority)
+        if len(priorities) != len(prompts):
+            raise InvalidRequest(
+                f"{len(priorities)} priorities for {len(prompts)} prompts; give one for each"
+            )
         ids: list[str] = []
         try:
-            for prompt, p in zip(prompts, params, strict=True):
+            for prompt, p, level in zip(prompts, params, priorities, strict=True):
                 request_id = f"generate-{self._num_generated}"
                 self._num_generated += 1
-                self.engine.add_request(request_id, prompt, p)
+                self.engine.add_request(request_id, prompt, p, priority=level)
                 ids.append(request_id)
             finished = self._run(len(ids), use_tqdm)
+        except EngineDead:
+            raise
         except BaseException:
             for request_id in ids:
                 self.engine.abort_request(request_id)

@@ -4,6 +4,7 @@ import enum
 import time
 from dataclasses import dataclass, field
 
+from megatron_dmc.engine.decision_record import DecisionRecord
 from megatron_dmc.engine.sampling_params import SamplingParams
 
 
@@ -29,7 +30,10 @@ class RequestMetrics:
     arrival_time: float
     first_token_time: float | None = None
     finished_time: float | None = None
+    first_scheduled_time: float | None = None
     num_preemptions: int = 0
+    num_cached_prompt_tokens: int = 0
+    """Prompt tokens that a cached prefix spared when the request was first scheduled."""
     num_cached_tokens: int = 0
     """Tokens in the cache: seq_len when last computed, times layers and KV heads."""
     num_entries: int = 0
@@ -61,6 +65,12 @@ class Request:
     metrics: RequestMetrics = field(
         default_factory=lambda: RequestMetrics(arrival_time=time.monotonic())
     )
+    priority: int = 0
+    """Lower goes first, with the scheduling policy "priority"."""
+    prefix_keys: list[bytes] = field(default_factory=list)
+    """Of the full blocks of its tokens, as far as they were asked for."""
+    decisions: DecisionRecord | None = None
+    """What was decided about its tokens, where flipped decisions are counted."""
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     status: RequestStatus = RequestStatus.WAITING

@@ -1,15 +1,38 @@
-"""Continuous batching, first come, first served, under a budget of pages. Knows pages only.
+"""Continuous batching under a budget of tokens and pages. Knows pages only.
 
-A request that runs is never preempted for one that came later, and the oldest one is never preempted
-at all; with the refusal of what can never fit, every request finishes.
+Requests have an order, fixed when they arrive: their number, and with priorities
+`number + priority * priority_reach`. What holds:
+
+- A request is admitted only if all that stand before it in the waiting queue were.
+- A running request is preempted only for one that is before it in the order, and the first of the
+  running ones never is.
+- Only finitely many requests can come to stand before a given one. With the refusal of what can never
+  fit, every request finishes, whatever its priority.
+- The pages that a step may need at worst are free when it is scheduled: it can finish.
+
+Admission is by expectation: known tokens and one page's worth more per head, at the CR measured so
+far. Where heads merge less than expected, pages run short and the last in the order is preempted.
 """
 
-from collections import deque
+import bisect
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 from megatron_dmc.engine.request import Request, RequestStatus
-from megatron_dmc.errors import InvalidRequest
+from megatron_dmc.errors import InvalidRequest, UnsupportedConfig
+
+SchedulingPolicy = Literal["fcfs", "priority"]
+
+
+class CachedPrefix(NamedTuple):
+    """A prefix of a request that need not be computed."""
+
+    num_tokens: int
+    num_pages: int
+    """Pages that are free before a start with it and not afterwards."""
+
+
+NO_PREFIX = CachedPrefix(0, 0)
 
 
 class PageAccount(Protocol):
@@ -19,7 +42,7 @@ class PageAccount(Protocol):
     """All pages."""
     page_size: int
     num_heads_total: int
-    """KV heads over all layers: each has its own pages."""
+    """KV heads over all layers: each has its own pages. With tensor parallelism: of one rank."""
 
     @property
     def num_free_pages(self) -> int: ...
@@ -28,8 +51,16 @@ class PageAccount(Protocol):
         """Pages that the request lacks, at worst, to take in so many more tokens."""
         ...
 
-    def start(self, request: Request) -> None:
-        """Give the request a row in the cache."""
+    def num_entries(self, request: Request) -> int:
+        """Entries of a running request, over all layers and heads (of the rank that has most)."""
+        ...
+
+    def find_prefix(self, request: Request) -> CachedPrefix:
+        """What `start` can begin a waiting request with."""
+        ...
+
+    def start(self, request: Request, *, use_prefix: bool) -> None:
+        """Give the request a row in the cache, with the prefix just found if it shall be used."""
         ...
 
     def release(self, request: Request) -> None:
@@ -73,9 +104,12 @@ class Schedule:
 class Scheduler:
     """Decides which tokens of which requests a step computes.
 
+    Args:
+        policy: "fcfs", or "priority": a request of lower `priority` passes `priority_reach` earlier
+            ones per level.
+
     Attributes:
-        waiting: in order of arrival; preempted requests stand at the front.
-        running: in order of arrival.
+        waiting, running: in order.
     """
 
     def __init__(
@@ -85,25 +119,37 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        policy: SchedulingPolicy = "fcfs",
+        priority_reach: int = 256,
     ):
         for name, value in (
             ("max_num_seqs", max_num_seqs),
             ("max_num_batched_tokens", max_num_batched_tokens),
             ("max_model_len", max_model_len),
+            ("priority_reach", priority_reach),
         ):
             if value < 1:
                 raise ValueError(f"{name}={value} must be positive")
+        if policy not in get_args(SchedulingPolicy):
+            raise UnsupportedConfig(f"scheduling_policy={policy!r}: use 'fcfs' or 'priority'")
         self.account = account
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
-        self.waiting: deque[Request] = deque()
+        self.policy, self.priority_reach = policy, priority_reach
+        self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self._released_tokens = self._released_entries = 0
 
     @property
     def has_unfinished_requests(self) -> bool:
         return bool(self.waiting or self.running)
+
+    def order(self, request: Request) -> tuple[int, int]:
+        """What requests are sorted by: lower goes first."""
+        levels = request.priority if self.policy == "priority" else 0
+        return request.number + levels * self.priority_reach, request.number
 
     def check_feasible(self, request: Request) -> None:
         """Refuse a request that could never run to its end.
@@ -121,6 +167,11 @@ class Scheduler:
                 f"request {request.request_id}: a prompt of {num_prompt} tokens leaves no room in a "
                 f"context of max_model_len={self.max_model_len}; shorten it or raise max_model_len"
             )
+        if request.priority and self.policy != "priority":
+            raise InvalidRequest(
+                f"request {request.request_id}: priority={request.priority} needs "
+                "scheduling_policy='priority'; this engine serves first come, first served"
+            )
         most = self.worst_case_pages(request.max_cached_tokens)
         if most > self.account.num_pages:
             raise InvalidRequest(
@@ -134,6 +185,32 @@ class Scheduler:
         """Pages of so many tokens if none merges."""
         return -(-num_tokens // self.account.page_size) * self.account.num_heads_total
 
+    @property
+    def measured_cr(self) -> float:
+        """Tokens / entries of all requests that ran; 1 before there are any."""
+        heads = self.account.num_heads_total
+        tokens = self._released_tokens + heads * sum(r.num_computed_tokens for r in self.running)
+        entries = self._released_entries + sum(map(self.account.num_entries, self.running))
+        return tokens / entries if entries else 1.0
+
+    def expected_pages(self, request: Request, num_cached: int, measured_cr: float) -> float:
+        """Pages that a request will probably need, beyond those of its first `num_cached` tokens, for
+        its known tokens and as many more as fill one page of a head.
+
+        Args:
+            measured_cr: of the engine, for a request that has too few tokens of its own in the cache.
+        """
+        page_size, heads = self.account.page_size, self.account.num_heads_total
+        cr = measured_cr
+        if request.num_computed_tokens >= 2 * page_size:
+            cr = request.num_computed_tokens * heads / self.account.num_entries(request)
+        known = min(request.num_tokens + page_size, request.max_cached_tokens)
+        tokens = max(known - num_cached, 0)
+        # each head's last page is half full on average
+        partly_filled = 0.0 if num_cached else 0.5
+        pages = heads * (tokens / (cr * page_size) + partly_filled)
+        return min(pages, self.worst_case_pages(tokens))
+
     def add(self, request: Request) -> None:
         """Queue a request.
 
@@ -141,71 +218,107 @@ class Scheduler:
             InvalidRequest: if it can never run; nothing is queued then.
         """
         self.check_feasible(request)
-        self.waiting.append(request)
+        bisect.insort(self.waiting, request, key=self.order)
 
     def schedule(self) -> Schedule:
-        """Choose a step's tokens: running requests first, then new ones while all bounds allow."""
+        """Choose a step's tokens: one for every running request, then the rest of their prompts, then
+        new requests, each in order and while all bounds allow."""
         schedule = Schedule()
-        budget = self.max_num_batched_tokens
-        free = self.account.num_free_pages
-        position = 0
-        while position < len(self.running) and budget > 0:
-            request = self.running[position]
-            num_tokens = min(request.num_uncomputed_tokens, budget)
-            needed = self.account.pages_needed(request, num_tokens)
-            while needed > free and self.running[-1] is not request:
-                # those behind `position` hold no promise of this step yet
-                schedule.preempted.append(self._preempt_newest())
-                free = self.account.num_free_pages - self._promised(schedule)
-            if needed > free:
-                assert position > 0, "the only running request is out of pages"
-                schedule.preempted.append(self._preempt_newest())
-                break
-            schedule.chunks.append(ScheduledChunk(request, num_tokens))
-            free -= needed
-            budget -= num_tokens
-            position += 1
-        while (
-            not schedule.preempted
-            and self.waiting
-            and budget > 0
-            and len(self.running) < self.max_num_seqs
-        ):
-            request = self.waiting[0]
-            prompt_pages = self.worst_case_pages(request.num_tokens)
-            # room for one more page of every head of every running request, the new one included
-            watermark = (len(self.running) + 1) * self.account.num_heads_total
-            if prompt_pages + (watermark if self.running else 0) > free:
-                break
-            self.waiting.popleft()
-            self.account.start(request)
-            request.status = RequestStatus.RUNNING
-            self.running.append(request)
-            num_tokens = min(request.num_uncomputed_tokens, budget)
-            schedule.chunks.append(ScheduledChunk(request, num_tokens))
-            free -= prompt_pages
-            budget -= num_tokens
+        free = self._continue(schedule)
+        if not schedule.preempted:
+            self._admit(schedule, free)
         return schedule
 
     def finish(self, request: Request) -> None:
         """Take a request out, running or waiting, and give back what it holds."""
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
-            self.account.release(request)
+            self._release(request)
         else:
             self.waiting.remove(request)
         request.status = RequestStatus.FINISHED
 
-    def _promised(self, schedule: Schedule) -> int:
-        return sum(self.account.pages_needed(c.request, c.num_tokens) for c in schedule.chunks)
+    def _continue(self, schedule: Schedule) -> int:
+        """Chunks for the running requests, preempting where needed. Returns pages left free."""
+        budget = self.max_num_batched_tokens
+        free = self.account.num_free_pages
+        promised: list[int] = []
+        position = 0
+        while position < len(self.running) and budget > 0:
+            request = self.running[position]
+            needed = self.account.pages_needed(request, 1)
+            while needed > free and self.running[-1] is not request:
+                # those behind `position` hold no promise of this step yet
+                schedule.preempted.append(self._preempt_last())
+                free = self.account.num_free_pages - sum(promised)
+            if needed > free:
+                assert position > 0, "the only running request is out of pages"
+                schedule.preempted.append(self._preempt_last())
+                free = self.account.num_free_pages - sum(promised)
+                break
+            schedule.chunks.append(ScheduledChunk(request, 1))
+            promised.append(needed)
+            free -= needed
+            budget -= 1
+            position += 1
+        for chunk, needed in zip(schedule.chunks, promised, strict=True):
+            most = min(chunk.request.num_uncomputed_tokens, 1 + budget)
+            if most > 1:
+                chunk.num_tokens = self._most_tokens(chunk.request, most, free + needed)
+                budget -= chunk.num_tokens - 1
+                free += needed - self.account.pages_needed(chunk.request, chunk.num_tokens)
+        return free
 
-    def _preempt_newest(self) -> Request:
+    def _admit(self, schedule: Schedule, free: int) -> None:
+        budget = self.max_num_batched_tokens - schedule.num_tokens
+        heads = self.account.num_heads_total
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            request = self.waiting[0]
+            prefix = self.account.find_prefix(request)
+            if prefix.num_pages + heads > free and not self.running:
+                prefix = NO_PREFIX  # alone, it shall start whatever is cached
+            # one token may need a new page of every head
+            if prefix.num_pages + heads > free:
+                break
+            if self.running:
+                cr = self.measured_cr
+                expected = prefix.num_pages + self.expected_pages(request, prefix.num_tokens, cr)
+                for r in self.running:
+                    expected += self.expected_pages(r, r.num_computed_tokens, cr)
+                if expected > self.account.num_free_pages:
+                    break
+            self.waiting.pop(0)
+            self.account.start(request, use_prefix=prefix.num_tokens > 0)
+            request.status = RequestStatus.RUNNING
+            bisect.insort(self.running, request, key=self.order)
+            free -= prefix.num_pages
+            num_tokens = self._most_tokens(
+                request, min(request.num_uncomputed_tokens, budget), free
+            )
+            schedule.chunks.append(ScheduledChunk(request, num_tokens))
+            free -= self.account.pages_needed(request, num_tokens)
+            budget -= num_tokens
+
+    def _most_tokens(self, request: Request, most: int, num_pages: int) -> int:
+        """The most tokens, from 1 to `most`, that so many pages suffice for at worst."""
+        if self.account.pages_needed(request, most) <= num_pages:
+            return most
+        return bisect.bisect_right(
+            range(2, most), num_pages, key=lambda n: self.account.pages_needed(request, n)
+        ) + 1  # fmt: skip
+
+    def _preempt_last(self) -> Request:
         """Its tokens, prompt and completion, are computed again later."""
         request = self.running.pop()
-        self.account.release(request)
+        self._release(request)
         request.status = RequestStatus.WAITING
         request.num_computed_tokens = 0
         request.metrics.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(request)
+        bisect.insort(self.waiting, request, key=self.order)
         return request
+
+    def _release(self, request: Request) -> None:
+        self._released_tokens += request.num_computed_tokens * self.account.num_heads_total
+        self._released_entries += self.account.num_entries(request)
+        self.account.release(request)

@@ -1,0 +1,48 @@
+"""What a request may give as its prompt."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_dmc.errors import InvalidRequest
+
+
+def read_prompt(
+    request_id: str, prompt: str | Sequence[int] | dict, tokenizer: Any | None, vocab_size: int
+) -> tuple[str | None, list[int]]:
+    """Text (where there is one) and token ids of a prompt.
+
+    Args:
+        prompt: a text, token ids, or `{"prompt_token_ids": [...]}` (`"prompt"` beside it is kept).
+        tokenizer: `encode, bos_id`, or None.
+
+    Raises:
+        InvalidRequest: it cannot be read, or a token is not in the vocabulary.
+    """
+    text = None
+    if isinstance(prompt, dict):
+        if "prompt_token_ids" not in prompt:
+            if not isinstance(prompt.get("prompt"), str):
+                raise InvalidRequest(
+                    f"request {request_id}: a prompt needs 'prompt_token_ids' or 'prompt'"
+                )
+            prompt = prompt["prompt"]
+        else:
+            text, prompt = prompt.get("prompt"), prompt["prompt_token_ids"]
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise InvalidRequest(
+                f"request {request_id}: a text prompt needs a tokenizer; pass prompt_token_ids"
+            )
+        text, token_ids = prompt, list(tokenizer.encode(prompt))
+        adds_bos = bool(getattr(tokenizer, "add_bos", False))
+        if tokenizer.bos_id is not None and (adds_bos or not token_ids):
+            token_ids.insert(0, tokenizer.bos_id)
+    else:
+        token_ids = [int(i) for i in prompt]
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequest(
+                f"request {request_id}: token id {token_id} is not in the model's vocabulary of "
+                f"{vocab_size}; was the prompt encoded with its tokenizer?"
+            )
+    return text, token_ids
