@@ -19,3 +19,7 @@ class OutOfPages(DMCError, RuntimeError):
 
 class CheckpointError(DMCError, ValueError):
     """A checkpoint or tokenizer that is missing, truncated, or does not fit the model."""
+
+
+class EngineDead(DMCError, RuntimeError):
+    """The engine has failed or was shut down; start it anew."""

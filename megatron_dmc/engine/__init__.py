@@ -1,5 +1,6 @@
 """The inference engine: requests, scheduling, the paged context, sampling."""
 
+from megatron_dmc.engine.async_llm import AsyncLLM, RequestStream
 from megatron_dmc.engine.engine import EngineConfig, EngineStats, LLMEngine
 from megatron_dmc.engine.llm import LLM
 from megatron_dmc.engine.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -7,6 +8,7 @@ from megatron_dmc.engine.sampling_params import SamplingParams
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "EngineConfig",
     "EngineStats",
@@ -14,5 +16,6 @@ __all__ = [
     "Logprob",
     "RequestMetrics",
     "RequestOutput",
+    "RequestStream",
     "SamplingParams",
 ]
