@@ -4,6 +4,8 @@ import argparse
 import importlib
 from dataclasses import dataclass
 
+from megatron_dmc.bench.serving import add_serving_benchmarks
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -51,6 +53,7 @@ def add_benchmarks(parser: argparse.ArgumentParser) -> None:
                 "--layers", type=int, help="layers of the full step (default: 8, 2 on a CPU)"
             )
         sub.set_defaults(module=benchmark.module)
+    add_serving_benchmarks(names)
 
 
 def run(args: argparse.Namespace) -> int:

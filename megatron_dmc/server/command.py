@@ -102,8 +102,8 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
         config = engine.config
         print(
-            f"serving {', '.join(names)}: {config.num_pages} pages of {config.page_size} slots "
-            f"({config.num_pages * engine.context.pool.page_bytes:,} bytes), at most "
+            f"serving {', '.join(names)} at {_address(listener)}: {config.num_pages} pages of "
+            f"{config.page_size} slots ({config.num_pages * engine.context.pool.page_bytes:,} bytes), at most "
             f"{config.max_num_seqs} requests of {config.max_model_len} tokens at a time",
             file=sys.stderr,
             flush=True,
@@ -141,6 +141,11 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as e:
         raise DMCError(f"--host {host} --port {port}: {e}; choose another") from e
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _tokenizer_place(args: argparse.Namespace, path: str) -> Any:
