@@ -188,7 +188,9 @@ def test_models_version_health_and_metrics(server, client):
             text = answer.read().decode()
         return {
             m[1]: float(m[2])
-            for m in re.finditer(r'^megatron_dmc:(\w+)\{model_name="tiny"\} (\S+)$', text, re.MULTILINE)
+            for m in re.finditer(
+                r'^megatron_dmc:(\w+)\{model_name="tiny"\} (\S+)$', text, re.MULTILINE
+            )
         }
 
     before = scrape()
