@@ -43,7 +43,7 @@ def test_page_follows_the_engine(browser, tmp_path):
         wait.until(lambda _: text("running") == "0" and text("model") == "tiny")
         assert text("pages") == "0.0 %" and not browser.find_elements(By.CSS_SELECTOR, "td")
 
-        body = b'{"prompt": "def main():", "n": 3, "max_tokens": 480, "ignore_eos": true}'
+        body = b'{"prompt": "def main():", "n": 3, "max_tokens": 300, "ignore_eos": true}'
         request = urllib.request.Request(
             f"{server.url}/v1/completions", body, {"Content-Type": "application/json"}
         )

@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
     listener = _listen(args.host, args.port)
     with listener:
         print(f"loading {path}", file=sys.stderr, flush=True)
-        engine = make_llm(args).engine
         template = load_chat_template(_tokenizer_place(args, path), args.chat_template)
+        engine = make_llm(args).engine
         metrics = Metrics(names[0])
         llm = AsyncLLM(engine, observer=metrics.observe)
         service = Service(llm, names, Concurrency(args.max_concurrent_requests), template)

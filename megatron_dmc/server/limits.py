@@ -31,7 +31,10 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        refusal = self._key_refusal(scope["path"], headers) or self._size_refusal(headers)
+        refusal = self._key_refusal(scope["path"], headers)
+        if refusal is None and self._declared_size(headers) > self._max_body_bytes:
+            refusal = self._too_large()
+            await self._discard(receive)
         if refusal is not None:
             await refusal.response()(scope, receive, send)
             return
@@ -42,6 +45,8 @@ class Gate:
             message = await receive()
             size += len(message.get("body", b""))
             if size > self._max_body_bytes:
+                if message.get("more_body"):
+                    await self._discard(receive)
                 raise self._too_large()
             return message
 
@@ -59,11 +64,18 @@ class Gate:
         message = "no valid API key; send 'Authorization: Bearer KEY'"
         return ApiError(401, message, code="invalid_api_key")
 
-    def _size_refusal(self, headers: dict[bytes, bytes]) -> ApiError | None:
+    @staticmethod
+    def _declared_size(headers: dict[bytes, bytes]) -> int:
         declared = headers.get(b"content-length", b"0")
-        if declared.isdigit() and int(declared[:20]) > self._max_body_bytes:
-            return self._too_large()
-        return None
+        return int(declared[:20]) if declared.isdigit() else 0
+
+    async def _discard(self, receive: Receive) -> None:
+        """Read on, up to the limit again: a client that is still sending would miss the answer."""
+        size, more = 0, True
+        while more and size <= self._max_body_bytes:
+            message = await receive()
+            size += len(message.get("body", b""))
+            more = message.get("more_body", False)
 
     def _too_large(self) -> ApiError:
         return ApiError(
