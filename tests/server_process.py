@@ -58,7 +58,7 @@ class ServerProcess:
             found = re.search(r"serving .* at (http://\S+):", self.log.read_text())
             if found:
                 with contextlib.suppress(OSError):
-                    urllib.request.urlopen(f"{found[1]}/health", timeout=5).close()
+                    urllib.request.urlopen(f"{found[1]}/health", timeout=60).close()
                     return found[1]
             assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.1)
@@ -67,10 +67,10 @@ class ServerProcess:
 
     def get(self, path):
         """The JSON document at a path."""
-        with urllib.request.urlopen(f"{self.url}{path}", timeout=60) as answer:
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=300) as answer:
             return json.load(answer)
 
-    def wait_until_idle(self, seconds=60):
+    def wait_until_idle(self, seconds=300):
         """Until no request is left; every page must be free then."""
         deadline = time.monotonic() + seconds
         while (live := self.get("/live"))["num_requests"] or live["num_in_progress"]:

@@ -39,7 +39,7 @@ def test_page_follows_the_engine(browser, tmp_path):
 
     with ServerProcess(tmp_path, model=compressing_model(tmp_path / "model")) as server:
         browser.get(f"{server.url}/")
-        wait = WebDriverWait(browser, 30, poll_frequency=0.2)
+        wait = WebDriverWait(browser, 300, poll_frequency=0.2)
         wait.until(lambda _: text("running") == "0" and text("model") == "tiny")
         assert text("pages") == "0.0 %" and not browser.find_elements(By.CSS_SELECTOR, "td")
 
