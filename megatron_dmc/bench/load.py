@@ -105,8 +105,8 @@ async def _run(
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     base = args.base_url.rstrip("/")
     async with aiohttp.ClientSession(
-        base_url=base,
         headers=headers,
+        read_bufsize=2**20,  # a line of a stream must fit
         connector=aiohttp.TCPConnector(limit=0),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=60),
     ) as session:
@@ -125,7 +125,7 @@ async def _run(
                 **extra,
             }
             async with places:
-                return await request(session, args.endpoint, body)
+                return await request(session, base + args.endpoint, body)
 
         generator = random.Random(args.seed)
         tasks = []
@@ -148,14 +148,14 @@ async def _first_model(session: Any, base: str) -> str:
     import aiohttp
 
     try:
-        async with session.get("/v1/models") as answer:
+        async with session.get(f"{base}/v1/models") as answer:
             answer.raise_for_status()
             return (await answer.json())["data"][0]["id"]
     except (aiohttp.ClientError, OSError, ValueError, LookupError) as e:
         raise DMCError(f"--base-url {base}: /v1/models does not answer ({e})") from e
 
 
-async def request(session: Any, endpoint: str, body: dict[str, Any]) -> Result:
+async def request(session: Any, url: str, body: dict[str, Any]) -> Result:
     """Stream one completion. Never raises for what the server does: see `Result.error`."""
     import aiohttp
 
@@ -163,7 +163,7 @@ async def request(session: Any, endpoint: str, body: dict[str, Any]) -> Result:
     sent = time.perf_counter()
     before = None
     try:
-        async with session.post(endpoint, json=body) as answer:
+        async with session.post(url, json=body) as answer:
             if answer.status != 200:
                 result.error = f"status {answer.status}: {(await answer.text())[:300]}"
                 return result

@@ -243,7 +243,7 @@ class Soak:
         timeout = aiohttp.ClientTimeout(total=None)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(
-            self.server.url, timeout=timeout, connector=connector
+            self.server.url, timeout=timeout, connector=connector, read_bufsize=2**22
         ) as session:
             for prompt in ("def main():\n", "import os\n", "class A:\n"):
                 self.reference[prompt] = await self.greedy(session, prompt)
