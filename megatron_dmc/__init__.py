@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     # Lazily: the engine imports Megatron, which takes seconds.
-    if name in ("LLM", "SamplingParams"):
+    if name in ("LLM", "AsyncLLM", "SamplingParams"):
         import megatron_dmc.engine
 
         return getattr(megatron_dmc.engine, name)

@@ -75,6 +75,27 @@ def run_generate(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def add_serve(subparsers: Subparsers) -> None:
+    """`megatron-dmc serve`."""
+    from megatron_dmc.server.command import add_arguments
+
+    parser = subparsers.add_parser(
+        "serve",
+        help="an OpenAI-compatible server, with a live page and Prometheus metrics",
+        description="Serve a DMC or plain model: /v1/completions, /v1/chat/completions, /v1/models, "
+        "/health, /version, /metrics, and a live page at /.",
+    )
+    add_arguments(parser)
+    parser.set_defaults(run=run_serve)
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Run `megatron-dmc serve`."""
+    from megatron_dmc.server.command import run
+
+    return run(args)
+
+
 def add_report(subparsers: Subparsers) -> None:
     """`megatron-dmc report`."""
     parser = subparsers.add_parser(
@@ -172,6 +193,7 @@ def run_plan(args: argparse.Namespace) -> int:
 SUBCOMMANDS: list[Callable[[Subparsers], None]] = [
     add_convert,
     add_generate,
+    add_serve,
     add_plan,
     add_report,
     add_bench,

@@ -23,3 +23,7 @@ class EngineDead(DMCError, RuntimeError):
 
 class CheckpointError(DMCError, ValueError):
     """A checkpoint or tokenizer that is missing, truncated, or does not fit the model."""
+
+
+class EngineDead(DMCError, RuntimeError):
+    """The engine has failed or was shut down; start it anew."""

@@ -4,6 +4,8 @@ import argparse
 import importlib
 from dataclasses import dataclass
 
+from megatron_dmc.bench.serving import add_serving_benchmarks
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -75,6 +77,7 @@ def add_benchmarks(parser: argparse.ArgumentParser) -> None:
             sub.add_argument("--crs", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0],
                              metavar="CR", help="imposed CRs (default: 1 2 4 8)")  # fmt: skip
         sub.set_defaults(module=benchmark.module)
+    add_serving_benchmarks(names)
 
 
 def run(args: argparse.Namespace) -> int:

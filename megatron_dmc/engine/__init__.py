@@ -1,5 +1,6 @@
 """The inference engine: requests, scheduling, the paged context, sampling."""
 
+from megatron_dmc.engine.async_llm import AsyncLLM, RequestStream
 from megatron_dmc.engine.config import EngineConfig
 from megatron_dmc.engine.engine import LLMEngine
 from megatron_dmc.engine.llm import LLM
@@ -9,6 +10,7 @@ from megatron_dmc.engine.stats import EngineStats
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "EngineConfig",
     "EngineStats",
@@ -16,5 +18,6 @@ __all__ = [
     "Logprob",
     "RequestMetrics",
     "RequestOutput",
+    "RequestStream",
     "SamplingParams",
 ]

@@ -147,7 +147,9 @@ class LLMEngine:
             raise InvalidRequest(f"request {request_id}: this id is in use; choose another")
         if not isinstance(priority, int):
             raise InvalidRequest(f"request {request_id}: priority={priority!r}: use a whole number")
-        text, token_ids = self._tokens_of(request_id, prompt)
+        text, token_ids = read_prompt(
+            request_id, prompt, self.tokenizer, self.description.vocab_size
+        )
         if params.stop and self.tokenizer is None:
             raise InvalidRequest(
                 f"request {request_id}: stop={params.stop!r} needs a tokenizer; use stop_token_ids"
@@ -425,11 +427,6 @@ class LLMEngine:
             return detokenizer.text
         held = max(len(stop) for stop in params.stop) - 1
         return detokenizer.text[: max(0, len(detokenizer.text) - held)]
-
-    def _tokens_of(
-        self, request_id: str, prompt: str | Sequence[int] | dict
-    ) -> tuple[str | None, list[int]]:
-        return read_prompt(request_id, prompt, self.tokenizer, self.description.vocab_size)
 
     # Figures.
 

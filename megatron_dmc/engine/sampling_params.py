@@ -91,8 +91,8 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """True where no randomness is involved."""
-        return self.temperature == 0
+        """True where no randomness is involved; below 1e-5 the scores would overflow."""
+        return self.temperature < 1e-5
 
     def _list_of(self, name: str) -> list:
         value = getattr(self, name)

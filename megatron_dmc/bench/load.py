@@ -1,0 +1,304 @@
+"""`megatron-dmc bench serve`: streamed completions against any OpenAI-compatible server.
+
+Regime: open loop with gamma-distributed gaps (Poisson at burstiness 1), perhaps bounded by
+--max-concurrency; every request streams. Metrics, as the client sees them, in milliseconds: TTFT, from
+sending to the first text; ITL, between two chunks with text; TPOT, (last - first text) / (tokens - 1);
+E2EL, from sending to the end. The last line printed is one JSON document with vLLM's keys. A request that
+fails counts as failed and enters no latency.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_dmc import __version__
+from megatron_dmc.bench.serving import prompts
+from megatron_dmc.errors import DMCError
+
+_LIMITS = ("ttft", "tpot", "e2el")
+
+
+@dataclass
+class Result:
+    """What the client saw of one request; seconds."""
+
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    ttft: float = 0.0
+    e2el: float = 0.0
+    last_text: float = 0.0
+    """From sending to the last chunk with text."""
+    itl: list[float] = field(default_factory=list)
+    measured_cr: float | None = None
+    error: str | None = None
+
+    @property
+    def tpot(self) -> float | None:
+        """None for a single token."""
+        if self.output_tokens < 2:
+            return None
+        return (self.last_text - self.ttft) / (self.output_tokens - 1)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark.
+
+    Raises:
+        DMCError: a flag is wrong, the server does not answer, or every request failed.
+    """
+    try:
+        import aiohttp  # noqa: F401
+    except ModuleNotFoundError as e:
+        raise DMCError("aiohttp is not installed: pip install 'megatron-dmc[serve]'") from e
+    if not args.request_rate > 0 or not args.burstiness > 0:
+        raise DMCError("--request-rate and --burstiness must be above 0")
+    if args.max_concurrency is not None and args.max_concurrency < 1:
+        raise DMCError(f"--max-concurrency {args.max_concurrency}: use 1 or more")
+    limits = _parse_goodput(args.goodput)
+    percentiles = _parse_percentiles(args.metric_percentiles)
+    try:
+        extra = json.loads(args.extra_body)
+        assert isinstance(extra, dict)
+    except (ValueError, AssertionError) as e:
+        raise DMCError(f"--extra-body {args.extra_body}: not a JSON object") from e
+    asked = prompts(args, args.num_prompts, range_ratio=args.random_range_ratio, seed=args.seed)
+    results, duration, model = asyncio.run(_run(args, asked, extra))
+    failed = [r for r in results if r.error is not None]
+    if len(failed) == len(results):
+        raise DMCError(f"every request failed; the first: {failed[0].error}")
+    document = {
+        "benchmark": "serve",
+        "version": __version__,
+        "arguments": sys.argv[1:],
+        "model": model,
+        "request_rate": None if args.request_rate == float("inf") else args.request_rate,
+        "burstiness": args.burstiness,
+        "max_concurrency": args.max_concurrency,
+        **summarize(results, duration, limits, percentiles),
+    }
+    _print_table(document, percentiles)
+    for error in dict.fromkeys(r.error for r in failed):
+        print(f"failed: {error}", file=sys.stderr)
+    line = json.dumps(document)
+    if args.output:
+        Path(args.output).write_text(line + "\n")
+    print(line, flush=True)
+    return 0
+
+
+async def _run(
+    args: argparse.Namespace, asked: list[tuple[Any, int]], extra: dict[str, Any]
+) -> tuple[list[Result], float, str]:
+    import aiohttp
+
+    key = args.api_key or os.environ.get("OPENAI_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    base = args.base_url.rstrip("/")
+    async with aiohttp.ClientSession(
+        headers=headers,
+        read_bufsize=2**20,  # a line of a stream must fit
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=60),
+    ) as session:
+        model = args.model or await _first_model(session, base)
+        places = asyncio.Semaphore(args.max_concurrency or len(asked))
+
+        async def one(prompt: Any, max_tokens: int) -> Result:
+            body = {
+                "model": model,
+                "prompt": prompt,
+                "max_tokens": max_tokens,
+                "temperature": args.temperature,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+                **({"ignore_eos": True} if args.ignore_eos else {}),
+                **extra,
+            }
+            async with places:
+                return await request(session, base + args.endpoint, body)
+
+        generator = random.Random(args.seed)
+        tasks = []
+        due = began = time.perf_counter()
+        for prompt, max_tokens in asked:
+            # an open loop: a late request does not put off those that follow
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            tasks.append(asyncio.ensure_future(one(prompt, max_tokens)))
+            if args.request_rate != float("inf"):
+                scale = 1 / (args.request_rate * args.burstiness)
+                due += generator.gammavariate(args.burstiness, scale)
+        with tqdm(total=len(tasks), unit="req", disable=not sys.stderr.isatty()) as bar:
+            for task in tasks:
+                task.add_done_callback(lambda _: bar.update())
+            results = await asyncio.gather(*tasks)
+        return results, time.perf_counter() - began, model
+
+
+async def _first_model(session: Any, base: str) -> str:
+    import aiohttp
+
+    try:
+        async with session.get(f"{base}/v1/models") as answer:
+            answer.raise_for_status()
+            return (await answer.json())["data"][0]["id"]
+    except (aiohttp.ClientError, OSError, ValueError, LookupError) as e:
+        raise DMCError(f"--base-url {base}: /v1/models does not answer ({e})") from e
+
+
+async def request(session: Any, url: str, body: dict[str, Any]) -> Result:
+    """Stream one completion. Never raises for what the server does: see `Result.error`."""
+    import aiohttp
+
+    result = Result()
+    sent = time.perf_counter()
+    before = None
+    try:
+        async with session.post(url, json=body) as answer:
+            if answer.status != 200:
+                result.error = f"status {answer.status}: {(await answer.text())[:300]}"
+                return result
+            done = False
+            async for line in answer.content:
+                if not line.startswith(b"data:"):
+                    continue
+                data = line[5:].strip()
+                if data == b"[DONE]":
+                    done = True
+                    break
+                chunk = json.loads(data)
+                now = time.perf_counter()
+                if chunk.get("error"):
+                    result.error = str(chunk["error"].get("message", chunk["error"]))
+                    return result
+                if any(_text_of(choice) for choice in chunk.get("choices", ())):
+                    if before is None:
+                        result.ttft = now - sent
+                    else:
+                        result.itl.append(now - before)
+                    before = now
+                    result.last_text = now - sent
+                usage = chunk.get("usage")
+                if usage:
+                    result.prompt_tokens = usage["prompt_tokens"]
+                    result.output_tokens = usage["completion_tokens"]
+                    result.measured_cr = usage.get("measured_cr")
+            if not done:
+                result.error = "the stream broke off before [DONE]"
+    except (aiohttp.ClientError, OSError, ValueError, KeyError) as e:
+        result.error = f"{type(e).__name__}: {e}"
+    result.e2el = time.perf_counter() - sent
+    if result.error is None and before is None:
+        # only tokens without text, as the end-of-text token: the end is all that was seen
+        result.ttft = result.last_text = result.e2el
+    return result
+
+
+def _text_of(choice: dict[str, Any]) -> str | None:
+    if "text" in choice:
+        return choice["text"]
+    delta = choice.get("delta") or {}
+    return delta.get("content") or delta.get("reasoning_content")
+
+
+def summarize(
+    results: list[Result], duration: float, limits: dict[str, float], percentiles: list[float]
+) -> dict[str, Any]:
+    """Throughput, goodput and latencies.
+
+    Args:
+        duration: seconds of the whole run.
+        limits: goodput's, seconds.
+        percentiles: of each latency.
+    """
+    good = [r for r in results if r.error is None]
+    kept = [r for r in good if all((getattr(r, n) or 0.0) <= s for n, s in limits.items())]
+    num_in, num_out = sum(r.prompt_tokens for r in good), sum(r.output_tokens for r in good)
+    summary: dict[str, Any] = {
+        "duration": duration,
+        "completed": len(good),
+        "failed": len(results) - len(good),
+        "total_input_tokens": num_in,
+        "total_output_tokens": num_out,
+        "request_throughput": len(good) / duration,
+        "request_goodput": len(kept) / duration if limits else None,
+        "output_throughput": num_out / duration,
+        "total_token_throughput": (num_in + num_out) / duration,
+        "mean_measured_cr": _mean([r.measured_cr for r in good if r.measured_cr is not None]),
+    }
+    for name, values in (
+        ("ttft", [r.ttft for r in good]),
+        ("tpot", [r.tpot for r in good if r.tpot is not None]),
+        ("itl", [gap for r in good for gap in r.itl]),
+        ("e2el", [r.e2el for r in good]),
+    ):
+        in_ms = sorted(1e3 * value for value in values)
+        summary[f"mean_{name}_ms"] = _mean(in_ms)
+        summary[f"median_{name}_ms"] = statistics.median(in_ms) if in_ms else None
+        summary[f"std_{name}_ms"] = statistics.pstdev(in_ms) if in_ms else None
+        for p in percentiles:
+            summary[f"p{p:g}_{name}_ms"] = percentile(in_ms, p)
+    return summary
+
+
+def percentile(ordered: list[float], p: float) -> float | None:
+    """Interpolated between the two nearest, as numpy does; None of nothing."""
+    if not ordered:
+        return None
+    place = (len(ordered) - 1) * p / 100
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def _mean(values: list[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _parse_goodput(items: list[str]) -> dict[str, float]:
+    limits = {}
+    for item in items:
+        name, _, value = item.partition(":")
+        try:
+            limits[name] = float(value) / 1e3
+        except ValueError:
+            limits[name] = -1.0
+        if name not in _LIMITS or limits[name] <= 0:
+            raise DMCError(f"--goodput {item}: use METRIC:MILLISECONDS with {', '.join(_LIMITS)}")
+    return limits
+
+
+def _parse_percentiles(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = [-1.0]
+    if not all(0 <= value <= 100 for value in values):
+        raise DMCError(f"--metric-percentiles {text}: use numbers from 0 to 100, as 50,90,99")
+    return values
+
+
+def _print_table(document: dict[str, Any], percentiles: list[float]) -> None:
+    print(
+        f"{document['completed']} completed, {document['failed']} failed in "
+        f"{document['duration']:.1f} s: {document['request_throughput']:.2f} requests/s, "
+        f"{document['output_throughput']:.1f} generated tokens/s, "
+        f"{document['total_token_throughput']:.1f} tokens/s in all"
+    )
+    if document["request_goodput"] is not None:
+        print(f"goodput: {document['request_goodput']:.2f} requests/s within the limits")
+    columns = ["mean", "median", *(f"p{p:g}" for p in percentiles)]
+    print("ms    " + "".join(f"{column:>10}" for column in columns))
+    for name in ("ttft", "tpot", "itl", "e2el"):
+        values = [document[f"{column}_{name}_ms"] for column in columns]
+        cells = "".join(f"{'-' if v is None else format(v, '.1f'):>10}" for v in values)
+        print(f"{name.upper():6}{cells}")

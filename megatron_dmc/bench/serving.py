@@ -1,0 +1,149 @@
+"""`megatron-dmc bench serve|throughput|latency`: flags, named as vLLM's where it has them."""
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_dmc.engine_flags import add_engine_arguments
+
+HIGHEST_RANDOM_ID = 500
+"""Random prompts draw their token ids from [3, this): every vocabulary has those."""
+
+
+def add_serving_benchmarks(names: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the three; each sets `module` in the namespace."""
+    serve = names.add_parser(
+        "serve",
+        help="a load of streamed completions on any OpenAI-compatible server",
+        description="Send completions to a server that is running already, with Poisson arrivals, and "
+        "measure what its clients see. The last line printed is a JSON document.",
+    )
+    serve.add_argument("--base-url", default="http://127.0.0.1:8000", metavar="URL")
+    serve.add_argument("--endpoint", default="/v1/completions")
+    serve.add_argument("--model", metavar="NAME", help="default: the first that the server lists")
+    serve.add_argument("--api-key", help="default: environment variable OPENAI_API_KEY")
+    serve.add_argument("--num-prompts", type=int, default=100)
+    serve.add_argument(
+        "--request-rate", type=float, default=float("inf"), help="per second; default: all at once"
+    )
+    serve.add_argument(
+        "--burstiness", type=float, default=1.0,
+        help="1: Poisson arrivals; less: burstier; more: more even (gamma distributed gaps)",
+    )  # fmt: skip
+    serve.add_argument("--max-concurrency", type=int, help="requests in progress, at most")
+    _add_prompts(serve, "--random-input-len", "--random-output-len", 256, 128)
+    serve.add_argument(
+        "--random-range-ratio", type=float, default=0.0,
+        help="lengths are drawn from [length x (1 - ratio), length x (1 + ratio)]",
+    )  # fmt: skip
+    serve.add_argument("--ignore-eos", action="store_true", help="full-length completions")
+    serve.add_argument("--temperature", type=float, default=0.0)
+    serve.add_argument(
+        "--extra-body", metavar="JSON", default="{}", help="parameters to add to every request"
+    )
+    serve.add_argument(
+        "--goodput", nargs="+", default=[], metavar="METRIC:MS",
+        help="count requests per second that keep these limits: ttft, tpot, e2el",
+    )  # fmt: skip
+    serve.add_argument("--metric-percentiles", default="50,90,99", metavar="P,...")
+    serve.add_argument("--seed", type=int, default=0, help="of the prompts and the arrivals")
+    serve.add_argument("--output", metavar="FILE", help="also write the JSON here")
+    serve.set_defaults(module="megatron_dmc.bench.load")
+
+    throughput = names.add_parser(
+        "throughput",
+        help="tokens per second of the engine, all requests given at once",
+        description="Tokens per second of the engine without a server. The last line printed is a "
+        "JSON document.",
+    )
+    throughput.add_argument("--num-prompts", type=int, default=64)
+    _add_prompts(throughput, "--input-len", "--output-len", 128, 128)
+    latency = names.add_parser(
+        "latency",
+        help="seconds of one batch through the engine, from prompts to last tokens",
+        description="Latency of one batch through the engine. The last line printed is a JSON document.",
+    )
+    latency.add_argument("--batch-size", type=int, default=8)
+    latency.add_argument("--num-iters", type=int, default=5)
+    latency.add_argument("--num-iters-warmup", type=int, default=1)
+    _add_prompts(latency, "--input-len", "--output-len", 32, 128)
+    for parser, name in ((throughput, "throughput"), (latency, "latency")):
+        parser.add_argument(
+            "--output", metavar="FOLDER", help="also write the JSON and a plot here"
+        )
+        add_engine_arguments(parser)
+        parser.set_defaults(module="megatron_dmc.bench.offline", benchmark=name)
+
+
+def _add_prompts(
+    parser: argparse.ArgumentParser, in_flag: str, out_flag: str, num_in: int, num_out: int
+) -> None:
+    parser.add_argument(
+        in_flag, dest="input_len", type=int, default=num_in, help="tokens of a prompt"
+    )
+    parser.add_argument(
+        out_flag, dest="output_len", type=int, default=num_out, help="tokens to generate"
+    )
+    parser.add_argument(
+        "--dataset-path", metavar="FILE",
+        help='JSON lines with "prompt" and perhaps "output_tokens"; default: random token ids, which '
+        "say nothing about compression",
+    )  # fmt: skip
+
+
+def prompts(
+    args: argparse.Namespace, count: int, *, range_ratio: float = 0.0, seed: int = 0
+) -> list[tuple[Any, int]]:
+    """(prompt, tokens to generate) of `count` requests; a short dataset is gone through again.
+
+    Raises:
+        DMCError: a length is not positive, or the dataset is missing or malformed.
+    """
+    import random
+
+    from megatron_dmc.errors import DMCError
+
+    if min(args.input_len, args.output_len, count) < 1 or not 0 <= range_ratio < 1:
+        raise DMCError(
+            "lengths and the number of prompts must be 1 or more, the range ratio in [0, 1)"
+        )
+    if args.dataset_path is not None:
+        rows = list(_read(args.dataset_path))
+        return [
+            (row["prompt"], int(row.get("output_tokens", args.output_len)))
+            for row in (rows[i % len(rows)] for i in range(count))
+        ]
+    generator = random.Random(seed)
+
+    def length(mean: int) -> int:
+        return max(1, round(mean * generator.uniform(1 - range_ratio, 1 + range_ratio)))
+
+    return [
+        (
+            [generator.randrange(3, HIGHEST_RANDOM_ID) for _ in range(length(args.input_len))],
+            length(args.output_len),
+        )
+        for _ in range(count)
+    ]
+
+
+def _read(path: str) -> Iterator[dict[str, Any]]:
+    import json
+
+    from megatron_dmc.errors import DMCError
+
+    found = False
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row.get("prompt"), str | list):
+                    raise DMCError(f'--dataset-path {path}: line {number} has no "prompt"')
+                found = True
+                yield row
+    except (OSError, ValueError) as e:
+        raise DMCError(f"--dataset-path {path}: {e}") from e
+    if not found:
+        raise DMCError(f"--dataset-path {path}: it is empty")

@@ -1,0 +1,319 @@
+"""`AsyncLLM`: the engine behind asyncio, in vLLM's manner.
+
+The engine runs in one thread, which alone touches it. Event loops hand it commands and get back what
+changed, once per step. A stream keeps only the newest output, which holds all that came before it: a
+reader that falls behind costs neither memory nor anybody else's time.
+"""
+
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from megatron_dmc.engine.engine import LLMEngine
+from megatron_dmc.engine.llm import LLM
+from megatron_dmc.engine.prompts import read_prompt
+from megatron_dmc.engine.request import RequestOutput
+from megatron_dmc.engine.sampling_params import SamplingParams
+from megatron_dmc.engine.stats import EngineStats
+from megatron_dmc.errors import EngineDead
+
+logger = logging.getLogger(__name__)
+
+type Prompt = str | Sequence[int] | dict
+type Observer = Callable[[list[RequestOutput]], None]
+
+
+class RequestStream:
+    """The outputs of one request, to be read with `async for` in the loop that made it.
+
+    Each output is cumulative. One that nobody has read yet is replaced by the next.
+
+    Attributes:
+        latest: the newest output, read or not; None before the first.
+        arrival_time: `time.monotonic()` seconds.
+    """
+
+    def __init__(self, request_id: str, loop: asyncio.AbstractEventLoop):
+        self.request_id = request_id
+        self.latest: RequestOutput | None = None
+        self.arrival_time = time.monotonic()
+        self._loop = loop
+        self._unread: RequestOutput | None = None
+        self._error: Exception | None = None
+        self._ready = asyncio.Event()
+        self._ended = False
+
+    @property
+    def finished(self) -> bool:
+        """True once the last output, or the engine's failure, has arrived."""
+        return self._error is not None or (self.latest is not None and self.latest.finished)
+
+    def __aiter__(self) -> "RequestStream":
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if self._ended:
+            raise StopAsyncIteration
+        await self._ready.wait()
+        self._ready.clear()
+        if self._unread is None:
+            self._ended = True
+            assert self._error is not None
+            raise self._error
+        output, self._unread = self._unread, None
+        if output.finished:
+            self._ended = True
+        elif self._error is not None:
+            self._ready.set()
+        return output
+
+    def _put(self, item: RequestOutput | Exception) -> None:
+        """Called in the stream's loop."""
+        if isinstance(item, Exception):
+            self._error = item
+        else:
+            self.latest = self._unread = item
+        self._ready.set()
+
+
+class AsyncLLM:
+    """Generates for many callers at a time.
+
+    Args:
+        engine: used by this object alone from now on.
+        observer: called in the engine's thread with every step's outputs, and with those of aborted
+            requests; must be quick and must not raise.
+
+    The thread starts with the first call and ends with `shutdown`, or with the process.
+    """
+
+    def __init__(self, engine: LLMEngine, *, observer: Observer | None = None):
+        self.engine = engine
+        self._observer = observer
+        self._commands: deque[tuple[Callable[[], Any], Future]] = deque()
+        self._condition = threading.Condition()
+        self._streams: dict[str, RequestStream] = {}
+        self._counter = itertools.count()
+        self._failure: EngineDead | None = None
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def from_model(
+        cls, model: Any, *, observer: Observer | None = None, **arguments: Any
+    ) -> "AsyncLLM":
+        """Load a model; `arguments` are those of `LLM`."""
+        return cls(LLM(model, **arguments).engine, observer=observer)
+
+    # Requests.
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Yield the request's outputs, each with all of the completion so far. Leaving the loop, or
+        cancelling the task, aborts the request.
+
+        Args:
+            prompt: as for `LLMEngine.add_request`.
+            request_id: default: a new one.
+
+        Raises:
+            InvalidRequest: it can never run.
+            EngineDead: the engine has failed, or was shut down.
+        """
+        stream = await self.add_request(prompt, sampling_params, request_id)
+        try:
+            async for output in stream:
+                yield output
+        finally:
+            if not stream.finished:
+                self.abort_soon(stream.request_id)
+
+    async def add_request(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+    ) -> RequestStream:
+        """Queue a request; returns once the engine has accepted it. Whoever stops reading the stream
+        must `abort` the request. Raises like `generate`."""
+        request_id = f"request-{next(self._counter)}" if request_id is None else request_id
+        stream = RequestStream(request_id, asyncio.get_running_loop())
+
+        def add() -> None:
+            self.engine.add_request(request_id, prompt, sampling_params)
+            self._streams[request_id] = stream
+
+        try:
+            await self._call(add)
+        except asyncio.CancelledError:
+            self.abort_soon(request_id)
+            raise
+        return stream
+
+    async def abort(self, request_id: str) -> None:
+        """End a request and free its pages; its stream gets a last output with finish_reason "abort".
+        Nothing happens if it is unknown or has finished."""
+        if self._failure is None:
+            await self._call(lambda: self._abort(request_id))
+
+    def abort_soon(self, request_id: str) -> None:
+        """`abort` without waiting for it; from any thread."""
+        if self._failure is None:
+            self._post(lambda: self._abort(request_id))
+
+    async def tokenize(self, prompt: Prompt, request_id: str) -> list[int]:
+        """Token ids of a prompt as the engine takes them, made in a thread of their own; give them to
+        `add_request` in the prompt's place.
+
+        Raises:
+            InvalidRequest: it has none; the message names `request_id`.
+        """
+        tokenizer, vocab_size = self.engine.tokenizer, self.engine.description.vocab_size
+        _, token_ids = await asyncio.to_thread(
+            read_prompt, request_id, prompt, tokenizer, vocab_size
+        )
+        return token_ids
+
+    # The engine as a whole.
+
+    async def stats(self) -> EngineStats:
+        """The engine's counts, taken between two steps.
+
+        Raises:
+            EngineDead: the engine has failed, or was shut down.
+        """
+        return await self._call(self.engine.stats)
+
+    def unfinished(self) -> list[RequestStream]:
+        """Streams of the requests that wait or run, oldest first."""
+        return [stream for stream in list(self._streams.values()) if not stream.finished]
+
+    @property
+    def failure(self) -> Exception | None:
+        """What ended the engine; None while it works."""
+        return self._failure
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """End the thread after its current step; unfinished requests end with `EngineDead`.
+
+        Args:
+            timeout: seconds to wait for the step; None: as long as it takes.
+        """
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+            if self._thread is None:
+                self._failure = EngineDead("the engine was shut down")
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    # The engine's thread.
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._execute_commands()
+                if self.engine.has_unfinished_requests:
+                    self._deliver(self.engine.step())
+            self._end(EngineDead("the engine was shut down"))
+        except BaseException as e:  # whatever it is, nobody may wait forever
+            logger.exception("the engine failed")
+            error = EngineDead(f"the engine failed and serves no more: {type(e).__name__}: {e}")
+            error.__cause__ = e
+            self._end(error)
+
+    def _wait_for_work(self) -> bool:
+        """False when it is time to stop."""
+        with self._condition:
+            self._condition.wait_for(
+                lambda: self._stopping or self._commands or self.engine.has_unfinished_requests
+            )
+            return not self._stopping
+
+    def _execute_commands(self) -> None:
+        while self._commands:
+            function, future = self._commands.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(function())
+            except (ValueError, TypeError, ArithmeticError) as e:
+                # the caller's mistake; all else is the engine's failure
+                future.set_exception(e)
+            except BaseException as e:
+                future.set_exception(EngineDead(f"the engine failed: {type(e).__name__}: {e}"))
+                raise
+
+    def _abort(self, request_id: str) -> None:
+        output = self.engine.abort_request(request_id)
+        if output is not None:
+            self._deliver([output])
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        """Hand outputs to their streams: one call per event loop."""
+        if self._observer is not None:
+            self._observer(outputs)
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, Any]]] = {}
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is None:
+                continue
+            if output.finished:
+                del self._streams[output.request_id]
+            by_loop.setdefault(stream._loop, []).append((stream, output))
+        self._hand_over(by_loop)
+
+    def _hand_over(self, by_loop: dict) -> None:
+        for loop, items in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, items)
+            except RuntimeError:  # the loop is closed: nobody reads these any more
+                for stream, _ in items:
+                    if self._streams.pop(stream.request_id, None) is not None:
+                        self.engine.abort_request(stream.request_id)
+
+    def _end(self, error: EngineDead) -> None:
+        with self._condition:
+            self._failure = error
+            commands, self._commands = list(self._commands), deque()
+        for _, future in commands:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, Any]]] = {}
+        for stream in self._streams.values():
+            by_loop.setdefault(stream._loop, []).append((stream, error))
+        self._streams.clear()
+        self._hand_over(by_loop)
+
+    # Commands.
+
+    async def _call(self, function: Callable[[], Any]) -> Any:
+        return await asyncio.wrap_future(self._post(function))
+
+    def _post(self, function: Callable[[], Any]) -> Future:
+        future: Future = Future()
+        with self._condition:
+            if self._failure is not None:
+                future.set_exception(self._failure)
+                return future
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+                self._thread.start()
+            self._commands.append((function, future))
+            self._condition.notify()
+        return future
+
+
+def _put_all(items: list[tuple[RequestStream, Any]]) -> None:
+    for stream, item in items:
+        stream._put(item)

@@ -1,0 +1,91 @@
+"""Flags of the engine, for every command that starts one: names and meaning as vLLM's."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron_dmc.errors import DMCError
+
+_PASSED_ON = (
+    "dtype",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "block_size",
+    "num_pages",
+    "kv_cache_memory_bytes",
+    "gpu_memory_utilization",
+    "enable_dmc",
+    "enable_prefix_caching",
+    "prefix_block_size",
+    "seed",
+    "device",
+)
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model and the sizes of its engine."""
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "model_path", metavar="MODEL", nargs="?", help="Hugging Face folder or Megatron checkpoint"
+    )
+    group.add_argument("--model", metavar="PATH", help="the same")
+    group.add_argument("--tokenizer", metavar="PATH", help="default: the model's own")
+    group.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, ...")
+    group.add_argument("--device", help="default: the GPU if there is one")
+    group.add_argument("--max-model-len", type=int, help="longest sequence; default: the model's")
+    group.add_argument("--max-num-seqs", type=int, default=64, help="requests that run at a time")
+    group.add_argument(
+        "--max-num-batched-tokens", type=int, default=2048, help="tokens computed in a step"
+    )
+    group.add_argument("--block-size", type=int, default=16, help="slots per page")
+    group.add_argument(
+        "--gpu-memory-utilization", type=float, default=0.9,
+        help="part of the GPU's memory to use, model included",
+    )  # fmt: skip
+    group.add_argument("--kv-cache-memory-bytes", type=int, help="size of the cache; or")
+    group.add_argument("--num-pages", type=int, help="size of the cache in pages")
+    group.add_argument(
+        "--enable-dmc", action=argparse.BooleanOptionalAction, default=None,
+        help="refuse a model that does not compress; --no-enable-dmc: append every token, whatever "
+        "the model decides (default: as the model)",
+    )  # fmt: skip
+    group.add_argument(
+        "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=False,
+        help="share the pages of equal prefixes between requests (default: no)",
+    )  # fmt: skip
+    group.add_argument(
+        "--prefix-block-size", type=int, default=256,
+        help="tokens between two places at which a shared prefix can end (default: 256)",
+    )  # fmt: skip
+    group.add_argument("--seed", type=int, default=0, help="of requests that bring none")
+
+
+def model_path(args: argparse.Namespace) -> str:
+    """The model, given either way.
+
+    Raises:
+        DMCError: it was given neither way, or twice.
+    """
+    given = [path for path in (args.model_path, args.model) if path is not None]
+    if len(given) != 1:
+        raise DMCError("give the model once: MODEL or --model PATH")
+    return given[0]
+
+
+def make_llm(args: argparse.Namespace) -> Any:
+    """The `LLM` that the flags ask for.
+
+    Raises:
+        DMCError: the model cannot be read, or a size cannot be had.
+    """
+    from megatron_dmc.engine import LLM
+
+    tokenizer: Any = None
+    if args.tokenizer is not None:
+        from megatron_dmc.checkpoint.tokenizer import load_tokenizer
+
+        if not Path(args.tokenizer).exists():
+            raise DMCError(f"--tokenizer {args.tokenizer}: no such folder or file")
+        tokenizer = load_tokenizer(args.tokenizer)
+    return LLM(model_path(args), tokenizer, **{name: getattr(args, name) for name in _PASSED_ON})

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server. Knows the engine's public interface only."""

@@ -1,0 +1,140 @@
+"""The application: routes, and what each answers."""
+
+import time
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+from fastapi import FastAPI, Request
+from pydantic import BaseModel
+from starlette.responses import HTMLResponse, Response
+
+from megatron_dmc import __version__
+from megatron_dmc.server import errors
+from megatron_dmc.server.completions import answer
+from megatron_dmc.server.errors import ApiError, JsonResponse
+from megatron_dmc.server.limits import Gate
+from megatron_dmc.server.live import snapshot
+from megatron_dmc.server.metrics import Metrics
+from megatron_dmc.server.protocol import ChatCompletionRequest, CompletionRequest
+from megatron_dmc.server.service import Service
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every refusal."""
+
+    error: ErrorDetail
+
+
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": text}
+    for status, text in {
+        400: "wrong request",
+        401: "no valid API key",
+        404: "no such model",
+        413: "body too large",
+        429: "too many completions in progress",
+        503: "the engine has failed or is shutting down",
+    }.items()
+}
+_COMPLETION: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "the completion, or server-sent events where stream is true",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    },
+    422: {"description": "never sent: wrong requests get 400"},
+    **_REFUSALS,
+}
+
+_MODEL: dict[int | str, dict[str, Any]] = {
+    401: _REFUSALS[401],
+    404: _REFUSALS[404],
+    422: {"description": "never sent"},
+}
+
+
+def build_app(
+    service: Service, metrics: Metrics, *, api_keys: Sequence[str] = (), max_body_bytes: int
+) -> FastAPI:
+    """The application over a running engine.
+
+    Args:
+        metrics: must be the observer of the service's engine.
+        api_keys: any of them opens /v1; none: no key is asked for.
+        max_body_bytes: longer bodies are refused.
+    """
+    app = FastAPI(
+        title="megatron-dmc", version=__version__, docs_url=None, redoc_url=None,
+        description="OpenAI-compatible completions over a compressed KV cache.",
+    )  # fmt: skip
+    errors.install(app)
+    app.add_middleware(Gate, api_keys=api_keys, max_body_bytes=max_body_bytes)  # type: ignore[arg-type]
+
+    @app.post("/v1/completions", responses=_COMPLETION)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await answer(service, request, body)
+
+    @app.post("/v1/chat/completions", responses=_COMPLETION)
+    async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
+        return await answer(service, request, body)
+
+    def card(name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": int(service.started),
+            "owned_by": "megatron-dmc",
+            "root": service.model_names[0],
+            "max_model_len": service.max_model_len,
+        }
+
+    @app.get("/v1/models", responses={401: _REFUSALS[401]})
+    async def models() -> Response:
+        return JsonResponse({"object": "list", "data": [card(n) for n in service.model_names]})
+
+    @app.get("/v1/models/{name:path}", responses=_MODEL)
+    async def model(name: str) -> Response:
+        service.check_model(name)
+        return JsonResponse(card(name))
+
+    @app.get("/health", responses={503: _REFUSALS[503]})
+    async def health() -> Response:
+        if service.llm.failure is not None:
+            raise ApiError(503, str(service.llm.failure), code="engine_dead")
+        return Response(status_code=200)
+
+    @app.get("/version")
+    async def version() -> Response:
+        return JsonResponse({"version": __version__})
+
+    @app.get("/metrics", responses={503: _REFUSALS[503]})
+    async def prometheus() -> Response:
+        text = metrics.render(await service.llm.stats())
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/live", responses={503: _REFUSALS[503]})
+    async def live() -> Response:
+        return JsonResponse(snapshot(service, await service.llm.stats(), time.time()))
+
+    page = (resources.files("megatron_dmc.server") / "page.html").read_text(encoding="utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> Response:
+        return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
+
+    return app
+
+
+_PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:"
+)

@@ -1,0 +1,156 @@
+"""`megatron-dmc serve`: flags, start, and the way to a clean end."""
+
+import argparse
+import asyncio
+import os
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+from megatron_dmc.engine_flags import add_engine_arguments, make_llm, model_path
+from megatron_dmc.errors import DMCError
+
+if TYPE_CHECKING:
+    from megatron_dmc.engine import AsyncLLM
+
+API_KEY_VARIABLE = "MEGATRON_DMC_API_KEY"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command, named as vLLM's where it has them."""
+    add_engine_arguments(parser)
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="0.0.0.0: all interfaces")
+    group.add_argument("--port", type=int, default=8000, help="0: any free one")
+    group.add_argument(
+        "--api-key", nargs="+", default=[], metavar="KEY",
+        help=f"clients must send one of these (also: environment variable {API_KEY_VARIABLE})",
+    )  # fmt: skip
+    group.add_argument(
+        "--served-model-name", nargs="+", metavar="NAME",
+        help="names that clients use; answers carry the first (default: the path as given)",
+    )  # fmt: skip
+    group.add_argument(
+        "--chat-template", metavar="FILE", help="Jinja file or text; default: the tokenizer's"
+    )
+    group.add_argument(
+        "--max-concurrent-requests", type=int, default=1024,
+        help="completions in progress, waiting ones included; more are refused with 429",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-request-bytes", type=int, default=16 * 2**20,
+        help="longer bodies are refused with 413",
+    )  # fmt: skip
+    group.add_argument(
+        "--shutdown-timeout", type=int, default=60, metavar="SECONDS",
+        help="on SIGTERM: time for requests in progress to end; then they are aborted",
+    )  # fmt: skip
+    group.add_argument(
+        "--uvicorn-log-level", default="info",
+        choices=["critical", "error", "warning", "info", "debug", "trace"],
+    )  # fmt: skip
+    group.add_argument("--disable-uvicorn-access-log", action="store_true")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT.
+
+    Returns:
+        exit code: 0 after a clean end, 1 after a failure of the engine.
+
+    Raises:
+        DMCError: a flag cannot be honoured.
+    """
+    try:
+        import uvicorn
+
+        from megatron_dmc.server.app import build_app
+        from megatron_dmc.server.chat_template import load_chat_template
+        from megatron_dmc.server.limits import Concurrency
+        from megatron_dmc.server.metrics import Metrics
+        from megatron_dmc.server.service import Service
+    except ModuleNotFoundError as e:
+        if e.name not in ("fastapi", "starlette", "uvicorn", "prometheus_client", "pydantic"):
+            raise
+        raise DMCError(f"{e.name} is not installed: pip install 'megatron-dmc[serve]'") from e
+    from megatron_dmc.engine import AsyncLLM
+
+    for name in ("max_concurrent_requests", "max_request_bytes"):
+        if getattr(args, name) < 1:
+            raise DMCError(f"--{name.replace('_', '-')} {getattr(args, name)}: use 1 or more")
+    if args.shutdown_timeout < 0:
+        raise DMCError(f"--shutdown-timeout {args.shutdown_timeout}: use 0 or more seconds")
+    path = model_path(args)
+    names = args.served_model_name or [path]
+    listener = _listen(args.host, args.port)
+    with listener:
+        print(f"loading {path}", file=sys.stderr, flush=True)
+        template = load_chat_template(_tokenizer_place(args, path), args.chat_template)
+        engine = make_llm(args).engine
+        metrics = Metrics(names[0])
+        llm = AsyncLLM(engine, observer=metrics.observe)
+        service = Service(llm, names, Concurrency(args.max_concurrent_requests), template)
+        api_keys = [*args.api_key, *filter(None, [os.environ.get(API_KEY_VARIABLE)])]
+        app = build_app(service, metrics, api_keys=api_keys, max_body_bytes=args.max_request_bytes)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app, log_level=args.uvicorn_log_level, lifespan="off",
+                access_log=not args.disable_uvicorn_access_log,
+                timeout_graceful_shutdown=args.shutdown_timeout,
+            )
+        )  # fmt: skip
+        config = engine.config
+        print(
+            f"serving {', '.join(names)} at {_address(listener)}: {config.num_pages} pages of "
+            f"{config.page_size} slots ({config.num_pages * engine.context.pool.page_bytes:,} bytes), at most "
+            f"{config.max_num_seqs} requests of {config.max_model_len} tokens at a time",
+            file=sys.stderr,
+            flush=True,
+        )
+        # uvicorn raises the signals that ended it once more: by then they are done with
+        before = {s: signal.signal(s, _ignore) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            engine_failed = asyncio.run(_serve(server, listener, llm))
+        finally:
+            llm.shutdown(timeout=10)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return 1 if engine_failed else 0
+
+
+async def _serve(server: Any, listener: socket.socket, llm: "AsyncLLM") -> bool:
+    """Serve until a signal, or until the engine fails: then whoever supervises this process starts it
+    anew. True after a failure."""
+    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+    while not serving.done():
+        await asyncio.wait({serving}, timeout=0.5)
+        server.should_exit = server.should_exit or llm.failure is not None
+    await serving
+    return llm.failure is not None
+
+
+def _ignore(*_: Any) -> None:
+    pass
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Taken before the model is loaded: a port in use is told at once."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as e:
+        raise DMCError(f"--host {host} --port {port}: {e}; choose another") from e
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _tokenizer_place(args: argparse.Namespace, path: str) -> Any:
+    if args.tokenizer is not None:
+        return args.tokenizer
+    from megatron_dmc.checkpoint.convert import open_checkpoint
+
+    return open_checkpoint(path)[2]

@@ -1,0 +1,322 @@
+"""`/v1/completions` and `/v1/chat/completions`: from a checked request to an answer or a stream."""
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import Response, StreamingResponse
+
+from megatron_dmc.engine import RequestOutput, RequestStream, SamplingParams
+from megatron_dmc.server import text
+from megatron_dmc.server.errors import ApiError, JsonResponse, as_api_error, to_json
+from megatron_dmc.server.protocol import ChatCompletionRequest, CompletionRequest
+from megatron_dmc.server.service import Service, new_id, unless_disconnected
+
+DEFAULT_MAX_TOKENS = 16
+"""Of a text completion; OpenAI's default."""
+
+
+class _Answer(ABC):
+    """One request's answer. Choice i is completion i % n of prompt i // n."""
+
+    prefix: str
+    whole_object: str
+    chunk_object: str
+
+    def __init__(
+        self, service: Service, body: CompletionRequest | ChatCompletionRequest, num_prompts: int
+    ):
+        self.service = service
+        self.id, self.created = new_id(self.prefix), int(time.time())
+        self.per_prompt = body.num_completions
+        self.num_choices = num_prompts * self.per_prompt
+        self.includes_usage = body.includes_usage
+        self.keeps_new = True
+        self.num_prompt_tokens = 0
+
+    @abstractmethod
+    async def jobs(self) -> list[tuple[dict, SamplingParams]]:
+        """Engine requests, one per choice; sets `num_prompt_tokens`."""
+
+    @abstractmethod
+    def choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
+        """A choice of a whole answer."""
+
+    @abstractmethod
+    def deltas(self, index: int, output: RequestOutput) -> list[dict[str, Any]]:
+        """The choices to send for what is new in `output`."""
+
+    def document(self, choices: list[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
+        """Choices with what stands around them."""
+        return {
+            "id": self.id,
+            "object": self.chunk_object if chunk else self.whole_object,
+            "created": self.created,
+            "model": self.service.model_names[0],
+            "choices": choices,
+        }
+
+    def usage(self, last: dict[int, RequestOutput]) -> dict[str, Any]:
+        """Token counts, and the measured CR of the caches: tokens / entries, total over total.
+
+        Args:
+            last: the newest output of each choice.
+        """
+        num_new = num_tokens = num_entries = num_cached = 0
+        for index, output in last.items():
+            if index % self.per_prompt == 0:  # a prompt counts once, however many choices it has
+                num_cached += output.metrics.num_cached_prompt_tokens
+            num_new += len(output.outputs[0].token_ids) if self.keeps_new else 0
+            num_tokens += output.metrics.num_cached_tokens
+            num_entries += output.metrics.num_entries
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": num_new,
+            "total_tokens": self.num_prompt_tokens + num_new,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
+            "measured_cr": num_tokens / num_entries if num_entries else None,
+        }
+
+    async def whole(self, streams: Sequence[RequestStream]) -> Response:
+        """Wait for all choices."""
+        last: dict[int, RequestOutput] = {}
+        async for index, output in self.service.outputs(streams):
+            last[index] = output
+        choices = [self.choice(index, last[index]) for index in range(len(streams))]
+        body = self.document(choices, chunk=False)
+        return JsonResponse(body | {"usage": self.usage(last)})
+
+    async def events(self, streams: Sequence[RequestStream]) -> AsyncGenerator[str, None]:
+        """Server-sent events: chunks, perhaps the usage, and [DONE]."""
+        last: dict[int, RequestOutput] = {}
+        rest: dict[str, Any] = {"usage": None} if self.includes_usage else {}
+        outputs = self.service.outputs(streams)
+        try:
+            async for index, output in outputs:
+                last[index] = output
+                for choice in self.deltas(index, output):
+                    yield _event(self.document([choice], chunk=True) | rest)
+            if self.includes_usage:
+                figures = {"usage": self.usage(last)}
+                yield _event(self.document([], chunk=True) | figures)
+        except Exception as e:  # noqa: BLE001 - the answer has begun: it goes into the stream
+            yield _event(as_api_error(e).body())
+        finally:
+            await outputs.aclose()
+        yield "data: [DONE]\n\n"
+
+
+class _TextAnswer(_Answer):
+    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, service: Service, body: CompletionRequest):
+        super().__init__(service, body, len(body.prompts))
+        self.body = body
+        self.echo = bool(body.echo)
+        # of 0 tokens the engine makes one, which is left out
+        self.keeps_new = body.max_tokens != 0
+        self._sent = [(0, 0)] * self.num_choices
+        self._prompt_texts: list[str] = []
+
+    async def jobs(self) -> list[tuple[dict, SamplingParams]]:
+        jobs = []
+        body, llm = self.body, self.service.llm
+        max_tokens = body.max_tokens if body.max_tokens is not None else DEFAULT_MAX_TOKENS
+        for prompt in body.prompts:
+            token_ids = await llm.tokenize(prompt, self.id)
+            self.service.check_room(len(token_ids), body.max_tokens)
+            self.num_prompt_tokens += len(token_ids)
+            tokenizer = llm.engine.tokenizer
+            if self.echo:
+                if isinstance(prompt, str):
+                    shown = prompt
+                else:
+                    shown = tokenizer.decode(token_ids) if tokenizer is not None else ""
+                self._prompt_texts.append(shown)
+            for n in range(self.per_prompt):
+                params = body.sampling_params(
+                    n,
+                    max_tokens=max(max_tokens, 1),
+                    logprobs=body.logprobs,
+                    prompt_logprobs=body.logprobs if self.echo else None,
+                )
+                jobs.append(({"prompt_token_ids": token_ids}, params))
+        return jobs
+
+    def choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
+        return self._choice(index, output, 0, 0)
+
+    def deltas(self, index: int, output: RequestOutput) -> list[dict[str, Any]]:
+        num_chars, num_tokens = self._sent[index]
+        completion = output.outputs[0]
+        is_new = len(completion.text) > num_chars or (
+            self.body.logprobs is not None and len(completion.token_ids) > num_tokens
+        )
+        if not is_new and not output.finished:
+            return []
+        choice = self._choice(index, output, num_chars, num_tokens)
+        self._sent[index] = (len(completion.text), len(completion.token_ids))
+        return [choice]
+
+    def _choice(
+        self, index: int, output: RequestOutput, num_chars: int, num_tokens: int
+    ) -> dict[str, Any]:
+        """What comes after so many characters and tokens of the completion; at its beginning with the
+        prompt, if that is to be echoed."""
+        completion = output.outputs[0]
+        begins = num_chars == num_tokens == 0
+        prompt = self._prompt_texts[index // self.per_prompt] if self.echo else ""
+        new = completion.text[num_chars:] if self.keeps_new else ""
+        return {
+            "index": index,
+            "text": prompt + new if begins else new,
+            "logprobs": self._logprobs(output, num_tokens, begins, len(prompt)),
+            "finish_reason": completion.finish_reason,
+            "stop_reason": completion.stop_reason,
+        }
+
+    def _logprobs(
+        self, output: RequestOutput, num_tokens: int, begins: bool, num_prompt_chars: int
+    ) -> dict[str, Any] | None:
+        count = self.body.logprobs
+        completion = output.outputs[0]
+        if count is None or completion.logprobs is None:
+            return None
+        token_ids, rows, offset = [], [], num_prompt_chars
+        if begins and self.echo:
+            token_ids += output.prompt_token_ids
+            rows += output.prompt_logprobs or []
+            offset = 0
+        else:
+            offset += sum(len(self.service.texts.of(i)) for i in completion.token_ids[:num_tokens])
+        if self.keeps_new:
+            token_ids += completion.token_ids[num_tokens:]
+            rows += completion.logprobs[num_tokens:]
+        return text.for_completions(self.service.texts, token_ids, rows, count, offset)
+
+
+class _ChatAnswer(_Answer):
+    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, service: Service, body: ChatCompletionRequest):
+        super().__init__(service, body, 1)
+        self.body = body
+        self._sent: list[tuple[int, int] | None] = [None] * self.num_choices
+
+    async def jobs(self) -> list[tuple[dict, SamplingParams]]:
+        body, template = self.body, self.service.chat_template
+        if template is None:
+            raise ApiError(
+                400,
+                "this model has no chat template; use /v1/completions",
+                code="no_chat_template",
+            )
+        token_ids = await asyncio.to_thread(
+            template.token_ids,
+            [message.as_dict() for message in body.messages],
+            add_generation_prompt=body.add_generation_prompt,
+            arguments=body.chat_template_kwargs,
+        )
+        self.service.check_room(len(token_ids), body.most_tokens)
+        self.num_prompt_tokens = len(token_ids)
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        return [
+            (
+                {"prompt_token_ids": token_ids},
+                body.sampling_params(n, max_tokens=body.most_tokens, logprobs=logprobs),
+            )
+            for n in range(self.per_prompt)
+        ]
+
+    def choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
+        message = {"role": "assistant", "content": output.outputs[0].text, "refusal": None}
+        return self._choice(index, output, "message", message, 0)
+
+    def deltas(self, index: int, output: RequestOutput) -> list[dict[str, Any]]:
+        completion = output.outputs[0]
+        choices = []
+        if self._sent[index] is None:
+            first = {"role": "assistant", "content": ""}
+            choices.append(
+                {"index": index, "delta": first, "logprobs": None, "finish_reason": None}
+            )
+        num_chars, num_tokens = self._sent[index] or (0, 0)
+        new = completion.text[num_chars:]
+        has_logprobs = bool(self.body.logprobs) and len(completion.token_ids) > num_tokens
+        if new or has_logprobs or output.finished:
+            delta = {"content": new} if new or has_logprobs else {}
+            choices.append(self._choice(index, output, "delta", delta, num_tokens))
+            num_tokens = len(completion.token_ids)
+        self._sent[index] = (len(completion.text), num_tokens)
+        return choices
+
+    def _choice(
+        self, index: int, output: RequestOutput, name: str, content: dict, num_tokens: int
+    ) -> dict[str, Any]:
+        completion = output.outputs[0]
+        rows = completion.logprobs
+        return {
+            "index": index,
+            name: content,
+            "logprobs": None
+            if rows is None
+            else text.for_chat(
+                self.service.texts,
+                completion.token_ids[num_tokens:],
+                rows[num_tokens:],
+                self.body.top_logprobs or 0,
+            ),
+            "finish_reason": completion.finish_reason,
+            "stop_reason": completion.stop_reason,
+        }
+
+
+async def answer(
+    service: Service, request: Request, body: CompletionRequest | ChatCompletionRequest
+) -> Response:
+    """Answer a checked request. A client that leaves ends its engine requests.
+
+    Raises:
+        ApiError, InvalidRequest, EngineDead: before anything has been sent.
+    """
+    service.check_model(body.model)
+    make: Callable[..., _Answer] = (
+        _ChatAnswer if isinstance(body, ChatCompletionRequest) else _TextAnswer
+    )
+    pending = make(service, body)
+    with ExitStack() as places:
+        places.enter_context(service.concurrency.admit(pending.num_choices))
+        if body.stream:
+            streams = await service.start(pending.id, await pending.jobs())
+            return _EventStream(pending, streams, places.pop_all())
+        return await unless_disconnected(request, _whole(service, pending))
+
+
+async def _whole(service: Service, pending: _Answer) -> Response:
+    return await pending.whole(await service.start(pending.id, await pending.jobs()))
+
+
+class _EventStream(StreamingResponse):
+    """Ends the engine's requests however the response ends, even if it never began."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, pending: _Answer, streams: list[RequestStream], places: ExitStack):
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(pending.events(streams), headers=headers)
+        self._streams, self._service, self._places = streams, pending.service, places
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._service.stop(self._streams)
+            self._places.close()
+
+
+def _event(document: dict[str, Any]) -> str:
+    return f"data: {to_json(document)}\n\n"

@@ -1,0 +1,123 @@
+"""What is refused before a request is looked at: no key, too large a body, too many at a time."""
+
+import hmac
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from megatron_dmc.server.errors import ApiError
+
+type Message = MutableMapping[str, Any]
+type Receive = Callable[[], Awaitable[Message]]
+type Send = Callable[[Message], Awaitable[None]]
+type App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+
+class Gate:
+    """ASGI middleware: API keys for paths below /v1, and the size of bodies.
+
+    Args:
+        api_keys: any of them opens; none: no key is asked for.
+        max_body_bytes: longer bodies are refused with 413, before or while they are read.
+    """
+
+    def __init__(self, app: App, *, api_keys: Sequence[str], max_body_bytes: int):
+        self._app = app
+        self._keys = [key.encode() for key in api_keys]
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        refusal = self._key_refusal(scope["path"], headers)
+        if refusal is None and self._declared_size(headers) > self._max_body_bytes:
+            refusal = self._too_large()
+            await self._discard(receive)
+        if refusal is not None:
+            await refusal.response()(scope, receive, send)
+            return
+        size = 0
+
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._max_body_bytes:
+                if message.get("more_body"):
+                    await self._discard(receive)
+                raise self._too_large()
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _key_refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
+        if not self._keys or not (path == "/v1" or path.startswith("/v1/")):
+            return None
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        given = key.strip()
+        # every key is compared: the time says nothing about which one was near
+        matches = [hmac.compare_digest(given, known) for known in self._keys]
+        if scheme.lower() == b"bearer" and any(matches):
+            return None
+        message = "no valid API key; send 'Authorization: Bearer KEY'"
+        return ApiError(401, message, code="invalid_api_key")
+
+    @staticmethod
+    def _declared_size(headers: dict[bytes, bytes]) -> int:
+        declared = headers.get(b"content-length", b"0")
+        return int(declared[:20]) if declared.isdigit() else 0
+
+    async def _discard(self, receive: Receive) -> None:
+        """Read on, up to the limit again: a client that is still sending would miss the answer."""
+        size, more = 0, True
+        while more and size <= self._max_body_bytes:
+            message = await receive()
+            size += len(message.get("body", b""))
+            more = message.get("more_body", False)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413,
+            f"the body is larger than {self._max_body_bytes} bytes (--max-request-bytes); shorten it",
+            code="request_too_large",
+        )
+
+
+class Concurrency:
+    """Counts completions in progress and refuses those above a limit.
+
+    Attributes:
+        limit: completions at a time; a request for n of each of m prompts is n x m.
+        current: in progress now.
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.current = limit, 0
+
+    @contextmanager
+    def admit(self, count: int) -> Iterator[None]:
+        """Hold `count` places.
+
+        Raises:
+            ApiError: 400 if there are never so many, 429 if there are not now.
+        """
+        if count > self.limit:
+            raise ApiError(
+                400,
+                f"{count} completions in one request; this server takes {self.limit} at a time "
+                "(--max-concurrent-requests)",
+            )
+        if self.current + count > self.limit:
+            raise ApiError(
+                429,
+                f"{self.current} completions are in progress and this server takes {self.limit} "
+                "(--max-concurrent-requests); try again later",
+                code="server_busy",
+            )
+        self.current += count
+        try:
+            yield
+        finally:
+            self.current -= count

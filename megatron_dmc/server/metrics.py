@@ -1,0 +1,110 @@
+"""Prometheus figures under vLLM's names, with the prefix `megatron_dmc:`."""
+
+import time
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from megatron_dmc.engine import EngineStats, RequestOutput
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_TOKENS = (1, 10, 50, 100, 250, 500, 1000, 2500, 5000, 10000, 25000, 50000, 100000)
+
+
+class Metrics:
+    """Figures of requests, taken from every step's outputs, and of the engine, at each scrape.
+
+    `observe` is called in the engine's thread, `render` in the server's; prometheus_client locks.
+    """
+
+    def __init__(self, model_name: str):
+        self._registry = CollectorRegistry()
+        self._model_name = model_name
+        self.running = self._gauge("num_requests_running", "Requests that are computed.")
+        self.waiting = self._gauge("num_requests_waiting", "Requests that wait for pages.")
+        self.cache_usage = self._gauge("kv_cache_usage_perc", "Pages in use, 1 is all of them.")
+        self.pages = self._gauge("num_pages_in_use", "Pages in use, over layers and KV heads.")
+        self.cr = self._gauge(
+            "measured_cr", "Tokens / entries of running and finished requests' caches."
+        )
+        self.preemptions = self._counter("num_preemptions", "Requests sent back to wait.")
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens computed.")
+        self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
+        self.prefix_queries = self._counter(
+            "prefix_cache_queries", "Prompt tokens looked up among the cached prefixes."
+        )
+        self.prefix_hits = self._counter("prefix_cache_hits", "Of these, tokens found.")
+        self._success = Counter(
+            "megatron_dmc:request_success", "Requests that ended, by how.",
+            ["model_name", "finished_reason"], registry=self._registry,
+        )  # fmt: skip
+        self.ttft = self._histogram("time_to_first_token_seconds", "From arrival.", _SECONDS)
+        self.itl = self._histogram(
+            "inter_token_latency_seconds", "Between two tokens of a request.", _SECONDS
+        )
+        self.tpot = self._histogram(
+            "request_time_per_output_token_seconds", "Mean over a request's tokens but the first.",
+            _SECONDS,
+        )  # fmt: skip
+        self.latency = self._histogram(
+            "e2e_request_latency_seconds", "From arrival to the last token.", _SECONDS
+        )
+        self.prompt_length = self._histogram("request_prompt_tokens", "Prompt tokens.", _TOKENS)
+        self.length = self._histogram("request_generation_tokens", "Tokens generated.", _TOKENS)
+        self._last_token: dict[str, float] = {}
+        self._totals: dict[str, int] = {}
+
+    def observe(self, outputs: Sequence[RequestOutput]) -> None:
+        """Take in what a step or an abort brought."""
+        now = time.monotonic()
+        for output in outputs:
+            metrics, completion = output.metrics, output.outputs[0]
+            num_new = len(completion.token_ids)
+            if completion.finish_reason != "abort":
+                before = self._last_token.get(output.request_id)
+                if before is not None:
+                    self.itl.observe(now - before)
+                elif metrics.first_token_time is not None:
+                    self.ttft.observe(metrics.first_token_time - metrics.arrival_time)
+                self._last_token[output.request_id] = now
+            if output.finished:
+                self._last_token.pop(output.request_id, None)
+                self._success.labels(self._model_name, completion.finish_reason).inc()
+                self.latency.observe(now - metrics.arrival_time)
+                self.prompt_length.observe(len(output.prompt_token_ids))
+                self.length.observe(num_new)
+                if metrics.first_token_time is not None and num_new > 1:
+                    self.tpot.observe((now - metrics.first_token_time) / (num_new - 1))
+
+    def render(self, stats: EngineStats) -> bytes:
+        """The text that Prometheus scrapes."""
+        self.running.set(stats.num_running)
+        self.waiting.set(stats.num_waiting)
+        self.cache_usage.set(stats.num_pages_in_use / stats.num_pages)
+        self.pages.set(stats.num_pages_in_use)
+        self.cr.set(1.0 if stats.measured_cr is None else stats.measured_cr)
+        for counter, name in (
+            (self.preemptions, "num_preemptions"),
+            (self.prompt_tokens, "num_prompt_tokens"),
+            (self.generation_tokens, "num_generated_tokens"),
+            (self.prefix_queries, "num_prefix_queried_tokens"),
+            (self.prefix_hits, "num_prefix_hit_tokens"),
+        ):
+            total = getattr(stats, name)
+            counter.inc(total - self._totals.get(name, 0))
+            self._totals[name] = total
+        return generate_latest(self._registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        gauge = Gauge(f"megatron_dmc:{name}", text, ["model_name"], registry=self._registry)
+        return gauge.labels(self._model_name)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        counter = Counter(f"megatron_dmc:{name}", text, ["model_name"], registry=self._registry)
+        return counter.labels(self._model_name)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        histogram = Histogram(
+            f"megatron_dmc:{name}", text, ["model_name"], buckets=buckets, registry=self._registry
+        )
+        return histogram.labels(self._model_name)
