@@ -18,12 +18,8 @@ class OutOfPages(DMCError, RuntimeError):
 
 
 class EngineDead(DMCError, RuntimeError):
-    """The engine has lost a process that it needs and answers nothing any more."""
+    """The engine has failed, was shut down or lost a process that it needs; start it anew."""
 
 
 class CheckpointError(DMCError, ValueError):
     """A checkpoint or tokenizer that is missing, truncated, or does not fit the model."""
-
-
-class EngineDead(DMCError, RuntimeError):
-    """The engine has failed or was shut down; start it anew."""

@@ -321,7 +321,8 @@ def _draw_cr(ax: Axes, data: ReportData) -> None:
     _plot(ax, held_out, "held-out", color=ORANGE, lw=1.6, marker="o", ms=4.5, clip_on=False)
     _finish(ax, data)
     highest = max((max(p["measured_cr_per_layer"]) for p in per_layer), default=0.0)
-    if highest > 3 * data.target_cr:  # one layer that keeps almost nothing must not flatten the rest
+    # one layer that keeps almost nothing must not flatten the others
+    if highest > 3 * data.target_cr:
         ax.set_yscale("log", base=4)
         ax.yaxis.set_major_locator(LogLocator(base=4, numticks=12))
         ax.yaxis.set_minor_locator(NullLocator())
