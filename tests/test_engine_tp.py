@@ -77,8 +77,6 @@ def test_ranks_together_do_what_one_process_does(saved, size, mode):
     assert result["tokens"] == tokens
     assert result["in_use"] == 0
     assert result["entries"] == stats.entries_LG
-    if mode == "short" and size == 2:
-        assert result["preemptions"] > 0
     assert "enable_prefix_caching=True with tensor parallelism" in result["refused"]
 
 

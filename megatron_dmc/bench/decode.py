@@ -172,7 +172,7 @@ def check(engine: LLMEngine, settings: Settings) -> float:
     cache = (pool.k_pages_PSD, pool.v_pages_PSD)
     ours = cache_ops.paged_decode_attention(q, *cache, table, entries, softmax_scale=scale)
     exact = reference.paged_decode_attention(
-        q.double(), *(x.double() for x in cache), table, entries, softmax_scale=scale
+        q.double(), cache[0].double(), cache[1].double(), table, entries, softmax_scale=scale
     )
     honest = reference.paged_decode_attention(q, *cache, table, entries, softmax_scale=scale)
     return errors_within_twice_the_yardstick(["attention"], [ours], [exact], [honest])["attention"]
@@ -195,7 +195,7 @@ def run(args: argparse.Namespace) -> int:
         generator = torch.Generator(device=settings.device).manual_seed(1)
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.02, generator=generator)
-        engines = {}
+        engines: dict[float, tuple[LLMEngine, float, list[float]]] = {}
         for cr in crs:
             engine = filled_engine(
                 model, description, settings, cr=cr, context=context, batch=args.batch,

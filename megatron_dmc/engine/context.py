@@ -177,7 +177,7 @@ class PagedContext(BaseInferenceContext):
             return NO_PREFIX
         return CachedPrefix(snapshot.num_tokens, self.prefixes.cost(snapshot))
 
-    def start(self, request: Request, *, use_prefix: bool) -> None:
+    def start(self, request: Request, *, use_prefix: bool = False) -> None:
         assert request.row is None
         snapshot = self._find(request) if use_prefix else None
         request.row = self.tables.open_row()
