@@ -18,10 +18,21 @@ mkdir -p "$work"
 # shellcheck source=tests/small_job.sh
 source "$repo/tests/small_job.sh"
 
-export RUN_DIR=$work/run-dir SEQ_LENGTH=64 GLOBAL_BATCH_SIZE=4 PROCESSES_PER_NODE=2 SAVE_INTERVAL=5
+export RUN_DIR=$work/run-dir PROCESSES_PER_NODE=2 SAVE_INTERVAL=5
 export ZERO_OUT_STEPS=5 RETROFIT_STEPS=30 FINETUNE_STEPS=30
 export REPORT_FLAGS="--seq-length 64 --max-windows 2 --max-tokens 8"
 patience=${PATIENCE:-300}
+# The plan's layout has the distributed optimizer, which resumes only with Transformer Engine or Apex.
+export FLAGS_FILE=$work/flags
+"$python" - "$model" "$FLAGS_FILE" <<'PYTHON' >>"$work/data.log" 2>&1 || fail "preparing failed"
+import sys
+from pathlib import Path
+from megatron_dmc.checkpoint.description import ModelDescription
+
+flags = ModelDescription.from_hf_folder(sys.argv[1]).megatron_flags()
+flags += ["--seq-length", "64", "--micro-batch-size", "1", "--global-batch-size", "4"]
+Path(sys.argv[2]).write_text("\n".join(flags) + "\n")
+PYTHON
 
 start() { # NUMBER: in the background; sets `pid` and `log`
     log=$work/$1.log

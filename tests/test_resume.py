@@ -141,22 +141,6 @@ def test_a_damaged_newest_checkpoint_is_passed_over(whole, killed, tmp_path, dam
 
 
 @pytest.mark.dist
-def test_the_distributed_optimizer_goes_on_at_another_size(tmp_path):
-    flags = [*TRAIN, *to(tmp_path), "--use-distributed-optimizer", "--save-interval", "4"]
-    whole = pretrain(*flags, processes=2)
-    assert whole.returncode == 0, whole.stderr[-3000:]
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
-    shutil.rmtree(tmp_path / "iter_0000008")
-    again = pretrain(*flags)
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert sorted(by_step(again.stdout)) == [5, 6, 7, 8]
-    for name in ("lm loss", "compression loss", "measured cr", "grad norm"):
-        assert logged(again.stdout, name)[-2:] == pytest.approx(
-            logged(whole.stdout, name)[-2:], rel=2e-4, abs=1e-5
-        )
-
-
-@pytest.mark.dist
 def test_a_full_disk_leaves_the_older_checkpoint_usable(killed, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

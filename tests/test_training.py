@@ -55,6 +55,7 @@ WANDB = '''
 """What Megatron calls of W&B, written to the run's folder."""
 import json, os
 from types import SimpleNamespace
+config = {}
 run = SimpleNamespace(entity="e", project="p", log_artifact=lambda *a, **k: None)
 def init(**kwargs):
     global folder

@@ -74,7 +74,6 @@ def prepare_pipeline(config: DMCTransformerConfig) -> dict[str, Any]:
         CheckpointError: the checkpoint to start from is damaged, and there is no other.
     """
     repairs.skip_needless_compilation()
-    repairs.let_distributed_optimizer_resume()
     save_with_checksums()
     # Megatron makes its process groups in pretrain(); the pipeline communicator wants them before,
     # and of the things made here only the rerun state machine refuses to be made again.

@@ -108,7 +108,8 @@ from pathlib import Path
 from megatron_dmc.checkpoint.description import ModelDescription
 
 flags = ModelDescription.from_hf_folder(sys.argv[1]).megatron_flags()
-flags += ["--use-distributed-optimizer", "--seq-length", "64"]
+# No --use-distributed-optimizer: without Transformer Engine or Apex it cannot resume.
+flags += ["--seq-length", "64"]
 flags += ["--micro-batch-size", "1", "--global-batch-size", "4"]
 Path(sys.argv[2]).write_text("\n".join(flags) + "\n")
 PYTHON
