@@ -33,6 +33,13 @@ def read_prompt(
             raise InvalidRequest(
                 f"request {request_id}: a text prompt needs a tokenizer; pass prompt_token_ids"
             )
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                f"request {request_id}: the prompt is no Unicode text: {error.reason} at character "
+                f"{error.start}"
+            ) from error
         text, token_ids = prompt, list(tokenizer.encode(prompt))
         adds_bos = bool(getattr(tokenizer, "add_bos", False))
         if tokenizer.bos_id is not None and (adds_bos or not token_ids):

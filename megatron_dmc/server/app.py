@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from megatron_dmc import __version__
 from megatron_dmc.server import errors
@@ -106,7 +106,7 @@ def build_app(
         service.check_model(name)
         return JsonResponse(card(name))
 
-    @app.get("/health", responses={503: _REFUSALS[503]})
+    @app.get("/health", response_class=Response, responses={503: _REFUSALS[503]})
     async def health() -> Response:
         if service.llm.failure is not None:
             raise ApiError(503, str(service.llm.failure), code="engine_dead")
@@ -116,7 +116,7 @@ def build_app(
     async def version() -> Response:
         return JsonResponse({"version": __version__})
 
-    @app.get("/metrics", responses={503: _REFUSALS[503]})
+    @app.get("/metrics", response_class=PlainTextResponse, responses={503: _REFUSALS[503]})
     async def prometheus() -> Response:
         text = metrics.render(await service.llm.stats())
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
