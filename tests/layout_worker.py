@@ -93,10 +93,15 @@ def parse(flags: list[str]) -> Namespace:
     parser.add_argument("--rotary-percent", type=float, default=1.0)
     parser.add_argument("--rope-scaling", action="store_true")
     parser.add_argument("--packed", action="store_true", help="several documents in a sequence")
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--weights", required=True)
     parser.add_argument("--make-weights", action="store_true")
     parser.add_argument("--out", required=True)
     return parser.parse_args(flags)
+
+
+def dtype_of(options: Namespace) -> torch.dtype:
+    return torch.bfloat16 if options.bf16 else torch.float64
 
 
 def config_of(options: Namespace) -> DMCTransformerConfig:
@@ -110,7 +115,8 @@ def config_of(options: Namespace) -> DMCTransformerConfig:
         num_query_groups=options.kv_heads, kv_channels=8, normalization="RMSNorm",
         gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False,
         hidden_dropout=0.0, attention_dropout=0.0, use_cpu_initialization=True,
-        params_dtype=torch.float64, pipeline_dtype=torch.float64, transformer_impl="local",
+        params_dtype=dtype_of(options), pipeline_dtype=dtype_of(options), transformer_impl="local",
+        bf16=options.bf16,
         tensor_model_parallel_size=options.tp, pipeline_model_parallel_size=options.pp,
         virtual_pipeline_model_parallel_size=options.vp, sequence_parallel=options.sp,
         context_parallel_size=options.cp, qk_layernorm=options.qk_norm,
@@ -141,7 +147,7 @@ def build_chunks(options: Namespace, config, args, recorder, groups) -> list:
             args, config, recorder, pre_process=first, post_process=last,
             vp_stage=None if options.vp is None else i, pg_collection=groups,
         )  # fmt: skip
-        chunks.append(model.double().train())
+        chunks.append(model.to(dtype_of(options)).train())
 
     def state() -> dict:  # a checkpoint is read as a whole, by all chunks together
         return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
@@ -154,6 +160,7 @@ def build_chunks(options: Namespace, config, args, recorder, groups) -> list:
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=options.distributed_optimizer,
         overlap_grad_reduce=options.overlap_grad_reduce,
+        grad_reduce_in_fp32=options.bf16,
     )
     return [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0)

@@ -1,7 +1,7 @@
 """Any layout, recompute on or off: the loss, measured CR and every gradient of one process.
 
-Real processes over gloo, Megatron's real schedules, float64 (but for Megatron's cross entropy, which
-is computed in float32); the bound is on the largest difference of any gradient element, relative to
+Real processes over gloo, Megatron's real schedules, float64 but where the layout says bfloat16 (and but
+for Megatron's cross entropy, which is computed in float32); the bound is on the largest difference of any gradient element, relative to
 the largest element of that gradient.
 """
 
@@ -19,6 +19,7 @@ WORKER = Path(__file__).with_name("layout_worker.py")
 
 MHA_WINDOW = ["--kv-heads=4", "--merge-window=3"]
 TIED = ["--tied"]
+BF16 = ["--bf16"]
 
 # name: processes, flags of the layout, flags of the model
 LAYOUTS: dict[str, tuple[int, list[str], list[str]]] = {
@@ -41,6 +42,10 @@ LAYOUTS: dict[str, tuple[int, list[str], list[str]]] = {
         2, ["--tp=2", "--sp"], ["--qk-norm", "--rotary-percent=0.5"]),
     "pp2-rope-scaling-one-kv-head": (2, ["--pp=2"], ["--rope-scaling", "--kv-heads=1"]),
     "tp2-shared-decisions": (2, ["--tp=2"], ["--shared-decisions"]),
+    # Only layouts that keep every product and sum of a token: those of tensor parallelism are rounded
+    # elsewhere, and in bfloat16 that flips decisions.
+    "pp2-vp2-recompute-bf16": (2, ["--pp=2", "--vp=2", "--recompute=full"], BF16),
+    "dp2-distributed-optimizer-bf16": (2, ["--distributed-optimizer"], BF16),
     "tp2-pp2": (4, ["--tp=2", "--pp=2"], []),
     "tp2-pp2-vp2-dp2-sp-tied": (
         8, ["--tp=2", "--pp=2", "--vp=2", "--sp", "--distributed-optimizer",
