@@ -295,12 +295,12 @@ def test_disconnect_frees_the_pages(server, stream):
     assert made < 2 * 400, "the completions went on to their end"
 
 
-def test_api_keys_and_failing_flags(tmp_path, capsys):
+def test_api_keys_cached_prefixes_and_failing_flags(tmp_path, capsys):
     from megatron_dmc.cli import main
 
     with ServerProcess(
         tmp_path, "--api-key", "secret", "other", "--max-model-len", "64",
-        "--shutdown-timeout", "300",
+        "--shutdown-timeout", "300", "--enable-prefix-caching", "--prefix-block-size", "16",
         "--chat-template", CHAT_TEMPLATE, MEGATRON_DMC_API_KEY="third",
     ) as server:  # fmt: skip
         assert post(server, {"prompt": "x"})[0] == 401
@@ -316,11 +316,18 @@ def test_api_keys_and_failing_flags(tmp_path, capsys):
             client.models.list()
         assert server.get("/version") and server.get("/live")
 
+        # a prompt that came before is found again, but for what lies past the last block
+        body = {"prompt": list(range(40)), "max_tokens": 4, "temperature": 0, "n": 2}
+        answers = [post(server, body, Authorization="Bearer secret")[1] for _ in range(2)]
+        usages = [answer["usage"] for answer in answers]
+        assert [u["prompt_tokens_details"]["cached_tokens"] for u in usages] == [0, 32]
+        assert answers[0]["choices"] == answers[1]["choices"]
+
         # SIGTERM: what is in progress ends well, new connections are refused, exit code 0
-        answers = {}
+        asked = {}
 
         def ask():
-            answers["whole"] = post(
+            asked["whole"] = post(
                 server, {"prompt": "x", "n": 16, "max_tokens": 60, "ignore_eos": True},
                 Authorization="Bearer secret",
             )  # fmt: skip
@@ -331,8 +338,8 @@ def test_api_keys_and_failing_flags(tmp_path, capsys):
         port = urlsplit(server.url).port
         server.terminate()
         asking.join(PATIENCE)
-        assert answers["whole"][0] == 200, answers
-        assert answers["whole"][1]["usage"]["completion_tokens"] == 960
+        assert asked["whole"][0] == 200, asked
+        assert asked["whole"][1]["usage"]["completion_tokens"] == 960
         assert server.process.wait(PATIENCE) == 0, server.log.read_text()
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port))
