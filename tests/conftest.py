@@ -1,4 +1,11 @@
-"""What pytest prints after the tests: each parallel layout with its largest deviation."""
+"""Set-up of all tests: random inputs are the same in every run, so that a test which passes here passes
+elsewhere; the named scripts (`tests/engine_machine.py`, `tests/soak`) draw new ones. After the tests
+pytest prints each parallel layout with its largest deviation."""
+
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True, database=None)
+settings.load_profile("repeatable")
 
 
 def pytest_terminal_summary(terminalreporter):

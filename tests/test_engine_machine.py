@@ -6,5 +6,5 @@ from hypothesis.stateful import run_state_machine_as_test
 
 def test_random_use_conserves_pages_and_tokens():
     run_state_machine_as_test(EngineMachine, settings=machine_settings(20, 40))
-    assert totals["steps"] > 500 and totals["finished"] > 50
+    assert totals["steps"] > 500 and totals["finished"] > 20
     assert totals["preempted"] > 0 and totals["hits"] > 0
