@@ -28,6 +28,7 @@ LEVELS = {
     "norm": 3,
     "attention": 3,
     "checkpoint": 3,
+    "baselines": 4,
     "specs": 4,
     "models": 4,
     "plan": 4,

@@ -1,67 +1,34 @@
-"""Weights of Hugging Face's LlamaForCausalLM, tensor by tensor, as Megatron's GPTModel has them.
+"""A Hugging Face folder's weights, tensor by tensor, as parts of Megatron's; read and written.
 
-Names of Megatron tensors are those of `GPTModel.state_dict()` with the local layer spec; `TE_NAMES`
-gives the Transformer Engine spec's. Dimension letters: N query heads, G key/value heads (query
-groups), D head dim, H hidden size, F feed-forward size, V vocabulary size.
+Dimension letters: N query heads, G key/value heads (query groups), D head dim, H hidden size, F
+feed-forward size, V vocabulary size.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.families import family_named
+from megatron_dmc.checkpoint.weights import (
+    StateSource,
+    WeightSource,
+    megatron_shapes,
+    read_tensor,
+)
 from megatron_dmc.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 """A folder's weights are split into files of at most this size."""
-
-TE_NAMES = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
-"""Per layer: name in the local layer spec -> name in the Transformer Engine layer spec.
-
-In `torch_dist` checkpoints both specs use the right-hand names."""
-
-
-def megatron_shapes(d: ModelDescription) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors of the GPTModel."""
-    qkv_rows = (d.num_attention_heads + 2 * d.num_query_groups) * d.kv_channels
-    layer = {
-        "input_layernorm.weight": (d.hidden_size,),
-        "self_attention.linear_qkv.weight": (qkv_rows, d.hidden_size),
-        "self_attention.linear_proj.weight": (
-            d.hidden_size,
-            d.num_attention_heads * d.kv_channels,
-        ),
-        "pre_mlp_layernorm.weight": (d.hidden_size,),
-        "mlp.linear_fc1.weight": (2 * d.ffn_hidden_size, d.hidden_size),
-        "mlp.linear_fc2.weight": (d.hidden_size, d.ffn_hidden_size),
-    }
-    shapes: dict[str, tuple[int, ...]] = {
-        "embedding.word_embeddings.weight": (d.padded_vocab_size, d.hidden_size)
-    }
-    for i in range(d.num_layers):
-        shapes |= {f"decoder.layers.{i}.{name}": shape for name, shape in layer.items()}
-    shapes["decoder.final_layernorm.weight"] = (d.hidden_size,)
-    if not d.share_embeddings_and_output_weights:
-        shapes["output_layer.weight"] = (d.padded_vocab_size, d.hidden_size)
-    return shapes
-
-
-def empty_state(d: ModelDescription) -> dict[str, Tensor]:
-    """Zero tensors of all names and shapes, in `d.dtype` on the CPU."""
-    return {name: torch.zeros(shape, dtype=d.dtype) for name, shape in megatron_shapes(d).items()}
 
 
 @dataclass(frozen=True)
@@ -78,51 +45,81 @@ class Piece:
         per_group = d.num_attention_heads // d.num_query_groups
         if self.kind in ("q", "k", "v"):
             # rows of a group: its query heads, its key head, its value head
-            qkv = tensor.view(d.num_query_groups, per_group + 2, d.kv_channels, d.hidden_size)
+            qkv = tensor.view(d.num_query_groups, per_group + 2, d.kv_channels, *tensor.shape[1:])
             first, last = {
                 "q": (0, per_group),
                 "k": (per_group, per_group + 1),
                 "v": (per_group + 1, per_group + 2),
             }[self.kind]
             return qkv[:, first:last]
-        if self.kind == "gate":
-            return tensor[: d.ffn_hidden_size]
-        if self.kind == "up":
-            return tensor[d.ffn_hidden_size :]
+        if self.kind in ("gate", "up"):
+            return tensor.chunk(2)[self.kind == "up"]
         if self.kind == "vocab":
             return tensor[: d.vocab_size]
         return tensor
 
 
-def pieces(d: ModelDescription) -> list[Piece]:
-    """All tensors of the Hugging Face model, in its order."""
-    H, F, D = d.hidden_size, d.ffn_hidden_size, d.kv_channels
-    q_rows, kv_rows = d.num_attention_heads * D, d.num_query_groups * D
-    out = [
-        Piece("model.embed_tokens.weight", (d.vocab_size, H),
-              "embedding.word_embeddings.weight", "vocab")
-    ]  # fmt: skip
-    layer = [
-        ("input_layernorm", (H,), "input_layernorm", "whole"),
-        ("self_attn.q_proj", (q_rows, H), "self_attention.linear_qkv", "q"),
-        ("self_attn.k_proj", (kv_rows, H), "self_attention.linear_qkv", "k"),
-        ("self_attn.v_proj", (kv_rows, H), "self_attention.linear_qkv", "v"),
-        ("self_attn.o_proj", (H, q_rows), "self_attention.linear_proj", "whole"),
-        ("post_attention_layernorm", (H,), "pre_mlp_layernorm", "whole"),
-        ("mlp.gate_proj", (F, H), "mlp.linear_fc1", "gate"),
-        ("mlp.up_proj", (F, H), "mlp.linear_fc1", "up"),
-        ("mlp.down_proj", (H, F), "mlp.linear_fc2", "whole"),
+def _layer_rows(d: ModelDescription) -> list[tuple[str, str, str]]:
+    """(Hugging Face name, Megatron name, kind) of a layer's tensors, both below the layer.
+
+    Parts of one Megatron tensor follow each other.
+    """
+    rows = [("input_layernorm.weight", "input_layernorm.weight", "whole")]
+    for what in ("weight", "bias") if d.add_qkv_bias else ("weight",):
+        rows += [
+            (f"self_attn.{part}_proj.{what}", f"self_attention.linear_qkv.{what}", part)
+            for part in "qkv"
+        ]
+    if d.qk_layernorm:
+        rows += [
+            (f"self_attn.{part}_norm.weight", f"self_attention.{part}_layernorm.weight", "whole")
+            for part in "qk"
+        ]
+    rows += [
+        ("self_attn.o_proj.weight", "self_attention.linear_proj.weight", "whole"),
+        ("post_attention_layernorm.weight", "pre_mlp_layernorm.weight", "whole"),
     ]
+    experts = family_named(d.model_type).experts
+    mlps = [("mlp.{part}", ("gate_proj", "up_proj", "down_proj"), "mlp")]
+    if experts is not None:
+        rows.append((f"{experts.router}.weight", "mlp.router.weight", "whole"))
+        mlps = [
+            (experts.expert.replace("{e}", str(e)), experts.parts, f"mlp.experts.local_experts.{e}")
+            for e in range(d.num_experts or 0)
+        ]
+    for template, (gate, up, down), megatron in mlps:
+        rows += [
+            (template.replace("{part}", part) + ".weight", f"{megatron}.{target}.weight", kind)
+            for part, target, kind in (
+                (gate, "linear_fc1", "gate"),
+                (up, "linear_fc1", "up"),
+                (down, "linear_fc2", "whole"),
+            )
+        ]
+    return rows
+
+
+def pieces(d: ModelDescription) -> list[Piece]:
+    """All tensors of the Hugging Face model; parts of one Megatron tensor follow each other."""
+    rows = [("model.embed_tokens.weight", "embedding.word_embeddings.weight", "vocab")]
+    layer = _layer_rows(d)
     for i in range(d.num_layers):
-        for hf, shape, megatron, kind in layer:
-            out.append(
-                Piece(f"model.layers.{i}.{hf}.weight", shape,
-                      f"decoder.layers.{i}.{megatron}.weight", kind)
-            )  # fmt: skip
-    out.append(Piece("model.norm.weight", (H,), "decoder.final_layernorm.weight", "whole"))
+        rows += [(f"model.layers.{i}.{a}", f"decoder.layers.{i}.{b}", kind) for a, b, kind in layer]
+    rows.append(("model.norm.weight", "decoder.final_layernorm.weight", "whole"))
     if not d.share_embeddings_and_output_weights:
-        out.append(Piece("lm_head.weight", (d.vocab_size, H), "output_layer.weight", "vocab"))
-    return out
+        rows.append(("lm_head.weight", "output_layer.weight", "vocab"))
+    shapes = megatron_shapes(d)
+    kv_rows = d.num_query_groups * d.kv_channels
+
+    def shape(megatron: str, kind: str) -> tuple[int, ...]:
+        whole = shapes[megatron]
+        first = {
+            "q": d.num_attention_heads * d.kv_channels, "k": kv_rows, "v": kv_rows,
+            "gate": whole[0] // 2, "up": whole[0] // 2, "vocab": d.vocab_size, "whole": whole[0],
+        }[kind]  # fmt: skip
+        return (first, *whole[1:])
+
+    return [Piece(hf, shape(megatron, kind), megatron, kind) for hf, megatron, kind in rows]
 
 
 def _some(names: set[str]) -> str:
@@ -145,8 +142,8 @@ _SAFETENSORS_DTYPES = {
 }
 
 
-class LlamaFolder:
-    """The safetensors files of a Hugging Face folder, read one tensor at a time.
+class HFFolder:
+    """The safetensors files of a Hugging Face folder, read one tensor at a time: a `WeightSource`.
 
     Raises:
         CheckpointError: names the file that is missing or broken, and every tensor that is missing,
@@ -157,6 +154,9 @@ class LlamaFolder:
         self.path = Path(path)
         self.description = description
         self.pieces = pieces(description)
+        self._parts: dict[str, list[Piece]] = {}
+        for piece in self.pieces:
+            self._parts.setdefault(piece.megatron_name, []).append(piece)
         self.stored: dict[str, _Stored] = {}
         for file, expected in self._files().items():
             self._read_header(file, expected)
@@ -254,78 +254,94 @@ class LlamaFolder:
         except (SafetensorError, OSError) as e:
             raise CheckpointError(f"{file}: cannot read {name} ({e})") from e
 
-    def load_into(self, state: dict[str, Tensor], *, progress: bool = False) -> None:
-        """Copy the weights into Megatron's tensors; rows of the padded vocabulary become zero.
-
-        Args:
-            state: tensors of the names and shapes of `megatron_shapes`, in any dtype.
-        """
-        with torch.no_grad():
-            for piece in tqdm(
-                self.pieces,
-                desc="reading weights",
-                unit="tensor",
-                disable=None if progress else True,
-            ):
-                target = state[piece.megatron_name]
-                if piece.kind == "vocab":
-                    target[self.description.vocab_size :] = 0
-                view = piece.view(target, self.description)
-                view.copy_(self.read(piece.hf_name).view(view.shape))
+    def fill(self, name: str, out: Tensor) -> None:
+        """See `WeightSource`."""
+        for piece in self._parts[name]:
+            if piece.kind == "vocab":
+                out[self.description.vocab_size :] = 0
+            view = piece.view(out, self.description)
+            view.copy_(self.read(piece.hf_name).view(view.shape))
 
 
-def from_megatron(
-    state: dict[str, Tensor], d: ModelDescription
-) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-    """(name, shape, view of the Megatron tensor) of every Hugging Face tensor."""
+def _plan_files(d: ModelDescription, shard_bytes: int) -> tuple[list[list[Piece]], int]:
+    """(pieces of every file, bytes in all): files of at most `shard_bytes` or one tensor."""
+    files: list[list[Piece]] = [[]]
+    size = total = 0
     for piece in pieces(d):
-        yield piece.hf_name, piece.hf_shape, piece.view(state[piece.megatron_name], d)
+        nbytes = _nbytes(piece, d.dtype)
+        if files[-1] and size + nbytes > shard_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(piece)
+        size += nbytes
+        total += nbytes
+    return files, total
+
+
+def _nbytes(piece: Piece, dtype: torch.dtype) -> int:
+    return torch.Size(piece.hf_shape).numel() * dtype.itemsize
+
+
+def _header(content: list[Piece], dtype: torch.dtype) -> bytes:
+    """The head of a safetensors file: length, then JSON with dtype, shape and place of each tensor."""
+    name = next(key for key, value in _SAFETENSORS_DTYPES.items() if value == dtype)
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for piece in content:
+        begin, end = end, end + _nbytes(piece, dtype)
+        entries[piece.hf_name] = {
+            "dtype": name, "shape": list(piece.hf_shape), "data_offsets": [begin, end],
+        }  # fmt: skip
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def write_folder(
     path: Path,
-    state: dict[str, Tensor],
+    weights: WeightSource | Mapping[str, Tensor],
     d: ModelDescription,
     *,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = False,
 ) -> None:
-    """Write `config.json` and the safetensors files, in `d.dtype`.
+    """Write `config.json` and the safetensors files, in `d.dtype`, one tensor at a time.
 
     Args:
         path: an existing folder.
-        state: Megatron's tensors.
+        weights: a source, or Megatron's tensors by name.
 
     Raises:
-        OSError, SafetensorError: the files cannot be written.
+        OSError: the files cannot be written.
+        CheckpointError: the source cannot be read.
     """
+    source = StateSource(weights) if isinstance(weights, Mapping) else weights
     (path / "config.json").write_text(json.dumps(d.to_hf_config(), indent=2) + "\n")
-    shards: list[list[tuple[str, tuple[int, ...], Tensor]]] = [[]]
-    sizes = [0]
-    for name, shape, view in from_megatron(state, d):
-        nbytes = view.numel() * d.dtype.itemsize
-        if shards[-1] and sizes[-1] + nbytes > shard_bytes:
-            shards.append([])
-            sizes.append(0)
-        shards[-1].append((name, shape, view))
-        sizes[-1] += nbytes
+    files, total = _plan_files(d, shard_bytes)
+    shapes = megatron_shapes(d)
     weight_map: dict[str, str] = {}
-    for i, shard in enumerate(
-        tqdm(shards, desc="writing weights", unit="file", disable=None if progress else True)
-    ):
-        file = (
-            SINGLE_FILE
-            if len(shards) == 1
-            else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        )
-        tensors = {
-            name: view.detach()
-            .to(d.dtype, copy=True, memory_format=torch.contiguous_format)
-            .view(shape)
-            for name, shape, view in shard
-        }
-        save_file(tensors, path / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+    current, tensor = "", torch.empty(0)
+    bar = tqdm(
+        total=sum(map(len, files)), desc="converting weights", unit="tensor",
+        disable=None if progress else True,
+    )  # fmt: skip
+    with bar:
+        for i, content in enumerate(files):
+            file = SINGLE_FILE
+            if len(files) > 1:
+                file = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+            # the library writes whole files from memory, so this writes their simple format itself
+            with open(path / file, "wb") as f:
+                f.write(_header(content, d.dtype))
+                for piece in content:
+                    if piece.megatron_name != current:
+                        del tensor  # before the next is allocated
+                        current = piece.megatron_name
+                        tensor = read_tensor(source, current, shapes[current], d.dtype)
+                    part = piece.view(tensor, d).contiguous()
+                    f.write(part.view(-1).view(torch.uint8).numpy().data)
+                    bar.update()
+            weight_map |= dict.fromkeys((piece.hf_name for piece in content), file)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (path / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
