@@ -1,5 +1,7 @@
 """Megatron's GPTModel from any checkpoint, in one process, on a CPU or a GPU."""
 
+import copy
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +10,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.moe_utils import router_gating_linear
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -36,6 +40,29 @@ class _RotaryEmbedding(RotaryEmbedding):
         """Angles of positions `offset` to `offset + max_seq_len - 1`: [positions, 1, 1, D]."""
         freqs = self.get_freqs_non_repeated(max_seq_len, offset)
         return torch.cat((freqs, freqs), dim=-1)[:, None, None, :]
+
+
+class _Router(TopKRouter):
+    """Megatron's router, computing where the model is; Megatron's own moves its weight to a GPU."""
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Logits of the experts, [..., experts], in the dtype of `input`, [..., hidden]."""
+        return router_gating_linear(input, self.weight, self.bias, input.dtype)
+
+
+def _with_router(spec: Any) -> Any:
+    """A copy of a block's submodules in which mixtures of experts have `_Router`."""
+    spec = copy.copy(spec)
+    layers = []
+    for layer in spec.layer_specs:
+        layer = copy.copy(layer)
+        layer.submodules = copy.copy(layer.submodules)
+        mlp = layer.submodules.mlp
+        submodules = replace(mlp.keywords["submodules"], router=_Router)
+        layer.submodules.mlp = functools.partial(mlp, submodules=submodules)
+        layers.append(layer)
+    spec.layer_specs = layers
+    return spec
 
 
 def transformer_config(
@@ -136,9 +163,10 @@ def build_model(
     config = transformer_config(
         description, dmc=dmc, dtype=dtype, tensor_parallel_size=tensor_parallel_size
     )
+    spec = dmc_layer_spec(config)
     model = GPTModel(
         config,
-        transformer_layer_spec=dmc_layer_spec(config),
+        transformer_layer_spec=_with_router(spec) if description.num_experts else spec,
         vocab_size=description.padded_vocab_size,
         max_sequence_length=description.max_position_embeddings,
         parallel_output=False,

@@ -26,8 +26,9 @@ from megatron_dmc.checkpoint.convert import convert
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.families import FAMILIES
 from megatron_dmc.checkpoint.torch_dist import TorchDistCheckpoint
+from megatron_dmc.checkpoint.weights import join, megatron_shapes, shard
 from megatron_dmc.errors import UnsupportedConfig
-from megatron_dmc.models import full_forward, load_model
+from megatron_dmc.models import full_forward, load_model, rotary_embedding
 
 VOCAB = 100
 SIZES = {
@@ -36,7 +37,7 @@ SIZES = {
     "max_position_embeddings": 512, "initializer_range": 0.2,
 }  # fmt: skip
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
 }  # fmt: skip
 EXPERTS = {"num_experts_per_tok": 2}
@@ -127,6 +128,29 @@ def test_bits_logits_and_tokens(case, tmp_path):
             min_new_tokens=12, pad_token_id=0, eos_token_id=None,
         )  # fmt: skip
         assert output.outputs[0].token_ids == theirs[0, len(prompt) :].tolist()
+
+
+def test_scaled_rope_is_not_plain_rope(tmp_path):
+    """What the case of Llama 3 shows: without the scaling its logits would be others."""
+    reference = save(CASES["llama3"], tmp_path / "hf")
+    loaded = load_model(tmp_path / "hf")
+    plain = replace(loaded.description, rope_scaling_factor=None)
+    loaded.model.rotary_pos_emb = rotary_embedding(plain, "cpu")
+    with torch.no_grad():
+        expected = reference(tokens()).logits
+    assert (full_forward(loaded.model, tokens())[..., :VOCAB] - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("size", [2, 4])
+def test_shards_join(case, size):
+    """Tensor-parallel shards of every tensor, put together, are the tensor."""
+    d = ModelDescription.from_hf_config(CASES[case].to_dict() | {"architectures": None})
+    for name, shape in megatron_shapes(d).items():
+        whole = torch.arange(torch.Size(shape).numel()).float().view(shape)
+        out = torch.empty_like(whole)
+        join(name, [shard(name, whole, size, rank) for rank in range(size)], out)
+        assert torch.equal(out, whole), name
 
 
 @pytest.mark.parametrize("case", ["qwen3", "mixtral"])
@@ -233,7 +257,8 @@ def test_absent_keys_mean_what_transformers_takes():
     for config in CASES.values():
         kept = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "head_dim",
                 "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
-                "num_local_experts", "num_experts", "moe_intermediate_size")  # fmt: skip
+                "num_local_experts", "num_experts", "num_experts_per_tok",
+                "moe_intermediate_size")  # fmt: skip
         short = {k: v for k, v in config.to_dict().items() if k in kept}
         short["sliding_window"] = None
         full = type(config)(**{k: v for k, v in short.items() if k != "model_type"}).to_dict()

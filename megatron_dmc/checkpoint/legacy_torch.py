@@ -5,15 +5,18 @@ names are those of Megatron-Core's GPTModel, of the local or of the Transformer 
 The released DMC checkpoints have this format (NVIDIA/Megatron-LM, branch dmc: `save_checkpoint`).
 """
 
-import argparse
-import enum
+import io
 import re
+import signal
 from argparse import Namespace
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from megatron.core.enums import ModelType
+from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 
 from megatron_dmc.checkpoint.description import ModelDescription
@@ -43,7 +46,7 @@ def _load(file: Path, *, allow_pickle: bool) -> dict[str, Any]:
     try:
         if allow_pickle:
             return torch.load(file, weights_only=False, **options)
-        with torch.serialization.safe_globals([Namespace, *_harmless_enums()]):
+        with torch.serialization.safe_globals(_harmless()):
             try:
                 return torch.load(file, weights_only=True, **options)
             except Exception:
@@ -59,12 +62,24 @@ def _load(file: Path, *, allow_pickle: bool) -> dict[str, Any]:
     )
 
 
-def _harmless_enums() -> list[type[enum.Enum]]:
-    """Enums that Megatron's saved arguments hold; making one runs nothing of the file's."""
-    from megatron.core.enums import ModelType
-    from megatron.core.transformer.enums import AttnBackend, AttnMaskType
+def _harmless() -> list[Any]:
+    """Classes that Megatron's saves hold beside tensors; making one runs nothing of the file's.
 
-    return [ModelType, AttnBackend, AttnMaskType]
+    Arguments and their enums, Transformer Engine's extra states, the random generators' states.
+    """
+    reconstruct = np.ndarray.__reduce__(np.empty(0))[0]
+    return [
+        Namespace,
+        ModelType,
+        AttnBackend,
+        signal.Signals,
+        io.BytesIO,
+        np.ndarray,
+        np.dtype,
+        type(np.dtype(np.uint32)),
+        reconstruct,
+        (reconstruct, "numpy.core.multiarray._reconstruct"),  # as numpy 1 named it
+    ]
 
 
 class LegacyCheckpoint:
@@ -102,7 +117,7 @@ class LegacyCheckpoint:
 
     def _saved_args(self, state: dict[str, Any]) -> Namespace:
         args = state.get("args") if isinstance(state, dict) else None
-        if not isinstance(args, argparse.Namespace):
+        if not isinstance(args, Namespace):
             raise CheckpointError(
                 f"{self.folder}: holds no saved arguments, so the model's sizes are unknown"
             )
