@@ -5,10 +5,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+from test_engine_tp import launch, prompts
 from test_families import CASES, save, weights
 from test_training import pretrain
 from transformers import AutoTokenizer
 
+from megatron_dmc import LLM, SamplingParams
 from megatron_dmc.checkpoint.convert import FLAGS_FILE, convert
 from megatron_dmc.checkpoint.tokenizer import (
     HuggingFaceTokenizer,
@@ -123,3 +125,22 @@ def test_megatron_trains_what_was_converted(case, tmp_path):
     assert set(before) == set(after)
     for name, tensor in before.items():
         assert 1e-5 < float((tensor - after[name]).abs().max()) < 3e-3, name
+
+
+@pytest.mark.dist
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", ["qwen2", "qwen3-moe"])
+def test_two_ranks_do_what_one_does(case, tmp_path):
+    """Tensor parallel in the engine: biases, QK-norm and experts are split as Megatron splits them."""
+    save(CASES[case], tmp_path)
+    llm = LLM(str(tmp_path), dtype="float64", block_size=4, max_model_len=64, max_num_seqs=4)
+    params = [
+        SamplingParams(temperature=0, max_tokens=12)
+        if i % 2
+        else SamplingParams(max_tokens=12, seed=i)
+        for i in range(6)
+    ]
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts()], params, use_tqdm=False)
+    result, codes, text = launch(tmp_path, 2, "plenty")
+    assert codes == [0, 0], text
+    assert result["tokens"] == [o.outputs[0].token_ids for o in outputs]

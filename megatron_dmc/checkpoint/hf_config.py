@@ -99,7 +99,7 @@ def _check_settings(config: dict[str, Any], family: Family) -> None:
             f"config.json: sliding_window={window} below max_position_embeddings={context} is "
             "active, and a DMC entry stands for many positions, so a window over positions is not "
             f"defined; set max_position_embeddings to {window} (within it the window leaves "
-            "nothing out) or sliding_window to null (full attention, as later models of the family)"
+            "nothing out) or, if the model was trained with full attention, sliding_window to null"
         )
 
 

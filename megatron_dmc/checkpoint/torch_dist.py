@@ -284,10 +284,10 @@ class TorchDistCheckpoint:
 
 
 class Place(NamedTuple):
-    """Where a tensor of the model lies in a checkpoint: `tensor[index]` of a stored tensor."""
+    """Where a tensor of the model lies in a checkpoint: `tensor[at]` of a stored tensor."""
 
     key: str
-    index: tuple[int, ...]
+    at: tuple[int, ...]
     shape: tuple[int, ...]
     """Of the whole stored tensor."""
 
@@ -321,10 +321,10 @@ def places_of(name: str, shape: tuple[int, ...], d: ModelDescription) -> list[Pl
 
 def chunk_of(place: Place) -> ChunkStorageMetadata:
     """The part of a stored tensor that is one tensor of the model."""
-    rest = place.shape[len(place.index) :]
+    rest = place.shape[len(place.at) :]
     return ChunkStorageMetadata(
-        torch.Size((*place.index, *(0 for _ in rest))),
-        torch.Size((*(1 for _ in place.index), *rest)),
+        torch.Size((*place.at, *(0 for _ in rest))),
+        torch.Size((*(1 for _ in place.at), *rest)),
     )
 
 
@@ -357,7 +357,7 @@ class TorchDistWeights:
         """The stored tensor with those of its chunks alone that can lie at `place`."""
         stored = self._metadata.state_dict_metadata[place.key]
         assert isinstance(stored, TensorStorageMetadata)
-        depth = len(place.index)
+        depth = len(place.at)
         if place.key not in self._chunks:
             chunks = defaultdict(list)
             for chunk in stored.chunks:
@@ -367,7 +367,7 @@ class TorchDistWeights:
         near = self._chunks[place.key]
         if () in near:  # chunks of several layers
             return stored
-        return replace(stored, chunks=near.get(place.index, []))
+        return replace(stored, chunks=near.get(place.at, []))
 
     def fill(self, name: str, out: Tensor) -> None:
         """See `WeightSource`."""
