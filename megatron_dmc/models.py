@@ -19,7 +19,7 @@ from megatron_dmc.checkpoint.convert import open_checkpoint, read_weights
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.single_process import ensure_single_process
 from megatron_dmc.checkpoint.tokenizer import Tokenizer, check_vocab, load_tokenizer
-from megatron_dmc.checkpoint.weights import megatron_shapes, read_tensor, shard
+from megatron_dmc.checkpoint.weights import ShardSource, megatron_shapes
 from megatron_dmc.config import DMCConfig, DMCTransformerConfig
 from megatron_dmc.errors import UnsupportedConfig
 
@@ -232,14 +232,12 @@ def load_model(
     description = replace(description, dmc=settings, dtype=dtype or description.dtype)
     model = build_model(description, dmc=settings, tensor_parallel_size=tensor_parallel_size)
     state: dict[str, Any] = model.state_dict()
-    shapes = megatron_shapes(description)
-    if tensor_parallel_size == 1:
-        read_weights(source, {name: state[name] for name in shapes}, progress=progress)
-    else:
+    rank = 0
+    if tensor_parallel_size > 1:
         rank = parallel_state.get_tensor_model_parallel_rank()
-        for name, shape in shapes.items():
-            whole = read_tensor(source, name, shape, description.dtype)
-            state[name].copy_(shard(name, whole, tensor_parallel_size, rank))
+        source = ShardSource(source, description, size=tensor_parallel_size, rank=rank)
+    weights = {name: state[name] for name in megatron_shapes(description)}
+    read_weights(source, weights, progress=progress and rank == 0)
     model.to(device)
     assert isinstance(model.rotary_pos_emb, _RotaryEmbedding)
     model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq.to(device)

@@ -268,6 +268,16 @@ def test_absent_keys_mean_what_transformers_takes():
         assert ModelDescription.from_hf_config(short) == ModelDescription.from_hf_config(full)
 
 
+def test_tensors_are_read_in_blocks(tmp_path, monkeypatch):
+    """A block of a few rows, of one row, and of less than one give what a whole tensor gives."""
+    save(CASES["mixtral"], tmp_path / "hf")
+    for size in (1, 200, 3000):
+        monkeypatch.setattr("megatron_dmc.checkpoint.hf_folder.BLOCK_BYTES", size)
+        convert(None, "hf", tmp_path / "hf", tmp_path / f"out{size}")
+        before, after = weights(tmp_path / "hf"), weights(tmp_path / f"out{size}")
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_files_have_the_mode_that_the_umask_gives(tmp_path):
     save(CASES["qwen2"], tmp_path / "hf")
     before = os.umask(0o027)

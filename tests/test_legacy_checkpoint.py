@@ -236,9 +236,10 @@ def test_what_can_be_wrong(tmp_path):
     state = torch.load(file, weights_only=False)
 
     def refused(match: str, error=CheckpointError) -> None:
-        with pytest.raises(error, match=match):
-            convert("megatron", "hf", path, tmp_path / "out")
-        assert not (tmp_path / "out").exists()
+        for to_format in ("hf", "megatron"):
+            with pytest.raises(error, match=match):
+                convert("megatron", to_format, path, tmp_path / "out")
+            assert not (tmp_path / "out").exists()
 
     norm = state["model"].pop("decoder.final_layernorm.weight")
     torch.save(state, file)

@@ -27,6 +27,8 @@ from megatron_dmc.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+BLOCK_BYTES = 64_000_000
+"""Large tensors are read in blocks of rows of at most this size."""
 SHARD_BYTES = 5_000_000_000
 """A folder's weights are split into files of at most this size."""
 
@@ -245,12 +247,12 @@ class HFFolder:
         if complaints:
             raise CheckpointError(f"{self.path}: {'; '.join(complaints)}")
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, as stored."""
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows `first` to `last` (not included) of one tensor, as stored; all without `last`."""
         file = self.stored[name].file
         try:
             with safe_open(file, framework="pt") as f:
-                return f.get_tensor(name)
+                return f.get_slice(name)[first:last]
         except (SafetensorError, OSError) as e:
             raise CheckpointError(f"{file}: cannot read {name} ({e})") from e
 
@@ -260,7 +262,15 @@ class HFFolder:
             if piece.kind == "vocab":
                 out[self.description.vocab_size :] = 0
             view = piece.view(out, self.description)
-            view.copy_(self.read(piece.hf_name).view(view.shape))
+            if view.shape != piece.hf_shape:
+                view.copy_(self.read(piece.hf_name).view(view.shape))
+                continue
+            # a file stays mapped while it is open: in blocks, less of it is in memory at once
+            row_bytes = max(1, _nbytes(piece, out.dtype) // piece.hf_shape[0])
+            step = max(1, BLOCK_BYTES // row_bytes)
+            for first in range(0, piece.hf_shape[0], step):
+                rows = view[first : first + step]
+                rows.copy_(self.read(piece.hf_name, first, first + len(rows)))
 
 
 def _plan_files(d: ModelDescription, shard_bytes: int) -> tuple[list[list[Piece]], int]:

@@ -122,6 +122,19 @@ def shard(name: str, tensor: Tensor, size: int, rank: int) -> Tensor:
     return tensor.chunk(size, dim=dim)[rank]
 
 
+class ShardSource:
+    """One tensor-parallel rank's parts of a source's tensors: a `WeightSource` of those shapes."""
+
+    def __init__(self, source: WeightSource, d: ModelDescription, *, size: int, rank: int):
+        self._source, self._shapes, self._dtype = source, megatron_shapes(d), d.dtype
+        self._size, self._rank = size, rank
+
+    def fill(self, name: str, out: Tensor) -> None:
+        """See `WeightSource`."""
+        whole = read_tensor(self._source, name, self._shapes[name], self._dtype)
+        out.copy_(shard(name, whole, self._size, self._rank))
+
+
 def join(name: str, shards: list[Tensor], out: Tensor) -> None:
     """The inverse of `shard`: write all ranks' parts into the whole tensor.
 
