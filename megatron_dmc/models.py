@@ -225,6 +225,11 @@ def load_model(
         UnsupportedConfig: the model is of no supported family.
     """
     description, source, tokenizer_place = open_checkpoint(path)
+    if description.num_experts and tensor_parallel_size > 1 and torch.device(device).type == "cpu":
+        raise UnsupportedConfig(
+            f"tensor_parallel_size={tensor_parallel_size} with num_experts={description.num_experts} on "
+            "a CPU: Megatron's token dispatcher gathers on GPUs only; use tensor_parallel_size=1"
+        )
     tokenizer = load_tokenizer(tokenizer_place) if tokenizer_place is not None else None
     if tokenizer is not None:
         check_vocab(tokenizer, description)
