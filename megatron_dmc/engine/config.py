@@ -1,5 +1,6 @@
 """Sizes and policies of the engine."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -44,6 +45,12 @@ class EngineConfig:
     count_flipped_decisions: bool | None = None
     """After preemption, compare the decisions with the first ones. None: in 16-bit dtypes."""
 
+    enforce_eager: bool = False
+    """Do not capture decode steps into CUDA graphs. Without a GPU there are none anyway."""
+
+    cudagraph_capture_sizes: Sequence[int] | None = None
+    """Batch sizes that are captured; None: 1, 2, 4, 8, 16, 24, ... up to `max_num_seqs`."""
+
     poison: bool = False
     """Fill free pages with NaN, for tests."""
 
@@ -60,6 +67,12 @@ class EngineConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UnsupportedConfig(f"{name}={value!r}: use a positive whole number")
+        sizes = self.cudagraph_capture_sizes
+        if sizes is not None and not (sizes and all(type(n) is int and n > 0 for n in sizes)):
+            raise UnsupportedConfig(
+                f"cudagraph_capture_sizes={sizes!r}: use positive whole numbers, or enforce_eager=True "
+                "for none"
+            )
         if self.scheduling_policy not in get_args(SchedulingPolicy):
             raise UnsupportedConfig(
                 f"scheduling_policy={self.scheduling_policy!r}: use 'fcfs' or 'priority'"

@@ -154,6 +154,14 @@ class PagedContext(BaseInferenceContext):
         self._rows_B = self._positions_B = torch.zeros(0, dtype=torch.int64, device=device)
         self._plans_L: list[Tensor | None] | None = None
 
+    @property
+    def is_capturable(self) -> bool:
+        """Whether decode steps run in kernels, which CUDA graphs can hold."""
+        backend = cache_ops.choose_backend(
+            self._backend, self.pool.k_pages_PSD, self.pool.page_size
+        )
+        return backend != "torch"
+
     # What Megatron's GPTModel asks.
 
     def is_static_batching(self) -> bool:
