@@ -163,7 +163,11 @@ def test_sizes():
     assert default_sizes(20) == [1, 2, 4, 8, 16, 20]
     assert default_sizes(600)[-2:] == [496, 512]
     assert default_sizes(256)[-2:] == [248, 256]
-    for sizes in ([], [0], [2.5], [True]):
+    config = EngineConfig(
+        max_model_len=8, num_pages=8, max_num_seqs=9, cudagraph_capture_sizes=[8, 4, 16]
+    )
+    assert config.graph_sizes() == [4, 8]
+    for sizes in ([], [0], [2.5], [True], [65, 80]):
         with pytest.raises(UnsupportedConfig, match="cudagraph_capture_sizes="):
             EngineConfig(max_model_len=8, num_pages=8, cudagraph_capture_sizes=sizes)
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+from megatron_dmc.engine.decode_graphs import default_sizes
 from megatron_dmc.engine.scheduler import SchedulingPolicy
 from megatron_dmc.errors import UnsupportedConfig
 
@@ -73,7 +74,17 @@ class EngineConfig:
                 f"cudagraph_capture_sizes={sizes!r}: use positive whole numbers, or enforce_eager=True "
                 "for none"
             )
+        if sizes is not None and min(sizes) > self.max_num_seqs:
+            raise UnsupportedConfig(
+                f"cudagraph_capture_sizes={sizes!r}: all are larger than max_num_seqs="
+                f"{self.max_num_seqs}; choose smaller ones, or enforce_eager=True"
+            )
         if self.scheduling_policy not in get_args(SchedulingPolicy):
             raise UnsupportedConfig(
                 f"scheduling_policy={self.scheduling_policy!r}: use 'fcfs' or 'priority'"
             )
+
+    def graph_sizes(self) -> list[int]:
+        """Batch sizes whose decode steps become CUDA graphs: none larger than `max_num_seqs`."""
+        sizes = self.cudagraph_capture_sizes or default_sizes(self.max_num_seqs)
+        return sorted({size for size in sizes if size <= self.max_num_seqs})

@@ -3,7 +3,6 @@
 Dimension letters: L layers, G key/value heads.
 """
 
-import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,6 @@ from torch import Tensor
 from megatron_dmc.engine.config import EngineConfig
 from megatron_dmc.engine.context import CompressionRule, PagedContext
 from megatron_dmc.engine.decision_record import DecisionRecord
-from megatron_dmc.engine.decode_graphs import CudaGraphs, default_sizes
 from megatron_dmc.engine.detokenizer import IncrementalDetokenizer, find_stop
 from megatron_dmc.engine.model_runner import ModelRunner
 from megatron_dmc.engine.prompts import read_prompt
@@ -26,8 +24,6 @@ from megatron_dmc.engine.scheduler import ScheduledChunk, Scheduler
 from megatron_dmc.engine.stats import Counters, EngineStats
 from megatron_dmc.engine.tensor_parallel import Command, TensorParallel
 from megatron_dmc.errors import EngineDead, InvalidRequest, UnsupportedConfig
-
-logger = logging.getLogger(__name__)
 
 
 class LLMEngine:
@@ -105,7 +101,9 @@ class LLMEngine:
             gather=None if parallel is None else parallel.gather_logits,
         )
         if torch.device(device).type == "cuda" and not config.enforce_eager:
-            self._capture_graphs(torch.device(device))
+            self.runner.capture_on_gpu(
+                config.graph_sizes(), progress=parallel is None or parallel.rank == 0
+            )
         self.scheduler = Scheduler(
             self.context,
             max_num_seqs=config.max_num_seqs,
@@ -121,27 +119,6 @@ class LLMEngine:
         self._lost: EngineDead | None = None
         self._num_added = 0
         self._counters = Counters(description.num_layers, description.num_query_groups)
-
-    def _capture_graphs(self, device: torch.device) -> None:
-        config = self.config
-        if not self.context.is_capturable:
-            logger.info("no CUDA graphs: the cache ops run in PyTorch")
-            return
-        sizes = config.cudagraph_capture_sizes or default_sizes(config.max_num_seqs)
-        sizes = [size for size in sizes if size <= config.max_num_seqs]
-        if not sizes:
-            raise UnsupportedConfig(
-                f"cudagraph_capture_sizes={config.cudagraph_capture_sizes!r}: all are larger than "
-                f"max_num_seqs={config.max_num_seqs}; choose smaller ones, or enforce_eager=True"
-            )
-        began, (free, _) = time.perf_counter(), torch.cuda.mem_get_info(device)
-        is_first = self.parallel is None or self.parallel.rank == 0
-        self.runner.capture(sizes, CudaGraphs(device), progress=is_first)
-        taken = free - torch.cuda.mem_get_info(device)[0]
-        logger.info(
-            "CUDA graphs of decode steps: %d batch sizes up to %d, %.2f GiB, captured in %.1f s",
-            len(sizes), max(sizes), taken / 2**30, time.perf_counter() - began,
-        )  # fmt: skip
 
     # Requests.
 

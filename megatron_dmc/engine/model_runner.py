@@ -3,6 +3,8 @@
 Dimension letters: T packed tokens, X rows that need logits, V vocabulary.
 """
 
+import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,8 +12,10 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.engine.context import PackedChunk, PagedContext
-from megatron_dmc.engine.decode_graphs import Capture, DecodeGraphs
+from megatron_dmc.engine.decode_graphs import Capture, CudaGraphs, DecodeGraphs
 from megatron_dmc.engine.scheduler import ScheduledChunk
+
+logger = logging.getLogger(__name__)
 
 
 def _logits_of_rows(
@@ -59,6 +63,19 @@ class ModelRunner:
                 token_ids_B, positions_B, rows_B, None
             ),
             sizes, capture, device=self.device, progress=progress,
+        )  # fmt: skip
+
+    def capture_on_gpu(self, sizes: Sequence[int], *, progress: bool) -> None:
+        """`capture` into CUDA graphs, with one line in the log; no kernels, no graphs."""
+        if not self.context.is_capturable:
+            logger.info("no CUDA graphs: the cache ops run in PyTorch")
+            return
+        began, (free, _) = time.perf_counter(), torch.cuda.mem_get_info(self.device)
+        self.capture(sizes, CudaGraphs(self.device), progress=progress)
+        taken = free - torch.cuda.mem_get_info(self.device)[0]
+        logger.info(
+            "CUDA graphs of decode steps: %d batch sizes up to %d, %.2f GiB, captured in %.1f s",
+            len(sizes), max(sizes), taken / 2**30, time.perf_counter() - began,
         )  # fmt: skip
 
     @torch.no_grad()

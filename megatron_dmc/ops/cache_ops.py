@@ -148,7 +148,7 @@ def decode_append(
     chosen = choose_backend(backend, k_BGD, k_pages_PSD.shape[1])
     if chosen == "torch":
         _append_live(
-            (k_BGD, v_BGD, is_merge_BG, omega_BG, cos, sin), k_pages_PSD, v_pages_PSD,
+            k_BGD, v_BGD, is_merge_BG, omega_BG, cos, sin, k_pages_PSD, v_pages_PSD,
             block_table_RGM, num_entries_RG, segments_RGUA, rows_B, merge_window, free_pages,
         )  # fmt: skip
         return
@@ -209,13 +209,19 @@ def torch_append(
     write_entries(k_pages_PSD, v_pages_PSD, slots.flatten(), key.flatten(0, 1), value.flatten(0, 1))
 
 
-def _append_live(tokens: tuple[Tensor | None, ...], *storage_and_rows) -> None:
+def _append_live(
+    k_BGD, v_BGD, is_merge_BG, omega_BG, cos_BF, sin_BF, k_pages_PSD, v_pages_PSD,
+    block_table_RGM, num_entries_RG, segments_RGUA, rows_B, merge_window, free_pages,
+) -> None:  # fmt: skip
     """`torch_append` of what is not padding."""
-    *storage, rows_B, merge_window, free_pages = storage_and_rows
     live = rows_B >= 0
+    k, v, is_merge, omega, cos, sin = (
+        None if x is None else x[live]
+        for x in (k_BGD, v_BGD, is_merge_BG, omega_BG, cos_BF, sin_BF)
+    )
     torch_append(
-        *(None if x is None else x[live] for x in tokens), *storage, rows_B[live], merge_window,
-        free_pages,
+        k, v, is_merge, omega, cos, sin, k_pages_PSD, v_pages_PSD, block_table_RGM, num_entries_RG,
+        segments_RGUA, rows_B[live], merge_window, free_pages,
     )  # fmt: skip
 
 
@@ -277,7 +283,7 @@ def gate_and_append(
         is_merge = gates.hard_decisions(logit) & may_merge
         omega = gates.importance(q_BND, k_BGD.shape[1], alpha_offset=alpha_offset)
     _append_live(
-        (k_BGD, v_BGD, is_merge, omega, cos, sin), k_pages_PSD, v_pages_PSD, block_table_RGM,
+        k_BGD, v_BGD, is_merge, omega, cos, sin, k_pages_PSD, v_pages_PSD, block_table_RGM,
         num_entries_RG, segments_RGUA, rows_B, merge_window, free_pages,
     )  # fmt: skip
     if not compress:
