@@ -17,7 +17,7 @@ def main():
     torch.set_num_threads(1)
     options = {"num_pages": 60, "max_num_batched_tokens": 24} if mode != "plenty" else {}
     if mode == "cached":
-        options |= {"num_pages": 250, "enable_prefix_caching": True, "prefix_block_size": 4}
+        options |= {"num_pages": 300, "enable_prefix_caching": True, "prefix_block_size": 4}
     llm = LLM(
         path, dtype="float64", block_size=4, max_model_len=64, max_num_seqs=4,
         tensor_parallel_size=size, **options,

@@ -76,9 +76,8 @@ def test_ranks_together_do_what_one_process_does(saved, size, mode):
     assert codes == [0] * size, text
     assert result["tokens"] == tokens
     assert result["in_use"] == 0
-    if (
-        mode == "cached"
-    ):  # the same prompts a second time: all ranks keep and drop the same prefixes
+    if mode == "cached":
+        # the same prompts a second time: all ranks keep and drop the same prefixes
         assert result["hits"] > 0 < result["evicted"]
     else:
         assert result["entries"] == stats.entries_LG
