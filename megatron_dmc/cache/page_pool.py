@@ -8,8 +8,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_dmc.errors import OutOfPages
+from megatron_dmc.ops import kv_pages
 
 PageIds = np.ndarray
 """int64, any shape."""
@@ -24,7 +26,7 @@ class PagePool:
     The pool's invariant, which `check_integrity` verifies: free + held = total, no page twice.
 
     Attributes:
-        k_pages_PSD, v_pages_PSD: the storage, in the model's dtype.
+        k_pages_PSD, v_pages_PSD: the storage: tensors, or `ScaledPages` where `dtype` is an 8-bit one.
         num_pages, page_size: P, S.
         reclaim: called with a number of pages when `allocate` is short by so many; it gives back
             pages that only cached prefixes hold.
@@ -42,13 +44,17 @@ class PagePool:
     ):
         """
         Args:
+            dtype: the model's, or float8_e4m3fn or int8.
             poison: fill pages with NaN whenever they are free, so that a read of one shows. For tests.
         """
         if num_pages < 1 or page_size < 1:
             raise ValueError(f"num_pages={num_pages} and page_size={page_size} must be positive")
         self.num_pages, self.page_size = num_pages, page_size
-        self.k_pages_PSD = torch.zeros(num_pages, page_size, head_dim, dtype=dtype, device=device)
-        self.v_pages_PSD = torch.zeros_like(self.k_pages_PSD)
+        self.k_pages_PSD, self.v_pages_PSD = (
+            kv_pages.empty_pages(num_pages, page_size, head_dim, dtype=dtype, device=device)
+            for _ in range(2)
+        )
+        self._entry_bytes = 2 * kv_pages.entry_bytes(head_dim, dtype)
         self.reclaim: Callable[[int], None] | None = None
         self._poison = poison
         # ids in [0, num_free) of the stack are free; the next page handed out is the last of them
@@ -76,8 +82,14 @@ class PagePool:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page, key and value together."""
-        return 2 * self.k_pages_PSD[0].numel() * self.k_pages_PSD.element_size()
+        """Bytes of one page, key and value together, with their scales."""
+        return self.page_size * self._entry_bytes
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Copy the contents of pages to others; ids on the device, of one shape."""
+        for pages in (self.k_pages_PSD, self.v_pages_PSD):
+            for x in kv_pages.tensors_of(pages):
+                x[target] = x[source]
 
     def count_reclaimable(self, page_ids: PageIds) -> int:
         """How many of these (distinct) pages only cached prefixes hold."""
@@ -173,5 +185,5 @@ class PagePool:
 
     def _fill_with_nan(self, page_ids: PageIds) -> None:
         if self._poison:
-            self.k_pages_PSD[page_ids] = float("nan")
-            self.v_pages_PSD[page_ids] = float("nan")
+            kv_pages.fill_with_nan(self.k_pages_PSD, page_ids)
+            kv_pages.fill_with_nan(self.v_pages_PSD, page_ids)

@@ -98,8 +98,7 @@ class PrefixCache:
         )
         self._pinned = None
         index = torch.from_numpy(tails).to(snapshot.tail_index_LG.device)
-        for pages_PSD in (pool.k_pages_PSD, pool.v_pages_PSD):
-            pages_PSD[index] = pages_PSD[snapshot.tail_index_LG]
+        pool.copy(snapshot.tail_index_LG, index)
         if self._segments is not None:
             assert snapshot.segments_LGUA is not None
             self._segments.state_LRGUA[:, row] = snapshot.segments_LGUA
@@ -142,8 +141,7 @@ class PrefixCache:
         snapshot.num_entries_LG[layer] = num_entries_G
         column_G1 = ((num_entries_G - 1) // pool.page_size)[:, None]
         source_G = tables.page_ids_LRGM[layer, snapshot.row].gather(1, column_G1)[:, 0].long()
-        for pages_PSD in (pool.k_pages_PSD, pool.v_pages_PSD):
-            pages_PSD[snapshot.tail_index_LG[layer]] = pages_PSD[source_G]
+        pool.copy(source_G, snapshot.tail_index_LG[layer])
         if snapshot.segments_LGUA is not None and self._segments is not None:
             snapshot.segments_LGUA[layer] = self._segments.state_LRGUA[layer, snapshot.row]
 

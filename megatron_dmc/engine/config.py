@@ -3,8 +3,29 @@
 from dataclasses import dataclass
 from typing import get_args
 
+import torch
+
 from megatron_dmc.engine.scheduler import SchedulingPolicy
 from megatron_dmc.errors import UnsupportedConfig
+
+KV_CACHE_DTYPES = {
+    "auto": None,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
+"""What `kv_cache_dtype` may be; None: the model's dtype."""
+
+
+def parse_kv_cache_dtype(name: str) -> torch.dtype | None:
+    """The pages' dtype, None for the model's.
+
+    Raises:
+        UnsupportedConfig: for any other name.
+    """
+    if name not in KV_CACHE_DTYPES:
+        raise UnsupportedConfig(f"kv_cache_dtype={name!r}: use one of {', '.join(KV_CACHE_DTYPES)}")
+    return KV_CACHE_DTYPES[name]
 
 
 @dataclass
@@ -19,6 +40,9 @@ class EngineConfig:
 
     page_size: int = 16
     """Slots per page."""
+
+    kv_cache_dtype: str = "auto"
+    """How pages store keys and values: "auto" (the model's dtype), "fp8" (also "fp8_e4m3") or "int8"."""
 
     max_num_seqs: int = 64
     """Requests that run at a time."""
@@ -60,6 +84,7 @@ class EngineConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UnsupportedConfig(f"{name}={value!r}: use a positive whole number")
+        parse_kv_cache_dtype(self.kv_cache_dtype)
         if self.scheduling_policy not in get_args(SchedulingPolicy):
             raise UnsupportedConfig(
                 f"scheduling_policy={self.scheduling_policy!r}: use 'fcfs' or 'priority'"

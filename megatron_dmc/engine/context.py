@@ -90,6 +90,7 @@ class PagedContext(BaseInferenceContext):
         max_model_len: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        cache_dtype: torch.dtype | None = None,
         rule: CompressionRule | None = None,
         backend: str | None = None,
         poison: bool = False,
@@ -103,6 +104,7 @@ class PagedContext(BaseInferenceContext):
         """
         Args:
             num_kv_heads: of this tensor-parallel rank.
+            dtype: the model's; `cache_dtype`: the pages', None: the model's.
             prefix_block_size: tokens between cached prefixes; None: none are cached.
             count_flips: compare decisions that are made a second time.
             exchange, num_ranks, rank: tensor parallelism, see `BlockTables`.
@@ -114,8 +116,9 @@ class PagedContext(BaseInferenceContext):
         self.page_size, self.num_pages = page_size, num_pages
         self.num_heads_total = num_layers * num_kv_heads
         self.pool = PagePool(
-            num_pages, page_size, head_dim, dtype=dtype, device=device, poison=poison
-        )
+            num_pages, page_size, head_dim, dtype=cache_dtype or dtype, device=device,
+            poison=poison,
+        )  # fmt: skip
         self.tables = BlockTables(
             self.pool, num_layers, max_num_seqs, num_kv_heads, max_model_len, device=device,
             exchange=exchange, num_ranks=num_ranks, rank=rank,

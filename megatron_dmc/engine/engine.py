@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dmc.engine.config import EngineConfig
+from megatron_dmc.engine.config import EngineConfig, parse_kv_cache_dtype
 from megatron_dmc.engine.context import CompressionRule, PagedContext
 from megatron_dmc.engine.decision_record import DecisionRecord
 from megatron_dmc.engine.detokenizer import IncrementalDetokenizer, find_stop
@@ -88,6 +88,7 @@ class LLMEngine:
             max_num_seqs=config.max_num_seqs,
             max_model_len=config.max_model_len,
             dtype=dtype,
+            cache_dtype=parse_kv_cache_dtype(config.kv_cache_dtype),
             device=device,
             rule=_compression_rule(description.dmc, enable_dmc),
             poison=config.poison,
