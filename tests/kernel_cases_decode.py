@@ -44,7 +44,8 @@ ATTENTION = [
     (8, 96, 64, torch.float32, None, False, 0, (3, 1)),
     (8, 96, 32, HALF, None, False, 1, (3, 1)),
     (1, 128, 16, HALF, FP8, True, 0, (2, 3)),
-    (4, 64, 8, HALF, INT8, False, 1, (2, 2)),
+    (4, 64, 8, torch.float16, INT8, False, 1, (2, 2)),
+    (1, 64, 8, torch.float16, FP8, False, 0, (1, 2)),
     (8, 96, 32, HALF, FP8, False, 1, (2, 1)),
 ]
 ATTENTION_LARGE = [
