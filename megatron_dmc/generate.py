@@ -62,9 +62,9 @@ def run(args: argparse.Namespace) -> int:
     metrics = output.metrics
     first = (metrics.first_token_time or 0.0) - metrics.arrival_time
     new = len(output.outputs[0].token_ids)
-    page_bytes = engine.context.pool.page_bytes
-    held = metrics.num_pages * page_bytes
-    plain = metrics.num_cached_tokens * page_bytes // args.block_size
+    stats = engine.stats()
+    held = metrics.num_pages * stats.page_bytes
+    plain = metrics.num_cached_tokens * stats.plain_entry_bytes
     print(
         f"\n{len(output.prompt_token_ids)} prompt tokens, {new} generated in {seconds:.2f} s: "
         f"{new / seconds:.1f} tokens/s (first token after {first:.2f} s)\n"

@@ -15,7 +15,9 @@ from megatron_dmc.errors import EngineDead
 def main():
     path, size, out, mode = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
     torch.set_num_threads(1)
-    options = {"num_pages": 60, "max_num_batched_tokens": 24} if mode == "short" else {}
+    options = {"num_pages": 60, "max_num_batched_tokens": 24} if "short" in mode else {}
+    if "int8" in mode:
+        options["kv_cache_dtype"] = "int8"
     llm = LLM(
         path, dtype="float64", block_size=4, max_model_len=64, max_num_seqs=4,
         tensor_parallel_size=size, **options,

@@ -75,7 +75,7 @@ class LLMEngine:
                 "prefixes; switch it off"
             )
         self.config, self.description, self.tokenizer = config, description, tokenizer
-        self.parallel = parallel
+        self.parallel, self._dtype = parallel, dtype
         self.eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
         counts = config.count_flipped_decisions
         self._counts_flips = dtype.itemsize <= 2 if counts is None else counts
@@ -476,6 +476,7 @@ class LLMEngine:
             entries_LG=(counters.finished_entries_LG + running_LG).tolist(),
             cr_of_running=crs,
             entry_bytes=pool.page_bytes // pool.page_size,
+            plain_entry_bytes=2 * self.description.kv_channels * self._dtype.itemsize,
             running_entries_LG=running_LG.tolist(),
             num_prefill_tokens=counters.num_prefill,
             num_decode_tokens=counters.num_decode,
