@@ -54,6 +54,7 @@ ATTENTION_LARGE = [
     for group in (1, 4, 8, 16)
     for dim, page_size in ((64, 64), (96, 32), (128, 16), (256, 8))
     for dtype, ahead in ((HALF, 0), (torch.float32, 1))
+    if stored is None or dtype == HALF
 ]
 
 
@@ -126,6 +127,7 @@ APPEND_LARGE = [
     for dim, page_size in ((64, 64), (96, 32), (128, 16), (256, 8))
     for dtype in (HALF, torch.float32)
     for window, num_free in ((0, 2), (1, 30), (12, 30))
+    if stored is None or (dtype == HALF and window != 1)
 ]
 
 

@@ -72,6 +72,7 @@ def add_benchmarks(parser: argparse.ArgumentParser) -> None:
                 "--crs", type=float, nargs="+", metavar="CR",
                 help="tokens over entries (default: 1, 4 and 8, 1 and 4 on a CPU)",
             )  # fmt: skip
+            add_kv_cache_dtype(sub)
         if benchmark.name == "decode":
             sub.add_argument("--layers", type=int, help="layers (default: 32, 2 on a CPU)")
             sub.add_argument("--batch", type=int, default=4, help="requests (default: 4)")
