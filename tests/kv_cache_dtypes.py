@@ -1,6 +1,6 @@
 """What 8-bit pages cost in accuracy: the demo's base model on held-out text, through the engine.
 
-`python tests/kv_cache_dtypes.py` prints the table of docs/engine.md; the test takes a few windows.
+`python tests/kv_cache_dtypes.py` prints the tables of docs/engine.md; the test takes a few windows.
 Every window of tokens is prefilled, its last `--decoded` tokens are decoded one at a time, and every
 position's logits are compared with those of float32 and float32 pages in the same engine. The model was not
 retrofitted, so at CR 2 (decisions imposed, spread over the heads) its perplexity is bad; what counts
@@ -11,6 +11,7 @@ Dimension letters: T tokens, V vocabulary.
 
 import argparse
 import copy
+import itertools
 import sys
 import sysconfig
 from pathlib import Path
@@ -25,6 +26,7 @@ from megatron_dmc.engine import EngineConfig, LLMEngine
 from megatron_dmc.engine.request import Request
 from megatron_dmc.engine.scheduler import ScheduledChunk
 from megatron_dmc.models import load_model
+from megatron_dmc.ops import cache_ops, kv_pages
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "models" / "stdlib-llama-3m"
@@ -108,17 +110,52 @@ def compare(windows, loaded_by_dtype, *, cr, num_decoded, dtypes=DTYPES):
     return results
 
 
+@torch.no_grad()
+def errors_by_granularity(loaded, window):
+    """(dtype, K or V, what shares a scale) to RMS error / RMS of a window's entries, all layers and heads."""
+    engine = LLMEngine(
+        loaded.model, loaded.description, None,
+        EngineConfig(max_model_len=len(window), num_pages=4096, max_num_seqs=1),
+        dtype=torch.float32,
+    )  # fmt: skip
+    request = Request("0", 0, None, window, SamplingParams(max_tokens=1), len(window) + 1)
+    engine.context.start(request)
+    engine.runner.run([ScheduledChunk(request, len(window))], [[]])
+    tables, pool = engine.context.tables, engine.context.pool
+    length = len(window) // 16 * 16
+    k_XED, v_XED, _ = cache_ops.read_entries(
+        pool.k_pages_PSD, pool.v_pages_PSD, tables.page_ids_LRGM[:, request.row].flatten(0, 1),
+        tables.num_entries_LRG[:, request.row].flatten(), torch.float32,
+    )  # fmt: skip
+    errors = {}
+    for dtype, (name, x) in itertools.product(kv_pages.LARGEST, (("K", k_XED), ("V", v_XED))):
+        x = x[:, :length]
+        for shared, size in (("entry", 1), ("page of 16", 16), ("head", length)):
+            groups = x.unflatten(1, (-1, size)).flatten(2)
+            back = kv_pages.dequantise(*kv_pages.quantise(groups, dtype), torch.float32)
+            errors[dtype, name, shared] = float((back - groups).norm() / groups.norm())
+    return errors
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--decoded", type=int, default=32)
-    parser.add_argument("--crs", type=float, nargs="+", default=[1.0, 2.0])
+    parser.add_argument("--crs", type=float, nargs="*", default=[1.0, 2.0])
     args = parser.parse_args()
     loaded = {
         name: load_model(str(MODEL), dtype=getattr(torch, name)) for name in ("float32", "bfloat16")
     }
     windows = heldout_windows(loaded["float32"].tokenizer, args.length, args.windows)
+    print("| pages | of | scale per entry | page of 16 | head |")
+    found = [errors_by_granularity(loaded["float32"], window) for window in windows[:8]]
+    for dtype, of in itertools.product(kv_pages.LARGEST, "KV"):
+        means = [
+            sum(errors[dtype, of, shared] for errors in found) / len(found)
+            for shared in ("entry", "page of 16", "head")
+        ]
+        print(f"| {dtype} | {of} | " + " | ".join(f"{100 * m:.2f} %" for m in means) + " |")
     print("| CR | model | pages | perplexity | RMS | largest | KL, nats | same first |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for cr in args.crs:
