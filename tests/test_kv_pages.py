@@ -62,11 +62,11 @@ def test_zeros_small_numbers_and_nan(dtype):
 def test_a_free_page_that_is_read_shows(dtype):
     pool = PagePool(4, S, 8, dtype=dtype, poison=True)
     assert pool.page_bytes == 2 * S * (8 + 4)
-    used, unused = pool.allocate(1), pool.allocate(1)
-    slots = torch.from_numpy(used) * S + torch.arange(S)
+    used, unused = pool.take(1), pool.take(1)
+    slots = used.long() * S + torch.arange(S)
     x = torch.randn(S, 8, generator=torch.Generator().manual_seed(0))
     cache_ops.write_entries(pool.k_pages_PSD, pool.v_pages_PSD, slots, x, x)
-    table = torch.from_numpy(used).int().view(1, 1, 1)
+    table = used.clone().view(1, 1, 1)
     q = torch.ones(1, 1, 8)
 
     def attend(table):
@@ -75,10 +75,10 @@ def test_a_free_page_that_is_read_shows(dtype):
         )
 
     assert attend(table).isfinite().all()
-    assert attend(torch.from_numpy(unused).int().view(1, 1, 1)).isnan().all()
-    pool.copy(torch.from_numpy(used), torch.from_numpy(unused))
-    assert torch.equal(attend(torch.from_numpy(unused).int().view(1, 1, 1)), attend(table))
-    pool.free(used)
+    assert attend(unused.view(1, 1, 1)).isnan().all()
+    pool.copy_pages(unused, used)
+    assert torch.equal(attend(unused.view(1, 1, 1)), attend(table))
+    pool.release(used.view(1, 1))
     assert attend(table).isnan().all()
 
 

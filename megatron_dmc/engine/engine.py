@@ -240,9 +240,7 @@ class LLMEngine:
             if chunk.samples:
                 offsets.append(chunk.num_tokens - 1)
             wanted.append(offsets)
-        logits = self.runner.run(chunks, wanted)
-        self._counters.peak_pages = max(self._counters.peak_pages, self._pages_in_use)
-        return logits, wanted
+        return self.runner.run(chunks, wanted), wanted
 
     def _postprocess(
         self, chunks: list[ScheduledChunk], logits_XV: Tensor, wanted: list[list[int]]
@@ -261,10 +259,12 @@ class LLMEngine:
             if rows:
                 self._record_prompt_logprobs(request, chunk.start, logits_XV[rows])
             request.num_computed_tokens = chunk.end
-        if sampling:
-            tokens = self._sample(logits_XV[sample_rows], sampling)
-            for request, token in zip(sampling, tokens, strict=True):
-                self._append(request, token)
+        tokens = self._sample(logits_XV[sample_rows], sampling) if sampling else []
+        # the device is done: the counts wait for nothing more
+        self.context.settle()
+        self._counters.peak_pages = max(self._counters.peak_pages, self._pages_in_use)
+        for request, token in zip(sampling, tokens, strict=True):
+            self._append(request, token)
         return sampling
 
     def _sample(self, logits_BV: Tensor, requests: list[Request]) -> list[SampledToken]:
@@ -388,11 +388,11 @@ class LLMEngine:
         """Bring the request's cache figures up to date; keep the last ones of one that does not run."""
         if request.row is None:
             return
-        entries_LG = self._entries_of(request)
-        metrics = request.metrics
-        metrics.num_cached_tokens = request.num_computed_tokens * entries_LG.size
-        metrics.num_entries = int(entries_LG.sum())
-        metrics.num_pages = int((-(-entries_LG // self.config.page_size)).sum())
+        counts, metrics = self.context.tables.counts, request.metrics
+        num_heads = self._counters.finished_entries_LG.size
+        metrics.num_cached_tokens = request.num_computed_tokens * num_heads
+        metrics.num_entries = counts.num_entries(request.row)
+        metrics.num_pages = counts.num_pages_of(request.row)
 
     def _output(self, request: Request) -> RequestOutput:
         self._measure(request)
@@ -483,7 +483,7 @@ class LLMEngine:
             prefill_seconds=counters.prefill_seconds,
             decode_seconds=counters.decode_seconds,
             num_decode_only_tokens=counters.num_decode_only,
-            num_cached_pages=pool.num_reclaimable,
+            num_cached_pages=context.tables.num_cached_pages,
             num_cached_prefixes=0 if prefixes is None else len(prefixes),
             num_evicted_prefixes=0 if prefixes is None else prefixes.num_evicted,
             num_prefix_queried_tokens=context.num_queried_tokens,
@@ -494,7 +494,7 @@ class LLMEngine:
 
     @property
     def _pages_in_use(self) -> int:
-        return self.context.pool.num_held - self.context.pool.num_reclaimable
+        return self.context.tables.num_pages_in_use
 
 
 def _compression_rule(dmc: Any | None, enable_dmc: bool | None) -> CompressionRule | None:
