@@ -15,6 +15,7 @@ _PASSED_ON = (
     "num_pages",
     "kv_cache_memory_bytes",
     "gpu_memory_utilization",
+    "kv_cache_dtype",
     "enable_dmc",
     "enable_prefix_caching",
     "prefix_block_size",
@@ -47,6 +48,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--kv-cache-memory-bytes", type=int, help="size of the cache; or")
     group.add_argument("--num-pages", type=int, help="size of the cache in pages")
+    add_kv_cache_dtype(group)
     group.add_argument(
         "--enable-dmc", action=argparse.BooleanOptionalAction, default=None,
         help="refuse a model that does not compress; --no-enable-dmc: append every token, whatever "
@@ -68,6 +70,14 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="batch sizes that get a CUDA graph (default: 1, 2, 4, 8, 16, ... up to --max-num-seqs)",
     )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="of requests that bring none")
+
+
+def add_kv_cache_dtype(parser: Any) -> None:
+    """`--kv-cache-dtype`, for a parser or a group."""
+    parser.add_argument(
+        "--kv-cache-dtype", default="auto", metavar="DTYPE",
+        help="of the cache's pages: auto (the model's dtype), fp8 (or fp8_e4m3), int8",
+    )  # fmt: skip
 
 
 def model_path(args: argparse.Namespace) -> str:

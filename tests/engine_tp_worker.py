@@ -16,6 +16,8 @@ def main():
     path, size, out, mode = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
     torch.set_num_threads(1)
     options = {"num_pages": 60, "max_num_batched_tokens": 24} if mode != "plenty" else {}
+    if "int8" in mode:
+        options["kv_cache_dtype"] = "int8"
     if mode == "cached":
         options |= {"num_pages": 300, "enable_prefix_caching": True, "prefix_block_size": 4}
     llm = LLM(

@@ -4,9 +4,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+import torch
+
 from megatron_dmc.engine.decode_graphs import default_sizes
 from megatron_dmc.engine.scheduler import SchedulingPolicy
 from megatron_dmc.errors import UnsupportedConfig
+
+KV_CACHE_DTYPES = {
+    "auto": None,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
+"""What `kv_cache_dtype` may be; None: the model's dtype."""
+
+
+def parse_kv_cache_dtype(name: str) -> torch.dtype | None:
+    """The pages' dtype, None for the model's.
+
+    Raises:
+        UnsupportedConfig: for any other name.
+    """
+    if name not in KV_CACHE_DTYPES:
+        raise UnsupportedConfig(f"kv_cache_dtype={name!r}: use one of {', '.join(KV_CACHE_DTYPES)}")
+    return KV_CACHE_DTYPES[name]
 
 
 @dataclass
@@ -21,6 +42,9 @@ class EngineConfig:
 
     page_size: int = 16
     """Slots per page."""
+
+    kv_cache_dtype: str = "auto"
+    """How pages store keys and values: "auto" (the model's dtype), "fp8" (also "fp8_e4m3") or "int8"."""
 
     max_num_seqs: int = 64
     """Requests that run at a time."""
@@ -79,6 +103,7 @@ class EngineConfig:
                 f"cudagraph_capture_sizes={sizes!r}: all are larger than max_num_seqs="
                 f"{self.max_num_seqs}; choose smaller ones, or enforce_eager=True"
             )
+        parse_kv_cache_dtype(self.kv_cache_dtype)
         if self.scheduling_policy not in get_args(SchedulingPolicy):
             raise UnsupportedConfig(
                 f"scheduling_policy={self.scheduling_policy!r}: use 'fcfs' or 'priority'"

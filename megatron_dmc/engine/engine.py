@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dmc.engine.config import EngineConfig
+from megatron_dmc.engine.config import EngineConfig, parse_kv_cache_dtype
 from megatron_dmc.engine.context import CompressionRule, PagedContext
 from megatron_dmc.engine.decision_record import DecisionRecord
 from megatron_dmc.engine.detokenizer import IncrementalDetokenizer, find_stop
@@ -70,7 +70,7 @@ class LLMEngine:
                 f"{description.max_position_embeddings} positions; lower it"
             )
         self.config, self.description, self.tokenizer = config, description, tokenizer
-        self.parallel = parallel
+        self.parallel, self._dtype = parallel, dtype
         self.eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
         counts = config.count_flipped_decisions
         self._counts_flips = dtype.itemsize <= 2 if counts is None else counts
@@ -83,6 +83,7 @@ class LLMEngine:
             max_num_seqs=config.max_num_seqs,
             max_model_len=config.max_model_len,
             dtype=dtype,
+            cache_dtype=parse_kv_cache_dtype(config.kv_cache_dtype),
             device=device,
             rule=_compression_rule(description.dmc, enable_dmc),
             poison=config.poison,
@@ -475,6 +476,7 @@ class LLMEngine:
             entries_LG=(counters.finished_entries_LG + running_LG).tolist(),
             cr_of_running=crs,
             entry_bytes=pool.page_bytes // pool.page_size,
+            plain_entry_bytes=2 * self.description.kv_channels * self._dtype.itemsize,
             running_entries_LG=running_LG.tolist(),
             num_prefill_tokens=counters.num_prefill,
             num_decode_tokens=counters.num_decode,
