@@ -5,6 +5,7 @@ The folder gets the modeling files of `checkpoint.remote` (for `trust_remote_cod
 loaded as the plain model it would compute something else, so without the code it is refused.
 """
 
+import importlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dmc.config import DMCConfig
+from megatron_dmc.errors import UnsupportedConfig
 
 if TYPE_CHECKING:
     from megatron_dmc.checkpoint.description import ModelDescription
@@ -25,7 +27,7 @@ FAMILIES = {
 }
 """Architectures that there is code for -> the family's name in its files."""
 
-SHARED = ("modeling_dmc.py", "cache_dmc.py")
+SHARED = ("modeling_dmc.py", "ops_dmc.py", "cache_dmc.py")
 _CLASS, _TYPE = "DMC", "dmc_"
 
 
@@ -58,6 +60,32 @@ def dmc_config(config: dict[str, Any]) -> dict[str, Any]:
             "AutoModelForCausalLM": f"{prefix}ForCausalLM",
         }
     return named
+
+
+def load_as_dmc(folder: str | Path, dmc: DMCConfig, **options: Any) -> Any:
+    """A transformers model with DMC from a Hugging Face folder of a plain or a DMC model.
+
+    Args:
+        dmc: settings; in place of the folder's own.
+        options: passed to `from_pretrained` (`dtype`, `device_map`, ...).
+
+    Raises:
+        UnsupportedConfig: there is no code for the architecture.
+    """
+    config = plain_config(json.loads((Path(folder) / "config.json").read_text()))
+    architecture = (config.get("architectures") or ["none"])[0]
+    if architecture not in FAMILIES:
+        raise UnsupportedConfig(
+            f"{folder}: {architecture} has no DMC code for transformers; {', '.join(FAMILIES)} have"
+        )
+    module = importlib.import_module(
+        f"megatron_dmc.checkpoint.remote.modeling_dmc_{FAMILIES[architecture]}"
+    )
+    model_class = getattr(module, _CLASS + architecture)
+    settings = model_class.config_class.from_dict(
+        config | {"dmc": dmc.to_dict(), "model_type": model_class.config_class.model_type}
+    )
+    return model_class.from_pretrained(folder, config=settings, **options)
 
 
 def write_remote_code(
@@ -129,7 +157,7 @@ def model_card(
     } | dict(facts or {})
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     if "auto_map" in config:
-        usage = f"""```python
+        usage = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
@@ -139,8 +167,9 @@ outputs = model.generate(**inputs, max_new_tokens=64, return_dict_in_generate=Tr
 print(outputs.past_key_values.compression_ratio())
 ```
 
-`{SHARED[0]}` and `{SHARED[1]}` hold the method; they need transformers 5 and torch. In training mode
-the model decides with noise and adds the compression loss to `loss`."""
+`ops_dmc.py` holds the method, `cache_dmc.py` the compressed cache; the code needs
+transformers 5 and torch. In training mode the model decides with noise and adds the compression loss
+to `loss`."""
     else:
         usage = "transformers has no code for this architecture with DMC; megatron-dmc runs it."
     return f"""---

@@ -9,40 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-
-def weigh(k_TBGD: Tensor, v_TBGD: Tensor, omega_TBG: Tensor) -> Tensor:
-    """`[omega k, omega v, omega]`, float32 (float64 for float64 keys): (T, B, G, A)."""
-    dtype = torch.float64 if k_TBGD.dtype == torch.float64 else torch.float32
-    omega = omega_TBG.to(dtype)[..., None]
-    return torch.cat([k_TBGD.to(dtype) * omega, v_TBGD.to(dtype) * omega, omega], dim=-1)
-
-
-def _later(x: Tensor, steps: int) -> Tensor:
-    """x moved `steps` tokens later, zeros in front."""
-    if steps == 0:
-        return x
-    return torch.cat([torch.zeros_like(x[:steps]), x[:-steps]])
-
-
-def merge_sums(alpha_TBG: Tensor, x_TBGA: Tensor, merge_window: int) -> Tensor:
-    """`s_t = alpha_t s_{t-1} + x_t`; with a window W only its latest W terms. Differentiable.
-
-    Without a window by doubling, log2(T) steps: after each, s covers twice as many tokens.
-    """
-    decay, sums = alpha_TBG.to(x_TBGA.dtype)[..., None], x_TBGA
-    num_tokens = x_TBGA.shape[0]
-    if merge_window:
-        chain = torch.ones_like(decay)
-        for age in range(1, min(merge_window, num_tokens)):
-            chain = chain * _later(decay, age - 1)
-            sums = sums + chain * _later(x_TBGA, age)
-        return sums
-    step = 1
-    while step < num_tokens:
-        sums = sums + decay * _later(sums, step)
-        decay = decay * _later(decay, step)
-        step *= 2
-    return sums
+from .ops_dmc import merge_sums, weigh
 
 
 class DMCLayer(CacheLayerMixin):
@@ -184,7 +151,9 @@ class DMCLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.__init__()
+        self.is_initialized = False
+        self.num_tokens = 0
+        self.keys = self.values = torch.empty(0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows, in this order and possibly more than once."""
