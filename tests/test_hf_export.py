@@ -20,6 +20,7 @@ from megatron_dmc.checkpoint.remote.cache_dmc import DMCCache
 from megatron_dmc.checkpoint.remote_code import dmc_config, plain_config, write_remote_code
 from megatron_dmc.checkpoint.tokenizer import HuggingFaceTokenizer
 from megatron_dmc.config import DMCConfig
+from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.models import full_forward, load_model
 
 pytestmark = pytest.mark.usefixtures("remote_modules")
@@ -137,12 +138,14 @@ def test_plain_models_and_unknown_architectures(tmp_path):
     write_remote_code(tmp_path, description)
     assert [f.name for f in tmp_path.iterdir()] == ["config.json"]
     assert plain_config(plain) is plain
+    evicting = dmc_config(plain | {"dmc": {"policy": "evict"}})
+    assert evicting["model_type"] == "dmc_llama" and "auto_map" not in evicting
     other = dmc_config({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"})
     assert other == {"architectures": ["DMCMixtralForCausalLM"], "model_type": "dmc_mixtral"}
     (tmp_path / "config.json").write_text(json.dumps(plain_config(other)))
     write_remote_code(tmp_path, replace(description, dmc=DMCConfig()), facts={"Data": "a corpus"})
     card = (tmp_path / "README.md").read_text()
-    assert "no code for this architecture" in card and "| Data | a corpus |" in card
+    assert "There is no code for this model" in card and "| Data | a corpus |" in card
     with pytest.raises(ValueError, match="dmc_mixtral"):
         AutoConfig.from_pretrained(tmp_path)
 
@@ -201,6 +204,33 @@ def test_family(tmp_path, family):
     assert last.config.dmc == settings(target_cr=3.0)
     with torch.no_grad():
         assert torch.equal(last(ids).logits, full.logits)
+
+
+@pytest.mark.parametrize("family", list(MODULES))
+def test_family_in_the_engine(tmp_path, family):
+    model = model_of(family, seed=5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # Qwen2's start at zero
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    save_with_code(model, tmp_path)
+    try:
+        loaded = load_model(tmp_path, dtype=torch.float32)
+    except UnsupportedConfig as e:
+        pytest.skip(f"the engine has no {family}: {e}")
+    ids = tokens(2, 40)
+    with torch.no_grad():
+        logits = full_forward(loaded.model, ids)[..., :VOCAB]
+        torch.testing.assert_close(model(ids).logits, logits, atol=1e-4, rtol=0)
+    result = model.generate(ids, max_new_tokens=16, do_sample=False, return_dict_in_generate=True)
+    outputs = LLM(loaded).generate(
+        [{"prompt_token_ids": row.tolist()} for row in ids],
+        SamplingParams(temperature=0, max_tokens=16),
+        use_tqdm=False,
+    )
+    assert [o.outputs[0].token_ids for o in outputs] == result.sequences[:, 40:].tolist()
+    entries = sum(o.metrics.num_entries for o in outputs)
+    assert result.past_key_values.num_entries() == entries
 
 
 # Generation and the cache

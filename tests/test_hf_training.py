@@ -17,7 +17,11 @@ from megatron_dmc.training.loss import compression_loss
 
 
 def test_settings_are_those_of_the_package():
-    assert DMCConfig().to_dict() == modeling_dmc.DEFAULTS
+    package = DMCConfig().to_dict()
+    others = modeling_dmc.OF_OTHER_POLICIES
+    assert {k: v for k, v in package.items() if k not in others} == modeling_dmc.DEFAULTS
+    with pytest.raises(ValueError, match="policy 'evict'"):
+        modeling_dmc.complete_settings({"policy": "evict"})
 
 
 def random_case(num_tokens=37, num_heads=4):

@@ -45,7 +45,7 @@ def plain_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def dmc_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Inverse of `plain_config`. An architecture that there is no code for has no `auto_map`."""
+    """Inverse of `plain_config`. What there is no code for has no `auto_map`."""
     config = plain_config(config)
     architecture = config["architectures"][0]
     named = config | {
@@ -53,7 +53,7 @@ def dmc_config(config: dict[str, Any]) -> dict[str, Any]:
         "model_type": _TYPE + config["model_type"],
     }
     family = FAMILIES.get(architecture)
-    if family:
+    if family and config.get("dmc", {}).get("policy", "merge") == "merge":
         prefix = f"modeling_dmc_{family}.{_CLASS}{architecture.removesuffix('ForCausalLM')}"
         named["auto_map"] = {
             "AutoConfig": f"{prefix}Config",
@@ -171,7 +171,7 @@ print(outputs.past_key_values.compression_ratio())
 transformers 5 and torch. In training mode the model decides with noise and adds the compression loss
 to `loss`."""
     else:
-        usage = "transformers has no code for this architecture with DMC; megatron-dmc runs it."
+        usage = "There is no code for this model in transformers; megatron-dmc runs it."
     return f"""---
 library_name: transformers
 tags: [dynamic-memory-compression, kv-cache, megatron-dmc]

@@ -212,6 +212,10 @@ class DMCCache(Cache):
         )
         self.num_real_B = self.num_real_B + new
 
+    def real_tokens(self, device: torch.device) -> Tensor:
+        """Tokens of each row, padding left out; (B,), or a scalar 0 for an empty cache."""
+        return torch.as_tensor(self.num_real_B, device=device)
+
     def num_entries(self) -> int:
         """Entries over all layers, rows and KV heads."""
         return sum(int(layer.num_entries_BG.sum()) for layer in self.layers)

@@ -6,7 +6,7 @@ transformers alone; the families (`modeling_dmc_llama.py` and so on) are thin cl
 Dimension letters: T tokens, B batch, N query heads, G key/value heads, D head dim.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "merge_window": 0,  # only the latest tokens of a segment count; 0: all
     "loss_weight": 1.0,  # of the compression loss beside the language-model loss
 }
+OF_OTHER_POLICIES = {"policy", "eviction_delay"}
 STAGES = ("off", "zero-out", "retrofit", "finetune")
 
 
@@ -47,9 +48,14 @@ def complete_settings(dmc: dict[str, Any] | None) -> dict[str, Any]:
     """The `dmc` of a config.json with defaults filled in.
 
     Raises:
-        ValueError: a setting is unknown, or the stage is.
+        ValueError: a setting is unknown, or the stage is, or tokens are not merged but evicted.
     """
-    unknown = set(dmc or {}) - set(DEFAULTS)
+    policy = (dmc or {}).get("policy", "merge")
+    if policy != "merge":
+        raise ValueError(
+            f"dmc policy {policy!r}: this code merges tokens; run it with megatron-dmc"
+        )
+    unknown = set(dmc or {}) - set(DEFAULTS) - OF_OTHER_POLICIES
     if unknown:
         raise ValueError(
             f"config.json: unknown dmc settings {sorted(unknown)}; known: {', '.join(DEFAULTS)}"
@@ -78,6 +84,16 @@ class Decisions:
     with_gradient: bool = False
     merges_B: dict[int, Tensor] = field(default_factory=dict)
     """By layer: merged tokens, summed over tokens and KV heads, with the gates' gradient."""
+
+    def on(self, device: torch.device) -> "Decisions":
+        """The same with its tensors on a layer's device; reports go to one place."""
+        if self.first_TB is None or self.first_TB.device == device:
+            return self
+        moved: dict[str, Any] = {
+            name: None if (tensor := getattr(self, name)) is None else tensor.to(device)
+            for name in ("first_TB", "real_TB", "document_TB")
+        }
+        return replace(self, **moved)
 
     def report(self, layer: int, alpha_hat_TBG: Tensor) -> None:
         """A layer's straight-through decisions. A recomputed layer reports the same again."""
@@ -152,6 +168,7 @@ class DMCAttention(nn.Module):
         """As the family's attention. `attention_mask` is not looked at: see `DMCModel.forward`."""
         if dmc_decisions is None:
             raise ValueError("DMC attention is called by its own model class only")
+        dmc_decisions = dmc_decisions.on(hidden_states.device)
         q, k, v = self.project(hidden_states)
         dmc = self.config.dmc
         if dmc["stage"] in ("retrofit", "finetune"):
@@ -302,10 +319,9 @@ class DMCModel(nn.Module):
         if past == 0:
             first[:, 0] = True
         elif past_key_values is not None:  # a row may have been padding until now
-            first[:, 0] = past_key_values.num_real_B == 0
-        if given and past == 0:
+            first[:, 0] = past_key_values.real_tokens(first.device) == 0
+        if given and attention_mask is None and past_key_values is None:
             restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-            restarts = restarts if real is None else restarts & real[:, 1:]
             if restarts.any():  # documents packed into one row
                 use_cache = False
                 first[:, 1:] |= restarts
