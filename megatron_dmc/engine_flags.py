@@ -19,6 +19,8 @@ _PASSED_ON = (
     "enable_dmc",
     "enable_prefix_caching",
     "prefix_block_size",
+    "enforce_eager",
+    "cudagraph_capture_sizes",
     "seed",
     "device",
 )
@@ -59,6 +61,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prefix-block-size", type=int, default=256,
         help="tokens between two places at which a shared prefix can end (default: 256)",
+    )  # fmt: skip
+    group.add_argument(
+        "--enforce-eager", action="store_true", help="no CUDA graphs for decode steps"
+    )
+    group.add_argument(
+        "--cudagraph-capture-sizes", type=int, nargs="+", metavar="N",
+        help="batch sizes that get a CUDA graph (default: 1, 2, 4, 8, 16, ... up to --max-num-seqs)",
     )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="of requests that bring none")
 

@@ -28,6 +28,7 @@ LEVELS = {
     "norm": 3,
     "attention": 3,
     "checkpoint": 3,
+    "baselines": 4,
     "specs": 4,
     "models": 4,
     "plan": 4,
@@ -227,7 +228,7 @@ BAD = {
     "the whole package": ("engine/a.py", "import megatron_dmc", "that defines it"),
     "get_args": ("attention.py", "from megatron.training import get_args", "get_args"),
     "get_args of a module": ("specs.py", "import megatron.training as t\nt.get_args()", "get_args"),
-    "unknown module": ("baselines/a.py", "", "add it to LEVELS"),
+    "unknown module": ("newcomers/a.py", "", "add it to LEVELS"),
     "eager package": ("__init__.py", "from megatron_dmc.engine import LLM", "lazily"),
     "package with Megatron": ("__init__.py", "import megatron.core", "must not import Megatron"),
 }

@@ -56,7 +56,8 @@ class ImposedDecisions:
     def is_merge(self, layer: int, positions_T: Tensor) -> Tensor:
         """Decisions about tokens at these positions, bool (T, G)."""
         t = positions_T[:, None].double()
-        rate = self.rate_LG[layer].to(t.device)
+        self.rate_LG = self.rate_LG.to(t.device)  # once: a CUDA graph takes nothing from the host
+        rate = self.rate_LG[layer]
         return ((t + 1) * rate).floor() <= (t * rate).floor()
 
 

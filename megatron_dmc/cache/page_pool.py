@@ -84,12 +84,12 @@ class PagePool:
         if self._poison:
             self._fill_with_nan(self.free_pages.page_ids[self.num_held : before])
 
-    def copy_pages(self, to: Tensor, source: Tensor) -> None:
-        """Copy what pages hold to others, ids of equal shape."""
-        to, source = to.long(), source.long()
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Copy the contents of pages to others; ids on the device, of one shape."""
+        source, target = source.long(), target.long()
         for pages in (self.k_pages_PSD, self.v_pages_PSD):
             for x in kv_pages.tensors_of(pages):
-                x[to] = x[source]
+                x[target] = x[source]
 
     def check_integrity(self, named: Tensor | None = None) -> None:
         """free + held == total, no page is on the stack twice, and nobody asked in vain. Waits.

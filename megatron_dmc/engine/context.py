@@ -154,8 +154,14 @@ class PagedContext(BaseInferenceContext):
         self._chunks: list[PackedChunk] = []
         self._prefills: list[_Piece] = []
         self._snapshots: list[Snapshot] = []
+        self._like = torch.empty(0, head_dim, dtype=dtype, device=device)
         self._rows_B = self._positions_B = torch.zeros(0, dtype=torch.int64, device=device)
         self._plans_L: list[Tensor | None] | None = None
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether decode steps run in kernels, which CUDA graphs can hold."""
+        return cache_ops.choose_backend(self._backend, self._like, self.page_size) != "torch"
 
     # What Megatron's GPTModel asks.
 

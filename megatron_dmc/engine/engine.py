@@ -69,11 +69,6 @@ class LLMEngine:
                 f"max_model_len={config.max_model_len} is more than the model's "
                 f"{description.max_position_embeddings} positions; lower it"
             )
-        if parallel is not None and config.enable_prefix_caching:
-            raise UnsupportedConfig(
-                "enable_prefix_caching=True with tensor parallelism: the ranks would keep different "
-                "prefixes; switch it off"
-            )
         self.config, self.description, self.tokenizer = config, description, tokenizer
         self.parallel, self._dtype = parallel, dtype
         self.eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
@@ -106,6 +101,10 @@ class LLMEngine:
             device=device,
             gather=None if parallel is None else parallel.gather_logits,
         )
+        if torch.device(device).type == "cuda" and not config.enforce_eager:
+            self.runner.capture_on_gpu(
+                config.graph_sizes(), progress=parallel is None or parallel.rank == 0
+            )
         self.scheduler = Scheduler(
             self.context,
             max_num_seqs=config.max_num_seqs,
@@ -402,17 +401,18 @@ class LLMEngine:
         completion = CompletionOutput(
             index=0,
             text=self._visible_text(request, detokenizer),
-            token_ids=list(request.output_token_ids),
+            num_tokens=len(request.output_token_ids),
+            request_token_ids=request.output_token_ids,
             cumulative_logprob=request.cumulative_logprob if wants_logprobs else None,
-            logprobs=list(request.logprobs) if wants_logprobs else None,
+            request_logprobs=request.logprobs if wants_logprobs else None,
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
         )
         return RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,
-            prompt_token_ids=list(request.prompt_token_ids),
-            prompt_logprobs=list(request.prompt_logprobs) if wants_prompt else None,
+            prompt_token_ids=request.prompt_token_ids,
+            prompt_logprobs=request.prompt_logprobs if wants_prompt else None,
             outputs=[completion],
             finished=request.is_finished,
             metrics=request.metrics,

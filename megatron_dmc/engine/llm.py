@@ -49,6 +49,8 @@ class LLM:
         scheduling_policy: "fcfs" or "priority".
         enable_prefix_caching: share the pages of equal prefixes between requests.
         prefix_block_size: tokens between two places at which a shared prefix can end.
+        enforce_eager: no CUDA graphs for decode steps.
+        cudagraph_capture_sizes: batch sizes that get one; default: 1, 2, 4, 8, 16, ... `max_num_seqs`.
         tensor_parallel_size: processes that share the heads, started by torchrun; every process makes an
             `LLM`, and all but rank 0 then call `follow`.
         seed: of requests without a seed.
@@ -74,6 +76,8 @@ class LLM:
         scheduling_policy: SchedulingPolicy = "fcfs",
         enable_prefix_caching: bool = False,
         prefix_block_size: int = 256,
+        enforce_eager: bool = False,
+        cudagraph_capture_sizes: Sequence[int] | None = None,
         tensor_parallel_size: int = 1,
         seed: int = 0,
         device: str | torch.device | None = None,
@@ -136,6 +140,8 @@ class LLM:
                 scheduling_policy=scheduling_policy,
                 enable_prefix_caching=enable_prefix_caching,
                 prefix_block_size=prefix_block_size,
+                enforce_eager=enforce_eager,
+                cudagraph_capture_sizes=cudagraph_capture_sizes,
             ),
             dtype=model_dtype,
             device=device,

@@ -144,7 +144,8 @@ def decode_append(
         freqs_BF: RoPE angles of each request's position, or None.
         block_table_RGM, num_entries_RG, segments_RGUA: this layer's; `segments` may be None in plain
             mode.
-        rows_B: which of the R rows each request uses; distinct.
+        rows_B: which of the R rows each request uses; distinct; -1 for padding of a fixed batch:
+            nothing of it is written.
         merge_window: W; 0 is unlimited.
         free_pages: None: the block table must hold the page of the entry that is written already. A
             head that finds no page is left as it was.
@@ -152,7 +153,7 @@ def decode_append(
     cos, sin = cosine_and_sine(freqs_BF, k_BGD.dtype)
     chosen = choose_backend(backend, k_BGD, k_pages_PSD.shape[1])
     if chosen == "torch":
-        torch_append(
+        _append_live(
             k_BGD, v_BGD, is_merge_BG, omega_BG, cos, sin, k_pages_PSD, v_pages_PSD,
             block_table_RGM, num_entries_RG, segments_RGUA, rows_B, merge_window, free_pages,
         )  # fmt: skip
@@ -214,6 +215,22 @@ def torch_append(
     write_entries(k_pages_PSD, v_pages_PSD, slots.flatten(), key.flatten(0, 1), value.flatten(0, 1))
 
 
+def _append_live(
+    k_BGD, v_BGD, is_merge_BG, omega_BG, cos_BF, sin_BF, k_pages_PSD, v_pages_PSD,
+    block_table_RGM, num_entries_RG, segments_RGUA, rows_B, merge_window, free_pages,
+) -> None:  # fmt: skip
+    """`torch_append` of what is not padding."""
+    live = rows_B >= 0
+    k, v, is_merge, omega, cos, sin = (
+        None if x is None else x[live]
+        for x in (k_BGD, v_BGD, is_merge_BG, omega_BG, cos_BF, sin_BF)
+    )
+    torch_append(
+        k, v, is_merge, omega, cos, sin, k_pages_PSD, v_pages_PSD, block_table_RGM, num_entries_RG,
+        segments_RGUA, rows_B[live], merge_window, free_pages,
+    )  # fmt: skip
+
+
 def gate_and_append(
     q_BND: Tensor,
     k_BGD: Tensor,
@@ -271,15 +288,9 @@ def gate_and_append(
         logit = gates.decision_logit(k_BGD, alpha_offset=alpha_offset)
         is_merge = gates.hard_decisions(logit) & may_merge
         omega = gates.importance(q_BND, k_BGD.shape[1], alpha_offset=alpha_offset)
-    live = rows_B >= 0
-
-    def of_live(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[live]
-
-    torch_append(
-        k_BGD[live], v_BGD[live], of_live(is_merge), of_live(omega), of_live(cos), of_live(sin),
-        k_pages_PSD, v_pages_PSD, block_table_RGM, num_entries_RG, segments_RGUA, rows_B[live],
-        merge_window, free_pages,
+    _append_live(
+        k_BGD, v_BGD, is_merge, omega, cos, sin, k_pages_PSD, v_pages_PSD, block_table_RGM,
+        num_entries_RG, segments_RGUA, rows_B, merge_window, free_pages,
     )  # fmt: skip
     if not compress:
         return _turn(q_BND, cos, sin)

@@ -1,0 +1,1 @@
+"""What DMC is compared with: one file per method, stated from its paper."""
