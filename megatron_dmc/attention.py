@@ -4,6 +4,7 @@ Dimension letters: T tokens, B batch, N query heads on this rank, G key/value he
 D head dim, S positions, F rotary channels.
 """
 
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,7 +20,13 @@ from torch import Tensor
 from megatron_dmc.config import DMCTransformerConfig, Stage
 from megatron_dmc.decisions import DecisionRecorder, GateKey
 from megatron_dmc.errors import UnsupportedConfig
-from megatron_dmc.ops import causal_attention, gates, merge, training_attention
+from megatron_dmc.ops import (
+    causal_attention,
+    eviction_attention,
+    gates,
+    merge,
+    training_attention,
+)
 from megatron_dmc.schedule import zero_out_scale
 from megatron_dmc.sequence_layout import SequenceLayout
 
@@ -214,7 +221,11 @@ class DMCSelfAttention(SelfAttention):
         self, q, k, v, angles: Angles, key: GateKey | None, layout: SequenceLayout
     ) -> Tensor:
         dmc = self.config.dmc
-        omega_TBG = layout.gather(gates.importance(q, k.shape[2], alpha_offset=dmc.alpha_offset))
+        merges = dmc.policy == "merge"
+        if merges:
+            omega_TBG = layout.gather(
+                gates.importance(q, k.shape[2], alpha_offset=dmc.alpha_offset)
+            )
         q = _scale_channel(q, gates.IMPORTANCE_CHANNEL, 0.0)
         q = self._rotate(q, angles.own)
         # Segments cross the ranks' boundaries: the merge runs over the whole sequence.
@@ -234,10 +245,14 @@ class DMCSelfAttention(SelfAttention):
         else:
             alpha, log_keep, alpha_hat = gates.hard_gate(logit_TBG, starts_TB=starts_TB)
         k = _scale_channel(k, gates.DECISION_CHANNEL, 0.0)
-        k, v = merge(k, v, alpha, omega_TBG, merge_window=dmc.merge_window)
+        if merges:
+            k, v = merge(k, v, alpha, omega_TBG, merge_window=dmc.merge_window)
+            attention = training_attention
+        else:
+            attention = partial(eviction_attention, delay=dmc.eviction_delay)
         # what RoPE mixed into the borrowed channel is ignored there
         k = self._rotate(k, angles.whole)
-        out = layout.attend(training_attention, q, k, v, log_keep, softmax_scale=self.softmax_scale)
+        out = layout.attend(attention, q, k, v, log_keep, softmax_scale=self.softmax_scale)
         if self.recorder is not None and key is not None:
             out = self.recorder.report(out, layout.own(alpha_hat), key, self.layer_index)
         return out

@@ -58,6 +58,13 @@ class DMCConfig:
     """The KV heads of a layer decide together, by the mean of their logits, so that their cache
     lengths agree (DMC-C of the paper). Each head keeps its own importances."""
 
+    policy: Literal["merge", "evict"] = "merge"
+    """What the decision does. merge: the token is merged into the newest entry (DMC). evict: the token
+    before it leaves the cache, some tokens later (Dynamic Memory Sparsification, DMS)."""
+
+    eviction_delay: int = 256
+    """With the policy evict: how many later tokens still see an evicted one."""
+
     merge_window: int = 0
     """Only the latest tokens of a segment, this many, contribute to its entry. 0: all of them."""
 
@@ -77,6 +84,10 @@ class DMCConfig:
         self._require("temperature", self.temperature > 0, "it must be positive")
         self._require("noise_scale", 0 <= self.noise_scale <= 1, "use 0 (none) to 1 (the paper's)")
         self._require("merge_window", self.merge_window >= 0, "use 0 for unlimited")
+        self._require("policy", self.policy in ("merge", "evict"), "choose merge or evict")
+        self._require("merge_window", self.merge_window == 0 or self.policy == "merge",
+                      "nothing merges with --dmc-policy evict; leave it at 0")  # fmt: skip
+        self._require("eviction_delay", self.eviction_delay >= 0, "it must not be negative")
         self._require("loss_weight", self.loss_weight >= 0, "it must not be negative")
         self._require("zero_out_fraction", 0 <= self.zero_out_fraction <= 1, "use 0 to 1")
         for name in ("ramp_steps", "zero_out_steps"):

@@ -35,6 +35,8 @@ LAYOUTS: dict[str, tuple[int, list[str], list[str]]] = {
     "cp2-mha-window-recompute": (2, ["--cp=2", "--recompute=selective"], MHA_WINDOW),
     "cp2-zero-out": (2, ["--cp=2"], ["--stage=zero-out"]),
     "cp2-per-token-loss": (2, ["--cp=2", "--per-token-loss"], []),
+    "cp2-evict": (2, ["--cp=2"], ["--evict"]),
+    "tp2-sp-evict-packed": (2, ["--tp=2", "--sp"], ["--evict", "--packed"]),
     "cp2-packed": (2, ["--cp=2"], ["--packed"]),
     "pp2-packed-window": (2, ["--pp=2"], ["--packed", *MHA_WINDOW]),
     "tp2-sp-moe": (2, ["--tp=2", "--sp"], ["--moe"]),

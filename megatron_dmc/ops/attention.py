@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_dmc.ops import diagonal
 from megatron_dmc.ops.flash import Kernel, choose_kernel
 
-_MASKED = -1.0e4
+MASKED = -1.0e4
 """Stands for log(0) inside the kernel: exp of it is 0 in every dtype, and no NaN can arise."""
 
 
@@ -27,7 +27,7 @@ def _diagonal(q_BNTD: Tensor):
     return diagonal
 
 
-def _bias_unit(scale: float) -> float:
+def bias_unit(scale: float) -> float:
     """What the queries' borrowed channel holds: 1 / scale, as a power of two, exact in every dtype."""
     return 2.0 ** round(-math.log2(scale))
 
@@ -46,9 +46,9 @@ def _shifted_forward(
     """
     past = k.shape[2] - q.shape[2]
     q, k = q.clone(), k.clone()
-    q[..., -1] = _bias_unit(scale)
+    q[..., -1] = bias_unit(scale)
     # key j carries log_keep_{j+1}; the last key is never anybody's earlier key
-    k[..., :-1, -1] = log_keep_BGT[..., 1:].clamp_min(_MASKED) / (scale * _bias_unit(scale))
+    k[..., :-1, -1] = log_keep_BGT[..., 1:].clamp_min(MASKED) / (scale * bias_unit(scale))
     k[..., -1:, -1] = 0.0
     own_k, own_v = k[:, :, past:], v[:, :, past:]
     earlier = earlier_lse = state = past_state = None
@@ -73,7 +73,7 @@ class _TrainingAttention(torch.autograd.Function):
         q, k, out, lse, p_own, states = _shifted_forward(q, k, v, log_keep_BGT, scale, kernel)
         ctx.save_for_backward(q, k, v, out, lse, p_own)
         ctx.states, ctx.scale, ctx.kernel = states, scale, kernel
-        ctx.clamped = (log_keep_BGT < _MASKED) if ctx.needs_input_grad[3] else None
+        ctx.clamped = (log_keep_BGT < MASKED) if ctx.needs_input_grad[3] else None
         return out
 
     @staticmethod
@@ -105,7 +105,7 @@ class _TrainingAttention(torch.autograd.Function):
             dq_past[..., -1] = 0.0
             dk_past[..., -1] = 0.0
             dq, dk, dv = dq + dq_past, torch.cat([dk_past, dk], 2), torch.cat([dv_past, dv], 2)
-        dbias /= scale * _bias_unit(scale)
+        dbias /= scale * bias_unit(scale)
         if ctx.clamped is not None:
             dbias = dbias.masked_fill(ctx.clamped, 0.0)
         return dq, dk, dv, dbias, None, None
@@ -284,7 +284,7 @@ def masked_attention(
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     if is_visible_GE is not None:
         q = torch.cat([q[..., :-1], torch.full_like(q[..., :1], 1.0 / softmax_scale)], dim=-1)
-        bias = torch.zeros_like(k[..., :1]).masked_fill(~is_visible_GE[None, ..., None], _MASKED)
+        bias = torch.zeros_like(k[..., :1]).masked_fill(~is_visible_GE[None, ..., None], MASKED)
         k = torch.cat([k[..., :-1], bias], dim=-1)
     kernel = choose_kernel(q, k, v, causal=False)
     out, lse, _ = kernel.forward(q, k, v, softmax_scale, False)

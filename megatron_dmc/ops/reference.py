@@ -92,6 +92,29 @@ def training_attention(
     return torch.einsum("bnij,jbnd->ibnd", scores.softmax(-1), v)
 
 
+def eviction_attention(
+    q_TBND: Tensor,
+    k_TBGD: Tensor,
+    v_TBGD: Tensor,
+    log_keep_TBG: Tensor,
+    *,
+    delay: int,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """The dense formula of section 8, with its T x T scores. The borrowed channel is excluded."""
+    num_tokens, _, num_heads, dim = q_TBND.shape
+    scale = 1.0 / math.sqrt(dim) if softmax_scale is None else softmax_scale
+    repeats = num_heads // k_TBGD.shape[2]
+    k, v = (x.repeat_interleave(repeats, dim=2) for x in (k_TBGD, v_TBGD))
+    scores = scale * torch.einsum("ibnd,jbnd->bnij", q_TBND[..., :-1], k[..., :-1])
+    shifted = torch.cat([log_keep_TBG[1:], torch.zeros_like(log_keep_TBG[:1])])
+    bias = shifted.repeat_interleave(repeats, dim=2).permute(1, 2, 0)[:, :, None, :]
+    tokens = torch.arange(num_tokens, device=k.device)
+    age = tokens[:, None] - tokens
+    scores = torch.where(age > delay, scores + bias, scores).masked_fill(age < 0, float("-inf"))
+    return torch.einsum("bnij,jbnd->ibnd", scores.softmax(-1), v)
+
+
 @dataclass
 class Segment:
     """An open segment of one (request, layer, KV head): sums in float32, key unrotated (section 6).
