@@ -60,6 +60,7 @@ class Plan:
     noise_scale: float = 0.25
     finetune_noise_scale: float = 0.0
     loss_weight: float = 1.5
+    seed: int = 1234
 
     @property
     def stages(self) -> dict[str, int]:
@@ -129,20 +130,30 @@ def is_done(marker: Path, wanted: str) -> bool:
     return marker.is_file() and marker.read_text() == wanted
 
 
+def dmc_flags(stage: str, plan: Plan) -> list[str]:
+    """A stage's own flags."""
+    return [
+        "--dmc-stage", stage, "--dmc-target-cr", str(plan.target_cr),
+        "--dmc-merge-window", str(plan.merge_window),
+        "--dmc-alpha-offset", str(plan.alpha_offset), "--dmc-loss-weight", str(plan.loss_weight),
+        "--dmc-temperature", str(plan.temperature), "--dmc-noise-scale",
+        str(plan.finetune_noise_scale if stage == "finetune" else plan.noise_scale),
+    ]  # fmt: skip
+
+
 def train(stage: str, steps: int, plan: Plan, work: Path, previous: Path, flags: list[str]) -> None:
-    """One stage through torchrun, with a progress bar; resumes from its own newest checkpoint."""
+    """One stage through torchrun, with a progress bar; resumes from its own newest checkpoint.
+
+    Args:
+        flags: Megatron's and DMC's.
+    """
     from tqdm import tqdm
 
     folder = work / stage
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1",
         f"--master-port={free_port()}", "pretrain_dmc.py", *flags,
-        "--dmc-stage", stage, "--dmc-target-cr", str(plan.target_cr),
-        "--dmc-merge-window", str(plan.merge_window),
-        "--dmc-alpha-offset", str(plan.alpha_offset), "--dmc-loss-weight", str(plan.loss_weight),
-        "--dmc-temperature", str(plan.temperature), "--dmc-noise-scale",
-        str(plan.finetune_noise_scale if stage == "finetune" else plan.noise_scale),
-        "--seed", str(1234 + list(plan.stages).index(stage)),  # another order of the data
+        "--seed", str(plan.seed + list(plan.stages).index(stage)),  # another order of the data
         "--train-iters", str(steps), *learning_rate(stage, steps, plan),
         "--pretrained-checkpoint", str(previous), "--load", str(folder), "--save", str(folder),
         "--save-interval", str(max(2, steps // 4)), "--tensorboard-dir", str(folder / "tensorboard"),
@@ -276,7 +287,7 @@ def main() -> None:
     for stage, steps in plan.stages.items():
         marker = work / f"{stage}.done"
         if not is_done(marker, settings):
-            train(stage, steps, plan, work, previous, flags)
+            train(stage, steps, plan, work, previous, [*flags, *dmc_flags(stage, plan)])
             marker.write_text(settings)
         previous = work / stage
         commands.append(
