@@ -20,10 +20,10 @@ from pathlib import Path
 EXAMPLES = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(EXAMPLES))
 
-import demo  # noqa: E402
+from megatron_dmc.cli import main as cli
+from megatron_dmc.cli import silence_optional_packages
 
-from megatron_dmc.cli import main as cli  # noqa: E402
-from megatron_dmc.cli import silence_optional_packages  # noqa: E402
+import demo
 
 PLAN_KEYS = {field.name for field in fields(demo.Plan)}
 

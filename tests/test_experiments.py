@@ -1,0 +1,54 @@
+"""The experiments' arms are runnable settings, and the table is over their results."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_dmc.config import DMCConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def driver():
+    spec = importlib.util.spec_from_file_location("run", ROOT / "examples/experiments/run.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_arm_is_a_valid_setting(driver):
+    arms, seeds, lengths = driver.read_arms(ROOT / "examples/experiments/arms.toml")
+    assert len(seeds) == 3 and lengths[0] == driver.demo.SEQ_LENGTH
+    kinds = {arm["kind"] for arm in arms.values()}
+    assert kinds == {"dmc", "plain"}
+    settings = {f"--dmc-{name.replace('_', '-')}" for name in DMCConfig().to_dict()}
+    steps = set()
+    for arm in arms.values():
+        plan = driver.plan_of(arm, 1, short=False)
+        steps.add(sum(plan.stages.values()))
+        known = driver.PLAN_KEYS | set(DMCConfig().to_dict()) | {"name", "kind", "kv_heads"}
+        assert set(arm) <= known, arm
+        flags = driver.stage_flags(arm, "retrofit", plan)
+        assert {flag for flag in flags if flag.startswith("--")} <= settings
+        values = dict(zip(flags, [*flags[1:], ""], strict=True))
+        if arm["kind"] == "dmc":
+            policy = values.get("--dmc-policy", "merge")
+            assert values["--dmc-merge-window"] == "0" or policy == "merge", arm
+            DMCConfig(stage="retrofit", target_cr=float(values["--dmc-target-cr"]), policy=policy)
+    assert max(steps) - min(steps) <= 20, "arms of equal steps (but for zero-out)"
+
+
+def test_table_is_over_seeds(driver, tmp_path):
+    for seed, perplexity in ((1, 6.0), (2, 6.5)):
+        folder = tmp_path / f"dmc-4x-seed{seed}"
+        folder.mkdir()
+        lengths = {"256": {"perplexity": perplexity, "measured_cr": 4.0}}
+        result = {"arm": {"name": "dmc-4x"}, "seed": seed, "lengths": lengths}
+        (folder / "metrics.json").write_text(json.dumps(result))
+    assert driver.table(tmp_path).splitlines()[-1] == (
+        "| dmc-4x | 2 | 4.000 ± 0.000 | 6.250 ± 0.354 |"
+    )
