@@ -5,7 +5,9 @@ import itertools
 import pytest
 import torch
 from test_ops import randn, random_gates
+from tiny_gpt import check_idle, dmc_config, drain, greedy_params, make_engine, make_prompts
 
+from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.ops import reference
 from megatron_dmc.ops.cache_ops import paged_decode_attention, rotate_query, zero_borrowed_channel
 from megatron_dmc.ops.eviction import eviction_attention
@@ -178,3 +180,41 @@ def test_prefill_in_chunks_then_ragged_decode_equals_dense(delay, chunks):
         torch.testing.assert_close(torch.cat(outs[row]), dense(*inputs, delay), rtol=0, atol=1e-12)
         assert torch.equal(cache.num_entries[row], entries_of(inputs[3], delay))
         assert delay > 3 or (cache.num_entries[row] < 0.7 * inputs[3].shape[0]).any()
+
+
+@pytest.mark.parametrize("delay", [0, 3])
+@pytest.mark.parametrize("budget", [1, 7, 64])
+def test_engine_gives_the_full_forwards_tokens(delay, budget):
+    """Ragged requests in a pool that is short: chunks, preemption, pages freed at the end."""
+    engine = make_engine(
+        dmc_config(policy="evict", eviction_delay=delay),
+        num_pages=36,
+        max_num_batched_tokens=budget,
+    )
+    prompts = make_prompts(9, seed=5)
+    for i, prompt in enumerate(prompts):
+        engine.add_request(str(i), prompt, greedy_params(14))
+    outputs = drain(engine)
+    for i, prompt in enumerate(prompts):
+        assert outputs[str(i)].outputs[0].token_ids == engine.runner.model.greedy(prompt, 14)
+    stats = engine.stats()
+    assert stats.num_preemptions > 0 or budget == 1
+    assert 1.05 < stats.measured_cr
+    check_idle(engine)
+
+
+def test_entries_are_those_of_the_tokens_that_stayed():
+    engine = make_engine(dmc_config(policy="evict", eviction_delay=2))
+    (prompt,) = make_prompts(1, seed=3)
+    engine.add_request("x", prompt, greedy_params(20))
+    output = drain(engine)["x"]
+    cached = [*prompt, *output.outputs[0].token_ids][:-1]
+    _, decisions_LTG = engine.runner.model.full_forward(cached)
+    want = [entries_of(layer.bool(), 2).sum() for layer in decisions_LTG]
+    assert output.metrics.num_entries == sum(want)
+    assert len(cached) / 2 < output.metrics.num_entries / 4 < len(cached)
+
+
+def test_cached_prefixes_are_refused():
+    with pytest.raises(UnsupportedConfig, match="enable_prefix_caching=True.*evicts tokens"):
+        make_engine(dmc_config(policy="evict"), enable_prefix_caching=True)

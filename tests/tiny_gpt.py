@@ -92,8 +92,13 @@ class TinyGPT(nn.Module):
             alpha, log_keep, _ = gates.hard_gate(gates.decision_logit(k, alpha_offset=offset))
             if not may_merge:
                 alpha, log_keep = torch.zeros_like(alpha), torch.zeros_like(log_keep)
-            omega = gates.importance(q, G, alpha_offset=offset)
             decisions.append(alpha[:, 0])
+            if self.dmc.policy == "evict":
+                q, k = (reference.rotate(zero_borrowed_channel(t), freqs) for t in (q, k))
+                return reference.eviction_attention(
+                    q, k, v, log_keep, delay=self.dmc.eviction_delay, softmax_scale=SCALE
+                )[:, 0]
+            omega = gates.importance(q, G, alpha_offset=offset)
             k, v = reference.merge(
                 zero_borrowed_channel(k), v, alpha, omega, merge_window=self.dmc.merge_window
             )
@@ -125,8 +130,8 @@ class Letters:
         return data.decode(errors="replace")
 
 
-def dmc_config(merge_window=0):
-    return DMCConfig(stage="finetune", alpha_offset=0.2, merge_window=merge_window)
+def dmc_config(merge_window=0, **settings):
+    return DMCConfig(stage="finetune", alpha_offset=0.2, merge_window=merge_window, **settings)
 
 
 def make_engine(

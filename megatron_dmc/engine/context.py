@@ -26,7 +26,7 @@ from megatron_dmc.cache import (
 from megatron_dmc.cache.block_tables import Exchange
 from megatron_dmc.engine.request import Request
 from megatron_dmc.engine.scheduler import NO_PREFIX, CachedPrefix
-from megatron_dmc.ops import cache_ops, gates
+from megatron_dmc.ops import cache_ops, eviction_cache, gates
 from megatron_dmc.ops.merge import num_kept
 
 
@@ -39,7 +39,10 @@ class CompressionRule:
     shared_decisions: bool = False
     """The heads of a layer decide together (DMC-C)."""
     may_merge: bool = True
-    """False: every token is appended, though the borrowed channel still carries no content."""
+    """False: every token is appended (and none evicted), though the borrowed channel still carries no
+    content."""
+    eviction_delay: int | None = None
+    """Tokens are not merged but leave the cache (DMS), when so many later ones have come."""
 
 
 @dataclass
@@ -131,7 +134,15 @@ class PagedContext(BaseInferenceContext):
             exchange=exchange, num_ranks=num_ranks, rank=rank,
         )  # fmt: skip
         self.segments: OpenSegments | None = None
-        if rule is not None:
+        self.rings: eviction_cache.Rings | None = None
+        if rule is not None and rule.eviction_delay is not None:
+            assert prefix_block_size is None, "an evicted token's slot in a shared page"
+            shape = (num_layers, max_num_seqs, num_kv_heads, rule.eviction_delay + 1)
+            self.rings = eviction_cache.Rings(
+                torch.zeros(shape, dtype=torch.int32, device=device),
+                torch.zeros(shape, dtype=torch.bool, device=device),
+            )
+        elif rule is not None:
             self.segments = OpenSegments(
                 num_layers,
                 max_num_seqs,
@@ -146,7 +157,7 @@ class PagedContext(BaseInferenceContext):
             self.prefixes = PrefixCache(self.tables, self.segments, block_size=prefix_block_size)
         self.num_queried_tokens = self.num_hit_tokens = 0
         self.num_repeated_decisions = self.num_flipped_decisions = 0
-        self._count_flips = count_flips and rule is not None and rule.may_merge
+        self._count_flips = count_flips and self.segments is not None and rule.may_merge
         self._is_merge_L: list[Tensor] = []
         self._angles: tuple[Tensor, Tensor, Tensor] | None = None
         self._num_ranks, self._sum_over_ranks = num_ranks, sum_over_ranks
@@ -354,6 +365,8 @@ class PagedContext(BaseInferenceContext):
         num_singles = self._rows_B.shape[0]
         num_prefilled = sum(piece.num_tokens for piece in self._prefills)
         assert q_TND.shape[0] == num_singles + num_prefilled, "not this step's tokens"
+        if self.rings is not None:
+            return self._attend_evicting(layer_index, q_TND, k_TGD, v_TGD, freqs_SF, softmax_scale)
         if not self._prefills:
             return self._decode(layer_index, q_TND, k_TGD, v_TGD, freqs_SF, softmax_scale)
         out = torch.empty_like(q_TND)
@@ -429,6 +442,48 @@ class PagedContext(BaseInferenceContext):
             q_BND, *pages, table_RGM, entries_RG, softmax_scale=softmax_scale, rows_B=rows_B,
             plan_Y=self._plans_L[layer_index], backend=self._backend,
         )  # fmt: skip
+
+    def _attend_evicting(
+        self,
+        layer_index: int,
+        q_TND: Tensor,
+        k_TGD: Tensor,
+        v_TGD: Tensor,
+        freqs_SF: Tensor | None,
+        softmax_scale: float,
+    ) -> Tensor:
+        """`attend` where tokens leave the cache instead of merging. PyTorch, but for decode attention."""
+        assert self.rings is not None
+        tables, pool, rows_B = self.tables, self.pool, self._rows_B
+        pages = pool.k_pages_PSD, pool.v_pages_PSD
+        table_RGM = tables.page_ids_LRGM[layer_index]
+        num_entries_RG = tables.num_entries_LRG[layer_index]
+        rings, num_singles = self.rings[layer_index], rows_B.shape[0]
+        is_evict_TG, _ = self._gates(q_TND, k_TGD)
+        assert is_evict_TG is not None
+        out = torch.empty_like(q_TND)
+        if num_singles:
+            single = slice(0, num_singles)
+            freqs_BF = None if freqs_SF is None else freqs_SF[self._positions_B]
+            eviction_cache.decode_evict(
+                k_TGD[single], v_TGD[single], is_evict_TG[single], freqs_BF, self._positions_B,
+                *pages, table_RGM, num_entries_RG, rings, rows_B, free_pages=pool.free_pages,
+            )  # fmt: skip
+            out[single] = cache_ops.paged_decode_attention(
+                cache_ops.rotate_query(q_TND[single], freqs_BF, compress=True), *pages, table_RGM,
+                num_entries_RG, softmax_scale=softmax_scale, rows_B=rows_B, backend=self._backend,
+            )  # fmt: skip
+        for piece in self._prefills:
+            span = slice(piece.first, piece.first + piece.num_tokens)
+            freqs_TF = None
+            if freqs_SF is not None:
+                freqs_TF = freqs_SF[piece.start : piece.start + piece.num_tokens]
+            out[span] = eviction_cache.prefill_evict(
+                q_TND[span], k_TGD[span], v_TGD[span], is_evict_TG[span], freqs_TF, piece.start,
+                *pages, table_RGM[piece.row], num_entries_RG[piece.row], rings[piece.row],
+                softmax_scale=softmax_scale, free_pages=pool.free_pages,
+            )  # fmt: skip
+        return out
 
     def _cosine_and_sine(
         self, freqs_SF: Tensor | None, dtype: torch.dtype

@@ -69,11 +69,18 @@ class LLMEngine:
                 f"max_model_len={config.max_model_len} is more than the model's "
                 f"{description.max_position_embeddings} positions; lower it"
             )
+        rule = _compression_rule(description.dmc, enable_dmc)
+        evicts = rule is not None and rule.eviction_delay is not None
+        if evicts and config.enable_prefix_caching:
+            raise UnsupportedConfig(
+                "enable_prefix_caching=True: this model evicts tokens (--dmc-policy evict), and a page "
+                "whose slots are written again cannot be shared; switch it off"
+            )
         self.config, self.description, self.tokenizer = config, description, tokenizer
         self.parallel, self._dtype = parallel, dtype
         self.eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
         counts = config.count_flipped_decisions
-        self._counts_flips = dtype.itemsize <= 2 if counts is None else counts
+        self._counts_flips = not evicts and (dtype.itemsize <= 2 if counts is None else counts)
         self.context = PagedContext(
             num_layers=description.num_layers,
             num_kv_heads=heads_per_rank,
@@ -85,7 +92,7 @@ class LLMEngine:
             dtype=dtype,
             cache_dtype=parse_kv_cache_dtype(config.kv_cache_dtype),
             device=device,
-            rule=_compression_rule(description.dmc, enable_dmc),
+            rule=rule,
             poison=config.poison,
             prefix_block_size=config.prefix_block_size if config.enable_prefix_caching else None,
             count_flips=self._counts_flips,
@@ -101,7 +108,8 @@ class LLMEngine:
             device=device,
             gather=None if parallel is None else parallel.gather_logits,
         )
-        if torch.device(device).type == "cuda" and not config.enforce_eager:
+        # eviction's PyTorch selects by masks, which a graph cannot
+        if torch.device(device).type == "cuda" and not config.enforce_eager and not evicts:
             self.runner.capture_on_gpu(
                 config.graph_sizes(), progress=parallel is None or parallel.rank == 0
             )
@@ -508,5 +516,6 @@ def _compression_rule(dmc: Any | None, enable_dmc: bool | None) -> CompressionRu
         alpha_offset=dmc.alpha_offset,
         shared_decisions=dmc.shared_decisions,
         merge_window=dmc.merge_window,
+        eviction_delay=dmc.eviction_delay if dmc.policy == "evict" else None,
         may_merge=merges and enable_dmc is not False,
     )

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_dmc.ops import page_ops
+from megatron_dmc.ops.cache_backend import FreePages
 from megatron_dmc.ops.cache_ops import (
     apply_rope,
     read_entries,
@@ -23,6 +25,7 @@ from megatron_dmc.ops.cache_ops import (
     write_entries,
     zero_borrowed_channel,
 )
+from megatron_dmc.ops.kv_pages import Pages, as_stored
 
 _QUERY_BLOCK = 256
 """Queries of a chunk whose masks exist at a time."""
@@ -105,22 +108,26 @@ def decode_evict(
     is_evict_BG: Tensor,
     freqs_BF: Tensor | None,
     positions_B: Tensor,
-    k_pages_PSD: Tensor,
-    v_pages_PSD: Tensor,
+    k_pages_PSD: Pages,
+    v_pages_PSD: Pages,
     block_table_RGM: Tensor,
     num_entries_RG: Tensor,
     rings: Rings,
     rows_B: Tensor,
+    *,
+    free_pages: FreePages | None = None,
 ) -> None:
     """One new token for each of B requests into the slot of the token that leaves, or a new one.
 
-    Mutates `k_pages_PSD, v_pages_PSD`, `num_entries_RG` and `rings` (R, G, K).
+    Mutates `k_pages_PSD, v_pages_PSD`, `num_entries_RG` and `rings` (R, G, K); with `free_pages` also
+    `block_table_RGM` and `free_pages.state`.
 
     Args:
         k_BGD, v_BGD: unrotated keys, their borrowed channel ignored; values.
         is_evict_BG: bool, about each request's token before this one.
         positions_B: int64, of the tokens.
-        block_table_RGM: holds a page for every entry that is written.
+        block_table_RGM: without `free_pages` it holds a page for every entry that is written.
+        rows_B: which of the R rows each request uses; distinct, none of them padding.
     """
     batch, num_kv_heads = is_evict_BG.shape
     old = rings[rows_B]
@@ -130,9 +137,11 @@ def decode_evict(
         num_entries_RG[rows_B].flatten(),
         Rings(old.entry_XGK.flatten(0, 1), old.is_evicted_XGK.flatten(0, 1)),
     )
-    slots = slots_of_entries(
-        block_table_RGM[rows_B].flatten(0, 1), entry_1H.T, k_pages_PSD.shape[1]
-    )
+    table_HM = block_table_RGM[rows_B].flatten(0, 1)
+    if free_pages is not None:
+        page_ops.take_for_entries(table_HM, num_entries, k_pages_PSD.shape[1], free_pages)
+        block_table_RGM[rows_B] = table_HM.unflatten(0, (batch, num_kv_heads))
+    slots = slots_of_entries(table_HM, entry_1H.T, k_pages_PSD.shape[1])
     key = zero_borrowed_channel(apply_rope(zero_borrowed_channel(k_BGD), freqs_BF))
     write_entries(k_pages_PSD, v_pages_PSD, slots[:, 0], key.flatten(0, 1), v_BGD.flatten(0, 1))
     num_entries_RG[rows_B] = num_entries.view(batch, num_kv_heads)
@@ -147,24 +156,26 @@ def prefill_evict(
     is_evict_TG: Tensor,
     freqs_TF: Tensor | None,
     position: int,
-    k_pages_PSD: Tensor,
-    v_pages_PSD: Tensor,
+    k_pages_PSD: Pages,
+    v_pages_PSD: Pages,
     block_table_GM: Tensor,
     num_entries_G: Tensor,
     rings: Rings,
     *,
     softmax_scale: float,
+    free_pages: FreePages | None = None,
 ) -> Tensor:
     """A chunk of one request's tokens in parallel: any chunking gives what decoding the tokens one at
     a time gives. Tokens that have left by the end of the chunk are not written.
 
-    Mutates `k_pages_PSD, v_pages_PSD`, `num_entries_G` and `rings` (G, K).
+    Mutates `k_pages_PSD, v_pages_PSD`, `num_entries_G` and `rings` (G, K); with `free_pages` also
+    `block_table_GM` and `free_pages.state`.
 
     Args:
         q_TND, k_TGD: unrotated, their borrowed channel ignored. v_TGD: values.
         is_evict_TG: bool, row t about the token before it.
         position: of the chunk's first token.
-        block_table_GM: holds a page for every entry that the chunk may write.
+        block_table_GM: without `free_pages` it holds a page for every entry that the chunk may write.
 
     Returns:
         out_TND in the queries' dtype.
@@ -177,7 +188,9 @@ def prefill_evict(
     k = zero_borrowed_channel(apply_rope(zero_borrowed_channel(k_TGD), freqs_TF))
 
     # the position from which on each key is gone: of cached entries, and of the chunk's tokens
-    old_k, old_v, is_entry = read_entries(k_pages_PSD, v_pages_PSD, block_table_GM, num_entries_G)
+    old_k, old_v, is_entry = read_entries(
+        k_pages_PSD, v_pages_PSD, block_table_GM, num_entries_G, q.dtype
+    )
     ring_slots = torch.arange(num_slots, device=device)
     token_K = position - 1 - (position - 1 - ring_slots) % num_slots
     evicted_GK = rings.is_evicted_XGK.clone()
@@ -195,8 +208,9 @@ def prefill_evict(
     next_evicts = torch.cat([is_evict_TG[1:], torch.zeros_like(is_evict_TG[:1])])
     gone_GT = torch.where(next_evicts.T, tokens + num_slots, _NEVER)
 
-    keys = torch.cat([old_k, k.transpose(0, 1)], dim=1)
-    values = torch.cat([old_v, v_TGD.transpose(0, 1)], dim=1)
+    # with 8-bit pages a token sees its chunk as the cache would give it back
+    keys = torch.cat([old_k, as_stored(k, k_pages_PSD).transpose(0, 1)], dim=1)
+    values = torch.cat([old_v, as_stored(v_TGD, v_pages_PSD).transpose(0, 1)], dim=1)
     gone = torch.cat([gone_GE, gone_GT], dim=1)
     since = torch.cat([tokens.new_zeros(old_k.shape[1]), tokens])
     group = q.shape[1] // num_kv_heads
@@ -216,6 +230,8 @@ def prefill_evict(
     entry_TG, is_written, num_entries, after = place_tokens(
         is_evict_TG, torch.full_like(num_entries_G, position), num_entries_G, rings
     )
+    if free_pages is not None:
+        page_ops.take_for_entries(block_table_GM, num_entries, k_pages_PSD.shape[1], free_pages)
     slots_TG = slots_of_entries(block_table_GM, entry_TG.T, k_pages_PSD.shape[1]).T
     slots = torch.where(is_written, slots_TG, -1).flatten()
     write_entries(k_pages_PSD, v_pages_PSD, slots, k.flatten(0, 1), v_TGD.flatten(0, 1))
