@@ -40,6 +40,7 @@ LEVELS = {
     "report": 7,
     "evaluation": 7,
     "generate": 7,
+    "harness": 7,
 }
 """Level of every module and package directly under megatron_dmc."""
 
@@ -54,6 +55,7 @@ SAME_LEVEL = {
     ("cli", "evaluation"),
     ("cli", "report"),
     ("cli", "generate"),
+    ("cli", "harness"),
 }
 """(importer, imported): the only imports within a level. Add none that closes a circle."""
 

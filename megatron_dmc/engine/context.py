@@ -198,11 +198,14 @@ class PagedContext(BaseInferenceContext):
         request.row = None
 
     def _find(self, request: Request) -> Snapshot | None:
-        # the last token is always computed: its logits are wanted
-        if self.prefixes is None or request.params.prompt_logprobs is not None:
+        if self.prefixes is None:
             return None
-        size = self.prefixes.block_size
-        known = request.tokens_between(0, request.num_tokens - 1)
+        size, params = self.prefixes.block_size, request.params
+        # the last token is always computed: its logits are wanted
+        end = request.num_tokens - 1
+        if params.prompt_logprobs is not None:
+            end = min(end, params.prompt_logprobs_start - 1)
+        known = request.tokens_between(0, end)
         extend_keys(request.prefix_keys, known, size)
         return self.prefixes.find(request.prefix_keys[: len(known) // size])
 

@@ -165,6 +165,7 @@ class LLMEngine:
             max_total_tokens=len(token_ids) + new,
             priority=priority,
             decisions=DecisionRecord() if self._counts_flips else None,
+            prompt_logprobs=[None] * min(params.prompt_logprobs_start, len(token_ids)),
         )
         self.scheduler.add(request)
         self._tell("add_request", request_id, prompt, params, priority=priority)
@@ -232,8 +233,9 @@ class LLMEngine:
             request = chunk.request
             if request.params.prompt_logprobs is not None:
                 # position p tells of token p + 1
+                first = max(chunk.start, request.params.prompt_logprobs_start - 1)
                 last = min(chunk.end, request.num_prompt_tokens - 1)
-                offsets = list(range(last - chunk.start))
+                offsets = list(range(first - chunk.start, last - chunk.start))
             else:
                 offsets = []
             if chunk.samples:
@@ -258,7 +260,7 @@ class LLMEngine:
                 sampling.append(request)
                 sample_rows.append(rows.pop())
             if rows:
-                self._record_prompt_logprobs(request, chunk.start, logits_XV[rows])
+                self._record_prompt_logprobs(request, chunk.start + offsets[0], logits_XV[rows])
             request.num_computed_tokens = chunk.end
         if sampling:
             tokens = self._sample(logits_XV[sample_rows], sampling)
