@@ -193,6 +193,21 @@ def test_lm_evals_own_command_line(tmp_path, monkeypatch, capsys):
     assert json.loads(file.read_text())["config"]["measured_cr"] == 1.0
 
 
+def test_the_eval_command_with_an_eviction_policy(tmp_path):
+    output = tmp_path / "results.json"
+    arguments = [
+        "eval", str(MODEL), "--tasks", "dmc_next_line", "--limit", "2", "--device", "cpu",
+        "--output", str(output), "--cache-policy", "tova",
+    ]  # fmt: skip
+    crs = []
+    for budget in ("0.5", "40"):
+        assert cli.main([*arguments, "--cache-budget", budget]) == 0
+        results = json.loads(output.read_text())
+        crs.append(results["results"]["dmc_next_line"]["measured_cr"])
+        assert results["config"]["cache_budget"] == float(budget)
+    assert 1.9 < crs[0] <= 2.0 < crs[1]
+
+
 @pytest.mark.parametrize(
     "arguments,named",
     [

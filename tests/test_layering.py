@@ -24,6 +24,7 @@ LEVELS = {
     "ops": 1,
     "decisions": 2,
     "cache": 2,
+    "baselines": 3,
     "sequence_layout": 3,
     "norm": 3,
     "attention": 3,
@@ -229,7 +230,7 @@ BAD = {
     "the whole package": ("engine/a.py", "import megatron_dmc", "that defines it"),
     "get_args": ("attention.py", "from megatron.training import get_args", "get_args"),
     "get_args of a module": ("specs.py", "import megatron.training as t\nt.get_args()", "get_args"),
-    "unknown module": ("baselines/a.py", "", "add it to LEVELS"),
+    "unknown module": ("unheard_of/a.py", "", "add it to LEVELS"),
     "eager package": ("__init__.py", "from megatron_dmc.engine import LLM", "lazily"),
     "package with Megatron": ("__init__.py", "import megatron.core", "must not import Megatron"),
 }

@@ -138,10 +138,7 @@ def filled_engine(
     for request in list(scheduler.waiting):
         engine.context.start(request, use_prefix=False)
         assert request.row is not None
-        tables.reserve([request.row], [context - 1])
-        entries_LG = decisions.num_entries(context - 1)
-        tables.num_entries_LRG[:, request.row] = entries_LG.to(settings.device)
-        tables.trim([request.row])
+        tables.fill_row(request.row, decisions.num_entries(context - 1))
         request.num_computed_tokens = context - 1
         request.status = RequestStatus.RUNNING
         scheduler.waiting.remove(request)

@@ -6,11 +6,17 @@ A = 2 D + 1 components of an accumulator, B some of the rows, K tensor-parallel 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from megatron_dmc.cache.late_copy import LateCopy
+from megatron_dmc.cache.page_counts import PageCounts, Run
 from megatron_dmc.cache.page_pool import PagePool
+from megatron_dmc.errors import OutOfPages
+from megatron_dmc.ops import page_ops
 
 Exchange = Callable[[np.ndarray], np.ndarray]
 """Counters of this rank's heads, int64 (L, B, G), to those of all ranks, (K, L, B, G)."""
@@ -45,12 +51,23 @@ class OpenSegments:
         self.state_LRGUA[:, row] = 0.0
 
 
+@dataclass
+class LateCounts:
+    """Something whose entry counts the host learns with those of the rows."""
+
+    num_entries_LG: Tensor
+    """On the device, int64."""
+    tell: Callable[[np.ndarray], None]
+    """Called with all ranks' counts, (K, L, G)."""
+
+
 class BlockTables:
     """Block tables and entry counts of the running requests, over one `PagePool`.
 
-    A head holds the pages of its entries, and between `reserve` and `trim` also those that a step
-    may need at most. Attention advances `num_entries_LRG` on the device; nobody else does. The host
-    learns the counts once a step, in `trim`; everything else here is computed from that copy.
+    The device decides: appending takes pages from the pool's stack where an entry has none, and advances
+    the counts. The host has counts only. `end_step` starts to copy them, and the first question that
+    needs them waits for that copy: the host's one wait for a step. Between steps every head holds exactly
+    the pages of its entries.
 
     With tensor parallelism every rank has its own heads and pages. `exchange` then tells each rank
     all ranks' counts, and the questions a scheduler asks are answered for the scarcest rank.
@@ -58,6 +75,8 @@ class BlockTables:
     Attributes:
         page_ids_LRGM: int32, -1 where no page is held.
         num_entries_LRG: int64.
+        make_room: called with a number of pages for each rank, when fewer may be free; it gives up
+            cached prefixes until so many are.
     """
 
     def __init__(
@@ -73,23 +92,27 @@ class BlockTables:
         num_ranks: int = 1,
         rank: int = 0,
     ):
-        self.pool = pool
+        self.pool, self.rank = pool, rank
         self.num_layers, self.num_kv_heads = num_layers, num_kv_heads
         width = -(-max_entries // pool.page_size)
         shape = (num_layers, num_rows, num_kv_heads)
         self.page_ids_LRGM = torch.full((*shape, width), -1, dtype=torch.int32, device=device)
         self.num_entries_LRG = torch.zeros(shape, dtype=torch.int64, device=device)
-        # The host's copies; on a CPU the block tables are one memory.
-        on_cpu = self.page_ids_LRGM.device.type == "cpu"
-        self._table = (
-            self.page_ids_LRGM.numpy() if on_cpu else self.page_ids_LRGM.cpu().numpy().copy()
-        )
-        self._device_table = None if on_cpu else self.page_ids_LRGM.view(-1)
-        self._num_pages = np.zeros(shape, dtype=np.int64)
-        self._entries = np.zeros((num_ranks, *shape), dtype=np.int64)
-        self._rank, self._exchange = rank, exchange
-        self._columns = np.arange(width)
+        self.make_room: Callable[[np.ndarray], None] | None = None
+        self._counts = PageCounts(pool.num_pages, pool.page_size, (num_ranks, *shape))
+        self._exchange = exchange
         self._free_rows = list(range(num_rows - 1, -1, -1))
+        self._promised_K = np.zeros(num_ranks, dtype=np.int64)
+        self._rows_B = np.zeros(0, dtype=np.int64)
+        self._late: list[LateCounts] = []
+        self._tell_growth: Callable[[np.ndarray], None] | None = None
+        self._copy: LateCopy | None = None
+
+    @property
+    def counts(self) -> PageCounts:
+        """Entries and pages by number, after the last step; waits for it."""
+        self.settle()
+        return self._counts
 
     @property
     def num_free_rows(self) -> int:
@@ -97,12 +120,18 @@ class BlockTables:
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that can be allocated on every rank, cached prefixes given up."""
-        own = self.pool.num_free + self.pool.num_reclaimable
-        if len(self._entries) == 1:
-            return own
-        held = self._pages_of(self._entries).sum(axis=(1, 2, 3)).max()
-        return min(own, self.pool.num_pages - int(held))
+        """Pages that can be taken on every rank, cached prefixes given up."""
+        return int(self.counts.available_K.min())
+
+    @property
+    def num_pages_in_use(self) -> int:
+        """Pages that rows hold on this rank, each counted once."""
+        return int(self.counts.held_by_rows_K[self.rank])
+
+    @property
+    def num_cached_pages(self) -> int:
+        """Pages that only cached prefixes hold on this rank."""
+        return int(self.counts.only_prefixes_K[self.rank])
 
     def open_row(self) -> int:
         """A row for a new request, without pages or entries."""
@@ -110,96 +139,145 @@ class BlockTables:
         return self._free_rows.pop()
 
     def entries(self, row: int) -> np.ndarray:
-        """Entries of all ranks' heads, int64 (L, K * G), as of the last `trim`."""
-        return np.concatenate(list(self._entries[:, :, row]), axis=-1)
-
-    def most_entries(self, row: int) -> int:
-        """Entries of the rank that has most, over its layers and heads, as of the last `trim`."""
-        return int(self._entries[:, :, row].sum(axis=(1, 2)).max())
+        """Entries of all ranks' heads, int64 (L, K * G)."""
+        return np.concatenate(list(self.counts.entries_KLRG[:, :, row]), axis=-1)
 
     def pages_needed(self, row: int, num_new_tokens: int) -> int:
-        """Pages that `reserve` would allocate for this row on the scarcest rank: the worst case,
-        nothing merges."""
-        entries = self._entries[:, :, row]
-        missing = self._pages_of(entries + num_new_tokens) - self._pages_of(entries)
-        return int(missing.sum(axis=(1, 2)).max())
+        """Pages that a row takes on the scarcest rank for so many tokens more: the worst case, nothing
+        merges."""
+        return int(self.counts.pages_needed_K(row, num_new_tokens).max())
 
-    def reserve(self, rows: Sequence[int], num_new_tokens: Sequence[int]) -> None:
-        """Allocate what these rows need at most to take in so many tokens each.
+    def begin_step(self, rows: Sequence[int], num_new_tokens: Sequence[int]) -> None:
+        """Promise these rows what they take at worst for so many tokens each: so many pages are free from
+        here on. Nothing is taken yet; appending does that.
 
         Raises:
-            OutOfPages: if the pool is short; nothing has changed then.
+            OutOfPages: if the cache is short; nothing has changed then.
         """
-        if not rows:
-            return
-        index = np.asarray(rows)
-        held = self._num_pages[:, index]
-        new = np.asarray(num_new_tokens)[:, None]
-        wanted = self._pages_of(self._entries[self._rank][:, index] + new)
-        missing = (wanted - held).clip(0)
-        total = int(missing.sum())
-        if total == 0:
-            return
-        page_ids = self.pool.allocate(total)
-        # new pages go to columns [held, held + missing) of each head
-        layer, b, head = np.nonzero(missing)
-        counts = missing[layer, b, head]
-        first = np.repeat(held[layer, b, head], counts)
-        ends = counts.cumsum()
-        step = np.arange(total) - np.repeat(ends - counts, counts)
-        layer, row, head = (np.repeat(x, counts) for x in (layer, index[b], head))
-        self._write((layer, row, head, first + step), page_ids)
-        self._num_pages[:, index] = held + missing
+        counts = self.counts
+        needed_K = np.zeros_like(self._promised_K)
+        for row, num_new in zip(rows, num_new_tokens, strict=True):
+            needed_K += counts.pages_needed_K(row, num_new)
+        short = needed_K > counts.available_K
+        if short.any():
+            raise OutOfPages(
+                f"{needed_K[short][0]} pages wanted, {counts.available_K[short][0]} of "
+                f"{counts.num_pages} free; give the cache more memory (num_pages, "
+                "kv_cache_memory_bytes) or run fewer sequences (max_num_seqs)"
+            )
+        self._promised_K = needed_K
+        self.take_room(0)
 
-    def trim(self, rows: Sequence[int]) -> None:
-        """Learn these rows' entry counts from the device, and give back pages that hold no entry."""
-        if not rows:
-            return
-        index = np.asarray(rows)
-        counts = self.num_entries_LRG[:, torch.from_numpy(index)].cpu().numpy()
-        self._entries[:, :, index] = counts if self._exchange is None else self._exchange(counts)
-        self._keep(index, self._pages_of(counts))
+    def may_take(self, count: int) -> bool:
+        """Whether so many pages can be had beside what is promised, cached prefixes given up."""
+        return bool((self.counts.available_K - self._promised_K >= count).all())
 
-    def adopt(
-        self, row: int, num_entries_LG: np.ndarray, num_shared_LG: np.ndarray, page_ids: np.ndarray
-    ) -> np.ndarray:
-        """Fill an empty row from a cached prefix: share its full pages, and add an empty page to each
-        head for what it copies.
+    def take_room(self, count: int) -> None:
+        """See to it that so many pages are free beside what is promised; `may_take` has said yes."""
+        if self.make_room is not None:
+            self.make_room(self._promised_K + count)
+        assert bool((self.counts.free_K - self._promised_K >= count).all()), "no room was made"
+
+    def end_step(
+        self,
+        rows: Sequence[int],
+        late: Sequence[LateCounts] = (),
+        tell_growth: Callable[[np.ndarray], None] | None = None,
+    ) -> None:
+        """All layers have appended: start to copy the counts of these rows, and others, to the host.
 
         Args:
-            num_entries_LG: entries of each head; its pages are the shared ones and one more.
-            page_ids: shared pages, head by head in order.
-
-        Returns:
-            the new pages, (L, G).
+            tell_growth: called with the entries that these rows got on this rank, (L, B, G).
         """
-        assert not self._num_pages[:, row].any(), "the row is not empty"
-        self.pool.share(page_ids, by_prefix=False)
-        tails = self.pool.allocate(num_shared_LG.size)
-        layer, head, column = np.nonzero(self._columns < num_shared_LG[..., None])
-        self._write((layer, np.full_like(layer, row), head, column), page_ids)
-        layer, head = np.indices(num_shared_LG.shape).reshape(2, -1)
-        self._write((layer, np.full_like(layer, row), head, num_shared_LG.reshape(-1)), tails)
-        self._num_pages[:, row] = num_shared_LG + 1
-        self._entries[self._rank, :, row] = num_entries_LG
-        self.num_entries_LRG[:, row] = torch.from_numpy(num_entries_LG).to(self.num_entries_LRG)
-        return tails.reshape(num_shared_LG.shape)
+        assert self._copy is None, "the last step's counts were not read"
+        self._promised_K = np.zeros_like(self._promised_K)
+        self._rows_B, self._late = np.asarray(rows, dtype=np.int64), list(late)
+        self._tell_growth = tell_growth
+        self._copy = LateCopy(
+            [self.pool.free_pages.state, self.num_entries_LRG]
+            + [one.num_entries_LG for one in self._late]
+        )
 
-    def first_pages(self, row: int, num_pages_LG: np.ndarray) -> np.ndarray:
-        """The first pages of each head of a row, so many of each, head by head in order."""
-        return self._table[:, row][self._columns < num_pages_LG[..., None]].astype(np.int64)
+    def settle(self) -> None:
+        """Take in the counts of the last step. With tensor parallelism all ranks do so at one point.
+
+        Raises:
+            AssertionError: a head found no page, or the number of free pages is not what it should be.
+        """
+        if self._copy is None:
+            return
+        state, entries_LRG, *others = self._copy.read()
+        self._copy = None
+        assert not state[1], "a head found no page although the step's pages were promised"
+        counts_LBG = np.concatenate(
+            [entries_LRG[:, self._rows_B]] + [x[:, None] for x in others], axis=1
+        )
+        exchange = self._exchange
+        counts_KLBG = counts_LBG[None] if exchange is None else exchange(counts_LBG)
+        num_rows = len(self._rows_B)
+        if self._tell_growth is not None:
+            before_LBG = self._counts.entries_KLRG[self.rank][:, self._rows_B]
+            self._tell_growth(counts_LBG[:, :num_rows] - before_LBG)
+        self._counts.set_entries(self._rows_B, counts_KLBG[:, :, :num_rows])
+        for i, one in enumerate(self._late):
+            one.tell(counts_KLBG[:, :, num_rows + i])
+        free = self.pool.num_pages - int(state[0])
+        expected = int(self._counts.free_K[self.rank])
+        assert free == expected, f"{free} pages are free, by the counts {expected}"
+
+    def fill_row(self, row: int, num_entries_LG: Tensor) -> None:
+        """Give an empty row so many entries and their pages, whatever these hold. For benchmarks."""
+        needed = self._counts.pages_of(num_entries_LG.cpu().numpy()).sum()
+        assert self.may_take(int(needed)), f"{needed} pages are not free"
+        self.num_entries_LRG[:, row] = num_entries_LG.to(self.num_entries_LRG)
+        page_ops.take_for_entries(
+            self.page_ids_LRGM[:, row], self.num_entries_LRG[:, row], self.pool.page_size,
+            self.pool.free_pages,
+        )  # fmt: skip
+        self.end_step([row])
+        self.settle()
+
+    def adopt(
+        self,
+        row: int,
+        page_ids_LGM: Tensor,
+        num_shared_LG: Tensor,
+        tail_ids_LG: Tensor,
+        num_entries_LG: Tensor,
+        entries_KLG: np.ndarray,
+        runs: list[Run],
+    ) -> None:
+        """Fill an empty row from a cached prefix: share its full pages, and add a page to each head for
+        what it copies.
+
+        Args:
+            page_ids_LGM: the full pages, as many columns as they take; -1 behind them.
+            num_shared_LG: how many there are of each head.
+            tail_ids_LG: pages that were just taken; the row holds them from now on.
+            num_entries_LG: entries of each head; its pages are the shared ones and one more.
+            entries_KLG, runs: the same for the host, by numbers.
+        """
+        counts = self.counts
+        counts.start_from(row, runs)
+        counts.set_entries(np.array([row]), entries_KLG[:, :, None])
+        self.pool.add_owner(page_ids_LGM)
+        table_LGM = self.page_ids_LRGM[:, row]
+        table_LGM[..., : page_ids_LGM.shape[-1]] = page_ids_LGM
+        table_LGM.scatter_(-1, num_shared_LG[..., None], tail_ids_LG[..., None])
+        self.num_entries_LRG[:, row] = num_entries_LG
 
     def close_row(self, row: int) -> None:
         """Give back a row and all its pages."""
         assert row not in self._free_rows, f"row {row} is closed already"
-        self._keep(np.array([row]), np.zeros_like(self._num_pages[:, [row]]))
+        self.counts.close(row)
+        self.pool.release(self.page_ids_LRGM[:, row].view(self.num_layers, -1))
         self.num_entries_LRG[:, row] = 0
-        self._entries[:, :, row] = 0
         self._free_rows.append(row)
 
-    def check_integrity(self, prefix_pages: np.ndarray | None = None) -> None:
+    def check_integrity(self, prefix_pages: Tensor | None = None) -> None:
         """Block tables and cached prefixes together name every held page as often as the pool counts
-        owners; the page that a head writes to next has that head as its only owner.
+        owners; every head has exactly the pages of its entries, and the page that it writes to next has
+        it as its only owner; the host's numbers are the device's. Waits for the device.
 
         Args:
             prefix_pages: the pages of all cached prefixes, with repetitions.
@@ -207,50 +285,24 @@ class BlockTables:
         Raises:
             AssertionError: if not.
         """
-        self.pool.check_integrity()
-        if self._device_table is not None:
-            assert np.array_equal(self.page_ids_LRGM.cpu().numpy(), self._table)
-        owners = np.bincount(self._table[self._table >= 0], minlength=self.pool.num_pages)
+        counts, table = self.counts, self.page_ids_LRGM
+        named = table.flatten()
         if prefix_pages is not None:
-            owners += np.bincount(prefix_pages, minlength=self.pool.num_pages)
-        pages = np.arange(self.pool.num_pages)
-        assert np.array_equal(owners, self.pool.num_owners(pages)), (
-            "block tables, cached prefixes and the pool disagree on who holds a page"
+            named = torch.cat([named, prefix_pages])
+        self.pool.check_integrity(named)
+        entries_LRG = self.num_entries_LRG
+        own = counts.entries_KLRG[self.rank]
+        assert np.array_equal(entries_LRG.cpu().numpy(), own), "the host's entry counts are wrong"
+        page_size = self.pool.page_size
+        column_M = torch.arange(table.shape[-1], device=table.device)
+        has_entry = column_M * page_size < entries_LRG[..., None]
+        assert torch.equal(table >= 0, has_entry), (
+            "a page without an entry, or an entry without one"
         )
-        counts = (self._table >= 0).sum(-1)
-        assert np.array_equal(counts, self._num_pages), "page counts and block tables disagree"
-        entries = self.num_entries_LRG.cpu().numpy()
-        assert bool((self._pages_of(entries) <= counts).all()), "entry without a page"
-        layer, row, head = np.nonzero(entries)
-        last = self._table[layer, row, head, (entries[layer, row, head] - 1) // self.pool.page_size]
-        assert bool((owners[last] == 1).all()), "the page of an open entry has two owners"
-
-    def _pages_of(self, num_entries: np.ndarray) -> np.ndarray:
-        return -(-num_entries // self.pool.page_size)
-
-    def _write(self, where: tuple[np.ndarray, ...], page_ids: np.ndarray) -> None:
-        self._table[where] = page_ids
-        if self._device_table is not None:
-            flat = torch.from_numpy(np.ravel_multi_index(where, self._table.shape))
-            values = torch.from_numpy(page_ids.astype(np.int32))
-            device = self._device_table.device
-            self._device_table[flat.to(device, non_blocking=True)] = values.to(
-                device, non_blocking=True
-            )
-
-    def _keep(self, index_B: np.ndarray, num_kept_LBG: np.ndarray) -> None:
-        # columns [kept, held) go back to the pool
-        surplus = (self._num_pages[:, index_B] - num_kept_LBG).clip(0)
-        if not surplus.any():
-            return
-        layer, b, head = np.nonzero(surplus)
-        counts = surplus[layer, b, head]
-        ends = counts.cumsum()
-        column = np.repeat(num_kept_LBG[layer, b, head], counts)
-        column = column + np.arange(ends[-1]) - np.repeat(ends - counts, counts)
-        layer, row, head = (np.repeat(x, counts) for x in (layer, index_B[b], head))
-        where = (layer, row, head, column)
-        page_ids = self._table[where].astype(np.int64)
-        self._write(where, np.full_like(page_ids, -1))
-        self._num_pages[:, index_B] -= surplus
-        self.pool.free(page_ids)
+        free = int(counts.free_K[self.rank])
+        assert self.pool.num_free == free, f"{self.pool.num_free} pages free, by the counts {free}"
+        last = ((entries_LRG - 1).clamp_min(0) // page_size)[..., None]
+        last_pages = table.gather(-1, last)[..., 0][entries_LRG > 0].long()
+        assert not self.pool.num_extra_owners_P[last_pages].any(), (
+            "the page of an open entry has two owners"
+        )

@@ -1,33 +1,28 @@
 """One pool of pages for all layers and heads.
 
-Dimension letters: P pages, S slots per page, D head dim. Page ids are int64 numpy arrays: who owns what
-is decided on the host, the contents are on the device.
+Dimension letters: P pages, S slots per page, D head dim.
 """
 
-from collections.abc import Callable
-
-import numpy as np
 import torch
+from torch import Tensor
 
-from megatron_dmc.errors import OutOfPages
-
-PageIds = np.ndarray
-"""int64, any shape."""
+from megatron_dmc.ops import page_ops
+from megatron_dmc.ops.cache_backend import FreePages
 
 
 class PagePool:
-    """Storage of keys and values, the list of free pages, and who holds the others.
+    """Storage of keys and values, the stack of free pages, and how many owners the others have. All of it
+    is on the device, and no method waits for it but those that say so.
 
     A page is S slots of one KV head of one layer. It is free, or it has owners: heads of running
-    requests, and cached prefixes. Several owners may hold a page; it is counted once, and is free
-    again when the last one gives it back. A page that only cached prefixes hold is reclaimable.
-    The pool's invariant, which `check_integrity` verifies: free + held = total, no page twice.
+    requests, and cached prefixes. Several owners may hold a page; it is free again when the last one
+    gives it back. Who may take how many is the caller's business (`PageCounts`).
 
     Attributes:
         k_pages_PSD, v_pages_PSD: the storage, in the model's dtype.
         num_pages, page_size: P, S.
-        reclaim: called with a number of pages when `allocate` is short by so many; it gives back
-            pages that only cached prefixes hold.
+        free_pages: what appending takes pages from.
+        num_extra_owners_P: int32, owners beyond the first.
     """
 
     def __init__(
@@ -49,129 +44,76 @@ class PagePool:
         self.num_pages, self.page_size = num_pages, page_size
         self.k_pages_PSD = torch.zeros(num_pages, page_size, head_dim, dtype=dtype, device=device)
         self.v_pages_PSD = torch.zeros_like(self.k_pages_PSD)
-        self.reclaim: Callable[[int], None] | None = None
+        self.free_pages = FreePages.of(torch.arange(num_pages, device=device))
+        self.num_extra_owners_P = torch.zeros(num_pages, dtype=torch.int32, device=device)
         self._poison = poison
-        # ids in [0, num_free) of the stack are free; the next page handed out is the last of them
-        self._stack_P = np.arange(num_pages - 1, -1, -1)
-        self._num_free = num_pages
-        self._num_owners_P = np.zeros(num_pages, dtype=np.int32)
-        self._num_prefixes_P = np.zeros(num_pages, dtype=np.int32)
-        self._num_reclaimable = 0
-        self._fill_with_nan(self._stack_P)
+        self._fill_with_nan(self.free_pages.page_ids)
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody holds."""
-        return self._num_free
+        """Pages that nobody holds. Waits for the device."""
+        return self.num_pages - self.num_held
 
     @property
     def num_held(self) -> int:
-        """Pages that somebody holds, each counted once."""
-        return self.num_pages - self._num_free
-
-    @property
-    def num_reclaimable(self) -> int:
-        """Held pages that only cached prefixes hold."""
-        return self._num_reclaimable
+        """Pages that somebody holds, each counted once. Waits for the device."""
+        return int(self.free_pages.state[0])
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page, key and value together."""
         return 2 * self.k_pages_PSD[0].numel() * self.k_pages_PSD.element_size()
 
-    def count_reclaimable(self, page_ids: PageIds) -> int:
-        """How many of these (distinct) pages only cached prefixes hold."""
-        owners = self._num_owners_P[page_ids]
-        return int(((owners > 0) & (owners == self._num_prefixes_P[page_ids])).sum())
+    def take(self, count: int) -> Tensor:
+        """So many pages, each with one owner: int32. The caller knows that they are free."""
+        wants = torch.ones(count, dtype=torch.bool, device=self.free_pages.page_ids.device)
+        return page_ops.take_where(wants, self.free_pages)
 
-    def num_owners(self, page_ids: PageIds) -> np.ndarray:
-        """Owners of each page: 0 for a free one."""
-        return self._num_owners_P[page_ids]
+    def add_owner(self, page_ids: Tensor) -> None:
+        """One more owner for each of these held pages (-1: none)."""
+        page_ops.add_owner(page_ids, self.num_extra_owners_P)
 
-    def allocate(self, count: int) -> PageIds:
-        """Take `count` pages, each with one owner.
+    def release(self, page_ids: Tensor) -> None:
+        """One owner less for each of these pages (-1: none). Sets `page_ids` to -1."""
+        before = self.num_held if self._poison else 0
+        page_ops.release_pages(page_ids, self.free_pages, self.num_extra_owners_P)
+        if self._poison:
+            self._fill_with_nan(self.free_pages.page_ids[self.num_held : before])
 
-        Raises:
-            OutOfPages: if fewer are free or reclaimable; nothing has changed then.
-        """
-        assert count >= 0, f"cannot allocate {count} pages"
-        if count > self._num_free + self._num_reclaimable:
-            raise OutOfPages(
-                f"{count} pages wanted, {self._num_free + self._num_reclaimable} of "
-                f"{self.num_pages} free; give the cache more memory (num_pages, "
-                "kv_cache_memory_bytes) or run fewer sequences (max_num_seqs)"
-            )
-        if count > self._num_free:
-            assert self.reclaim is not None
-            self.reclaim(count - self._num_free)
-            assert count <= self._num_free, "reclaimable pages did not come back"
-        page_ids = self._stack_P[self._num_free - count : self._num_free][::-1].copy()
-        self._num_free -= count
-        self._num_owners_P[page_ids] = 1
-        return page_ids
+    def copy_pages(self, to: Tensor, source: Tensor) -> None:
+        """Copy what pages hold to others, ids of equal shape."""
+        to, source = to.long(), source.long()
+        for pages_PSD in (self.k_pages_PSD, self.v_pages_PSD):
+            pages_PSD[to] = pages_PSD[source]
 
-    def share(self, page_ids: PageIds, *, by_prefix: bool) -> None:
-        """One more owner for each of these held, distinct pages: a cached prefix or a request."""
-        self._check(page_ids, "share")
-        self._num_reclaimable -= self.count_reclaimable(page_ids)
-        self._num_owners_P[page_ids] += 1
-        if by_prefix:
-            self._num_prefixes_P[page_ids] += 1
-        self._num_reclaimable += self.count_reclaimable(page_ids)
+    def check_integrity(self, named: Tensor | None = None) -> None:
+        """free + held == total, no page is on the stack twice, and nobody asked in vain. Waits.
 
-    def give_to_prefix(self, page_ids: PageIds) -> None:
-        """The one owner of these pages is from now on a cached prefix."""
-        self._check(page_ids, "give_to_prefix")
-        assert bool((self._num_owners_P[page_ids] == 1).all()), "a shared page changes hands"
-        self._num_prefixes_P[page_ids] = 1
-        self._num_reclaimable += page_ids.size
-
-    def free(self, page_ids: PageIds, *, by_prefix: bool = False) -> None:
-        """One owner less for each of these pages. Order and shape do not matter.
-
-        Raises:
-            AssertionError: if a page is not held, or named twice; nothing has changed then.
-        """
-        page_ids = np.asarray(page_ids, dtype=np.int64).reshape(-1)
-        if page_ids.size == 0:
-            return
-        self._check(page_ids, "free")
-        self._num_reclaimable -= self.count_reclaimable(page_ids)
-        self._num_owners_P[page_ids] -= 1
-        if by_prefix:
-            self._num_prefixes_P[page_ids] -= 1
-        self._num_reclaimable += self.count_reclaimable(page_ids)
-        gone = page_ids[self._num_owners_P[page_ids] == 0]
-        self._stack_P[self._num_free : self._num_free + gone.size] = gone
-        self._num_free += gone.size
-        self._fill_with_nan(gone)
-
-    def check_integrity(self) -> None:
-        """free + held == total, no page twice.
+        Args:
+            named: page ids that owners name, one for each owner (-1: none). If given, every page has
+                exactly these owners.
 
         Raises:
             AssertionError: if the invariant is broken.
         """
-        free = self._stack_P[: self._num_free]
-        assert np.unique(free).size == self._num_free, "a page is on the free list twice"
-        assert not self._num_owners_P[free].any(), "a free page is also held"
-        held = int((self._num_owners_P > 0).sum())
-        assert held + self._num_free == self.num_pages, (
-            f"{held} held + {self._num_free} free != {self.num_pages} pages"
+        taken, failed = self.free_pages.state.tolist()
+        assert not failed, "a head found no page, or a page was released by who does not hold it"
+        assert 0 <= taken <= self.num_pages, f"{taken} of {self.num_pages} pages are taken"
+        free = self.free_pages.page_ids[taken:].long()
+        assert free.unique().numel() == free.numel(), "a page is on the free stack twice"
+        assert bool((self.num_extra_owners_P >= 0).all()), "negative number of owners"
+        assert not self.num_extra_owners_P[free].any(), "a free page has owners"
+        if named is None:
+            return
+        is_held = torch.ones(self.num_pages, dtype=torch.bool, device=free.device)
+        is_held[free] = False
+        owners = torch.bincount(named[named >= 0].long(), minlength=self.num_pages)
+        counted = torch.where(is_held, self.num_extra_owners_P + 1, 0)
+        assert torch.equal(owners, counted.to(owners.dtype)), (
+            "block tables, cached prefixes and the pool disagree on who holds a page"
         )
-        assert bool((self._num_prefixes_P >= 0).all()), "a page has a negative number of owners"
-        assert bool((self._num_prefixes_P <= self._num_owners_P).all()), "prefixes among the owners"
-        assert self._num_reclaimable == self.count_reclaimable(np.arange(self.num_pages))
 
-    def _check(self, page_ids: PageIds, verb: str) -> None:
-        in_range = (page_ids >= 0) & (page_ids < self.num_pages)
-        assert bool(in_range.all()), f"{verb}: not a page id"
-        assert bool(self._num_owners_P[page_ids].all()), (
-            f"{verb}: a page is not held (freed twice?)"
-        )
-        assert np.unique(page_ids).size == page_ids.size, f"{verb}: a page is named twice"
-
-    def _fill_with_nan(self, page_ids: PageIds) -> None:
+    def _fill_with_nan(self, page_ids: Tensor) -> None:
         if self._poison:
             self.k_pages_PSD[page_ids] = float("nan")
             self.v_pages_PSD[page_ids] = float("nan")

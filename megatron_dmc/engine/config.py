@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import get_args
 
+from megatron_dmc.baselines import make_policy
 from megatron_dmc.engine.scheduler import SchedulingPolicy
 from megatron_dmc.errors import UnsupportedConfig
 
@@ -44,6 +45,13 @@ class EngineConfig:
     count_flipped_decisions: bool | None = None
     """After preemption, compare the decisions with the first ones. None: in 16-bit dtypes."""
 
+    cache_policy: str | None = None
+    """"h2o", "tova" or "window": evict entries instead of merging (megatron_dmc.baselines); for
+    evaluation, with a plain model in one process and without cached prefixes."""
+
+    cache_budget: int | float | None = None
+    """With a policy: entries that each head keeps; a float: as a part of the request's prompt."""
+
     poison: bool = False
     """Fill free pages with NaN, for tests."""
 
@@ -60,6 +68,26 @@ class EngineConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UnsupportedConfig(f"{name}={value!r}: use a positive whole number")
+        if (self.cache_policy is None) != (self.cache_budget is None):
+            raise UnsupportedConfig(
+                f"cache_policy={self.cache_policy!r} with cache_budget={self.cache_budget!r}: give both "
+                "or neither"
+            )
+        if self.cache_policy is not None:
+            make_policy(self.cache_policy)
+            budget = self.cache_budget
+            is_part = isinstance(budget, float) and 0 < budget <= 1
+            is_count = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1
+            if not (is_part or is_count):
+                raise UnsupportedConfig(
+                    f"cache_budget={budget!r}: use a number of entries, or a part of the prompt as a "
+                    "float above 0, at most 1.0"
+                )
+            if self.enable_prefix_caching:
+                raise UnsupportedConfig(
+                    f"cache_policy={self.cache_policy!r} with enable_prefix_caching=True: what is "
+                    "evicted depends on the whole prompt; switch prefix caching off"
+                )
         if self.scheduling_policy not in get_args(SchedulingPolicy):
             raise UnsupportedConfig(
                 f"scheduling_policy={self.scheduling_policy!r}: use 'fcfs' or 'priority'"

@@ -1,10 +1,11 @@
 """All that attention sees of inference.
 
-Dimension letters: T packed tokens of a step, B requests that decode, N query heads, G key/value heads,
+Dimension letters: T packed tokens of a step, B requests with one token in it, N query heads, G key/value heads,
 D head dim, S positions, F rotary channels, L layers, R rows, U weighted tokens kept for a segment,
 A components of an accumulator, M block-table width.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,10 @@ from megatron.core.inference.config import InferenceConfig
 from megatron.core.inference.contexts.base_context import BaseInferenceContext
 from torch import Tensor
 
+from megatron_dmc.baselines import EvictingCache, EvictingChunk, make_policy
 from megatron_dmc.cache import (
     BlockTables,
+    LateCopy,
     OpenSegments,
     PagePool,
     PrefixCache,
@@ -41,6 +44,21 @@ class CompressionRule:
     """False: every token is appended, though the borrowed channel still carries no content."""
 
 
+@dataclass(frozen=True)
+class EvictionRule:
+    """A training-free policy of megatron_dmc.baselines, and what each head may keep."""
+
+    policy: str
+    cache_budget: int | float
+    """Entries, or as a float the part of a request's prompt."""
+
+    def budget(self, num_prompt_tokens: int) -> int:
+        """Entries that a head may keep."""
+        if isinstance(self.cache_budget, float):
+            return max(1, math.ceil(self.cache_budget * num_prompt_tokens))
+        return self.cache_budget
+
+
 @dataclass
 class PackedChunk:
     """Tokens of one request within a step's packed tokens."""
@@ -49,6 +67,10 @@ class PackedChunk:
     start: int
     """Position of the first token in its sequence."""
     num_tokens: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
 
     @property
     def row(self) -> int:
@@ -72,7 +94,9 @@ class PagedContext(BaseInferenceContext):
     """The paged cache of the running requests, as Megatron's inference context.
 
     It is also the scheduler's `PageAccount`. Between `begin_step` and `end_step` the model runs once,
-    and each attention layer calls `attend` once.
+    after `set_decode`, and each attention layer calls `attend` once. Nothing in between waits for the
+    device or depends on a length where every request has one token: such a run can be captured into a
+    CUDA graph and replayed.
 
     Attributes:
         max_sequence_length: longest sequence, and number of positions that get RoPE angles.
@@ -99,6 +123,7 @@ class PagedContext(BaseInferenceContext):
         num_ranks: int = 1,
         rank: int = 0,
         sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+        eviction: EvictionRule | None = None,
     ):
         """
         Args:
@@ -107,6 +132,8 @@ class PagedContext(BaseInferenceContext):
             count_flips: compare decisions that are made a second time.
             exchange, num_ranks, rank: tensor parallelism, see `BlockTables`.
             sum_over_ranks: of decision logits, for heads that decide together.
+            eviction: keep a budget of entries by a policy; with neither `rule` nor cached prefixes nor
+                several ranks.
         """
         super().__init__(InferenceConfig(max_sequence_length=max_model_len))
         self.max_sequence_length = max_model_len
@@ -134,14 +161,25 @@ class PagedContext(BaseInferenceContext):
         self.prefixes: PrefixCache | None = None
         if prefix_block_size is not None:
             self.prefixes = PrefixCache(self.tables, self.segments, block_size=prefix_block_size)
+        self.eviction = eviction
+        self._evicting: EvictingCache | None = None
+        if eviction is not None:
+            self._evicting = EvictingCache(
+                make_policy(eviction.policy), self.tables,
+                most_entries=min(eviction.budget(max_model_len), max_model_len), dtype=dtype,
+            )  # fmt: skip
         self.num_queried_tokens = self.num_hit_tokens = 0
         self.num_repeated_decisions = self.num_flipped_decisions = 0
         self._count_flips = count_flips and rule is not None and rule.may_merge
         self._is_merge_L: list[Tensor] = []
+        self._angles: tuple[Tensor, Tensor, Tensor] | None = None
         self._num_ranks, self._sum_over_ranks = num_ranks, sum_over_ranks
         self._backend = backend
-        self._device = torch.device(device)
         self._chunks: list[PackedChunk] = []
+        self._prefills: list[_Piece] = []
+        self._snapshots: list[Snapshot] = []
+        self._rows_B = self._positions_B = torch.zeros(0, dtype=torch.int64, device=device)
+        self._plans_L: list[Tensor | None] | None = None
 
     # What Megatron's GPTModel asks.
 
@@ -150,9 +188,10 @@ class PagedContext(BaseInferenceContext):
 
     def is_decode_only(self) -> bool:
         """True where every request has one token in this step."""
-        return all(chunk.num_tokens == 1 for chunk in self._chunks)
+        return not self._prefills
 
     def using_cuda_graph_this_step(self) -> bool:
+        """Whether Megatron shall use its own graphs; the engine has others (`DecodeGraphs`)."""
         return False
 
     # What the scheduler asks (`PageAccount`).
@@ -167,7 +206,10 @@ class PagedContext(BaseInferenceContext):
 
     def num_entries(self, request: Request) -> int:
         assert request.row is not None
-        return self.tables.most_entries(request.row)
+        return self.tables.counts.most_entries(request.row)
+
+    def entry_limit(self, request: Request) -> int | None:
+        return None if self.eviction is None else self.eviction.budget(request.num_prompt_tokens)
 
     def find_prefix(self, request: Request) -> CachedPrefix:
         snapshot = self._find(request)
@@ -181,6 +223,9 @@ class PagedContext(BaseInferenceContext):
         assert request.row is None
         snapshot = self._find(request) if use_prefix else None
         request.row = self.tables.open_row()
+        if self._evicting is not None and (limit := self.entry_limit(request)) is not None:
+            self._evicting.budget_R[request.row] = limit
+            self.tables.counts.limit_R[request.row] = limit
         if snapshot is not None and self.prefixes is not None:
             self.prefixes.restore(snapshot, request.row)
             request.num_computed_tokens = snapshot.num_tokens
@@ -200,48 +245,63 @@ class PagedContext(BaseInferenceContext):
     def _find(self, request: Request) -> Snapshot | None:
         if self.prefixes is None:
             return None
-        size, params = self.prefixes.block_size, request.params
         # the last token is always computed: its logits are wanted
-        end = request.num_tokens - 1
-        if params.prompt_logprobs is not None:
-            end = min(end, params.prompt_logprobs_start - 1)
-        known = request.tokens_between(0, end)
-        extend_keys(request.prefix_keys, known, size)
-        return self.prefixes.find(request.prefix_keys[: len(known) // size])
+        num_known = request.num_tokens - 1
+        if request.params.prompt_logprobs is not None:
+            num_known = min(num_known, request.params.prompt_logprobs_start - 1)
+        self._extend_keys(request, num_known)
+        return self.prefixes.find(request.prefix_keys[: num_known // self.prefixes.block_size])
+
+    def _extend_keys(self, request: Request, num_tokens: int) -> None:
+        """Name the full blocks of a request's first tokens."""
+        assert self.prefixes is not None
+        size = self.prefixes.block_size
+        first = len(request.prefix_keys) * size
+        if num_tokens - first >= size:
+            tokens = request.tokens_between(first, num_tokens)
+            extend_keys(request.prefix_keys, tokens, size)
 
     # A step.
 
     def begin_step(self, chunks: Sequence[PackedChunk]) -> None:
-        """Reserve the pages that the step may need, and lay out the packed tokens.
+        """See to it that the pages that the step may need are free, and prepare its snapshots.
+
+        Args:
+            chunks: in the order of the packed tokens; those of one token come first.
 
         Raises:
             OutOfPages: if the scheduler promised too much; nothing has changed then.
         """
-        self.tables.reserve([c.row for c in chunks], [c.num_tokens for c in chunks])
+        self.tables.begin_step([c.row for c in chunks], [c.num_tokens for c in chunks])
         self._chunks = list(chunks)
-        self._is_merge_L = []
-        # One token, with or without a past, is the decode case; the rest is prefilled piece by piece.
-        self._singles: list[_Piece] = []
-        self._prefills: list[_Piece] = []
-        total = 0
+        self._is_merge_L, self._snapshots, self._prefills = [], [], []
+        first = 0
         for chunk in chunks:
-            pieces = self._pieces(chunk, total)
-            (self._singles if chunk.num_tokens == 1 else self._prefills).extend(pieces)
-            total += chunk.num_tokens
-        self._num_tokens = total
-        self._decode_tokens_B = self._index([p.first for p in self._singles])
-        self._decode_rows_B = self._index([p.row for p in self._singles])
-        self._decode_positions_B = self._index([p.start for p in self._singles])
+            # One token, with or without a past, is decoded; the rest is prefilled piece by piece.
+            pieces = self._pieces(chunk, first)
+            if chunk.num_tokens > 1:
+                self._prefills += pieces
+            else:
+                assert not self._prefills, "a single token behind a longer chunk"
+            self._snapshots += [p.snapshot for p in pieces if p.snapshot is not None]
+            first += chunk.num_tokens
+
+    def set_decode(self, rows_B: Tensor, positions_B: Tensor) -> None:
+        """The requests with one token in this run of the model, the first ones of the packed tokens.
+
+        Args:
+            rows_B, positions_B: int64, on the device; row -1 is padding.
+        """
+        self._rows_B, self._positions_B, self._plans_L = rows_B, positions_B, None
 
     def _pieces(self, chunk: PackedChunk, first: int) -> list[_Piece]:
         """Cut a chunk behind every token where a snapshot is to be taken."""
         cuts: list[tuple[int, Snapshot | None]] = []
-        end = chunk.start + chunk.num_tokens
+        end = chunk.end
         if self.prefixes is not None:
             size, request = self.prefixes.block_size, chunk.request
             boundaries = range((chunk.start // size + 1) * size, end + 1, size)
-            if boundaries:
-                extend_keys(request.prefix_keys, request.tokens_between(0, end), size)
+            self._extend_keys(request, end)
             for at in boundaries:
                 key = request.prefix_keys[at // size - 1]
                 snapshot = self.prefixes.begin(key, at, chunk.row)
@@ -258,26 +318,44 @@ class PagedContext(BaseInferenceContext):
         return pieces
 
     def end_step(self) -> None:
-        """Read the counters, keep the snapshots, and give back the pages that the step did not need."""
-        if self._count_flips:
-            self._compare_decisions(torch.stack(self._is_merge_L).cpu().numpy())
+        """Keep the snapshots, and start to copy the counters, which `settle` reads."""
+        late = []
         if self.prefixes is not None:
-            for piece in (*self._singles, *self._prefills):
-                if piece.snapshot is not None:
-                    self.prefixes.finish(piece.snapshot)
-        self.tables.trim([c.row for c in self._chunks])
+            captured = {id(piece.snapshot) for piece in self._prefills}
+            for snapshot in self._snapshots:
+                if id(snapshot) not in captured:
+                    self.prefixes.capture(snapshot, slice(None))
+                if (counts := self.prefixes.finish(snapshot)) is not None:
+                    late.append(counts)
+        compare = self._comparison() if self._count_flips else None
+        self.tables.end_step([c.row for c in self._chunks], late, compare)
         self._chunks = []
 
-    def _compare_decisions(self, is_merge_LTG: np.ndarray) -> None:
-        first = 0
-        for chunk in self._chunks:
-            if chunk.request.decisions is not None:
-                repeated, flipped = chunk.request.decisions.add(
-                    chunk.start, is_merge_LTG[:, first : first + chunk.num_tokens]
-                )
-                self.num_repeated_decisions += repeated
-                self.num_flipped_decisions += flipped
-            first += chunk.num_tokens
+    def settle(self) -> None:
+        """Wait for the last step's counters and take them in; on all ranks at one point."""
+        self.tables.settle()
+
+    def _comparison(self) -> Callable[[np.ndarray], None]:
+        """What compares this step's decisions with earlier ones, given how the rows have grown."""
+        chunks = self._chunks
+        prefilled = LateCopy([torch.stack(self._is_merge_L)]) if self._is_merge_L else None
+
+        def compare(growth_LBG: np.ndarray) -> None:
+            is_merge_LTG = None if prefilled is None else prefilled.read()[0]
+            first = 0
+            for b, chunk in enumerate(chunks):
+                if chunk.num_tokens == 1:
+                    decided = growth_LBG[:, b : b + 1] == 0
+                else:
+                    assert is_merge_LTG is not None
+                    decided = is_merge_LTG[:, first : first + chunk.num_tokens]
+                    first += chunk.num_tokens
+                if chunk.request.decisions is not None:
+                    repeated, flipped = chunk.request.decisions.add(chunk.start, decided)
+                    self.num_repeated_decisions += repeated
+                    self.num_flipped_decisions += flipped
+
+        return compare
 
     def attend(
         self,
@@ -299,52 +377,121 @@ class PagedContext(BaseInferenceContext):
         Returns:
             out_TND.
         """
-        assert q_TND.shape[0] == self._num_tokens, "not this step's tokens"
-        is_merge, omega = self._gates(q_TND, k_TGD)
+        if self._evicting is not None:
+            return self._evict(layer_index, q_TND, k_TGD, v_TGD, freqs_SF, softmax_scale)
+        num_singles = self._rows_B.shape[0]
+        num_prefilled = sum(piece.num_tokens for piece in self._prefills)
+        assert q_TND.shape[0] == num_singles + num_prefilled, "not this step's tokens"
+        if not self._prefills:
+            return self._decode(layer_index, q_TND, k_TGD, v_TGD, freqs_SF, softmax_scale)
+        out = torch.empty_like(q_TND)
+        if num_singles:
+            single = slice(0, num_singles)
+            out[single] = self._decode(
+                layer_index, q_TND[single], k_TGD[single], v_TGD[single], freqs_SF, softmax_scale
+            )
+        is_merge, omega = self._gates(q_TND[num_singles:], k_TGD[num_singles:])
         if self._count_flips and is_merge is not None:
             self._is_merge_L.append(is_merge)
         tables, pool = self.tables, self.pool
-        table_RGM = tables.page_ids_LRGM[layer_index]
-        num_entries_RG = tables.num_entries_LRG[layer_index]
-        segments_RGUA = None if self.segments is None else self.segments.state_LRGUA[layer_index]
-        window = 0 if self.rule is None else self.rule.merge_window
-        out = torch.empty_like(q_TND)
-        if self._decode_rows_B.numel():
-            at, rows = self._decode_tokens_B, self._decode_rows_B
-            freqs = None if freqs_SF is None else freqs_SF[self._decode_positions_B]
-            cache_ops.decode_append(
-                k_TGD[at], v_TGD[at],
-                None if is_merge is None else is_merge[at],
-                None if omega is None else omega[at],
-                freqs, pool.k_pages_PSD, pool.v_pages_PSD, table_RGM, num_entries_RG,
-                segments_RGUA, rows, merge_window=window, backend=self._backend,
-            )  # fmt: skip
-            out[at] = cache_ops.paged_decode_attention(
-                cache_ops.rotate_query(q_TND[at], freqs, compress=self.rule is not None),
-                pool.k_pages_PSD, pool.v_pages_PSD, table_RGM[rows], num_entries_RG[rows],
-                softmax_scale=softmax_scale, backend=self._backend,
-            )  # fmt: skip
-            self._capture(self._singles, layer_index)
+        segments = None if self.segments is None else self.segments.state_LRGUA[layer_index]
         for piece in self._prefills:
             span = slice(piece.first, piece.first + piece.num_tokens)
+            gated = slice(span.start - num_singles, span.stop - num_singles)
             positions = slice(piece.start, piece.start + piece.num_tokens)
             out[span] = cache_ops.prefill(
                 q_TND[span], k_TGD[span], v_TGD[span],
-                None if is_merge is None else is_merge[span],
-                None if omega is None else omega[span],
+                None if is_merge is None else is_merge[gated],
+                None if omega is None else omega[gated],
                 None if freqs_SF is None else freqs_SF[positions],
-                pool.k_pages_PSD, pool.v_pages_PSD, table_RGM[piece.row],
-                num_entries_RG[piece.row],
-                None if segments_RGUA is None else segments_RGUA[piece.row],
-                softmax_scale=softmax_scale, merge_window=window, backend=self._backend,
+                pool.k_pages_PSD, pool.v_pages_PSD,
+                tables.page_ids_LRGM[layer_index, piece.row],
+                tables.num_entries_LRG[layer_index, piece.row],
+                None if segments is None else segments[piece.row],
+                softmax_scale=softmax_scale, merge_window=self._window,
+                free_pages=pool.free_pages, backend=self._backend,
             )  # fmt: skip
-            self._capture([piece], layer_index)
+            if piece.snapshot is not None and self.prefixes is not None:
+                self.prefixes.capture(piece.snapshot, slice(layer_index, layer_index + 1))
         return out
 
-    def _capture(self, pieces: Sequence[_Piece], layer_index: int) -> None:
-        for piece in pieces:
-            if piece.snapshot is not None and self.prefixes is not None:
-                self.prefixes.capture(piece.snapshot, layer_index)
+    def _evict(
+        self,
+        layer_index: int,
+        q_TND: Tensor,
+        k_TGD: Tensor,
+        v_TGD: Tensor,
+        freqs_SF: Tensor | None,
+        softmax_scale: float,
+    ) -> Tensor:
+        """Prompts and single tokens alike, under the eviction policy."""
+        assert self._evicting is not None
+        chunks = [EvictingChunk(c.row, c.start, c.num_tokens) for c in self._chunks]
+        if freqs_SF is not None:
+            freqs_TF = torch.cat([freqs_SF[c.start : c.start + c.num_tokens] for c in chunks])
+            q_TND, k_TGD = (cache_ops.apply_rope(x, freqs_TF) for x in (q_TND, k_TGD))
+        return self._evicting.attend(
+            layer_index, q_TND, k_TGD, v_TGD, chunks, softmax_scale=softmax_scale
+        )
+
+    def _decode(
+        self,
+        layer_index: int,
+        q_BND: Tensor,
+        k_BGD: Tensor,
+        v_BGD: Tensor,
+        freqs_SF: Tensor | None,
+        softmax_scale: float,
+    ) -> Tensor:
+        """One token of each request: on a GPU three launches, and one more a step for the plans."""
+        tables, pool, rule, rows_B = self.tables, self.pool, self.rule, self._rows_B
+        if self._plans_L is None:
+            self._plans_L = cache_ops.plan_decode_attention(
+                tables.num_entries_LRG, rows_B, like=k_BGD, page_size=self.page_size, ahead=1,
+                backend=self._backend,
+            )  # fmt: skip
+        cache = (
+            pool.k_pages_PSD, pool.v_pages_PSD, tables.page_ids_LRGM[layer_index],
+            tables.num_entries_LRG[layer_index],
+        )  # fmt: skip
+        segments = None if self.segments is None else self.segments.state_LRGUA[layer_index]
+        if rule is not None and rule.shared_decisions:
+            # the heads' logits have to meet first
+            freqs_BF = None if freqs_SF is None else freqs_SF[self._positions_B]
+            cache_ops.decode_append(
+                k_BGD, v_BGD, *self._gates(q_BND, k_BGD), freqs_BF, *cache, segments, rows_B,
+                merge_window=self._window, free_pages=pool.free_pages, backend=self._backend,
+            )  # fmt: skip
+            q_BND = cache_ops.rotate_query(q_BND, freqs_BF, compress=True)
+        else:
+            q_BND = cache_ops.gate_and_append(
+                q_BND, k_BGD, v_BGD, *self._cosine_and_sine(freqs_SF, q_BND.dtype),
+                self._positions_B, *cache, segments, rows_B,
+                alpha_offset=0.0 if rule is None else rule.alpha_offset,
+                compress=rule is not None, may_merge=rule is not None and rule.may_merge,
+                merge_window=self._window, free_pages=pool.free_pages, backend=self._backend,
+            )  # fmt: skip
+        return cache_ops.paged_decode_attention(
+            q_BND, *cache, softmax_scale=softmax_scale, rows_B=rows_B,
+            plan_Y=self._plans_L[layer_index], backend=self._backend,
+        )  # fmt: skip
+
+    def _cosine_and_sine(
+        self, freqs_SF: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """RoPE's tables, made once for angles that stay where they are, as Megatron's do."""
+        if freqs_SF is None:
+            return None, None
+        if self._angles is None or self._angles[0].data_ptr() != freqs_SF.data_ptr():
+            cos, sin = cache_ops.cosine_and_sine(freqs_SF, dtype)
+            assert cos is not None and sin is not None
+            # held on to, so that no other tensor comes to lie there
+            self._angles = (freqs_SF, cos, sin)
+        return self._angles[1], self._angles[2]
+
+    @property
+    def _window(self) -> int:
+        return 0 if self.rule is None else self.rule.merge_window
 
     def _gates(self, q_TND: Tensor, k_TGD: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Decisions and importances; a sequence's first token never merges (the ops see to it)."""
@@ -362,6 +509,3 @@ class PagedContext(BaseInferenceContext):
             is_merge_TG = torch.zeros_like(is_merge_TG)
         omega_TG = gates.importance(q_TND, k_TGD.shape[1], alpha_offset=self.rule.alpha_offset)
         return is_merge_TG, omega_TG
-
-    def _index(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.engine.config import EngineConfig
-from megatron_dmc.engine.context import CompressionRule, PagedContext
+from megatron_dmc.engine.context import CompressionRule, EvictionRule, PagedContext
 from megatron_dmc.engine.decision_record import DecisionRecord
 from megatron_dmc.engine.detokenizer import IncrementalDetokenizer, find_stop
 from megatron_dmc.engine.model_runner import ModelRunner
@@ -74,6 +74,17 @@ class LLMEngine:
                 "enable_prefix_caching=True with tensor parallelism: the ranks would keep different "
                 "prefixes; switch it off"
             )
+        if config.cache_policy is not None and parallel is not None:
+            raise UnsupportedConfig(
+                f"cache_policy={config.cache_policy!r} with tensor parallelism is not supported; use one "
+                "process"
+            )
+        rule = _compression_rule(description.dmc, enable_dmc)
+        if config.cache_policy is not None and rule is not None:
+            raise UnsupportedConfig(
+                f"cache_policy={config.cache_policy!r} with a DMC model: it merges instead; use the base "
+                "model"
+            )
         self.config, self.description, self.tokenizer = config, description, tokenizer
         self.parallel = parallel
         self.eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
@@ -89,7 +100,7 @@ class LLMEngine:
             max_model_len=config.max_model_len,
             dtype=dtype,
             device=device,
-            rule=_compression_rule(description.dmc, enable_dmc),
+            rule=rule,
             poison=config.poison,
             prefix_block_size=config.prefix_block_size if config.enable_prefix_caching else None,
             count_flips=self._counts_flips,
@@ -97,6 +108,11 @@ class LLMEngine:
             exchange=None if parallel is None else parallel.exchange,
             rank=0 if parallel is None else parallel.rank,
             sum_over_ranks=None if parallel is None else parallel.sum,
+            eviction=(
+                None
+                if config.cache_policy is None or config.cache_budget is None
+                else EvictionRule(config.cache_policy, config.cache_budget)
+            ),
         )
         self.runner = ModelRunner(
             model,
@@ -241,9 +257,7 @@ class LLMEngine:
             if chunk.samples:
                 offsets.append(chunk.num_tokens - 1)
             wanted.append(offsets)
-        logits = self.runner.run(chunks, wanted)
-        self._counters.peak_pages = max(self._counters.peak_pages, self._pages_in_use)
-        return logits, wanted
+        return self.runner.run(chunks, wanted), wanted
 
     def _postprocess(
         self, chunks: list[ScheduledChunk], logits_XV: Tensor, wanted: list[list[int]]
@@ -262,10 +276,12 @@ class LLMEngine:
             if rows:
                 self._record_prompt_logprobs(request, chunk.start + offsets[0], logits_XV[rows])
             request.num_computed_tokens = chunk.end
-        if sampling:
-            tokens = self._sample(logits_XV[sample_rows], sampling)
-            for request, token in zip(sampling, tokens, strict=True):
-                self._append(request, token)
+        tokens = self._sample(logits_XV[sample_rows], sampling) if sampling else []
+        # the device is done: the counts wait for nothing more
+        self.context.settle()
+        self._counters.peak_pages = max(self._counters.peak_pages, self._pages_in_use)
+        for request, token in zip(sampling, tokens, strict=True):
+            self._append(request, token)
         return sampling
 
     def _sample(self, logits_BV: Tensor, requests: list[Request]) -> list[SampledToken]:
@@ -389,11 +405,11 @@ class LLMEngine:
         """Bring the request's cache figures up to date; keep the last ones of one that does not run."""
         if request.row is None:
             return
-        entries_LG = self._entries_of(request)
-        metrics = request.metrics
-        metrics.num_cached_tokens = request.num_computed_tokens * entries_LG.size
-        metrics.num_entries = int(entries_LG.sum())
-        metrics.num_pages = int((-(-entries_LG // self.config.page_size)).sum())
+        counts, metrics = self.context.tables.counts, request.metrics
+        num_heads = self._counters.finished_entries_LG.size
+        metrics.num_cached_tokens = request.num_computed_tokens * num_heads
+        metrics.num_entries = counts.num_entries(request.row)
+        metrics.num_pages = counts.num_pages_of(request.row)
 
     def _output(self, request: Request) -> RequestOutput:
         self._measure(request)
@@ -483,7 +499,7 @@ class LLMEngine:
             prefill_seconds=counters.prefill_seconds,
             decode_seconds=counters.decode_seconds,
             num_decode_only_tokens=counters.num_decode_only,
-            num_cached_pages=pool.num_reclaimable,
+            num_cached_pages=context.tables.num_cached_pages,
             num_cached_prefixes=0 if prefixes is None else len(prefixes),
             num_evicted_prefixes=0 if prefixes is None else prefixes.num_evicted,
             num_prefix_queried_tokens=context.num_queried_tokens,
@@ -494,7 +510,7 @@ class LLMEngine:
 
     @property
     def _pages_in_use(self) -> int:
-        return self.context.pool.num_held - self.context.pool.num_reclaimable
+        return self.context.tables.num_pages_in_use
 
 
 def _compression_rule(dmc: Any | None, enable_dmc: bool | None) -> CompressionRule | None:

@@ -46,6 +46,8 @@ class LLM:
         scheduling_policy: "fcfs" or "priority".
         enable_prefix_caching: share the pages of equal prefixes between requests.
         prefix_block_size: tokens between two places at which a shared prefix can end.
+        cache_policy: "h2o", "tova" or "window": evict instead of merging, for evaluation of plain models.
+        cache_budget: with it: entries that each head keeps, or as a float the part of the prompt.
         tensor_parallel_size: processes that share the heads, started by torchrun; every process makes an
             `LLM`, and all but rank 0 then call `follow`.
         seed: of requests without a seed.
@@ -70,6 +72,8 @@ class LLM:
         scheduling_policy: SchedulingPolicy = "fcfs",
         enable_prefix_caching: bool = False,
         prefix_block_size: int = 256,
+        cache_policy: str | None = None,
+        cache_budget: float | None = None,
         tensor_parallel_size: int = 1,
         seed: int = 0,
         device: str | torch.device | None = None,
@@ -128,6 +132,8 @@ class LLM:
                 scheduling_policy=scheduling_policy,
                 enable_prefix_caching=enable_prefix_caching,
                 prefix_block_size=prefix_block_size,
+                cache_policy=cache_policy,
+                cache_budget=cache_budget,
             ),
             dtype=model_dtype,
             device=device,

@@ -48,7 +48,7 @@ class ModelRunner:
 
     @torch.no_grad()
     def run(self, chunks: Sequence[ScheduledChunk], wanted: Sequence[Sequence[int]]) -> Tensor:
-        """Compute the chunks' tokens and cache them.
+        """Compute the chunks' tokens and cache them. Waits for nothing; `PagedContext.settle` does.
 
         Args:
             chunks: this step's work, which the scheduler found pages for.
@@ -57,29 +57,50 @@ class ModelRunner:
         Returns:
             logits_XV, rows in the order of `wanted`.
         """
+        packed = [PackedChunk(c.request, c.start, c.num_tokens) for c in chunks]
+        packed.sort(key=lambda chunk: chunk.num_tokens > 1)  # single tokens come first
         token_ids: list[int] = []
         positions: list[int] = []
-        rows: list[int] = []
-        packed: list[PackedChunk] = []
-        for chunk, offsets in zip(chunks, wanted, strict=True):
-            request = chunk.request
-            rows += [len(token_ids) + offset for offset in offsets]
-            token_ids += request.tokens_between(chunk.start, chunk.end)
+        first: dict[int, int] = {}
+        for chunk in packed:
+            first[chunk.request.number] = len(token_ids)
+            token_ids += chunk.request.tokens_between(chunk.start, chunk.end)
             positions += range(chunk.start, chunk.end)
-            packed.append(PackedChunk(request, chunk.start, chunk.num_tokens))
+        decode_rows = [c.row for c in packed if c.num_tokens == 1]
+        logit_rows = [
+            first[chunk.request.number] + offset
+            for chunk, offsets in zip(chunks, wanted, strict=True)
+            for offset in offsets
+        ]
         self.context.begin_step(packed)
+        parts = (token_ids, positions, decode_rows, logit_rows)
+        logits = self._compute(*self._on_device(parts))
+        self.context.end_step()
+        return logits
+
+    def _compute(
+        self, token_ids_T: Tensor, positions_T: Tensor, rows_B: Tensor, logit_rows_X: Tensor
+    ) -> Tensor:
+        self.context.set_decode(rows_B, positions_T[: rows_B.shape[0]])
         logits = self.model(
-            input_ids=torch.tensor([token_ids], device=self.device),
-            position_ids=torch.tensor([positions], device=self.device),
+            input_ids=token_ids_T[None],
+            position_ids=positions_T[None],
             attention_mask=None,
             inference_context=self.context,
             runtime_gather_output=False,
             output_processor=_logits_of_rows,
-            output_processor_context=torch.tensor(rows, dtype=torch.int64, device=self.device),
+            output_processor_context=logit_rows_X,
         )
-        self.context.end_step()
         # Megatron's output layer gives [X, 1, V]
         logits_XV = logits.flatten(0, -2)
         if self._gather is not None:
             logits_XV = self._gather(logits_XV)
         return logits_XV[:, : self.vocab_size]
+
+    def _on_device(self, parts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Lists of whole numbers to the device, in one copy that nobody waits for."""
+        on_gpu = torch.device(self.device).type == "cuda"
+        flat = torch.tensor([x for part in parts for x in part], dtype=torch.int64)
+        if on_gpu:
+            flat = flat.pin_memory()
+        return list(flat.to(self.device, non_blocking=True).split([len(part) for part in parts]))

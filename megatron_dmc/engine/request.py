@@ -108,9 +108,8 @@ class Request:
     def tokens_between(self, start: int, end: int) -> list[int]:
         """Token ids at positions [start, end)."""
         num_prompt = len(self.prompt_token_ids)
-        if start >= num_prompt:
-            return self.output_token_ids[start - num_prompt : end - num_prompt]
-        return (self.prompt_token_ids + self.output_token_ids)[start:end]
+        generated = slice(max(start - num_prompt, 0), max(end - num_prompt, 0))
+        return self.prompt_token_ids[start:end] + self.output_token_ids[generated]
 
 
 @dataclass

@@ -18,6 +18,15 @@ _PARTS = ("results", "groups", "n-shot", "n-samples", "versions", "configs", "sa
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command, named as lm-eval's and the engine's."""
     add_engine_arguments(parser)
+    group = parser.add_argument_group("eviction, to compare with (plain models)")
+    group.add_argument(
+        "--cache-policy", metavar="POLICY",
+        help="h2o, tova or window: evict entries where the cache holds more than --cache-budget",
+    )  # fmt: skip
+    group.add_argument(
+        "--cache-budget", metavar="N", type=_budget,
+        help="entries that each head keeps; with a point, as 0.25, the part of the prompt",
+    )  # fmt: skip
     group = parser.add_argument_group("evaluation")
     group.add_argument(
         "--tasks", default="local",
@@ -46,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _budget(text: str) -> int | float:
+    return float(text) if "." in text else int(text)
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     if importlib.util.find_spec("lm_eval") is None:
@@ -69,9 +82,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_dmc.harness.model import MegatronDMC
 
     path = model_path(args)
-    model = MegatronDMC(
-        path, tokenizer=args.tokenizer, llm=make_llm(args), max_gen_toks=args.max_gen_toks
-    )
+    llm = make_llm(args, cache_policy=args.cache_policy, cache_budget=args.cache_budget)
+    model = MegatronDMC(path, tokenizer=args.tokenizer, llm=llm, max_gen_toks=args.max_gen_toks)
     results: dict[str, Any] = {key: {} for key in _PARTS}
     for name, found in tasks.items():
         _evaluate(args, model, manager, name, found, results)

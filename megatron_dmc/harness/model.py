@@ -250,6 +250,8 @@ class MegatronDMC(TemplateLM):
             "model_num_parameters": sum(p.numel() for p in weights),
             "model_dtype": str(weights[0].dtype),
             "max_model_len": engine.config.max_model_len,
+            "cache_policy": engine.config.cache_policy,
+            "cache_budget": engine.config.cache_budget,
             "measured_cr": stats.measured_cr,
             "measured_cr_per_head": stats.measured_cr_LG,
             "num_cached_tokens": stats.seq_tokens,

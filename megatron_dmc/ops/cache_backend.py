@@ -5,6 +5,7 @@ Dimension letters as in `ops.cache_ops`.
 
 import functools
 import importlib
+import importlib.util
 import logging
 from dataclasses import dataclass
 from types import ModuleType
@@ -22,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FreePages:
-    """Free pages that decoding may take without asking the host.
+    """A stack of free pages, used without asking the host (`ops.page_ops`).
 
     Attributes:
-        page_ids: int32, one dimension; taken in order.
-        state: int32 (2,): how many were asked for (beyond `page_ids` if they ran out), and 1 once a
-            head found none. Such a head is left as it was: the token is not in its cache.
+        page_ids: int32, one dimension; taken in order. Those at index `state[0]` and following are free.
+        state: int32 (2,): how many are taken (asked for beyond `page_ids` if they ran out), and 1 once
+            a head found none. Such a head is left as it was: the token is not in its cache.
     """
 
     page_ids: Tensor
@@ -124,6 +125,26 @@ def choose_backend(backend: str | None, x: Tensor, page_size: int) -> Backend:
     return "torch"
 
 
+def choose_page_backend(backend: str | None, x: Tensor) -> Backend:
+    """As `choose_backend`, for the ops on page ids: kernels wherever they exist for the device of `x`.
+
+    Raises:
+        ValueError: for a backend that does not exist.
+    """
+    if backend not in (None, "torch", "triton", "cuda"):
+        raise ValueError(
+            f"backend={backend!r} does not exist; use 'cuda', 'triton', 'torch' or None"
+        )
+    if backend is not None or not x.is_cuda:
+        return backend or "torch"  # type: ignore[return-value]
+    from megatron_dmc.ops import cuda
+
+    if not cuda.absence():
+        return "cuda"
+    return "triton" if importlib.util.find_spec("triton") else "torch"
+
+
 def kernels(backend: Backend) -> ModuleType:
-    """The module with a backend's `decode_append`, `plan` and `paged_decode_attention`."""
+    """The module with a backend's `decode_append`, `plan`, `paged_decode_attention` and
+    `release_pages`."""
     return importlib.import_module(f"megatron_dmc.ops.{backend}.decode")

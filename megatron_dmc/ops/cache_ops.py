@@ -14,7 +14,7 @@ What lies in slots that hold no entry is never used, be it NaN.
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops import gates
+from megatron_dmc.ops import gates, page_ops
 from megatron_dmc.ops.attention import chunk_attention, join_by_lse, masked_attention
 from megatron_dmc.ops.cache_backend import FreePages, choose_backend, kernels
 from megatron_dmc.ops.merge import continue_merge
@@ -120,13 +120,15 @@ def decode_append(
     rows_B: Tensor,
     *,
     merge_window: int = 0,
+    free_pages: FreePages | None = None,
     backend: str | None = None,
 ) -> None:
     """One new token for each of B requests: every head merges it into its open segment or opens a
     new one, and writes the segment's entry, rotated at the token's position.
 
     Mutates `k_pages_PSD, v_pages_PSD` (one slot per request and head), `segments_RGUA`, and
-    `num_entries_RG` (plus 1 where a head appended).
+    `num_entries_RG` (plus 1 where a head appended); with `free_pages` also `block_table_RGM` (a page
+    where the entry's page is -1) and `free_pages.state`.
 
     Args:
         k_BGD, v_BGD: unrotated keys and values; the borrowed channel is ignored when compressing.
@@ -135,23 +137,26 @@ def decode_append(
         omega_BG: importances, float32 or float64; None with `is_merge_BG`.
         freqs_BF: RoPE angles of each request's position, or None.
         block_table_RGM, num_entries_RG, segments_RGUA: this layer's; `segments` may be None in plain
-            mode. The block table must already hold a page for the entry that is written; where it
-            does not (-1), the head is left as it was.
+            mode.
         rows_B: which of the R rows each request uses; distinct.
         merge_window: W; 0 is unlimited.
+        free_pages: None: the block table must hold the page of the entry that is written already. A
+            head that finds no page is left as it was.
     """
     cos, sin = cosine_and_sine(freqs_BF, k_BGD.dtype)
     chosen = choose_backend(backend, k_BGD, k_pages_PSD.shape[1])
     if chosen == "torch":
         torch_append(
             k_BGD, v_BGD, is_merge_BG, omega_BG, cos, sin, k_pages_PSD, v_pages_PSD,
-            block_table_RGM, num_entries_RG, segments_RGUA, rows_B, merge_window, None,
+            block_table_RGM, num_entries_RG, segments_RGUA, rows_B, merge_window, free_pages,
         )  # fmt: skip
         return
     positions = torch.arange(k_BGD.shape[0], device=k_BGD.device)
     kernels(chosen).decode_append(
         None, k_BGD, v_BGD, is_merge_BG, omega_BG, cos, sin, positions, k_pages_PSD, v_pages_PSD,
-        block_table_RGM, num_entries_RG, segments_RGUA, rows_B, None, None,
+        block_table_RGM, num_entries_RG, segments_RGUA, rows_B,
+        None if free_pages is None else free_pages.page_ids,
+        None if free_pages is None else free_pages.state,
         compress=is_merge_BG is not None, may_merge=True, alpha_offset=0.0,
         merge_window=merge_window,
     )  # fmt: skip
@@ -169,7 +174,12 @@ def torch_append(
         is_merge = is_merge_BG & (entries > 0)
     entry = entries - is_merge.to(entries.dtype)
     if free_pages is not None:
-        _take_pages(block_table_RGM, rows_B, entry // k_pages_PSD.shape[1], free_pages)
+        rows_B1, heads_G = rows_B[:, None], torch.arange(entry.shape[1], device=entry.device)
+        column = entry // k_pages_PSD.shape[1]
+        at = (rows_B1, heads_G, column.clamp_max(block_table_RGM.shape[2] - 1))
+        wants = (block_table_RGM[at] < 0) & (column < block_table_RGM.shape[2])
+        taken = page_ops.take_where(wants, free_pages)
+        block_table_RGM[at] = torch.where(wants, taken, block_table_RGM[at])
     slots = slots_of_entries(block_table_RGM[rows_B], entry[..., None], k_pages_PSD.shape[1])[
         ..., 0
     ]
@@ -196,24 +206,6 @@ def torch_append(
         key = zero_borrowed_channel(_turn(y_k, cos_BF, sin_BF))
     num_entries_RG[rows_B] = torch.where(has_page, entry + 1, entries)
     write_entries(k_pages_PSD, v_pages_PSD, slots.flatten(), key.flatten(0, 1), value.flatten(0, 1))
-
-
-def _take_pages(
-    block_table_RGM: Tensor, rows_B: Tensor, column_BG: Tensor, free_pages: FreePages
-) -> None:
-    """Give a page to every head that has none in its column."""
-    heads = torch.arange(column_BG.shape[1], device=column_BG.device)
-    column = column_BG.clamp_max(block_table_RGM.shape[2] - 1)
-    wants = (block_table_RGM[rows_B[:, None], heads, column] < 0) & (column == column_BG)
-    at_B, at_G = wants.nonzero(as_tuple=True)
-    first, num_free = int(free_pages.state[0]), free_pages.page_ids.numel()
-    got = max(0, min(len(at_B), num_free - first))
-    at_B, at_G = at_B[:got], at_G[:got]
-    page_ids = free_pages.page_ids[first : first + got].to(block_table_RGM.dtype)
-    block_table_RGM[rows_B[at_B], at_G, column[at_B, at_G]] = page_ids
-    free_pages.state[0] += int(wants.sum())
-    if got < int(wants.sum()):
-        free_pages.state[1] = 1
 
 
 def gate_and_append(
@@ -384,20 +376,21 @@ def prefill(
     *,
     softmax_scale: float,
     merge_window: int = 0,
+    free_pages: FreePages | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """A chunk of one request's tokens in parallel, continuing from what the cache holds: any chunking
     gives what decoding the tokens one at a time gives. Only the last state of each segment is written.
 
     Mutates `k_pages_PSD, v_pages_PSD`, `num_entries_G` and `segments_GUA` (views of the request's
-    rows).
+    rows); with `free_pages` also `block_table_GM` (pages for new entries) and `free_pages.state`.
 
     Args:
         q_TND, k_TGD: unrotated; the borrowed channel is ignored when compressing. v_TGD: values.
         is_merge_TG: bool; the first row is ignored where a head has no entry yet. None: plain cache.
         omega_TG: importances; None with `is_merge_TG`.
         freqs_TF: RoPE angles of the tokens' positions, or None.
-        block_table_GM: holds a page for every entry that the chunk may write.
+        block_table_GM: without `free_pages` it holds a page for every entry that the chunk may write.
         num_entries_G, segments_GUA: the state before the chunk; `segments` may be None in plain mode.
         merge_window: W; 0 is unlimited.
 
@@ -442,6 +435,8 @@ def prefill(
 
     entry_TG = num_cached + is_append.cumsum(0) - 1
     is_last = torch.cat([is_append[1:], torch.ones_like(is_append[:1])])
+    if free_pages is not None:
+        page_ops.take_for_entries(block_table_GM, entry_TG[-1] + 1, page_size, free_pages)
     slots_GT = slots_of_entries(block_table_GM, entry_TG.T, page_size)
     slots_TG = torch.where(is_last, slots_GT.T, -1)
     write_entries(k_pages_PSD, v_pages_PSD, slots_TG.flatten(), k.flatten(0, 1), v.flatten(0, 1))
