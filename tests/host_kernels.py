@@ -35,7 +35,7 @@ def compile_library(target: Path) -> None:
 @cache
 def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(os.environ["DMC_HOST_LIBRARY"])
-    for which, struct in enumerate((AppendParams, AttentionParams, PlanParams)):
+    for which, struct in enumerate((AppendParams, AttentionParams, PlanParams, ReleaseParams)):
         assert loaded.sizes(which) == ctypes.sizeof(struct), struct.__name__
     loaded.set_lazy_copies(int(os.environ.get("DMC_LAZY_COPIES", "0")))
     return loaded
@@ -80,6 +80,14 @@ class PlanParams(ctypes.Structure):
         *fields("entries rows plan", ctypes.c_void_p),
         *fields("layer_stride row_stride head_stride", ctypes.c_int64),
         *fields("num_layers num_requests num_kv_heads ahead", ctypes.c_int),
+    ]
+
+
+class ReleaseParams(ctypes.Structure):
+    _fields_ = [
+        ("ids", ctypes.c_void_p),
+        *fields("row_stride row_length num_ids", ctypes.c_int64),
+        *fields("free_ids state extra_owners", ctypes.c_void_p),
     ]
 
 
@@ -148,3 +156,11 @@ def paged_decode_attention(
     )  # fmt: skip
     call("attend", params, q.dtype)
     return out
+
+
+def release_pages(page_ids_XY, free_page_ids, free_state, num_extra_owners_P):
+    params = ReleaseParams(
+        address(page_ids_XY), page_ids_XY.stride(0), page_ids_XY.shape[1], page_ids_XY.numel(),
+        *map(address, (free_page_ids, free_state, num_extra_owners_P)),
+    )  # fmt: skip
+    call("release", params)

@@ -57,7 +57,7 @@ def test_kernels_in_an_emulated_warp(lazy, large, host_library):
     """Asynchronous copies happen at once, or as late as the kernel's waits allow."""
     pytest.importorskip("triton")  # shares Triton's file of cases
     run_cases(
-        "kernel_cases_decode.py", TRITON_INTERPRET="1", DMC_TESTED_BACKEND="host",
+        "kernel_cases_decode.py", "kernel_cases_pages.py", TRITON_INTERPRET="1", DMC_TESTED_BACKEND="host",
         DMC_LAZY_COPIES=lazy, DMC_LARGE_CASES=large, DMC_HOST_LIBRARY=host_library,
     )  # fmt: skip
 
@@ -95,17 +95,19 @@ def test_kernels_compile_without_spills(target, everything, tmp_path):
              "-o", tmp_path / f"{name}.cubin", CSRC / f"{name}.cu"],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
-        for name in ("append", "attention")
+        for name in ("append", "attention", "release")
     ]  # fmt: skip
     reports = [compiler.communicate(timeout=500)[0] for compiler in compilers]
-    assert [c.returncode for c in compilers] == [0, 0], "\n".join(reports)
+    assert [c.returncode for c in compilers] == [0, 0, 0], "\n".join(reports)
     found = list(resources("\n".join(reports)))
     for label, registers, shared, spilled in found:
         print(f"sm_{target} {label}: {registers} registers, {shared} bytes of static shared memory")
         assert spilled == 0, f"{label} for sm_{target} uses {spilled} bytes of local memory"
     kinds = {label.split()[0] for label, *_ in found}
-    assert kinds == {"append_kernel", "attend_kernel", "join_kernel", "plan_kernel"}
-    assert len(found) == (8 + 14 + 8 + 1 if everything else 4 + 7 + 4 + 1)
+    assert kinds == {
+        "append_kernel", "attend_kernel", "join_kernel", "plan_kernel", "release_kernel"
+    }  # fmt: skip
+    assert len(found) == (8 + 14 + 8 + 2 if everything else 4 + 7 + 4 + 2)
 
 
 USE_EXTENSION = """
@@ -120,6 +122,7 @@ mutated = [a.name for a in ops.decode_append.default._schema.arguments
            if a.alias_info is not None and a.alias_info.is_write]
 assert mutated == ["k_pages", "v_pages", "block_table", "num_entries", "segments", "free_state",
                    "q_out"], mutated
+assert all(a.alias_info.is_write for a in ops.release_pages.default._schema.arguments)
 
 def tensors(device, dim=128, page=16, dtype=torch.bfloat16):
     q = torch.zeros(2, 8, dim, dtype=dtype, device=device)
@@ -140,6 +143,8 @@ with FakeTensorMode():
         q, k, k, None, None, None, None, rows, k_pages, v_pages, table, entries, segments, rows,
         None, None, compress=True, may_merge=True, alpha_offset=5.0, merge_window=0)
     assert out.shape == q.shape
+    pages = torch.zeros(6, dtype=torch.int32, device="cuda")
+    decode.release_pages(table[:, 0], pages, pages[:2], pages)
 
 def message(change=lambda x: x, **options):
     q, k_pages, v_pages, table, entries, rows = change(list(tensors("cpu", **options)))
@@ -169,6 +174,16 @@ for got, wanted in (
     (message(put(4, lambda e: e[:2])), "num_entries has shape [2, 2], expected [3, 2]"),
 ):
     assert wanted in got, (wanted, got)
+ids = torch.zeros(6, dtype=torch.int32)
+for arguments, wanted in (
+    ((ids[None], ids, ids[:2], ids), "page_ids is on cpu; all tensors must be on one GPU"),
+    ((ids[None], ids, ids[:2], ids[:5]), "num_extra_owners has shape [5], expected [6]"),
+):
+    try:
+        ops.release_pages(*arguments)
+        raise SystemExit("no error")
+    except ValueError as error:
+        assert wanted in str(error), error
 print("extension works")
 """
 

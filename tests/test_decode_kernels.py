@@ -12,7 +12,12 @@ pytest.importorskip("triton")
 
 @pytest.mark.parametrize("large", ["0", pytest.param("1", marks=pytest.mark.exhaustive)])
 def test_cases_in_the_interpreter(large):
-    run_cases("kernel_cases_decode.py", TRITON_INTERPRET="1", DMC_LARGE_CASES=large)
+    run_cases(
+        "kernel_cases_decode.py",
+        "kernel_cases_pages.py",
+        TRITON_INTERPRET="1",
+        DMC_LARGE_CASES=large,
+    )
 
 
 @pytest.mark.gpu
@@ -24,7 +29,7 @@ def test_cases_on_the_gpu(backend):
         if reason := cuda.absence():
             pytest.skip(reason)
     run_cases(
-        "kernel_cases_decode.py", TRITON_INTERPRET="0", DMC_LARGE_CASES="1",
+        "kernel_cases_decode.py", "kernel_cases_pages.py", TRITON_INTERPRET="0", DMC_LARGE_CASES="1",
         DMC_TESTED_BACKEND=backend,
     )  # fmt: skip
 
@@ -33,7 +38,7 @@ TYPES = {
     "p_is_merge": "*u8", "p_positions": "*i64", "p_rows": "*i64", "p_table": "*i32",
     "p_entries": "*i64", "p_segments": "*fp32", "p_free": "*i32", "p_free_state": "*i32",
     "p_plan": "*i32", "p_part": "*fp32", "p_part_lse": "*fp32", "alpha_offset": "fp32",
-    "eps": "fp32",
+    "eps": "fp32", "p_ids": "*i32", "p_extra": "*i32",
 }  # fmt: skip
 
 
@@ -50,6 +55,12 @@ def attention_kernels(group, dim):
     )
     yield kernels.join_kernel, 4, dict(Q=group, **sizes)
     yield kernels.plan_kernel, 8, dict(BLOCK=1024, **tile)
+
+
+def release_kernel():
+    from megatron_dmc.ops.triton import release
+
+    yield release.release_kernel, 4, dict(BLOCK=release.BLOCK)
 
 
 def append_kernel(group, dim, window):
@@ -75,6 +86,7 @@ def test_kernels_compile_without_a_gpu_and_without_spills(full_size):
     for capability in (80, 90):
         for group, dim in ((1, 128), (8, 128), (8, 256)) if full_size else ((8, 128),):
             cases = [*append_kernel(group, dim, 0), *attention_kernels(group, dim)]
+            cases += release_kernel()
             if full_size:
                 cases += append_kernel(group, dim, 12)
             for kernel, num_warps, constants in cases:

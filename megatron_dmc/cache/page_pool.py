@@ -97,7 +97,7 @@ class PagePool:
             AssertionError: if the invariant is broken.
         """
         taken, failed = self.free_pages.state.tolist()
-        assert not failed, "a head found no page, or a page was released by who does not hold it"
+        assert not failed, "a head found no page"
         assert 0 <= taken <= self.num_pages, f"{taken} of {self.num_pages} pages are taken"
         free = self.free_pages.page_ids[taken:].long()
         assert free.unique().numel() == free.numel(), "a page is on the free stack twice"

@@ -322,6 +322,28 @@ void paged_decode_attention(const Tensor& q, const Tensor& k_pages, const Tensor
   }
 }
 
+void release_pages(const Tensor& ids, const Tensor& free_ids, const Tensor& free_state,
+                   const Tensor& extra_owners) {
+  check_shape(ids, "page_ids", {kAny, kAny});
+  check_last_dense(ids, "page_ids");
+  check_shape(free_ids, "free_page_ids", {kAny});
+  check_shape(free_state, "free_state", {2});
+  check_shape(extra_owners, "num_extra_owners", {free_ids.size(0)});
+  const Tensor* all[] = {&ids, &free_ids, &free_state, &extra_owners};
+  const char* names[] = {"page_ids", "free_page_ids", "free_state", "num_extra_owners"};
+  for (int i = 0; i < 4; ++i) {
+    check_dtype(*all[i], names[i], ScalarType::Int);
+    check_device(*all[i], names[i], ids);
+    if (i) check_dense(*all[i], names[i]);
+  }
+  const dmc::ReleaseParams p{data<int32_t>(ids),        ids.stride(0),
+                             ids.size(1),               ids.numel(),
+                             data<int32_t>(free_ids),   data<int32_t>(free_state),
+                             data<int32_t>(extra_owners)};
+  const c10::cuda::CUDAGuard guard(ids.device());
+  C10_CUDA_CHECK(dmc::launch_release(p, c10::cuda::getCurrentCUDAStream()));
+}
+
 int64_t count_workers(int64_t head_dim) {
   check_head_dim(head_dim);
   int count = 0;
@@ -343,6 +365,9 @@ TORCH_LIBRARY(megatron_dmc, m) {
       "paged_decode_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, "
       "Tensor num_entries, Tensor rows, Tensor plan, Tensor(a!) out, Tensor(b!) part, "
       "Tensor(c!) part_lse, float softmax_scale) -> ()");
+  m.def(
+      "release_pages(Tensor(a!) page_ids, Tensor(b!) free_page_ids, Tensor(c!) free_state, "
+      "Tensor(d!) num_extra_owners) -> ()");
   m.def("count_workers(int head_dim) -> int", &count_workers);
 }
 
@@ -351,6 +376,7 @@ TORCH_LIBRARY_IMPL(megatron_dmc, CompositeExplicitAutograd, m) {
   m.impl("decode_append", &decode_append);
   m.impl("plan", &plan);
   m.impl("paged_decode_attention", &paged_decode_attention);
+  m.impl("release_pages", &release_pages);
 }
 
 // `import megatron_dmc._C` registers the operators; the module itself is empty.

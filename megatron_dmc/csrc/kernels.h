@@ -5,6 +5,7 @@
 
 #include "dmc/append.h"
 #include "dmc/attention.h"
+#include "dmc/release.h"
 
 namespace dmc {
 
@@ -17,6 +18,8 @@ cudaError_t launch_plan(const PlanParams& p, cudaStream_t stream);
 // Group at most 16, with head_dim 256 at most 8.
 template <class T>
 cudaError_t launch_attention(const AttentionParams<T>& p, cudaStream_t stream);
+
+cudaError_t launch_release(const ReleaseParams& p, cudaStream_t stream);
 
 // Workers that the current device runs at once.
 cudaError_t count_workers(int head_dim, int* count);

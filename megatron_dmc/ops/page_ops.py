@@ -66,12 +66,11 @@ def release_pages(
 ) -> None:
     """One owner less for each of these pages; those without owners are free again.
 
-    Mutates `page_ids_XY` (to -1), `free_pages` and `num_extra_owners_P`. A page named more often than it has
-    owners sets `free_pages.state[1]` in the kernels.
+    Mutates `page_ids_XY` (to -1), `free_pages` and `num_extra_owners_P`.
 
     Args:
         page_ids_XY: int32, the last dimension dense, such as the block tables (layers, heads x columns)
-            of a request; -1 for none. A page may be named several times.
+            of a request; -1 for none. A page may be named as often as it has owners.
         backend: as in the other ops; None: kernels on a GPU, PyTorch elsewhere.
     """
     chosen = choose_page_backend(backend, page_ids_XY)

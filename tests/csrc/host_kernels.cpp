@@ -3,6 +3,7 @@
 
 #include "dmc/append.h"
 #include "dmc/attention.h"
+#include "dmc/release.h"
 
 namespace {
 
@@ -75,10 +76,18 @@ int plan(const dmc::PlanParams* p) {
   emulator::launch(p->num_layers, 64, [&] { dmc::plan_layer(*p, shared); });
   return 0;
 }
+int release(const dmc::ReleaseParams* p) {
+  emulator::launch(int((p->num_ids + 63) / 64), 64, [&] {
+    const int64_t index = int64_t(dmc::block_index()) * 64 + dmc::thread_index();
+    if (index < p->num_ids) dmc::release_page(*p, index);
+  });
+  return 0;
+}
 void set_lazy_copies(int lazy) { emulator::lazy_copies = lazy != 0; }
 int sizes(int which) {
   const size_t all[] = {sizeof(dmc::AppendParams<dmc::bf16>),
-                        sizeof(dmc::AttentionParams<dmc::bf16>), sizeof(dmc::PlanParams)};
+                        sizeof(dmc::AttentionParams<dmc::bf16>), sizeof(dmc::PlanParams),
+                        sizeof(dmc::ReleaseParams)};
   return int(all[which]);
 }
 }

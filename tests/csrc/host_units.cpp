@@ -5,6 +5,7 @@
 #include "emulator.h"
 
 #include "dmc/paged_kv.h"
+#include "dmc/release.h"
 #include "dmc/schedule.h"
 #include "dmc/segment.h"
 
@@ -75,6 +76,18 @@ void stretches_cover_the_line_once() {
   }
 }
 
+void released_pages_are_free_once_nobody_has_them() {
+  // pages 3, 1, 4 are taken; 1 has two owners
+  std::vector<int32_t> stack{3, 1, 4, 0, 2}, extra{0, 1, 0, 0, 0}, ids{1, -1, 9, 4, 1, 9};
+  int32_t state[2] = {3, 0};
+  const dmc::ReleaseParams p{ids.data(), 3, 2, 4, stack.data(), state, extra.data()};
+  for (int i = 0; i < 2; ++i) dmc::release_page(p, i);
+  CHECK(state[0] == 3 && extra[1] == 0);  // the other owner has it
+  for (int i = 2; i < 4; ++i) dmc::release_page(p, i);
+  CHECK(state[0] == 1 && state[1] == 0 && stack[2] == 4 && stack[1] == 1);
+  CHECK(ids[0] == -1 && ids[2] == 9 && ids[3] == -1 && ids[4] == -1 && ids[5] == 9);
+}
+
 void half_precision_rounds_to_nearest() {
   dmc::bf16 b;
   dmc::from_float(1.00390625f, b);  // half way between 1 and 1.0078125: to even
@@ -92,6 +105,7 @@ int main() {
   segment_is_a_weighted_mean();
   addresses_of_a_paged_cache();
   stretches_cover_the_line_once();
+  released_pages_are_free_once_nobody_has_them();
   half_precision_rounds_to_nearest();
   return failures != 0;
 }

@@ -16,7 +16,7 @@ from megatron_dmc.ops.cuda import absence
 def _operators():
     """`torch.ops.megatron_dmc`, with versions without data for torch.compile: operators return nothing."""
     assert not absence(), absence()
-    for name in ("decode_append", "plan", "paged_decode_attention"):
+    for name in ("decode_append", "plan", "paged_decode_attention", "release_pages"):
         torch.library.register_fake(f"megatron_dmc::{name}", lambda *args, **kwargs: None)
     return torch.ops.megatron_dmc
 
@@ -109,3 +109,10 @@ def paged_decode_attention(
         part_lse, softmax_scale,
     )  # fmt: skip
     return out
+
+
+def release_pages(
+    page_ids_XY: Tensor, free_page_ids: Tensor, free_state: Tensor, num_extra_owners_P: Tensor
+) -> None:
+    """As `megatron_dmc.ops.triton.release.release_pages`."""
+    _operators().release_pages(page_ids_XY, free_page_ids, free_state, num_extra_owners_P)
