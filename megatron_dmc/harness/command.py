@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="h2o, tova or window: evict entries where the cache holds more than --cache-budget",
     )  # fmt: skip
     group.add_argument(
-        "--cache-budget", metavar="N", type=_budget,
+        "--cache-budget", metavar="N", type=cache_budget,
         help="entries that each head keeps; with a point, as 0.25, the part of the prompt",
     )  # fmt: skip
     group = parser.add_argument_group("evaluation")
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _budget(text: str) -> int | float:
+def cache_budget(text: str) -> int | float:
     return float(text) if "." in text else int(text)
 
 
