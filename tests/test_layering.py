@@ -328,6 +328,10 @@ def state():
 
 for name in THEIRS:
     importlib.import_module(name)
+try:
+    import lm_eval  # sets a variable for the hub's client; megatron_dmc.harness.model cannot but import it
+except ImportError:
+    pass
 environment, hooks = dict(os.environ), (sys.excepthook, sys.argv[:1])
 before = state()
 skipped = []

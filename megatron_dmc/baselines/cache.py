@@ -112,7 +112,8 @@ class EvictingCache:
 
         budgets = [self.budget_R[c.row] for c in chunks]
         after = [min(c.start + c.num_tokens, b) for c, b in zip(chunks, budgets, strict=True)]
-        rows_X, first_X, budget_X = index([c.row for c in chunks]), index([c.start for c in chunks]), index(budgets)  # fmt: skip
+        rows_X, budget_X = index([c.row for c in chunks]), index(budgets)
+        first_X = index([c.start for c in chunks])
         before_X, after_X = torch.minimum(first_X, budget_X), index(after)
         # one column is free at any time
         num_columns = max(after) + 1

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import get_args
 
-from megatron_dmc.baselines import make_policy
+from megatron_dmc.baselines import EvictionRule
 from megatron_dmc.engine.scheduler import SchedulingPolicy
 from megatron_dmc.errors import UnsupportedConfig
 
@@ -73,22 +73,19 @@ class EngineConfig:
                 f"cache_policy={self.cache_policy!r} with cache_budget={self.cache_budget!r}: give both "
                 "or neither"
             )
-        if self.cache_policy is not None:
-            make_policy(self.cache_policy)
-            budget = self.cache_budget
-            is_part = isinstance(budget, float) and 0 < budget <= 1
-            is_count = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1
-            if not (is_part or is_count):
-                raise UnsupportedConfig(
-                    f"cache_budget={budget!r}: use a number of entries, or a part of the prompt as a "
-                    "float above 0, at most 1.0"
-                )
-            if self.enable_prefix_caching:
-                raise UnsupportedConfig(
-                    f"cache_policy={self.cache_policy!r} with enable_prefix_caching=True: what is "
-                    "evicted depends on the whole prompt; switch prefix caching off"
-                )
+        if self.eviction is not None and self.enable_prefix_caching:
+            raise UnsupportedConfig(
+                f"cache_policy={self.cache_policy!r} with enable_prefix_caching=True: what is evicted "
+                "depends on the whole prompt; switch prefix caching off"
+            )
         if self.scheduling_policy not in get_args(SchedulingPolicy):
             raise UnsupportedConfig(
                 f"scheduling_policy={self.scheduling_policy!r}: use 'fcfs' or 'priority'"
             )
+
+    @property
+    def eviction(self) -> EvictionRule | None:
+        """The policy and its budget, if any."""
+        if self.cache_policy is None or self.cache_budget is None:
+            return None
+        return EvictionRule(self.cache_policy, self.cache_budget)

@@ -5,7 +5,6 @@ D head dim, S positions, F rotary channels, L layers, R rows, U weighted tokens 
 A components of an accumulator, M block-table width.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from megatron.core.inference.config import InferenceConfig
 from megatron.core.inference.contexts.base_context import BaseInferenceContext
 from torch import Tensor
 
-from megatron_dmc.baselines import EvictingCache, EvictingChunk, make_policy
+from megatron_dmc.baselines import EvictingCache, EvictingChunk, EvictionRule, make_policy
 from megatron_dmc.cache import (
     BlockTables,
     LateCopy,
@@ -42,21 +41,6 @@ class CompressionRule:
     """The heads of a layer decide together (DMC-C)."""
     may_merge: bool = True
     """False: every token is appended, though the borrowed channel still carries no content."""
-
-
-@dataclass(frozen=True)
-class EvictionRule:
-    """A training-free policy of megatron_dmc.baselines, and what each head may keep."""
-
-    policy: str
-    cache_budget: int | float
-    """Entries, or as a float the part of a request's prompt."""
-
-    def budget(self, num_prompt_tokens: int) -> int:
-        """Entries that a head may keep."""
-        if isinstance(self.cache_budget, float):
-            return max(1, math.ceil(self.cache_budget * num_prompt_tokens))
-        return self.cache_budget
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.engine.config import EngineConfig
-from megatron_dmc.engine.context import CompressionRule, EvictionRule, PagedContext
+from megatron_dmc.engine.context import CompressionRule, PagedContext
 from megatron_dmc.engine.decision_record import DecisionRecord
 from megatron_dmc.engine.detokenizer import IncrementalDetokenizer, find_stop
 from megatron_dmc.engine.model_runner import ModelRunner
@@ -108,11 +108,7 @@ class LLMEngine:
             exchange=None if parallel is None else parallel.exchange,
             rank=0 if parallel is None else parallel.rank,
             sum_over_ranks=None if parallel is None else parallel.sum,
-            eviction=(
-                None
-                if config.cache_policy is None or config.cache_budget is None
-                else EvictionRule(config.cache_policy, config.cache_budget)
-            ),
+            eviction=config.eviction,
         )
         self.runner = ModelRunner(
             model,
