@@ -21,27 +21,47 @@ def add_convert(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "convert",
         help="convert between Hugging Face folders and Megatron torch_dist checkpoints",
-        description="Convert a Llama checkpoint, DMC or plain, with its tokenizer. Without --dtype "
-        "every weight keeps its bits.",
+        description="Convert a checkpoint, DMC or plain, with its tokenizer, one tensor at a time. "
+        "Without --dtype and --kv-heads every weight keeps its bits. Families: docs/checkpoints.md.",
     )
     parser.add_argument("path", metavar="PATH", help="checkpoint folder to read")
     parser.add_argument("out", metavar="OUT", help="folder to make")
     parser.add_argument(
-        "--from", dest="from_format", choices=["hf", "megatron"], help="default: found out"
-    )
+        "--from", dest="from_format", choices=["hf", "megatron", "dmc-release"],
+        help="default: found out. dmc-release: the released Llama-2 DMC checkpoints",
+    )  # fmt: skip
     parser.add_argument("--to", dest="to_format", choices=["hf", "megatron"], required=True)
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="default: as stored"
     )
+    parser.add_argument(
+        "--kv-heads", type=int, metavar="N",
+        help="mean-pool the KV heads to N: grouped-query attention, to be trained further",
+    )  # fmt: skip
+    parser.add_argument("--tokenizer", metavar="PATH", help="where PATH's checkpoint has none")
+    parser.add_argument(
+        "--dmc-target-cr", type=float, metavar="CR",
+        help="of a released DMC checkpoint that does not say it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow-pickle", action="store_true",
+        help="let a Megatron `torch` checkpoint run the code in its pickles; only if you trust it",
+    )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace what is in OUT")
     parser.set_defaults(run=run_convert)
 
 
 def run_convert(args: argparse.Namespace) -> int:
     """Run `megatron-dmc convert`."""
-    from megatron_dmc.checkpoint.convert import convert
+    import functools
+
+    from megatron_dmc.baselines.gqa import pool_kv_heads
+    from megatron_dmc.checkpoint.convert import FLAGS_FILE, convert
     from megatron_dmc.checkpoint.description import parse_dtype
 
+    transform = None
+    if args.kv_heads is not None:
+        transform = functools.partial(pool_kv_heads, num_kv_heads=args.kv_heads)
     description = convert(
         args.from_format,
         args.to_format,
@@ -50,8 +70,17 @@ def run_convert(args: argparse.Namespace) -> int:
         dtype=parse_dtype(args.dtype) if args.dtype else None,
         force=args.force,
         progress=True,
+        transform=transform,
+        target_cr=args.dmc_target_cr,
+        tokenizer=args.tokenizer,
+        allow_pickle=args.allow_pickle,
     )
     print(f"{args.out}: {args.to_format} checkpoint, {description.summary()}")
+    if args.to_format == "megatron":
+        print(
+            f"train it: pretrain_dmc.py $(cat {args.out}/{FLAGS_FILE}) "
+            f"--pretrained-checkpoint {args.out} ..."
+        )
     return 0
 
 

@@ -1,5 +1,7 @@
 """Megatron's GPTModel from any checkpoint, in one process, on a CPU or a GPU."""
 
+import copy
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -8,14 +10,16 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.moe_utils import router_gating_linear
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 from torch.nn.functional import silu
 
 from megatron_dmc.checkpoint.convert import open_checkpoint, read_weights
 from megatron_dmc.checkpoint.description import ModelDescription
-from megatron_dmc.checkpoint.hf_llama import empty_state, megatron_shapes
 from megatron_dmc.checkpoint.single_process import ensure_single_process
 from megatron_dmc.checkpoint.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from megatron_dmc.checkpoint.weights import ShardSource, megatron_shapes
 from megatron_dmc.config import DMCConfig, DMCTransformerConfig
 from megatron_dmc.errors import UnsupportedConfig
 
@@ -38,6 +42,29 @@ class _RotaryEmbedding(RotaryEmbedding):
         return torch.cat((freqs, freqs), dim=-1)[:, None, None, :]
 
 
+class _Router(TopKRouter):
+    """Megatron's router, computing where the model is; Megatron's own moves its weight to a GPU."""
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Logits of the experts, [..., experts], in the dtype of `input`, [..., hidden]."""
+        return router_gating_linear(input, self.weight, self.bias, input.dtype)
+
+
+def _with_router(spec: Any) -> Any:
+    """A copy of a block's submodules in which mixtures of experts have `_Router`."""
+    spec = copy.copy(spec)
+    layers = []
+    for layer in spec.layer_specs:
+        layer = copy.copy(layer)
+        layer.submodules = copy.copy(layer.submodules)
+        mlp = layer.submodules.mlp
+        submodules = replace(mlp.keywords["submodules"], router=_Router)
+        layer.submodules.mlp = functools.partial(mlp, submodules=submodules)
+        layers.append(layer)
+    spec.layer_specs = layers
+    return spec
+
+
 def transformer_config(
     description: ModelDescription,
     *,
@@ -47,6 +74,13 @@ def transformer_config(
 ) -> DMCTransformerConfig:
     """Megatron's configuration of the model: local layer spec, no fusions, weights not drawn."""
     d = description
+    moe: dict[str, Any] = {}
+    if d.num_experts is not None:
+        moe = {
+            "moe_router_topk": d.moe_router_topk,
+            "moe_ffn_hidden_size": d.moe_ffn_hidden_size,
+            "moe_router_pre_softmax": d.moe_router_pre_softmax,
+        }
     return DMCTransformerConfig(
         num_layers=d.num_layers,
         hidden_size=d.hidden_size,
@@ -59,6 +93,10 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=silu,
         add_bias_linear=False,
+        add_qkv_bias=d.add_qkv_bias,
+        qk_layernorm=d.qk_layernorm,
+        num_moe_experts=d.num_experts,
+        **moe,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=d.init_method_std,
@@ -85,6 +123,9 @@ def rotary_embedding(description: ModelDescription, device: str | torch.device) 
         description.kv_channels,
         rotary_percent=1.0,
         rotary_base=description.rotary_base,
+        seq_len_interpolation_factor=description.rope_linear_factor,  # type: ignore[arg-type]
+        rope_scaling=description.rope_scaling_factor is not None,
+        rope_scaling_factor=description.rope_scaling_factor or 8.0,
         use_cpu_initialization=True,
     )
     rotary.inv_freq = rotary.inv_freq.to(device)
@@ -122,9 +163,10 @@ def build_model(
     config = transformer_config(
         description, dmc=dmc, dtype=dtype, tensor_parallel_size=tensor_parallel_size
     )
+    spec = dmc_layer_spec(config)
     model = GPTModel(
         config,
-        transformer_layer_spec=dmc_layer_spec(config),
+        transformer_layer_spec=_with_router(spec) if description.num_experts else spec,
         vocab_size=description.padded_vocab_size,
         max_sequence_length=description.max_position_embeddings,
         parallel_output=False,
@@ -147,23 +189,13 @@ def check_divisible(description: ModelDescription, tensor_parallel_size: int) ->
         ("num_query_groups", description.num_query_groups),
         ("ffn_hidden_size", description.ffn_hidden_size),
         ("padded_vocab_size", description.padded_vocab_size),
+        ("moe_ffn_hidden_size", description.moe_ffn_hidden_size or 0),
     ):
         if number % tensor_parallel_size:
             raise UnsupportedConfig(
                 f"tensor_parallel_size={tensor_parallel_size} does not divide the model's "
                 f"{what}={number}; use a divisor of it"
             )
-
-
-def shard(name: str, tensor: Tensor, size: int, rank: int) -> Tensor:
-    """One tensor-parallel rank's part of a Megatron tensor, as a view where it is one."""
-    if "linear_fc1" in name:  # gate and up are split separately
-        return torch.cat([half.chunk(size)[rank] for half in tensor.chunk(2)])
-    if any(part in name for part in ("linear_proj", "linear_fc2")):
-        return tensor.chunk(size, dim=1)[rank]
-    if any(part in name for part in ("linear_qkv", "word_embeddings", "output_layer")):
-        return tensor.chunk(size)[rank]
-    return tensor
 
 
 def load_model(
@@ -175,14 +207,14 @@ def load_model(
     progress: bool = False,
     tensor_parallel_size: int = 1,
 ) -> LoadedModel:
-    """A model from a Hugging Face folder or a Megatron `torch_dist` checkpoint.
+    """A model from a Hugging Face folder or a Megatron checkpoint.
 
     Args:
         dtype: of weights and computation; default: as stored.
         dmc: "auto": as the checkpoint says. None: run it as a plain model.
         progress: show a progress bar on a terminal.
-        tensor_parallel_size: load this rank's share only (every rank reads all of the weights first);
-            Megatron's groups must be running.
+        tensor_parallel_size: load this rank's share only (every rank reads all weights, one tensor at a
+            time); Megatron's groups must be running.
 
     Returns:
         the model, ready for `model(input_ids, position_ids, attention_mask=None)`, which gives
@@ -190,9 +222,14 @@ def load_model(
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, or its tokenizer does not fit.
-        UnsupportedConfig: the model is not a Llama of the supported kind.
+        UnsupportedConfig: the model is of no supported family.
     """
     description, source, tokenizer_place = open_checkpoint(path)
+    if description.num_experts and tensor_parallel_size > 1 and torch.device(device).type == "cpu":
+        raise UnsupportedConfig(
+            f"tensor_parallel_size={tensor_parallel_size} with num_experts={description.num_experts} on "
+            "a CPU: Megatron's token dispatcher gathers on GPUs only; use tensor_parallel_size=1"
+        )
     tokenizer = load_tokenizer(tokenizer_place) if tokenizer_place is not None else None
     if tokenizer is not None:
         check_vocab(tokenizer, description)
@@ -200,15 +237,12 @@ def load_model(
     description = replace(description, dmc=settings, dtype=dtype or description.dtype)
     model = build_model(description, dmc=settings, tensor_parallel_size=tensor_parallel_size)
     state: dict[str, Any] = model.state_dict()
-    if tensor_parallel_size == 1:
-        weights = {name: state[name] for name in megatron_shapes(description)}
-        read_weights(source, description, weights, progress=progress)
-    else:
+    rank = 0
+    if tensor_parallel_size > 1:
         rank = parallel_state.get_tensor_model_parallel_rank()
-        weights = empty_state(description)
-        read_weights(source, description, weights, progress=progress and rank == 0)
-        for name, tensor in weights.items():
-            state[name].copy_(shard(name, tensor, tensor_parallel_size, rank))
+        source = ShardSource(source, description, size=tensor_parallel_size, rank=rank)
+    weights = {name: state[name] for name in megatron_shapes(description)}
+    read_weights(source, weights, progress=progress and rank == 0)
     model.to(device)
     assert isinstance(model.rotary_pos_emb, _RotaryEmbedding)
     model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq.to(device)

@@ -21,10 +21,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_dmc import cli
 from megatron_dmc.checkpoint.convert import convert
 from megatron_dmc.checkpoint.description import ModelDescription
-from megatron_dmc.checkpoint.hf_llama import megatron_shapes, write_folder
+from megatron_dmc.checkpoint.hf_folder import write_folder
 from megatron_dmc.checkpoint.integrity import MANIFEST
 from megatron_dmc.checkpoint.tokenizer import check_vocab, find_tokenizer, load_tokenizer
-from megatron_dmc.checkpoint.torch_dist import SynchronousSave, TorchDistCheckpoint
+from megatron_dmc.checkpoint.torch_dist import TorchDistCheckpoint
+from megatron_dmc.checkpoint.torch_dist_write import SynchronousSave
+from megatron_dmc.checkpoint.weights import megatron_shapes
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.errors import CheckpointError, UnsupportedConfig
 from megatron_dmc.models import full_forward, load_model, transformer_config
@@ -251,7 +253,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron_dmc.checkpoint.description import ModelDescription
-from megatron_dmc.checkpoint.torch_dist import SynchronousSave
+from megatron_dmc.checkpoint.torch_dist_write import SynchronousSave
 from megatron_dmc.models import transformer_config
 
 folder = Path(sys.argv[1])
@@ -416,9 +418,8 @@ def test_torch_dist_of_other_sizes(llama, tmp_path):
         ({"share_embeddings_and_output_weights": True}, r"output_layer\.weight is no part"),
     ]:
         other = replace(description, **change)
-        state = {n: torch.empty(s) for n, s in megatron_shapes(other).items()}
         with pytest.raises(CheckpointError, match=complaint):
-            checkpoint.read_into(state, other)
+            checkpoint.weights(other)
 
 
 def test_missing_and_unknown_tensors(llama, tmp_path):
@@ -452,11 +453,15 @@ def test_nothing_there(tmp_path):
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+        ({"architectures": ["GemmaForCausalLM"]}, "architectures=GemmaForCausalLM.*GeGLU"),
+        ({"architectures": ["DeepseekV3ForCausalLM"]}, "latent.*convert a model of one of Llama"),
+        ({"architectures": None, "model_type": "falcon"}, "model_type=falcon"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling=.*yarn.*remove"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.5}}, "'linear' with a whole factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "llama3"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"num_key_value_heads": 3}, "num_query_groups=3"),
@@ -481,11 +486,12 @@ def test_both_spellings_of_rope(llama):
 @pytest.mark.parametrize(
     ("name", "value", "flag"),
     [
-        ("num_experts", 8, "--num-experts"),
+        ("moe_shared_expert_intermediate_size", 8, "--moe-shared-expert-intermediate-size"),
         ("swiglu", False, "--swiglu"),
         ("add_bias_linear", True, "--disable-bias-linear"),
         ("position_embedding_type", "learned_absolute", "--position-embedding-type"),
-        ("qk_layernorm", True, "--qk-layernorm"),
+        ("qk_l2_norm", True, "--qk-l2-norm"),
+        ("rotary_percent", 0.5, "--rotary-percent"),
     ],
 )
 def test_unsupported_megatron_models(llama, name, value, flag):
@@ -514,7 +520,7 @@ def test_disk_full(llama, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    for target in ("write_folder", "torch_dist.write"):
+    for target in ("write_folder", "torch_dist_write.write"):
         monkeypatch.setattr(f"megatron_dmc.checkpoint.convert.{target}", fail)
     for to_format in ("hf", "megatron"):
         with pytest.raises(CheckpointError, match="disk full"):

@@ -13,7 +13,7 @@ import torch
 from test_model_in_engine import VOCAB, random_model, retrofitted
 
 from megatron_dmc import LLM, SamplingParams
-from megatron_dmc.checkpoint.hf_llama import write_folder
+from megatron_dmc.checkpoint.hf_folder import write_folder
 from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.models import build_model
 

@@ -1,6 +1,7 @@
-"""Training-free eviction inside the paged engine, to compare DMC with: for evaluation, of plain models.
+"""What DMC is compared with, one file per method, stated from its paper.
 
-One file for each method; `cache` holds what they share.
+GQA is a conversion (`gqa`). The others evict entries inside the paged engine, without training: for
+evaluation, of plain models. `cache` holds what they share.
 """
 
 from megatron_dmc.baselines.cache import EvictingCache, EvictingChunk

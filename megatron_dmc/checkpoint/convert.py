@@ -1,30 +1,51 @@
-"""Conversion between Hugging Face folders and Megatron `torch_dist` checkpoints."""
+"""Conversion between Hugging Face folders and Megatron checkpoints, one tensor at a time."""
 
 import errno
 import os
+import shlex
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
+from tqdm import tqdm
 
-from megatron_dmc.checkpoint import torch_dist
+from megatron_dmc.checkpoint import legacy_torch, torch_dist, torch_dist_write
 from megatron_dmc.checkpoint.description import ModelDescription
-from megatron_dmc.checkpoint.hf_llama import LlamaFolder, empty_state, write_folder
+from megatron_dmc.checkpoint.hf_folder import HFFolder, write_folder
+from megatron_dmc.checkpoint.legacy_torch import LegacyCheckpoint
 from megatron_dmc.checkpoint.tokenizer import (
     TOKENIZER_FOLDER,
     check_vocab,
     copy_tokenizer,
     find_tokenizer,
     load_tokenizer,
+    megatron_tokenizer,
 )
+from megatron_dmc.checkpoint.weights import WeightSource, weight_bytes
 from megatron_dmc.errors import CheckpointError
 
 Format = Literal["hf", "megatron"]
+SourceFormat = Literal["hf", "megatron", "dmc-release"]
+FLAGS_FILE = "megatron_flags.txt"
+"""In a converted Megatron checkpoint: the model's flags, as a shell reads them."""
+
+type Transform = Callable[[ModelDescription, WeightSource], tuple[ModelDescription, WeightSource]]
+"""Makes another model of a model while it is converted (`baselines.gqa.pool_kv_heads`)."""
+
+
+def _legacy_folder(path: Path) -> Path | None:
+    """The iteration's folder, where a path leads to Megatron's older `torch` format."""
+    if legacy_torch.is_iteration(path):
+        return path
+    if not (path / torch_dist.TRACKER_FILE).is_file():
+        return None
+    folder = torch_dist.newest_folder(path)
+    return folder if legacy_torch.is_iteration(folder) else None
 
 
 def detect_format(path: str | Path) -> Format:
@@ -36,7 +57,7 @@ def detect_format(path: str | Path) -> Format:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint folder")
-    if torch_dist.is_checkpoint(path):
+    if torch_dist.is_checkpoint(path) or legacy_torch.is_iteration(path):
         return "megatron"
     if (path / "config.json").is_file():
         return "hf"
@@ -48,46 +69,72 @@ def detect_format(path: str | Path) -> Format:
 
 def open_checkpoint(
     path: str | Path,
-) -> tuple[ModelDescription, LlamaFolder | torch_dist.TorchDistCheckpoint, Path | None]:
-    """(description, source of the weights, place of the tokenizer) of a folder of either format.
+    *,
+    released_dmc: bool = False,
+    target_cr: float | None = None,
+    tokenizer: str | Path | None = None,
+    allow_pickle: bool = False,
+) -> tuple[ModelDescription, WeightSource, Path | None]:
+    """(description, source of the weights, place of the tokenizer) of a folder of any format.
+
+    Args:
+        released_dmc: Megatron's `torch` format as the released DMC code saves it; also found out by
+            that code's arguments in the checkpoint.
+        target_cr: of a released checkpoint whose arguments do not hold it.
+        tokenizer: where the checkpoint has none.
+        allow_pickle: see `LegacyCheckpoint`.
 
     Raises:
-        CheckpointError, UnsupportedConfig: missing, damaged, or not a Llama.
+        CheckpointError, UnsupportedConfig: missing, damaged, or of an unsupported architecture.
     """
+    path = Path(path)
+    if tokenizer is not None and not Path(tokenizer).exists():
+        raise CheckpointError(f"{tokenizer}: no such tokenizer")
     if detect_format(path) == "hf":
         description = ModelDescription.from_hf_folder(path)
-        folder = LlamaFolder(path, description)
+        folder = HFFolder(path, description)
         description.dtype = folder.dtype
-        tokenizer = find_tokenizer(path)
-        return description, folder, tokenizer
-    checkpoint = torch_dist.TorchDistCheckpoint(path)
+        return description, folder, Path(tokenizer) if tokenizer else find_tokenizer(path)
+    legacy = _legacy_folder(path)
+    checkpoint: LegacyCheckpoint | torch_dist.TorchDistCheckpoint
+    if legacy is not None:
+        checkpoint = LegacyCheckpoint(legacy, allow_pickle=allow_pickle)
+        root = path
+    elif released_dmc:
+        raise CheckpointError(
+            f"{path}: not in the format of the released DMC checkpoints "
+            f"(mp_rank_00/{legacy_torch.FILE}); use --from megatron"
+        )
+    else:
+        checkpoint = torch_dist.TorchDistCheckpoint(path)
+        root = checkpoint.root
     args = checkpoint.args
-    tokenizer = find_tokenizer(checkpoint.root, args)
-    loaded = load_tokenizer(tokenizer) if tokenizer is not None else None
+    place = Path(tokenizer) if tokenizer else find_tokenizer(root, args)
+    loaded = load_tokenizer(place) if place is not None else None
     description = checkpoint.description(vocab_size=loaded.vocab_size if loaded else None)
     if loaded and description.bos_token_id is None:
         description.bos_token_id = loaded.bos_id
     if loaded and description.eos_token_id is None:
         description.eos_token_id = loaded.eos_id
-    return description, checkpoint, tokenizer
+    if isinstance(checkpoint, torch_dist.TorchDistCheckpoint):
+        return description, checkpoint.weights(description), place
+    if released_dmc or hasattr(args, "dmc_init_val"):
+        dmc = legacy_torch.released_dmc_config(args, target_cr=target_cr)
+        description = replace(description, dmc=dmc)
+    checkpoint.check(description)
+    return description, checkpoint, place
 
 
-def read_weights(
-    source: LlamaFolder | torch_dist.TorchDistCheckpoint,
-    description: ModelDescription,
-    state: dict[str, Tensor],
-    *,
-    progress: bool = False,
-) -> None:
-    """Fill Megatron's tensors (names of `megatron_shapes`, on the CPU) from either format."""
-    if isinstance(source, LlamaFolder):
-        source.load_into(state, progress=progress)
-    else:
-        source.read_into(state, description)
+def read_weights(source: WeightSource, state: dict[str, Tensor], *, progress: bool = False) -> None:
+    """Fill Megatron's tensors (names of `megatron_shapes`, on the CPU) from any format."""
+    names = tqdm(state, desc="reading weights", unit="tensor", disable=None if progress else True)
+    with torch.no_grad():
+        for name in names:
+            source.fill(name, state[name])
 
 
 def convert(
-    from_format: Format | None,
+    from_format: SourceFormat | None,
     to_format: Format,
     path: str | Path,
     out: str | Path,
@@ -95,8 +142,14 @@ def convert(
     dtype: torch.dtype | None = None,
     force: bool = False,
     progress: bool = False,
+    transform: Transform | None = None,
+    target_cr: float | None = None,
+    tokenizer: str | Path | None = None,
+    allow_pickle: bool = False,
 ) -> ModelDescription:
     """Convert a checkpoint; weights keep their dtype and, without `dtype`, every bit.
+
+    Memory: about twice the largest tensor, however large the model.
 
     Args:
         from_format: None: found out.
@@ -105,16 +158,20 @@ def convert(
         dtype: of the written weights.
         force: replace what is in `out`.
         progress: show progress bars on a terminal.
+        transform: makes another model of it on the way.
+        target_cr, tokenizer, allow_pickle: see `open_checkpoint`.
 
     Returns:
         what was written.
 
     Raises:
         CheckpointError: the source is missing or damaged, `out` is in the way, the disk is full.
-        UnsupportedConfig: the model is not a Llama of the supported kind.
+        UnsupportedConfig: the model is not of a supported family.
     """
     path, out = Path(path), Path(out)
-    if from_format is not None and detect_format(path) != from_format:
+    released = from_format == "dmc-release"
+    expected = "megatron" if released else from_format
+    if expected is not None and detect_format(path) != expected:
         raise CheckpointError(f"{path}: is a {detect_format(path)} checkpoint, not {from_format}")
     inside = [out.resolve(), *out.resolve().parents]
     if path.resolve() in inside or out.resolve() in path.resolve().parents:
@@ -126,18 +183,21 @@ def convert(
     if out.is_dir() and any(out.iterdir()) and not force:
         raise CheckpointError(f"{out}: is not empty; choose another folder or pass --force")
 
-    description, source, tokenizer = open_checkpoint(path)
-    if tokenizer is not None:
-        check_vocab(load_tokenizer(tokenizer), description)
+    description, source, place = open_checkpoint(
+        path, released_dmc=released, target_cr=target_cr, tokenizer=tokenizer,
+        allow_pickle=allow_pickle,
+    )  # fmt: skip
+    if place is not None:
+        check_vocab(load_tokenizer(place), description)
+    if transform is not None:
+        description, source = transform(description, source)
     if dtype is not None:
         description = replace(description, dtype=dtype)
-    state = empty_state(description)
-    read_weights(source, description, state, progress=progress)
 
     partial: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        needed = sum(t.numel() * t.element_size() for t in state.values())
+        needed = weight_bytes(description)
         free = shutil.disk_usage(out.parent).free
         if free < needed:
             raise CheckpointError(
@@ -146,13 +206,16 @@ def convert(
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
         partial.chmod(0o777 & ~_umask())
         if to_format == "hf":
-            write_folder(partial, state, description, progress=progress)
+            write_folder(partial, source, description, progress=progress)
         else:
-            torch_dist.write(partial, state, description)
-        if tokenizer is not None:
-            copy_tokenizer(tokenizer, partial if to_format == "hf" else partial / TOKENIZER_FOLDER)
+            torch_dist_write.write(partial, source, description, progress=progress)
+        copy = Path() if to_format == "hf" else Path(TOKENIZER_FOLDER)
+        if place is not None:
+            copy_tokenizer(place, partial / copy)
+        if to_format == "megatron":
+            _write_flags(partial, description, out if place is not None else None)
         _put_in_place(partial, out)
-    except (OSError, SafetensorError, RuntimeError) as e:
+    except (OSError, RuntimeError) as e:
         reason = (
             "disk full; free some space or choose another folder"
             if is_disk_full(e)
@@ -163,6 +226,21 @@ def convert(
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
     return description
+
+
+def _write_flags(folder: Path, description: ModelDescription, final: Path | None) -> None:
+    """What `pretrain_dmc.py` takes; --use-checkpoint-args alone would take neither the norm's
+    epsilon nor QK-norm nor RoPE scaling from the checkpoint.
+
+    Args:
+        final: where `folder` will be, if it has a tokenizer.
+    """
+    lines = [shlex.join(description.megatron_flags())]
+    if final is not None:
+        kind, file = megatron_tokenizer(folder / TOKENIZER_FOLDER)
+        place = final / file.relative_to(folder)
+        lines.append(shlex.join(["--tokenizer-type", kind, "--tokenizer-model", str(place)]))
+    (folder / FLAGS_FILE).write_text("\n".join(lines) + "\n")
 
 
 def _umask() -> int:

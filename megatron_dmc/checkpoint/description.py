@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from megatron_dmc.checkpoint.families import family_with
+from megatron_dmc.checkpoint.hf_config import description_fields, hf_config
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.errors import CheckpointError, UnsupportedConfig
 
 VOCAB_MULTIPLE = 128
 """Megatron pads the vocabulary to a multiple of this (its --make-vocab-size-divisible-by)."""
 
-HF_ARCHITECTURE = "LlamaForCausalLM"
 DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -46,7 +47,7 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
 
 @dataclass
 class ModelDescription:
-    """Sizes and settings of a Llama-shaped model: RMSNorm, RoPE (half-split), SwiGLU, no biases."""
+    """Sizes and settings of a decoder with RMSNorm, RoPE (half-split) and SwiGLU."""
 
     num_layers: int
     """Transformer layers."""
@@ -80,6 +81,33 @@ class ModelDescription:
 
     share_embeddings_and_output_weights: bool = False
     """True where the output layer is the embedding."""
+
+    model_type: str = "llama"
+    """Hugging Face's name of the family (`families.FAMILIES`)."""
+
+    add_qkv_bias: bool = False
+    """The query, key and value projections have biases (Qwen2)."""
+
+    qk_layernorm: bool = False
+    """RMSNorm over the head dim of queries and keys, before RoPE (Qwen3)."""
+
+    rope_scaling_factor: float | None = None
+    """Llama 3's RoPE scaling: its factor. None: plain RoPE."""
+
+    rope_linear_factor: int | None = None
+    """Positions are divided by this before RoPE."""
+
+    num_experts: int | None = None
+    """Experts of every layer's MLP; None: a dense MLP."""
+
+    moe_router_topk: int = 2
+    """Experts that a token goes to."""
+
+    moe_ffn_hidden_size: int | None = None
+    """An expert's feed-forward size, where there are experts."""
+
+    moe_router_pre_softmax: bool = False
+    """The experts' weights are the softmax over all experts, not renormalised over the chosen."""
 
     dtype: torch.dtype = torch.float32
     """Dtype of the weights."""
@@ -116,6 +144,13 @@ class ModelDescription:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UnsupportedConfig(f"{name}={value!r} must be a positive integer")
+        if self.num_experts is not None and not 1 <= self.moe_router_topk <= self.num_experts:
+            raise UnsupportedConfig(
+                f"moe_router_topk={self.moe_router_topk} (num_experts_per_tok) must be 1 to "
+                f"num_experts={self.num_experts}"
+            )
+        if self.num_experts is not None and self.moe_ffn_hidden_size is None:
+            self.moe_ffn_hidden_size = self.ffn_hidden_size
         if self.num_attention_heads % self.num_query_groups:
             raise UnsupportedConfig(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -141,10 +176,11 @@ class ModelDescription:
     def summary(self) -> str:
         """One line for people."""
         heads = f"{self.num_attention_heads}/{self.num_query_groups} heads of {self.kv_channels}"
+        experts = f", {self.num_experts} experts" if self.num_experts else ""
         dmc = f", DMC {self.dmc.stage} at target CR {self.dmc.target_cr}" if self.dmc else ""
         return (
-            f"{self.num_layers} layers of {self.hidden_size}, {heads}, vocabulary "
-            f"{self.vocab_size}, {dtype_name(self.dtype)}{dmc}"
+            f"{self.model_type}, {self.num_layers} layers of {self.hidden_size}, {heads}{experts}, "
+            f"vocabulary {self.vocab_size}, {dtype_name(self.dtype)}{dmc}"
         )
 
     # Hugging Face
@@ -157,71 +193,7 @@ class ModelDescription:
             UnsupportedConfig: names the setting that has no counterpart here, and its value.
             CheckpointError: a size is missing.
         """
-        architectures = config.get("architectures") or []
-        is_llama = HF_ARCHITECTURE in architectures if architectures else (
-            config.get("model_type") == "llama"
-        )  # fmt: skip
-        if not is_llama:
-            found = ", ".join(architectures) or config.get("model_type") or "none"
-            raise UnsupportedConfig(
-                f"config.json: architecture {found} is not supported; only {HF_ARCHITECTURE} is"
-            )
-        for name, plain in [
-            ("attention_bias", False),
-            ("mlp_bias", False),
-            ("hidden_act", "silu"),
-            ("quantization_config", None),
-            ("sliding_window", None),
-        ]:
-            value = config.get(name)
-            if value is not None and value != plain:
-                raise UnsupportedConfig(
-                    f"config.json: {name}={value!r} is not supported for {HF_ARCHITECTURE}"
-                    + (f"; only {plain!r} is" if plain is not None else "")
-                )
-
-        rope = dict(config.get("rope_parameters") or {})
-        scaling = dict(config.get("rope_scaling") or {})
-        for key, source in (("rope_parameters", rope), ("rope_scaling", scaling)):
-            kind = source.get("rope_type", source.get("type", "default"))
-            extra = set(source) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-            if kind != "default" or extra or source.get("partial_rotary_factor", 1.0) != 1.0:
-                raise UnsupportedConfig(
-                    f"config.json: {key}={source}: RoPE scaling is not supported; only plain RoPE "
-                    'over the whole head (rope_type "default") is'
-                )
-        theta = rope.get("rope_theta", scaling.get("rope_theta", config.get("rope_theta", 10000.0)))
-
-        def size(name: str, default: int | None = None) -> int:
-            value = config.get(name)
-            if value is None:
-                value = default
-            if value is None:
-                raise CheckpointError(f"config.json: {name} is missing")
-            return value
-
-        heads = size("num_attention_heads")
-        hidden = size("hidden_size")
-        return cls(
-            num_layers=size("num_hidden_layers"),
-            hidden_size=hidden,
-            ffn_hidden_size=size("intermediate_size"),
-            num_attention_heads=heads,
-            num_query_groups=size("num_key_value_heads", heads),
-            kv_channels=size("head_dim", hidden // max(1, heads)),
-            vocab_size=size("vocab_size"),
-            max_position_embeddings=size("max_position_embeddings", 2048),
-            rotary_base=theta,
-            layernorm_epsilon=config.get("rms_norm_eps", 1e-6),
-            share_embeddings_and_output_weights=bool(config.get("tie_word_embeddings", False)),
-            dtype=parse_dtype(config.get("dtype") or config.get("torch_dtype") or "float32"),
-            dmc=DMCConfig.from_dict(config["dmc"]) if config.get("dmc") else None,
-            init_method_std=config.get("initializer_range", 0.02),
-            # A key that is absent means Llama's defaults; a null means none.
-            bos_token_id=config.get("bos_token_id", 1),
-            eos_token_id=config.get("eos_token_id", 2),
-            pad_token_id=config.get("pad_token_id"),
-        )
+        return cls(**description_fields(config))
 
     @classmethod
     def from_hf_folder(cls, path: str | Path) -> "ModelDescription":
@@ -244,36 +216,7 @@ class ModelDescription:
 
     def to_hf_config(self) -> dict[str, Any]:
         """The contents of a `config.json`, readable by transformers 4 and 5."""
-        config: dict[str, Any] = {
-            "architectures": [HF_ARCHITECTURE],
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "bos_token_id": self.bos_token_id,
-            "dtype": dtype_name(self.dtype),
-            "eos_token_id": self.eos_token_id,
-            "head_dim": self.kv_channels,
-            "hidden_act": "silu",
-            "hidden_size": self.hidden_size,
-            "initializer_range": self.init_method_std,
-            "intermediate_size": self.ffn_hidden_size,
-            "max_position_embeddings": self.max_position_embeddings,
-            "mlp_bias": False,
-            "model_type": "llama",
-            "num_attention_heads": self.num_attention_heads,
-            "num_hidden_layers": self.num_layers,
-            "num_key_value_heads": self.num_query_groups,
-            "pad_token_id": self.pad_token_id,
-            "rms_norm_eps": self.layernorm_epsilon,
-            "rope_parameters": {"rope_theta": float(self.rotary_base), "rope_type": "default"},
-            "rope_theta": float(self.rotary_base),
-            "tie_word_embeddings": self.share_embeddings_and_output_weights,
-            "torch_dtype": dtype_name(self.dtype),
-            "use_cache": True,
-            "vocab_size": self.vocab_size,
-        }
-        if self.dmc is not None:
-            config["dmc"] = self.dmc.to_dict()
-        return config
+        return hf_config(self)
 
     # Megatron
 
@@ -305,6 +248,21 @@ class ModelDescription:
             out += ["--group-query-attention", "--num-query-groups", str(self.num_query_groups)]
         if not self.share_embeddings_and_output_weights:
             out.append("--untie-embeddings-and-output-weights")
+        if self.add_qkv_bias:
+            out.append("--add-qkv-bias")
+        if self.qk_layernorm:
+            out.append("--qk-layernorm")
+        if self.rope_scaling_factor is not None:
+            out += ["--use-rope-scaling", "--rope-scaling-factor", str(self.rope_scaling_factor)]
+        if self.rope_linear_factor is not None:
+            out += ["--rotary-seq-len-interpolation-factor", str(self.rope_linear_factor)]
+        if self.num_experts is not None:
+            out += [
+                "--num-experts", str(self.num_experts),
+                "--moe-router-topk", str(self.moe_router_topk),
+                "--moe-ffn-hidden-size", str(self.moe_ffn_hidden_size),
+                *(["--moe-router-pre-softmax"] if self.moe_router_pre_softmax else []),
+            ]  # fmt: skip
         return out
 
     def to_megatron_args(self) -> Namespace:
@@ -328,12 +286,19 @@ class ModelDescription:
             rotary_base=self.rotary_base,
             rotary_percent=1.0,
             rotary_interleaved=False,
-            use_rope_scaling=False,
+            rotary_seq_len_interpolation_factor=self.rope_linear_factor,
+            use_rope_scaling=self.rope_scaling_factor is not None,
+            rope_scaling_factor=self.rope_scaling_factor or 8.0,
             normalization="RMSNorm",
             layernorm_epsilon=self.layernorm_epsilon,
             swiglu=True,
             add_bias_linear=False,
-            add_qkv_bias=False,
+            add_qkv_bias=self.add_qkv_bias,
+            qk_layernorm=self.qk_layernorm,
+            num_experts=self.num_experts,
+            moe_router_topk=self.moe_router_topk,
+            moe_ffn_hidden_size=self.moe_ffn_hidden_size if self.num_experts else None,
+            moe_router_pre_softmax=self.moe_router_pre_softmax,
             untie_embeddings_and_output_weights=not self.share_embeddings_and_output_weights,
             attention_dropout=0.0,
             hidden_dropout=0.0,
@@ -354,6 +319,7 @@ class ModelDescription:
             bos_token_id=self.bos_token_id,
             eos_token_id=self.eos_token_id,
             pad_token_id=self.pad_token_id,
+            hf_model_type=self.model_type,
         )
         for name, value in (self.dmc.to_dict() if self.dmc else {}).items():
             setattr(args, f"dmc_{name}", value)
@@ -370,7 +336,7 @@ class ModelDescription:
             vocab_size: used where the run had no --vocab-size (it then counted the tokenizer's).
 
         Raises:
-            UnsupportedConfig: names the flag that makes the model something else than a Llama.
+            UnsupportedConfig: names the flag that gives the model a part with no counterpart.
             CheckpointError: a size is missing.
         """
         for name, expected, flag in [
@@ -378,14 +344,9 @@ class ModelDescription:
             ("normalization", "RMSNorm", "--normalization"),
             ("swiglu", True, "--swiglu"),
             ("add_bias_linear", False, "--disable-bias-linear"),
-            ("add_qkv_bias", False, "--add-qkv-bias"),
-            ("qk_layernorm", False, "--qk-layernorm"),
             ("qk_l2_norm", False, "--qk-l2-norm"),
             ("rotary_percent", 1.0, "--rotary-percent"),
             ("rotary_interleaved", False, "--rotary-interleaved"),
-            ("rotary_seq_len_interpolation_factor", None, "--rotary-seq-len-interpolation-factor"),
-            ("use_rope_scaling", False, "--use-rope-scaling"),
-            ("num_experts", None, "--num-experts"),
             ("multi_latent_attention", False, "--multi-latent-attention"),
             ("window_size", None, "--window-size"),
             ("apply_layernorm_1p", False, "--apply-layernorm-1p"),
@@ -394,12 +355,17 @@ class ModelDescription:
             ("attention_output_gate", False, "--attention-output-gate"),
             ("mtp_num_layers", None, "--mtp-num-layers"),
             ("hybrid_layer_pattern", None, "--hybrid-layer-pattern"),
+            ("moe_layer_freq", 1, "--moe-layer-freq"),
+            ("moe_shared_expert_intermediate_size", None, "--moe-shared-expert-intermediate-size"),
+            ("moe_router_score_function", "softmax", "--moe-router-score-function"),
+            ("moe_router_topk_scaling_factor", None, "--moe-router-topk-scaling-factor"),
+            ("moe_router_enable_expert_bias", False, "--moe-router-enable-expert-bias"),
         ]:
             value = getattr(args, name, expected)
             if value != expected and (value or expected):
                 raise UnsupportedConfig(
-                    f"the checkpoint was trained with {flag} ({name}={value!r}); only "
-                    f"Llama-shaped models ({name}={expected!r}) are supported"
+                    f"the checkpoint was trained with {flag} ({name}={value!r}); only models with "
+                    f"{name}={expected!r} are supported"
                 )
 
         def size(name: str) -> int:
@@ -418,7 +384,29 @@ class ModelDescription:
             if value is not None
         }
         dmc = DMCConfig.from_dict(dmc_values)
+        experts = getattr(args, "num_experts", None) or None
+        family = family_with(
+            model_type=getattr(args, "hf_model_type", None),
+            add_qkv_bias=bool(getattr(args, "add_qkv_bias", False)),
+            qk_layernorm=bool(getattr(args, "qk_layernorm", False)),
+            experts=experts is not None,
+        )
+        moe = {}
+        if experts is not None:
+            moe = {
+                "num_experts": experts,
+                "moe_router_topk": getattr(args, "moe_router_topk", 2),
+                "moe_ffn_hidden_size": getattr(args, "moe_ffn_hidden_size", None),
+                "moe_router_pre_softmax": getattr(args, "moe_router_pre_softmax", False),
+            }
+        scaled = getattr(args, "use_rope_scaling", False)
         return cls(
+            **moe,
+            model_type=family.model_type,
+            add_qkv_bias=family.add_qkv_bias,
+            qk_layernorm=family.qk_layernorm,
+            rope_scaling_factor=getattr(args, "rope_scaling_factor", 8.0) if scaled else None,
+            rope_linear_factor=getattr(args, "rotary_seq_len_interpolation_factor", None),
             num_layers=size("num_layers"),
             hidden_size=hidden,
             ffn_hidden_size=size("ffn_hidden_size"),

@@ -1,5 +1,6 @@
 """Tokenizers as the engine and the tools use them, and where checkpoints keep them."""
 
+import json
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -102,17 +103,44 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         CheckpointError: there is none, or it is damaged.
     """
     path = Path(path)
-    if path.is_file():
-        if path.name in _FAST_FILES:
-            return HuggingFaceTokenizer(path.parent)
-        return SentencePieceTokenizer(path)
-    if (path / SENTENCEPIECE_FILE).is_file():
-        return SentencePieceTokenizer(path / SENTENCEPIECE_FILE)
-    if any((path / name).is_file() for name in _FAST_FILES):
-        return HuggingFaceTokenizer(path)
+    file = _sentencepiece_file(path)
+    if file is not None:
+        return SentencePieceTokenizer(file)
+    folder = path.parent if path.is_file() else path
+    if any((folder / name).is_file() for name in _FAST_FILES):
+        return HuggingFaceTokenizer(folder)
     raise CheckpointError(
         f"{path}: no tokenizer; expected {SENTENCEPIECE_FILE} or {_FAST_FILES[0]} there"
     )
+
+
+def _sentencepiece_file(path: Path) -> Path | None:
+    """The sentencepiece model to use; None: transformers reads the tokenizer.
+
+    A `tokenizer.json` beside it is preferred where tokens were added to it later (a chat model's).
+    """
+    if path.is_file():
+        return None if path.name in _FAST_FILES else path
+    file, fast = path / SENTENCEPIECE_FILE, path / _FAST_FILES[0]
+    if not file.is_file():
+        return None
+    if fast.is_file():
+        try:
+            added = json.loads(fast.read_text()).get("added_tokens") or []
+            last = max((int(token["id"]) for token in added), default=-1)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise CheckpointError(f"{fast}: damaged ({e}); copy it again") from e
+        if last >= SentencePieceTokenizer(file).vocab_size:
+            return None
+    return file
+
+
+def megatron_tokenizer(path: Path) -> tuple[str, Path]:
+    """(--tokenizer-type, --tokenizer-model) with which Megatron trains on this tokenizer."""
+    file = _sentencepiece_file(path)
+    if file is not None:
+        return "SentencePieceTokenizer", file
+    return "HuggingFaceTokenizer", path.parent if path.is_file() else path
 
 
 def find_tokenizer(path: str | Path, args: Namespace | None = None) -> Path | None:

@@ -1,4 +1,4 @@
-"""Megatron `torch_dist` checkpoints, read and written by one process without building a model.
+"""Megatron `torch_dist` checkpoints, read by one process without building a model.
 
 A checkpoint folder holds one folder per saved iteration (`iter_0000100`, or `release` for weights
 that no run of Megatron has made) and `latest_checkpointed_iteration.txt`, which names the newest.
@@ -10,41 +10,34 @@ names of the Transformer Engine layer spec. The local layer spec maps its names 
 import json
 import re
 from argparse import Namespace
+from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
 from torch import Tensor
-from torch.distributed import checkpoint as torch_checkpoint
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_dmc.checkpoint.description import ModelDescription
-from megatron_dmc.checkpoint.hf_llama import TE_NAMES, megatron_shapes
-from megatron_dmc.checkpoint.integrity import verify_checksums, write_checksums
+from megatron_dmc.checkpoint.integrity import verify_checksums
 from megatron_dmc.checkpoint.single_process import ensure_single_process
+from megatron_dmc.checkpoint.weights import (
+    EXPERT,
+    TE_NAMES,
+    megatron_shapes,
+)
 from megatron_dmc.errors import CheckpointError
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_EXTRA_STATE_MODULES = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "self_attention.core_attention",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
-"""Modules of a layer for which a model may ask for a (here empty) `_extra_state`."""
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -53,18 +46,12 @@ def is_checkpoint(path: str | Path) -> bool:
     return (path / TRACKER_FILE).is_file() or (path / "metadata.json").is_file()
 
 
-def iteration_folder(path: str | Path) -> Path:
-    """The newest iteration of a checkpoint folder; an iteration's own folder is returned as is.
+def newest_folder(path: Path) -> Path:
+    """The iteration's folder that a checkpoint folder's tracker file names, of whatever format.
 
     Raises:
-        CheckpointError: nothing there, or not a `torch_dist` checkpoint.
+        CheckpointError: no tracker file, or what it names is missing.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such checkpoint folder")
-    if (path / "metadata.json").is_file():
-        _check_backend(path / "metadata.json")
-        return path
     tracker = path / TRACKER_FILE
     try:
         newest = tracker.read_text().strip()
@@ -81,6 +68,22 @@ def iteration_folder(path: str | Path) -> Path:
             f"{folder}: is missing, and {TRACKER_FILE} names it; put another iteration into that "
             "file or pass the iteration's folder"
         )
+    return folder
+
+
+def iteration_folder(path: str | Path) -> Path:
+    """The newest iteration of a checkpoint folder; an iteration's own folder is returned as is.
+
+    Raises:
+        CheckpointError: nothing there, or not a `torch_dist` checkpoint.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint folder")
+    if (path / "metadata.json").is_file():
+        _check_backend(path / "metadata.json")
+        return path
+    folder = newest_folder(path)
     if not (folder / "metadata.json").is_file():
         raise CheckpointError(
             f"{folder}: has no metadata.json, so it is not a finished torch_dist checkpoint; "
@@ -243,135 +246,143 @@ class TorchDistCheckpoint:
             description.dtype = embedding.dtype
         return description
 
-    def read_into(self, state: dict[str, Tensor], description: ModelDescription) -> None:
-        """Copy the weights into tensors of the names of `megatron_shapes`.
-
-        Optimizer states and whatever else is stored are left unread.
-
-        Args:
-            state: contiguous tensors on the CPU, in any dtype; filled in place.
+    def weights(self, description: ModelDescription) -> "TorchDistWeights":
+        """The weights as a `WeightSource`; optimizer states and whatever else stay unread.
 
         Raises:
-            CheckpointError: names the tensors that are missing or of another shape, or a damaged
-                file.
+            CheckpointError: names the tensors that are missing, of another shape, or no part of the
+                model.
         """
-        d = description
-        stacked = any(name.startswith("decoder.layers.mlp.") for name in self.stored)
-        sharded: dict[str, ShardedTensor] = {}
+        places: dict[str, Place] = {}
         complaints = []
-        for name, shape in megatron_shapes(d).items():
-            key, offsets, prepended = _stored_name(name, d.num_layers, stacked)
-            wanted = (d.num_layers, *shape) if prepended else shape
-            found = self.stored.get(key)
-            if found is None:
-                complaints.append(f"{key} is missing")
-            elif found.shape != wanted:
+        known = set()
+        for name, shape in megatron_shapes(description).items():
+            candidates = places_of(name, shape, description)
+            known |= {place.key for place in candidates}
+            place = next((p for p in candidates if p.key in self.stored), None)
+            if place is None:
+                complaints.append(f"{candidates[0].key} is missing")
+                continue
+            found = self.stored[place.key].shape
+            if found != place.shape:
                 complaints.append(
-                    f"{key} has shape {list(found.shape)}, the saved arguments say {list(wanted)}"
+                    f"{place.key} has shape {list(found)}, the saved arguments say "
+                    f"{list(place.shape)}"
                 )
-            sharded[name] = ShardedTensor.from_rank_offsets(
-                key, state[name].detach(), *offsets, prepend_axis_num=prepended
-            )
+            places[name] = place
         complaints += [
             f"{key} is no part of this model"
             for key in self.stored
             if key.startswith(("decoder.", "embedding.", "output_layer."))
             and "_extra_state" not in key
-            and key not in {t.key for t in sharded.values()}
+            and key not in known
         ]
         if complaints:
             complaints = list(dict.fromkeys(complaints))
             raise CheckpointError(f"{self.folder}: {'; '.join(complaints[:20])}")
-        try:
-            loaded = dist_checkpointing.load(
-                sharded, str(self.folder), validate_access_integrity=False
-            )
-        except (Exception, CheckpointException) as e:  # zip, pickle, I/O of a damaged file
-            raise CheckpointError(
-                f"{self.folder}: the weights cannot be read ({e}); copy the checkpoint again"
-            ) from e
-        with torch.no_grad():
-            for name, tensor in state.items():
-                if name in sharded and loaded[name].data_ptr() != tensor.data_ptr():
-                    tensor.copy_(loaded[name])
+        return TorchDistWeights(self.folder, places)
 
 
-def _stored_name(
-    name: str, num_layers: int, stacked: bool
-) -> tuple[str, tuple[tuple[int, int, int], ...], int]:
-    """(stored name, offsets, prepended axes) for a name of `megatron_shapes`."""
+class Place(NamedTuple):
+    """Where a tensor of the model lies in a checkpoint: `tensor[at]` of a stored tensor."""
+
+    key: str
+    at: tuple[int, ...]
+    shape: tuple[int, ...]
+    """Of the whole stored tensor."""
+
+
+def places_of(name: str, shape: tuple[int, ...], d: ModelDescription) -> list[Place]:
+    """Where Megatron stores a name of `megatron_shapes`; the first is where `write` puts it.
+
+    Layers, and a layer's experts, are stacked or (layers that differ) stored one by one; a norm has
+    the name of the local or of the Transformer Engine layer spec.
+    """
     match = _LAYER.fullmatch(name)
     if not match:
-        return name, (), 0
-    layer, inner = int(match[1]), TE_NAMES.get(match[2], match[2])
-    if stacked:
-        return f"decoder.layers.{inner}", ((0, layer, num_layers),), 1
-    return f"decoder.layers.{layer}.{inner}", (), 0
-
-
-class SynchronousSave(TorchDistSaveShardedStrategy):
-    """Megatron's way of saving in the calling thread, and without a GPU to wait for."""
-
-    def save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> None:
-        """Write one iteration's files; the format is the same."""
-        renamed, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        torch_checkpoint.save(
-            mcore_to_pyt_state_dict(renamed, False),
-            storage_writer=FileSystemWriter(checkpoint_dir),
-            planner=MCoreSavePlanner(
-                dedup_replicated_tensors=False,
-                flatten_state_dict=False,
-                flatten_sharded_tensors=False,
-            ),
+        return [Place(name, (), shape)]
+    layer, inner = int(match[1]), match[2]
+    index: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
+    inners = [TE_NAMES[inner], inner] if inner in TE_NAMES else [inner]
+    if expert := EXPERT.fullmatch(inner):
+        assert d.num_experts is not None
+        inners = [f"mlp.experts.experts.{expert[2]}"]
+        index, sizes = (int(expert[1]),), (d.num_experts,)
+    return [
+        place
+        for inner in inners
+        for place in (
+            Place(f"decoder.layers.{inner}", (layer, *index), (d.num_layers, *sizes, *shape)),
+            Place(f"decoder.layers.{layer}.{inner}", index, (*sizes, *shape)),
         )
+    ]
 
 
-def write(path: str | Path, state: dict[str, Tensor], description: ModelDescription) -> None:
-    """Write a `release` checkpoint that Megatron's training loads with `--load`.
+def chunk_of(place: Place) -> ChunkStorageMetadata:
+    """The part of a stored tensor that is one tensor of the model."""
+    rest = place.shape[len(place.at) :]
+    return ChunkStorageMetadata(
+        torch.Size((*place.at, *(0 for _ in rest))),
+        torch.Size((*(1 for _ in place.at), *rest)),
+    )
 
-    It has no optimizer and no random states; its saved arguments say so, and Megatron then starts
-    at iteration 0.
 
-    Args:
-        path: an existing, empty folder.
-        state: tensors of the names and shapes of `megatron_shapes`, on the CPU.
+class _ReadOne(DefaultLoadPlanner):
+    """Hands the storage reader parts of one tensor to write into."""
 
-    Raises:
-        OSError, RuntimeError: the files cannot be written.
-    """
-    ensure_single_process()
-    d = description
-    sharded: dict[str, Any] = {}
-    for name, shape in megatron_shapes(d).items():
-        key, offsets, prepended = _stored_name(name, d.num_layers, stacked=True)
-        tensor = state[name].detach()
-        assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
-        sharded[name] = ShardedTensor.from_rank_offsets(
-            key, tensor, *offsets, prepend_axis_num=prepended, replica_id=0
-        )
-    for i in range(d.num_layers):
-        for module in _EXTRA_STATE_MODULES:
-            sharded[f"decoder.layers.{i}.{module}._extra_state"] = ShardedObject(
-                f"decoder.layers.{module}._extra_state", None, (d.num_layers,), (i,)
-            )
-    key = "decoder.final_layernorm._extra_state"
-    sharded[key] = ShardedObject(key, None, (1,), (0,))
-    folder = Path(path) / RELEASE
-    folder.mkdir()
-    common = {
-        "args": d.to_megatron_args(),
-        "checkpoint_version": 3.0,
-        "iteration": 0,
-        "num_floating_point_operations_so_far": 0,
-    }
-    try:
-        dist_checkpointing.save(
-            {"model": sharded, **common},
-            str(folder),
-            SynchronousSave(),
-            content_metadata={"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
-        )
-    except CheckpointException as e:  # a BaseException, with the reason in its text
-        raise RuntimeError(str(e)) from e
-    write_checksums(folder)
-    (Path(path) / TRACKER_FILE).write_text(RELEASE)
+    def __init__(self, out: Tensor, chunk: ChunkStorageMetadata):
+        super().__init__()
+        self._out, self._offsets = out.view(chunk.sizes), chunk.offsets
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        spans = zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        return self._out[tuple(slice(begin, begin + length) for begin, length in spans)]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass
+
+
+class TorchDistWeights:
+    """The weights of a checkpoint, read one tensor at a time: a `WeightSource`."""
+
+    def __init__(self, folder: Path, places: dict[str, Place]):
+        self._folder, self._places = folder, places
+        self._reader = FileSystemReader(folder)
+        self._metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._chunks: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
+
+    def _chunks_at(self, place: Place) -> TensorStorageMetadata:
+        """The stored tensor with those of its chunks alone that can lie at `place`."""
+        stored = self._metadata.state_dict_metadata[place.key]
+        assert isinstance(stored, TensorStorageMetadata)
+        depth = len(place.at)
+        if place.key not in self._chunks:
+            chunks = defaultdict(list)
+            for chunk in stored.chunks:
+                thin = all(size == 1 for size in chunk.sizes[:depth])
+                chunks[tuple(chunk.offsets[:depth]) if thin else ()].append(chunk)
+            self._chunks[place.key] = chunks
+        near = self._chunks[place.key]
+        if () in near:  # chunks of several layers
+            return stored
+        return replace(stored, chunks=near.get(place.at, []))
+
+    def fill(self, name: str, out: Tensor) -> None:
+        """See `WeightSource`."""
+        place = self._places[name]
+        chunk = chunk_of(place)
+        stored = self._chunks_at(place)
+        target = out.detach()
+        if not target.is_contiguous():
+            target = torch.empty(target.shape, dtype=target.dtype)
+        try:
+            items = create_read_items_for_chunk_list(place.key, stored, [chunk])
+            self._reader.read_data(LoadPlan(items), _ReadOne(target, chunk)).wait()
+        except (Exception, CheckpointException) as e:  # zip, pickle, I/O of a damaged file
+            raise CheckpointError(
+                f"{self._folder}: {place.key} cannot be read ({e}); copy the checkpoint again"
+            ) from e
+        if target.data_ptr() != out.data_ptr():
+            out.copy_(target)

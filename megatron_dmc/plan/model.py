@@ -11,17 +11,18 @@ from megatron_dmc.plan.presets import PRESETS
 
 @dataclass
 class PlannedModel(ModelDescription):
-    """A `ModelDescription` that also knows QK-norm, for which weights cannot be converted yet."""
-
-    qk_layernorm: bool = False
-    """RMSNorm over the head dim of queries and keys (Qwen3)."""
+    """A `ModelDescription` with a name, of a model with a dense MLP."""
 
     name: str = ""
     """As the user gave it."""
 
-    def megatron_flags(self) -> list[str]:
-        """`ModelDescription.megatron_flags`, with QK-norm."""
-        return super().megatron_flags() + (["--qk-layernorm"] if self.qk_layernorm else [])
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_experts is not None:
+            raise UnsupportedConfig(
+                f"--model {self.name}: {self.num_experts} experts; memory and time are estimated for "
+                "dense models only"
+            )
 
     @property
     def num_parameters(self) -> int:
@@ -44,14 +45,15 @@ def layer_parameters(model: PlannedModel, tensor_parallel: int) -> int:
     attention = h * (heads + 2 * groups) * d + heads * d * h
     mlp = 3 * h * (model.ffn_hidden_size // tensor_parallel)
     norms = 2 * h + (2 * d if model.qk_layernorm else 0)
-    return attention + mlp + norms
+    biases = (heads + 2 * groups) * d if model.add_qkv_bias else 0
+    return attention + mlp + norms + biases
 
 
 def find_model(name: str) -> PlannedModel:
     """A preset's name, a Hugging Face folder, or the path of a `config.json`.
 
     Raises:
-        UnsupportedConfig: neither a preset nor a path that exists, or not a Llama-shaped model.
+        UnsupportedConfig: neither a preset nor a path that exists, or of no supported family.
         CheckpointError: an unreadable `config.json`.
     """
     if name in PRESETS:

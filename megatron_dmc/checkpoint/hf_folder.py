@@ -1,0 +1,357 @@
+"""A Hugging Face folder's weights, tensor by tensor, as parts of Megatron's; read and written.
+
+Dimension letters: N query heads, G key/value heads (query groups), D head dim, H hidden size, F
+feed-forward size, V vocabulary size.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.families import family_named
+from megatron_dmc.checkpoint.weights import (
+    StateSource,
+    WeightSource,
+    megatron_shapes,
+    read_tensor,
+)
+from megatron_dmc.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+BLOCK_BYTES = 64_000_000
+"""Large tensors are read in blocks of rows of at most this size."""
+SHARD_BYTES = 5_000_000_000
+"""A folder's weights are split into files of at most this size."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One Hugging Face tensor as a part of a Megatron tensor."""
+
+    hf_name: str
+    hf_shape: tuple[int, ...]
+    megatron_name: str
+    kind: str
+
+    def view(self, tensor: Tensor, d: ModelDescription) -> Tensor:
+        """The part of the Megatron tensor, as a view (of another shape than `hf_shape` for qkv)."""
+        per_group = d.num_attention_heads // d.num_query_groups
+        if self.kind in ("q", "k", "v"):
+            # rows of a group: its query heads, its key head, its value head
+            qkv = tensor.view(d.num_query_groups, per_group + 2, d.kv_channels, *tensor.shape[1:])
+            first, last = {
+                "q": (0, per_group),
+                "k": (per_group, per_group + 1),
+                "v": (per_group + 1, per_group + 2),
+            }[self.kind]
+            return qkv[:, first:last]
+        if self.kind in ("gate", "up"):
+            return tensor.chunk(2)[self.kind == "up"]
+        if self.kind == "vocab":
+            return tensor[: d.vocab_size]
+        return tensor
+
+
+def _layer_rows(d: ModelDescription) -> list[tuple[str, str, str]]:
+    """(Hugging Face name, Megatron name, kind) of a layer's tensors, both below the layer.
+
+    Parts of one Megatron tensor follow each other.
+    """
+    rows = [("input_layernorm.weight", "input_layernorm.weight", "whole")]
+    for what in ("weight", "bias") if d.add_qkv_bias else ("weight",):
+        rows += [
+            (f"self_attn.{part}_proj.{what}", f"self_attention.linear_qkv.{what}", part)
+            for part in "qkv"
+        ]
+    if d.qk_layernorm:
+        rows += [
+            (f"self_attn.{part}_norm.weight", f"self_attention.{part}_layernorm.weight", "whole")
+            for part in "qk"
+        ]
+    rows += [
+        ("self_attn.o_proj.weight", "self_attention.linear_proj.weight", "whole"),
+        ("post_attention_layernorm.weight", "pre_mlp_layernorm.weight", "whole"),
+    ]
+    experts = family_named(d.model_type).experts
+    mlps = [("mlp.{part}", ("gate_proj", "up_proj", "down_proj"), "mlp")]
+    if experts is not None:
+        rows.append((f"{experts.router}.weight", "mlp.router.weight", "whole"))
+        mlps = [
+            (experts.expert.replace("{e}", str(e)), experts.parts, f"mlp.experts.local_experts.{e}")
+            for e in range(d.num_experts or 0)
+        ]
+    for template, (gate, up, down), megatron in mlps:
+        rows += [
+            (template.replace("{part}", part) + ".weight", f"{megatron}.{target}.weight", kind)
+            for part, target, kind in (
+                (gate, "linear_fc1", "gate"),
+                (up, "linear_fc1", "up"),
+                (down, "linear_fc2", "whole"),
+            )
+        ]
+    return rows
+
+
+def pieces(d: ModelDescription) -> list[Piece]:
+    """All tensors of the Hugging Face model; parts of one Megatron tensor follow each other."""
+    rows = [("model.embed_tokens.weight", "embedding.word_embeddings.weight", "vocab")]
+    layer = _layer_rows(d)
+    for i in range(d.num_layers):
+        rows += [(f"model.layers.{i}.{a}", f"decoder.layers.{i}.{b}", kind) for a, b, kind in layer]
+    rows.append(("model.norm.weight", "decoder.final_layernorm.weight", "whole"))
+    if not d.share_embeddings_and_output_weights:
+        rows.append(("lm_head.weight", "output_layer.weight", "vocab"))
+    shapes = megatron_shapes(d)
+    kv_rows = d.num_query_groups * d.kv_channels
+
+    def shape(megatron: str, kind: str) -> tuple[int, ...]:
+        whole = shapes[megatron]
+        first = {
+            "q": d.num_attention_heads * d.kv_channels, "k": kv_rows, "v": kv_rows,
+            "gate": whole[0] // 2, "up": whole[0] // 2, "vocab": d.vocab_size, "whole": whole[0],
+        }[kind]  # fmt: skip
+        return (first, *whole[1:])
+
+    return [Piece(hf, shape(megatron, kind), megatron, kind) for hf, megatron, kind in rows]
+
+
+def _some(names: set[str]) -> str:
+    ordered = sorted(names)
+    rest = f" and {len(ordered) - 20} more" if len(ordered) > 20 else ""
+    return ", ".join(ordered[:20]) + rest
+
+
+class _Stored(NamedTuple):
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class HFFolder:
+    """The safetensors files of a Hugging Face folder, read one tensor at a time: a `WeightSource`.
+
+    Raises:
+        CheckpointError: names the file that is missing or broken, and every tensor that is missing,
+            unknown or of another shape than `description` says.
+    """
+
+    def __init__(self, path: str | Path, description: ModelDescription):
+        self.path = Path(path)
+        self.description = description
+        self.pieces = pieces(description)
+        self._parts: dict[str, list[Piece]] = {}
+        for piece in self.pieces:
+            self._parts.setdefault(piece.megatron_name, []).append(piece)
+        self.stored: dict[str, _Stored] = {}
+        for file, expected in self._files().items():
+            self._read_header(file, expected)
+        self._check_tensors()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The narrowest dtype that holds every tensor exactly."""
+        dtypes = [self.stored[p.hf_name].dtype for p in self.pieces]
+        widest = dtypes[0]
+        for dtype in dtypes[1:]:
+            widest = torch.promote_types(widest, dtype)
+        return widest
+
+    def _files(self) -> dict[Path, set[str] | None]:
+        single, index = self.path / SINGLE_FILE, self.path / INDEX_FILE
+        if index.is_file():
+            try:
+                weight_map = json.loads(index.read_text())["weight_map"]
+                files: dict[Path, set[str] | None] = {}
+                for name, file in weight_map.items():
+                    names = files.setdefault(self.path / file, set())
+                    assert names is not None
+                    names.add(name)
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
+                raise CheckpointError(f"{index}: not a safetensors index ({e})") from e
+            return files
+        if single.is_file():
+            return {single: None}
+        if any(self.path.glob("*.bin")):
+            raise CheckpointError(
+                f"{self.path}: holds pickled weights (*.bin) only; save the model as safetensors "
+                "first"
+            )
+        raise CheckpointError(f"{self.path}: has neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+    def _read_header(self, file: Path, expected: set[str] | None) -> None:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: is missing, and {INDEX_FILE} names it; copy it again")
+        try:
+            with safe_open(file, framework="pt") as f:
+                names = set(f.keys())
+                for name in names:
+                    part = f.get_slice(name)
+                    dtype = _SAFETENSORS_DTYPES.get(part.get_dtype())
+                    if dtype is None:
+                        raise CheckpointError(
+                            f"{file}: {name} has dtype {part.get_dtype()}; only "
+                            f"{', '.join(_SAFETENSORS_DTYPES)} are supported"
+                        )
+                    self.stored[name] = _Stored(file, tuple(part.get_shape()), dtype)
+        except (SafetensorError, OSError) as e:
+            raise CheckpointError(
+                f"{file}: truncated or not a safetensors file ({e}); copy it again"
+            ) from e
+        if expected is not None and expected - names:
+            raise CheckpointError(
+                f"{file}: lacks tensors that {INDEX_FILE} says it has: {_some(expected - names)}"
+            )
+
+    def _check_tensors(self) -> None:
+        wanted = {p.hf_name: p for p in self.pieces}
+        missing = set(wanted) - set(self.stored)
+        unknown = {
+            n for n in set(self.stored) - set(wanted) if not n.endswith("rotary_emb.inv_freq")
+        }
+        tied_head = "lm_head.weight"
+        if self.description.share_embeddings_and_output_weights and tied_head in unknown:
+            if not torch.equal(self.read(tied_head), self.read("model.embed_tokens.weight")):
+                raise CheckpointError(
+                    f"{self.path}: config.json has tie_word_embeddings=true, but {tied_head} "
+                    "differs from model.embed_tokens.weight; correct config.json"
+                )
+            unknown.remove(tied_head)
+        complaints = []
+        if missing:
+            complaints.append(f"missing tensors: {_some(missing)}")
+        if unknown:
+            complaints.append(f"unknown tensors: {_some(unknown)}")
+        complaints += [
+            f"{name} has shape {list(self.stored[name].shape)}, config.json says "
+            f"{list(piece.hf_shape)}"
+            for name, piece in wanted.items()
+            if name in self.stored and self.stored[name].shape != piece.hf_shape
+        ][:20]
+        if complaints:
+            raise CheckpointError(f"{self.path}: {'; '.join(complaints)}")
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows `first` to `last` (not included) of one tensor, as stored; all without `last`."""
+        file = self.stored[name].file
+        try:
+            with safe_open(file, framework="pt") as f:
+                return f.get_slice(name)[first:last]
+        except (SafetensorError, OSError) as e:
+            raise CheckpointError(f"{file}: cannot read {name} ({e})") from e
+
+    def fill(self, name: str, out: Tensor) -> None:
+        """See `WeightSource`."""
+        for piece in self._parts[name]:
+            if piece.kind == "vocab":
+                out[self.description.vocab_size :] = 0
+            view = piece.view(out, self.description)
+            if view.shape != piece.hf_shape:
+                view.copy_(self.read(piece.hf_name).view(view.shape))
+                continue
+            # a file stays mapped while it is open: in blocks, less of it is in memory at once
+            row_bytes = max(1, _nbytes(piece, out.dtype) // piece.hf_shape[0])
+            step = max(1, BLOCK_BYTES // row_bytes)
+            for first in range(0, piece.hf_shape[0], step):
+                rows = view[first : first + step]
+                rows.copy_(self.read(piece.hf_name, first, first + len(rows)))
+
+
+def _plan_files(d: ModelDescription, shard_bytes: int) -> tuple[list[list[Piece]], int]:
+    """(pieces of every file, bytes in all): files of at most `shard_bytes` or one tensor."""
+    files: list[list[Piece]] = [[]]
+    size = total = 0
+    for piece in pieces(d):
+        nbytes = _nbytes(piece, d.dtype)
+        if files[-1] and size + nbytes > shard_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(piece)
+        size += nbytes
+        total += nbytes
+    return files, total
+
+
+def _nbytes(piece: Piece, dtype: torch.dtype) -> int:
+    return torch.Size(piece.hf_shape).numel() * dtype.itemsize
+
+
+def _header(content: list[Piece], dtype: torch.dtype) -> bytes:
+    """The head of a safetensors file: length, then JSON with dtype, shape and place of each tensor."""
+    name = next(key for key, value in _SAFETENSORS_DTYPES.items() if value == dtype)
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for piece in content:
+        begin, end = end, end + _nbytes(piece, dtype)
+        entries[piece.hf_name] = {
+            "dtype": name, "shape": list(piece.hf_shape), "data_offsets": [begin, end],
+        }  # fmt: skip
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_folder(
+    path: Path,
+    weights: WeightSource | Mapping[str, Tensor],
+    d: ModelDescription,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    progress: bool = False,
+) -> None:
+    """Write `config.json` and the safetensors files, in `d.dtype`, one tensor at a time.
+
+    Args:
+        path: an existing folder.
+        weights: a source, or Megatron's tensors by name.
+
+    Raises:
+        OSError: the files cannot be written.
+        CheckpointError: the source cannot be read.
+    """
+    source = StateSource(weights) if isinstance(weights, Mapping) else weights
+    (path / "config.json").write_text(json.dumps(d.to_hf_config(), indent=2) + "\n")
+    files, total = _plan_files(d, shard_bytes)
+    shapes = megatron_shapes(d)
+    weight_map: dict[str, str] = {}
+    current, tensor = "", torch.empty(0)
+    bar = tqdm(
+        total=sum(map(len, files)), desc="converting weights", unit="tensor",
+        disable=None if progress else True,
+    )  # fmt: skip
+    with bar:
+        for i, content in enumerate(files):
+            file = SINGLE_FILE
+            if len(files) > 1:
+                file = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+            # the library writes whole files from memory, so this writes their simple format itself
+            with open(path / file, "wb") as f:
+                f.write(_header(content, d.dtype))
+                for piece in content:
+                    if piece.megatron_name != current:
+                        del tensor  # before the next is allocated
+                        current = piece.megatron_name
+                        tensor = read_tensor(source, current, shapes[current], d.dtype)
+                    part = piece.view(tensor, d).contiguous()
+                    f.write(part.view(-1).view(torch.uint8).numpy().data)
+                    bar.update()
+            weight_map |= dict.fromkeys((piece.hf_name for piece in content), file)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (path / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,235 @@
+"""Megatron's older `torch` checkpoint format (`mp_rank_XX[_YYY]/model_optim_rng.pt`), read only.
+
+Every tensor-parallel and pipeline rank saved a pickle of its own; here they are one model again. The
+names are those of Megatron-Core's GPTModel, of the local or of the Transformer Engine layer spec.
+The released DMC checkpoints have this format (NVIDIA/Megatron-LM, branch dmc: `save_checkpoint`).
+"""
+
+import io
+import re
+import signal
+from argparse import Namespace
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.transformer.enums import AttnBackend
+from torch import Tensor
+
+from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.weights import TE_NAMES, join, megatron_shapes
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.errors import CheckpointError
+
+FILE = "model_optim_rng.pt"
+_RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_LOCAL_NAMES = {te: local for local, te in TE_NAMES.items()}
+_TIED_COPY = "output_layer.weight"
+
+
+def is_iteration(folder: Path) -> bool:
+    """True for an iteration's folder of this format."""
+    return any(folder.glob(f"mp_rank_*/{FILE}"))
+
+
+def _load(file: Path, *, allow_pickle: bool) -> dict[str, Any]:
+    """One rank's file, its tensors mapped into memory and read when they are used.
+
+    Raises:
+        CheckpointError: damaged, or it names classes that only unpickling without a guard makes.
+    """
+    options: dict[str, Any] = {"map_location": "cpu", "mmap": True}
+    try:
+        if allow_pickle:
+            return torch.load(file, weights_only=False, **options)
+        with torch.serialization.safe_globals(_harmless()):
+            try:
+                return torch.load(file, weights_only=True, **options)
+            except Exception:
+                unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+                if not unsafe:
+                    raise
+    except Exception as e:  # zip, pickle, I/O
+        first = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise CheckpointError(f"{file}: damaged or not a torch checkpoint ({first})") from e
+    raise CheckpointError(
+        f"{file}: its pickle calls {', '.join(sorted(unsafe))}, which loading tensors safely does not "
+        "allow; if you trust who made this file, pass --allow-pickle, which lets it run code"
+    )
+
+
+def _harmless() -> list[Any]:
+    """Classes that Megatron's saves hold beside tensors; making one runs nothing of the file's.
+
+    Arguments and their enums, Transformer Engine's extra states, the random generators' states.
+    """
+    reconstruct = np.ndarray.__reduce__(np.empty(0))[0]
+    return [
+        Namespace,
+        ModelType,
+        AttnBackend,
+        signal.Signals,
+        io.BytesIO,
+        np.ndarray,
+        np.dtype,
+        type(np.dtype(np.uint32)),
+        reconstruct,
+        (reconstruct, "numpy.core.multiarray._reconstruct"),  # as numpy 1 named it
+    ]
+
+
+class LegacyCheckpoint:
+    """One iteration of a `torch` checkpoint, opened for reading: a `WeightSource`.
+
+    Args:
+        folder: an iteration's.
+        allow_pickle: unpickle without a guard, which lets the files run code.
+
+    Raises:
+        CheckpointError: ranks are missing, a file is damaged, or it is not a GPT of Megatron-Core.
+    """
+
+    def __init__(self, folder: str | Path, *, allow_pickle: bool = False):
+        self.folder = Path(folder)
+        files: dict[tuple[int, int], Path] = {}
+        for file in sorted(self.folder.glob(f"mp_rank_*/{FILE}")):
+            match = _RANK.fullmatch(file.parent.name)
+            if not match:
+                raise CheckpointError(
+                    f"{file.parent}: a rank of expert parallelism; save the model again with "
+                    "--ckpt-format torch_dist"
+                )
+            files[int(match[1]), int(match[2] or 0)] = file
+        self._tp = 1 + max(tp for tp, _ in files)
+        self._pp = 1 + max(pp for _, pp in files)
+        states = {rank: _load(file, allow_pickle=allow_pickle) for rank, file in files.items()}
+        first = next(iter(states.values()))
+        self.args: Namespace = self._saved_args(first)
+        self.iteration = int(first.get("iteration") or 0)
+        self._check_ranks(states)
+        self._shards: dict[str, list[Tensor]] = defaultdict(list)
+        for tp in range(self._tp):
+            self._add_rank(tp, states)
+
+    def _saved_args(self, state: dict[str, Any]) -> Namespace:
+        args = state.get("args") if isinstance(state, dict) else None
+        if not isinstance(args, Namespace):
+            raise CheckpointError(
+                f"{self.folder}: holds no saved arguments, so the model's sizes are unknown"
+            )
+        return args
+
+    def _check_ranks(self, states: dict[tuple[int, int], dict]) -> None:
+        for what, found in (
+            ("tensor_model_parallel_size", self._tp),
+            ("pipeline_model_parallel_size", self._pp),
+        ):
+            saved = getattr(self.args, what, found)
+            if saved != found:
+                raise CheckpointError(
+                    f"{self.folder}: saved with {what}={saved}, but there are {found} ranks; copy "
+                    "the missing mp_rank_* folders"
+                )
+        missing = [
+            f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if self._pp > 1 else "")
+            for tp in range(self._tp)
+            for pp in range(self._pp)
+            if (tp, pp) not in states
+        ]
+        if missing:
+            raise CheckpointError(f"{self.folder}: {', '.join(missing)}: missing; copy them")
+
+    def _chunks(self, tp: int, states: dict[tuple[int, int], dict]) -> list[dict[str, Tensor]]:
+        """A tensor-parallel rank's parts of the model in the order of the layers."""
+        ranks = [states[tp, pp] for pp in range(self._pp)]
+        if "model" in ranks[0]:
+            return [rank["model"] for rank in ranks]
+        count = sum(re.fullmatch(r"model\d+", str(key)) is not None for key in ranks[0])
+        if not count:
+            raise CheckpointError(f"{self.folder}: mp_rank_{tp:02d} holds no model")
+        # interleaved: the first chunks of all pipeline ranks, then the second ones
+        return [rank[f"model{i}"] for i in range(count) for rank in ranks]
+
+    def _add_rank(self, tp: int, states: dict[tuple[int, int], dict]) -> None:
+        offset = 0
+        for chunk in self._chunks(tp, states):
+            if "language_model" in chunk:
+                raise CheckpointError(
+                    f"{self.folder}: a model of Megatron's code before Megatron-Core "
+                    "(--use-legacy-models); save it with Megatron-Core's GPTModel first"
+                )
+            layers = 0
+            for key, tensor in chunk.items():
+                if not isinstance(tensor, Tensor) or "_extra_state" in key:
+                    continue
+                name = key
+                if match := _LAYER.fullmatch(key):
+                    layers = max(layers, int(match[1]) + 1)
+                    inner = _LOCAL_NAMES.get(match[2], match[2])
+                    name = f"decoder.layers.{offset + int(match[1])}.{inner}"
+                if not name.endswith("rotary_pos_emb.inv_freq"):
+                    self._shards[name].append(tensor)
+            offset += layers
+
+    def description(self, *, vocab_size: int | None = None) -> ModelDescription:
+        """The model, from the saved arguments; dtype from the stored weights."""
+        description = ModelDescription.from_megatron_args(self.args, vocab_size=vocab_size)
+        embedding = self._shards.get("embedding.word_embeddings.weight")
+        if embedding:
+            description.dtype = embedding[0].dtype
+        return description
+
+    def check(self, description: ModelDescription) -> None:
+        """Compare the names with the model's.
+
+        Raises:
+            CheckpointError: names the tensors that are missing or no part of it.
+        """
+        wanted, found = set(megatron_shapes(description)), set(self._shards)
+        if description.share_embeddings_and_output_weights:
+            found.discard(_TIED_COPY)  # the last pipeline rank's copy of the embedding
+        complaints = [f"{name} is missing" for name in sorted(wanted - found)]
+        complaints += [f"{name} is no part of this model" for name in sorted(found - wanted)]
+        if complaints:
+            raise CheckpointError(f"{self.folder}: {'; '.join(complaints[:20])}")
+
+    def fill(self, name: str, out: Tensor) -> None:
+        """See `WeightSource`."""
+        try:
+            join(name, self._shards[name], out)
+        except ValueError as e:
+            raise CheckpointError(f"{self.folder}: {name}: {e}") from e
+
+
+def released_dmc_config(args: Namespace, *, target_cr: float | None = None) -> DMCConfig:
+    """DMC's settings of a checkpoint that the released DMC code saved.
+
+    That code reads the decision from the last channel with offset 5 (`--dmc-init-val`) and merges the
+    latest 12 tokens (`--dmc-window-size`); these hold where the arguments do not say.
+
+    Args:
+        args: saved with the checkpoint.
+        target_cr: where they do not hold `dmc_cr`.
+
+    Raises:
+        CheckpointError: the target CR is unknown.
+    """
+    cr = target_cr if target_cr is not None else getattr(args, "dmc_cr", None)
+    if cr is None:
+        raise CheckpointError(
+            "the saved arguments hold no dmc_cr; pass --dmc-target-cr (8 for the 8x checkpoints)"
+        )
+    stage = "finetune" if getattr(args, "dmc_finetune", True) else "retrofit"
+    if getattr(args, "dmc_is_stage_one", False):
+        stage = "zero-out"
+    return DMCConfig(
+        stage=stage,  # type: ignore[arg-type]
+        target_cr=float(cr),
+        alpha_offset=float(getattr(args, "dmc_init_val", 5.0)),
+        temperature=float(getattr(args, "dmc_temp", 0.1)),
+        merge_window=int(getattr(args, "dmc_window_size", 12)),
+    )
