@@ -25,7 +25,7 @@ from megatron_dmc.ops.cache_ops import (
     slots_of_entries,
     write_entries,
 )
-from megatron_dmc.ops.eviction import WorkingCache, attend_and_evict
+from megatron_dmc.ops.budget_attention import WorkingCache, attend_and_evict
 
 
 @dataclass(frozen=True)
