@@ -219,6 +219,27 @@ def run_plan(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def add_eval(subparsers: Subparsers) -> None:
+    """`megatron-dmc eval`."""
+    from megatron_dmc.harness.command import add_arguments
+
+    parser = subparsers.add_parser(
+        "eval",
+        help="lm-eval's tasks on the engine",
+        description="Run tasks of EleutherAI's lm-eval through the paged engine, the cache compressed as "
+        "in decoding, and report the measured CR beside every result.",
+    )
+    add_arguments(parser)
+    parser.set_defaults(run=run_eval)
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """Run `megatron-dmc eval`."""
+    from megatron_dmc.harness.command import run
+
+    return run(args)
+
+
 SUBCOMMANDS: list[Callable[[Subparsers], None]] = [
     add_convert,
     add_generate,
@@ -226,6 +247,7 @@ SUBCOMMANDS: list[Callable[[Subparsers], None]] = [
     add_plan,
     add_report,
     add_bench,
+    add_eval,
 ]
 
 

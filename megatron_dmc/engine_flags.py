@@ -92,8 +92,11 @@ def model_path(args: argparse.Namespace) -> str:
     return given[0]
 
 
-def make_llm(args: argparse.Namespace) -> Any:
+def make_llm(args: argparse.Namespace, **settings: Any) -> Any:
     """The `LLM` that the flags ask for.
+
+    Args:
+        settings: further arguments of `LLM`.
 
     Raises:
         DMCError: the model cannot be read, or a size cannot be had.
@@ -107,4 +110,5 @@ def make_llm(args: argparse.Namespace) -> Any:
         if not Path(args.tokenizer).exists():
             raise DMCError(f"--tokenizer {args.tokenizer}: no such folder or file")
         tokenizer = load_tokenizer(args.tokenizer)
-    return LLM(model_path(args), tokenizer, **{name: getattr(args, name) for name in _PASSED_ON})
+    flags = {name: getattr(args, name) for name in _PASSED_ON}
+    return LLM(model_path(args), tokenizer, **flags, **settings)

@@ -180,6 +180,28 @@ def test_logprobs_and_prompt_logprobs():
     assert completion.cumulative_logprob == pytest.approx(total)
 
 
+@pytest.mark.parametrize("start", [3, 9, 11, 12, 40])
+@pytest.mark.parametrize("steps_before_preemption", [2, 4])
+def test_prompt_logprobs_from_a_position_on(start, steps_before_preemption):
+    """In chunks of 4 tokens, and over a preemption within the prompt and behind it."""
+    rows = {}
+    for first in (1, start):
+        engine = make_engine(dmc_config(), max_num_batched_tokens=4)
+        params = greedy_params(10, prompt_logprobs=1, prompt_logprobs_start=first)
+        engine.add_request("a", list(range(12)), params)
+        for _ in range(steps_before_preemption):
+            engine.step()
+        engine.scheduler._preempt_last()
+        rows[first] = drain(engine)["a"].prompt_logprobs
+    assert len(rows[1]) == len(rows[start]) == 12
+    assert rows[start][:start] == [None] * min(start, 12)
+    for one, other in zip(rows[start][start:], rows[1][start:], strict=True):
+        assert one.keys() == other.keys()
+        for token in one:
+            assert one[token].rank == other[token].rank
+            assert abs(one[token].logprob - other[token].logprob) < 1e-10
+
+
 def test_stop_tokens_and_end_of_text():
     prompt = make_prompts(1, seed=6)[0]
     tokens = TinyGPT(dmc_config()).greedy(prompt, 10)
@@ -267,6 +289,7 @@ def test_bad_requests_are_refused_and_leave_nothing():
         ("top_k", -2), ("top_k", 1.5), ("top_p", 0), ("top_p", 1.1), ("min_p", -0.1),
         ("seed", 1.5), ("stop", [""]), ("stop", 3), ("stop_token_ids", [-1]),
         ("max_tokens", 0), ("max_tokens", 2.5), ("logprobs", 21), ("prompt_logprobs", -1),
+        ("prompt_logprobs_start", 0),
     ],
 )  # fmt: skip
 def test_bad_sampling_params_name_the_field(field, value):

@@ -41,6 +41,7 @@ LEVELS = {
     "report": 7,
     "evaluation": 7,
     "generate": 7,
+    "harness": 7,
 }
 """Level of every module and package directly under megatron_dmc."""
 
@@ -55,6 +56,7 @@ SAME_LEVEL = {
     ("cli", "evaluation"),
     ("cli", "report"),
     ("cli", "generate"),
+    ("cli", "harness"),
 }
 """(importer, imported): the only imports within a level. Add none that closes a circle."""
 
@@ -326,6 +328,10 @@ def state():
 
 for name in THEIRS:
     importlib.import_module(name)
+try:
+    import lm_eval  # sets a variable for the hub's client; megatron_dmc.harness.model cannot but import it
+except ImportError:
+    pass
 environment, hooks = dict(os.environ), (sys.excepthook, sys.argv[:1])
 before = state()
 skipped = []

@@ -123,14 +123,21 @@ def test_least_recently_used_prefix_goes_first():
     assert engine.stats().num_evicted_prefixes >= 1
 
 
-def test_prompt_logprobs_compute_the_whole_prompt():
+@pytest.mark.parametrize("start,cached", [(1, 0), (BLOCK, 0), (2 * BLOCK + 1, 2 * BLOCK)])
+def test_prompt_logprobs_compute_the_prompt_from_where_they_are_wanted(start, cached):
     engine = cached_engine()
     prompt = list(range(4, 24))
-    for i in ("a", "b"):
-        engine.add_request(i, prompt, greedy_params(1, prompt_logprobs=0))
+    rows = []
+    for i, hit in (("a", 0), ("b", cached)):
+        params = greedy_params(1, prompt_logprobs=0, prompt_logprobs_start=start)
+        engine.add_request(i, prompt, params)
         output = drain(engine)[i]
-        assert len(output.prompt_logprobs) == len(prompt)
-        assert output.metrics.num_cached_prompt_tokens == 0
+        assert output.metrics.num_cached_prompt_tokens == hit
+        rows.append(output.prompt_logprobs)
+    assert len(rows[0]) == len(rows[1]) == len(prompt)
+    for t in range(start, len(prompt)):
+        a, b = rows[0][t][prompt[t]], rows[1][t][prompt[t]]
+        assert a.rank == b.rank and abs(a.logprob - b.logprob) < 1e-10
 
 
 def test_keys_are_chained():

@@ -38,6 +38,7 @@ class PageCounts:
 
     Attributes:
         entries_KLRG: int64.
+        limit_R: entries that a head of the row never exceeds, int64; set it while the row is empty.
         runs: of each row, from its first token on.
         num_unfinished: pages of cached prefixes that are being taken in this step, on every rank; they
             cannot be given up yet.
@@ -47,6 +48,7 @@ class PageCounts:
         num_ranks, _, num_rows, _ = shape_KLRG
         self.num_pages, self.page_size = num_pages, page_size
         self.entries_KLRG = np.zeros(shape_KLRG, dtype=np.int64)
+        self.limit_R = np.full(num_rows, np.iinfo(np.int64).max)
         self.runs: list[list[Run]] = [[] for _ in range(num_rows)]
         self.num_unfinished = 0
         self._entries_KR = np.zeros((num_ranks, num_rows), dtype=np.int64)
@@ -94,7 +96,8 @@ class PageCounts:
         if num_new_tokens == 1:
             return self._full_KR[:, row]
         entries = self.entries_KLRG[:, :, row]
-        missing = self.pages_of(entries + num_new_tokens) - self.pages_of(entries)
+        most = np.minimum(entries + num_new_tokens, self.limit_R[row])
+        missing = self.pages_of(most) - self.pages_of(entries)
         needed: np.ndarray = missing.sum(axis=(1, 2))
         return needed
 
@@ -103,7 +106,8 @@ class PageCounts:
         self.entries_KLRG[:, :, rows_B] = entries_KLBG
         self._entries_KR[:, rows_B] = entries_KLBG.sum(axis=(1, 3))
         self._pages_KR[:, rows_B] = self.pages_of(entries_KLBG).sum(axis=(1, 3))
-        self._full_KR[:, rows_B] = (entries_KLBG % self.page_size == 0).sum(axis=(1, 3))
+        is_full = (entries_KLBG % self.page_size == 0) & (entries_KLBG < self.limit_R[rows_B, None])
+        self._full_KR[:, rows_B] = is_full.sum(axis=(1, 3))
 
     def hold_tails(self, count: int) -> None:
         """Cached prefixes hold so many pages of their own more, on every rank (negative: less)."""

@@ -69,30 +69,34 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer that transformers reads."""
+    """A tokenizer that transformers reads.
+
+    Attributes:
+        inner: transformers' own, with the special tokens and the chat template.
+    """
 
     def __init__(self, folder: Path):
         from transformers import AutoTokenizer
 
         try:
             # without trust_remote_code=False it asks at the keyboard where a model brings code
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+            self.inner: Any = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
         except Exception as e:  # transformers raises many kinds
             reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
             raise CheckpointError(f"{folder}: no tokenizer can be read from it ({reason})") from e
-        self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1
-        self.bos_id: int | None = self._tokenizer.bos_token_id
-        self.eos_id: int | None = self._tokenizer.eos_token_id
+        self.vocab_size: int = max(self.inner.get_vocab().values()) + 1
+        self.bos_id: int | None = self.inner.bos_token_id
+        self.eos_id: int | None = self.inner.eos_token_id
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        return list(self.inner.encode(text, add_special_tokens=False))
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids; special tokens are left out."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        return str(self.inner.decode(list(ids), skip_special_tokens=True))
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -6,6 +6,7 @@ from typing import get_args
 
 import torch
 
+from megatron_dmc.baselines import EvictionRule
 from megatron_dmc.engine.decode_graphs import default_sizes
 from megatron_dmc.engine.scheduler import SchedulingPolicy
 from megatron_dmc.errors import UnsupportedConfig
@@ -76,6 +77,13 @@ class EngineConfig:
     cudagraph_capture_sizes: Sequence[int] | None = None
     """Batch sizes that are captured; None: 1, 2, 4, 8, 16, 24, ... up to `max_num_seqs`."""
 
+    cache_policy: str | None = None
+    """"h2o", "tova" or "window": evict entries instead of merging (megatron_dmc.baselines); for
+    evaluation, with a plain model in one process and without cached prefixes."""
+
+    cache_budget: int | float | None = None
+    """With a policy: entries that each head keeps; a float: as a part of the request's prompt."""
+
     poison: bool = False
     """Fill free pages with NaN, for tests."""
 
@@ -104,6 +112,21 @@ class EngineConfig:
                 f"{self.max_num_seqs}; choose smaller ones, or enforce_eager=True"
             )
         parse_kv_cache_dtype(self.kv_cache_dtype)
+        if (self.cache_policy is None) != (self.cache_budget is None):
+            raise UnsupportedConfig(
+                f"cache_policy={self.cache_policy!r} with cache_budget={self.cache_budget!r}: give both "
+                "or neither"
+            )
+        if self.eviction is not None and self.enable_prefix_caching:
+            raise UnsupportedConfig(
+                f"cache_policy={self.cache_policy!r} with enable_prefix_caching=True: what is evicted "
+                "depends on the whole prompt; switch prefix caching off"
+            )
+        if self.eviction is not None and parse_kv_cache_dtype(self.kv_cache_dtype) is not None:
+            raise UnsupportedConfig(
+                f"cache_policy={self.cache_policy!r} with kv_cache_dtype={self.kv_cache_dtype!r}: the "
+                "policies are compared in the model's dtype; use kv_cache_dtype='auto'"
+            )
         if self.scheduling_policy not in get_args(SchedulingPolicy):
             raise UnsupportedConfig(
                 f"scheduling_policy={self.scheduling_policy!r}: use 'fcfs' or 'priority'"
@@ -113,3 +136,10 @@ class EngineConfig:
         """Batch sizes whose decode steps become CUDA graphs: none larger than `max_num_seqs`."""
         sizes = self.cudagraph_capture_sizes or default_sizes(self.max_num_seqs)
         return sorted({size for size in sizes if size <= self.max_num_seqs})
+
+    @property
+    def eviction(self) -> EvictionRule | None:
+        """The policy and its budget, if any."""
+        if self.cache_policy is None or self.cache_budget is None:
+            return None
+        return EvictionRule(self.cache_policy, self.cache_budget)

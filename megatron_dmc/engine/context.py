@@ -14,6 +14,7 @@ from megatron.core.inference.config import InferenceConfig
 from megatron.core.inference.contexts.base_context import BaseInferenceContext
 from torch import Tensor
 
+from megatron_dmc.baselines import EvictingCache, EvictingChunk, EvictionRule, make_policy
 from megatron_dmc.cache import (
     BlockTables,
     LateCopy,
@@ -110,6 +111,7 @@ class PagedContext(BaseInferenceContext):
         num_ranks: int = 1,
         rank: int = 0,
         sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+        eviction: EvictionRule | None = None,
     ):
         """
         Args:
@@ -119,6 +121,8 @@ class PagedContext(BaseInferenceContext):
             count_flips: compare decisions that are made a second time.
             exchange, num_ranks, rank: tensor parallelism, see `BlockTables`.
             sum_over_ranks: of decision logits, for heads that decide together.
+            eviction: keep a budget of entries by a policy; with neither `rule` nor cached prefixes nor
+                several ranks.
         """
         super().__init__(InferenceConfig(max_sequence_length=max_model_len))
         self.max_sequence_length = max_model_len
@@ -155,6 +159,13 @@ class PagedContext(BaseInferenceContext):
         self.prefixes: PrefixCache | None = None
         if prefix_block_size is not None:
             self.prefixes = PrefixCache(self.tables, self.segments, block_size=prefix_block_size)
+        self.eviction = eviction
+        self._evicting: EvictingCache | None = None
+        if eviction is not None:
+            self._evicting = EvictingCache(
+                make_policy(eviction.policy), self.tables,
+                most_entries=min(eviction.budget(max_model_len), max_model_len), dtype=dtype,
+            )  # fmt: skip
         self.num_queried_tokens = self.num_hit_tokens = 0
         self.num_repeated_decisions = self.num_flipped_decisions = 0
         self._count_flips = count_flips and self.segments is not None and rule.may_merge
@@ -201,6 +212,9 @@ class PagedContext(BaseInferenceContext):
         assert request.row is not None
         return self.tables.counts.most_entries(request.row)
 
+    def entry_limit(self, request: Request) -> int | None:
+        return None if self.eviction is None else self.eviction.budget(request.num_prompt_tokens)
+
     def find_prefix(self, request: Request) -> CachedPrefix:
         snapshot = self._find(request)
         if snapshot is None or self.prefixes is None:
@@ -213,6 +227,9 @@ class PagedContext(BaseInferenceContext):
         assert request.row is None
         snapshot = self._find(request) if use_prefix else None
         request.row = self.tables.open_row()
+        if self._evicting is not None and (limit := self.entry_limit(request)) is not None:
+            self._evicting.budget_R[request.row] = limit
+            self.tables.counts.limit_R[request.row] = limit
         if snapshot is not None and self.prefixes is not None:
             self.prefixes.restore(snapshot, request.row)
             request.num_computed_tokens = snapshot.num_tokens
@@ -230,10 +247,12 @@ class PagedContext(BaseInferenceContext):
         request.row = None
 
     def _find(self, request: Request) -> Snapshot | None:
-        # the last token is always computed: its logits are wanted
-        if self.prefixes is None or request.params.prompt_logprobs is not None:
+        if self.prefixes is None:
             return None
+        # the last token is always computed: its logits are wanted
         num_known = request.num_tokens - 1
+        if request.params.prompt_logprobs is not None:
+            num_known = min(num_known, request.params.prompt_logprobs_start - 1)
         self._extend_keys(request, num_known)
         return self.prefixes.find(request.prefix_keys[: num_known // self.prefixes.block_size])
 
@@ -362,6 +381,8 @@ class PagedContext(BaseInferenceContext):
         Returns:
             out_TND.
         """
+        if self._evicting is not None:
+            return self._evict(layer_index, q_TND, k_TGD, v_TGD, freqs_SF, softmax_scale)
         num_singles = self._rows_B.shape[0]
         num_prefilled = sum(piece.num_tokens for piece in self._prefills)
         assert q_TND.shape[0] == num_singles + num_prefilled, "not this step's tokens"
@@ -399,6 +420,25 @@ class PagedContext(BaseInferenceContext):
             if piece.snapshot is not None and self.prefixes is not None:
                 self.prefixes.capture(piece.snapshot, slice(layer_index, layer_index + 1))
         return out
+
+    def _evict(
+        self,
+        layer_index: int,
+        q_TND: Tensor,
+        k_TGD: Tensor,
+        v_TGD: Tensor,
+        freqs_SF: Tensor | None,
+        softmax_scale: float,
+    ) -> Tensor:
+        """Prompts and single tokens alike, under the eviction policy."""
+        assert self._evicting is not None
+        chunks = [EvictingChunk(c.row, c.start, c.num_tokens) for c in self._chunks]
+        if freqs_SF is not None:
+            freqs_TF = torch.cat([freqs_SF[c.start : c.start + c.num_tokens] for c in chunks])
+            q_TND, k_TGD = (cache_ops.apply_rope(x, freqs_TF) for x in (q_TND, k_TGD))
+        return self._evicting.attend(
+            layer_index, q_TND, k_TGD, v_TGD, chunks, softmax_scale=softmax_scale
+        )
 
     def _decode(
         self,

@@ -76,6 +76,16 @@ class LLMEngine:
                 "enable_prefix_caching=True: this model evicts tokens (--dmc-policy evict), and a page "
                 "whose slots are written again cannot be shared; switch it off"
             )
+        if config.cache_policy is not None and parallel is not None:
+            raise UnsupportedConfig(
+                f"cache_policy={config.cache_policy!r} with tensor parallelism is not supported; use one "
+                "process"
+            )
+        if config.cache_policy is not None and rule is not None:
+            raise UnsupportedConfig(
+                f"cache_policy={config.cache_policy!r} with a DMC model: it merges instead; use the base "
+                "model"
+            )
         self.config, self.description, self.tokenizer = config, description, tokenizer
         self.parallel, self._dtype = parallel, dtype
         self.eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
@@ -100,6 +110,7 @@ class LLMEngine:
             exchange=None if parallel is None else parallel.exchange,
             rank=0 if parallel is None else parallel.rank,
             sum_over_ranks=None if parallel is None else parallel.sum,
+            eviction=config.eviction,
         )
         self.runner = ModelRunner(
             model,
@@ -109,7 +120,8 @@ class LLMEngine:
             gather=None if parallel is None else parallel.gather_logits,
         )
         # eviction's PyTorch selects by masks, which a graph cannot
-        if torch.device(device).type == "cuda" and not config.enforce_eager and not evicts:
+        eager = config.enforce_eager or evicts or config.cache_policy is not None
+        if torch.device(device).type == "cuda" and not eager:
             self.runner.capture_on_gpu(
                 config.graph_sizes(), progress=parallel is None or parallel.rank == 0
             )
@@ -173,6 +185,7 @@ class LLMEngine:
             max_total_tokens=len(token_ids) + new,
             priority=priority,
             decisions=DecisionRecord() if self._counts_flips else None,
+            prompt_logprobs=[None] * min(params.prompt_logprobs_start, len(token_ids)),
         )
         self.scheduler.add(request)
         self._tell("add_request", request_id, prompt, params, priority=priority)
@@ -240,8 +253,9 @@ class LLMEngine:
             request = chunk.request
             if request.params.prompt_logprobs is not None:
                 # position p tells of token p + 1
+                first = max(chunk.start, request.params.prompt_logprobs_start - 1)
                 last = min(chunk.end, request.num_prompt_tokens - 1)
-                offsets = list(range(last - chunk.start))
+                offsets = list(range(first - chunk.start, last - chunk.start))
             else:
                 offsets = []
             if chunk.samples:
@@ -264,7 +278,7 @@ class LLMEngine:
                 sampling.append(request)
                 sample_rows.append(rows.pop())
             if rows:
-                self._record_prompt_logprobs(request, chunk.start, logits_XV[rows])
+                self._record_prompt_logprobs(request, chunk.start + offsets[0], logits_XV[rows])
             request.num_computed_tokens = chunk.end
         tokens = self._sample(logits_XV[sample_rows], sampling) if sampling else []
         # the device is done: the counts wait for nothing more

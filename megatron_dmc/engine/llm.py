@@ -51,6 +51,8 @@ class LLM:
         prefix_block_size: tokens between two places at which a shared prefix can end.
         enforce_eager: no CUDA graphs for decode steps.
         cudagraph_capture_sizes: batch sizes that get one; default: 1, 2, 4, 8, 16, ... `max_num_seqs`.
+        cache_policy: "h2o", "tova" or "window": evict instead of merging, for evaluation of plain models.
+        cache_budget: with it: entries that each head keeps, or as a float the part of the prompt.
         tensor_parallel_size: processes that share the heads, started by torchrun; every process makes an
             `LLM`, and all but rank 0 then call `follow`.
         seed: of requests without a seed.
@@ -78,6 +80,8 @@ class LLM:
         prefix_block_size: int = 256,
         enforce_eager: bool = False,
         cudagraph_capture_sizes: Sequence[int] | None = None,
+        cache_policy: str | None = None,
+        cache_budget: float | None = None,
         tensor_parallel_size: int = 1,
         seed: int = 0,
         device: str | torch.device | None = None,
@@ -142,6 +146,8 @@ class LLM:
                 prefix_block_size=prefix_block_size,
                 enforce_eager=enforce_eager,
                 cudagraph_capture_sizes=cudagraph_capture_sizes,
+                cache_policy=cache_policy,
+                cache_budget=cache_budget,
             ),
             dtype=model_dtype,
             device=device,

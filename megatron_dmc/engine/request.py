@@ -80,7 +80,8 @@ class Request:
     stop_reason: str | int | None = None
     cumulative_logprob: float = 0.0
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
-    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
+    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
+    """By position; begins with None for each prompt token before the first one asked for."""
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -59,6 +59,9 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     """The same for every prompt token but the first."""
 
+    prompt_logprobs_start: int = 1
+    """First prompt token (by position) whose log-probability is wanted; None stands for those before."""
+
     include_stop_str_in_output: bool = False
     """Leave the stop text at the end of the completion."""
 
@@ -84,6 +87,9 @@ class SamplingParams:
         self._require("max_tokens",
                       self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens > 0),
                       "use a positive number, or None for up to the context's end")  # fmt: skip
+        self._require("prompt_logprobs_start",
+                      _is_int(self.prompt_logprobs_start) and self.prompt_logprobs_start >= 1,
+                      "use a position from 1 on: nothing predicts the first token")  # fmt: skip
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             self._require(name, value is None or (_is_int(value) and 0 <= value <= MAX_LOGPROBS),

@@ -55,6 +55,10 @@ class PageAccount(Protocol):
         """Entries of a running request, over all layers and heads (of the rank that has most)."""
         ...
 
+    def entry_limit(self, request: Request) -> int | None:
+        """Entries that a head of this request never exceeds; None: as many as it has tokens."""
+        ...
+
     def find_prefix(self, request: Request) -> CachedPrefix:
         """What `start` can begin a waiting request with."""
         ...
@@ -172,7 +176,7 @@ class Scheduler:
                 f"request {request.request_id}: priority={request.priority} needs "
                 "scheduling_policy='priority'; this engine serves first come, first served"
             )
-        most = self.worst_case_pages(request.max_cached_tokens)
+        most = self.worst_case_pages(request, request.max_cached_tokens)
         if most > self.account.num_pages:
             raise InvalidRequest(
                 f"request {request.request_id}: prompt of {num_prompt} + max_tokens "
@@ -181,8 +185,10 @@ class Scheduler:
                 "(num_pages, kv_cache_memory_bytes)"
             )
 
-    def worst_case_pages(self, num_tokens: int) -> int:
-        """Pages of so many tokens if none merges."""
+    def worst_case_pages(self, request: Request, num_tokens: int) -> int:
+        """Pages of so many of a request's tokens if none merges."""
+        limit = self.account.entry_limit(request)
+        num_tokens = num_tokens if limit is None else min(num_tokens, limit)
         return -(-num_tokens // self.account.page_size) * self.account.num_heads_total
 
     @property
@@ -209,7 +215,7 @@ class Scheduler:
         # each head's last page is half full on average
         partly_filled = 0.0 if num_cached else 0.5
         pages = heads * (tokens / (cr * page_size) + partly_filled)
-        return min(pages, self.worst_case_pages(tokens))
+        return min(pages, self.worst_case_pages(request, tokens))
 
     def add(self, request: Request) -> None:
         """Queue a request.

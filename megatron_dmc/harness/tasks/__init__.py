@@ -1,0 +1,1 @@
+"""Tasks that need no download; lm-eval reads the YAML files of this folder."""
