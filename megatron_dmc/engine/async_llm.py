@@ -25,6 +25,8 @@ from megatron_dmc.errors import EngineDead
 
 logger = logging.getLogger(__name__)
 
+_HEALTH_S = 1.0
+
 type Prompt = str | Sequence[int] | dict
 type Observer = Callable[[list[RequestOutput]], None]
 
@@ -118,6 +120,8 @@ class AsyncLLM:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
+        *,
+        priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the request's outputs, each with all of the completion so far. Leaving the loop, or
         cancelling the task, aborts the request.
@@ -125,12 +129,13 @@ class AsyncLLM:
         Args:
             prompt: as for `LLMEngine.add_request`.
             request_id: default: a new one.
+            priority: lower goes first; only with the scheduling policy "priority".
 
         Raises:
             InvalidRequest: it can never run.
             EngineDead: the engine has failed, or was shut down.
         """
-        stream = await self.add_request(prompt, sampling_params, request_id)
+        stream = await self.add_request(prompt, sampling_params, request_id, priority=priority)
         try:
             async for output in stream:
                 yield output
@@ -143,6 +148,8 @@ class AsyncLLM:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
+        *,
+        priority: int = 0,
     ) -> RequestStream:
         """Queue a request; returns once the engine has accepted it. Whoever stops reading the stream
         must `abort` the request. Raises like `generate`."""
@@ -150,7 +157,7 @@ class AsyncLLM:
         stream = RequestStream(request_id, asyncio.get_running_loop())
 
         def add() -> None:
-            self.engine.add_request(request_id, prompt, sampling_params)
+            self.engine.add_request(request_id, prompt, sampling_params, priority=priority)
             self._streams[request_id] = stream
 
         try:
@@ -203,6 +210,11 @@ class AsyncLLM:
         """What ended the engine; None while it works."""
         return self._failure
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether no step is being computed, and none will be."""
+        return self._failure is not None and (self._thread is None or not self._thread.is_alive())
+
     def shutdown(self, timeout: float | None = None) -> None:
         """End the thread after its current step; unfinished requests end with `EngineDead`.
 
@@ -223,6 +235,7 @@ class AsyncLLM:
         try:
             while self._wait_for_work():
                 self._execute_commands()
+                self.engine.check_health()
                 if self.engine.has_unfinished_requests:
                     self._deliver(self.engine.step())
             self._end(EngineDead("the engine was shut down"))
@@ -233,10 +246,13 @@ class AsyncLLM:
             self._end(error)
 
     def _wait_for_work(self) -> bool:
-        """False when it is time to stop."""
+        """False when it is time to stop; True also after a while without work, for a look at the other
+        ranks."""
+        timeout = None if self.engine.parallel is None else _HEALTH_S
         with self._condition:
             self._condition.wait_for(
-                lambda: self._stopping or self._commands or self.engine.has_unfinished_requests
+                lambda: self._stopping or self._commands or self.engine.has_unfinished_requests,
+                timeout,
             )
             return not self._stopping
 

@@ -8,13 +8,15 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Any
 
-from megatron_dmc.engine_flags import add_engine_arguments, make_llm, model_path
+from megatron_dmc.engine_flags import add_engine_arguments, is_follower, make_llm, model_path
 from megatron_dmc.errors import DMCError
 
 if TYPE_CHECKING:
     from megatron_dmc.engine import AsyncLLM
 
 API_KEY_VARIABLE = "MEGATRON_DMC_API_KEY"
+FAILURE_NOTICE_S = 2.0
+"""After the engine has failed requests and /health get 503 for so long; then the process ends."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +84,9 @@ def run(args: argparse.Namespace) -> int:
     if args.shutdown_timeout < 0:
         raise DMCError(f"--shutdown-timeout {args.shutdown_timeout}: use 0 or more seconds")
     path = model_path(args)
+    if is_follower(args):
+        make_llm(args).follow()
+        return 0
     names = args.served_model_name or [path]
     listener = _listen(args.host, args.port)
     with listener:
@@ -114,6 +119,8 @@ def run(args: argparse.Namespace) -> int:
             engine_failed = asyncio.run(_serve(server, listener, llm))
         finally:
             llm.shutdown(timeout=10)
+            if llm.has_ended:
+                engine.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
         return 1 if engine_failed else 0
@@ -125,7 +132,10 @@ async def _serve(server: Any, listener: socket.socket, llm: "AsyncLLM") -> bool:
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     while not serving.done():
         await asyncio.wait({serving}, timeout=0.5)
-        server.should_exit = server.should_exit or llm.failure is not None
+        if llm.failure is not None and not server.should_exit:
+            # whoever asks meanwhile is told, and a proxy's health check sees it
+            await asyncio.wait({serving}, timeout=FAILURE_NOTICE_S)
+            server.should_exit = True
     await serving
     return llm.failure is not None
 
