@@ -17,7 +17,12 @@ from server_process import MODEL, ROOT, ServerProcess
 
 from megatron_dmc import LLM, SamplingParams
 
-LONG = {"model": "tiny", "prompt": "def main():\n", "max_tokens": 480, "extra_body": {"ignore_eos": True}}
+LONG = {
+    "model": "tiny",
+    "prompt": "def main():\n",
+    "max_tokens": 480,
+    "extra_body": {"ignore_eos": True},
+}
 SECONDS = 30
 """Within which the process must have ended; it takes about three."""
 
@@ -84,7 +89,9 @@ def fails_as_it_should(server, break_it, message):
     error = dict(statuses)[503]["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["code"] == "engine_dead" and message in error["message"]
-    assert isinstance(answered, openai.InternalServerError) and answered.status_code == 503, answered
+    assert isinstance(answered, openai.InternalServerError) and answered.status_code == 503, (
+        answered
+    )
     assert answered.body["code"] == "engine_dead" and message in answered.body["message"]
     assert isinstance(streamed, openai.APIError) and message in str(streamed), streamed
     assert streamed.body["code"] == "engine_dead"
@@ -120,7 +127,9 @@ def test_a_worker_that_is_killed(tmp_path):
     ) as server:
         body = {"prompt": "import os\n", "max_tokens": 12, "temperature": 0}
         request = urllib.request.Request(
-            f"{server.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"{server.url}/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=300) as answer:
             assert json.load(answer)["choices"][0]["text"] == expected(12)
@@ -132,7 +141,9 @@ def test_a_worker_that_is_killed(tmp_path):
 
 @pytest.mark.dist
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("how", ["stopped while it works", "killed while idle", "parent killed", "SIGTERM"])
+@pytest.mark.parametrize(
+    "how", ["stopped while it works", "killed while idle", "parent killed", "SIGTERM"]
+)
 def test_other_ends_of_a_tensor_parallel_server(tmp_path, how):
     with ServerProcess(
         tmp_path, "--dtype", "float32", "--num-pages", "4096", "--tensor-parallel-size", "4",
@@ -188,5 +199,7 @@ def test_wrong_tensor_parallel_size_is_one_line(tmp_path):
     )  # fmt: skip
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("megatron-dmc: error: tensor_parallel_size=3 does not divide the model's")
+    assert last.startswith(
+        "megatron-dmc: error: tensor_parallel_size=3 does not divide the model's"
+    )
     assert "Traceback" not in done.stderr

@@ -7,6 +7,7 @@ nothing (its neutral value), so that clients which always send it still work.
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from megatron_dmc.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 
@@ -102,7 +103,11 @@ class _SamplingRequest(BaseModel):
             elif name == "best_of" and value == (values.get("n") or 1):
                 pass
             elif value is not None and not any(value == v for v in _NEUTRAL[name]):
-                raise ValueError(f"{name} is not supported by this server; leave it out")
+                raise PydanticCustomError(
+                    "not_supported",
+                    "{name} is not supported by this server; leave it out",
+                    {"name": name},
+                )
         return kept
 
     @model_validator(mode="after")
