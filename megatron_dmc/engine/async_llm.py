@@ -92,7 +92,8 @@ class AsyncLLM:
         observer: called in the engine's thread with every step's outputs, and with those of aborted
             requests; must be quick and must not raise.
 
-    The thread starts with the first call and ends with `shutdown`, or with the process.
+    The thread starts with the first call (with tensor parallelism at once: it watches the other ranks) and
+    ends with `shutdown`, or with the process.
     """
 
     def __init__(self, engine: LLMEngine, *, observer: Observer | None = None):
@@ -105,6 +106,8 @@ class AsyncLLM:
         self._failure: EngineDead | None = None
         self._stopping = False
         self._thread: threading.Thread | None = None
+        if engine.parallel is not None:
+            self._start()
 
     @classmethod
     def from_model(
@@ -210,13 +213,9 @@ class AsyncLLM:
         """What ended the engine; None while it works."""
         return self._failure
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether no step is being computed, and none will be."""
-        return self._failure is not None and (self._thread is None or not self._thread.is_alive())
-
     def shutdown(self, timeout: float | None = None) -> None:
-        """End the thread after its current step; unfinished requests end with `EngineDead`.
+        """End the thread after its current step, and the other ranks; unfinished requests end with
+        `EngineDead`.
 
         Args:
             timeout: seconds to wait for the step; None: as long as it takes.
@@ -228,6 +227,8 @@ class AsyncLLM:
                 self._failure = EngineDead("the engine was shut down")
         if self._thread is not None:
             self._thread.join(timeout)
+        if self._thread is None or not self._thread.is_alive():
+            self.engine.close()
 
     # The engine's thread.
 
@@ -322,12 +323,15 @@ class AsyncLLM:
             if self._failure is not None:
                 future.set_exception(self._failure)
                 return future
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-                self._thread.start()
+            self._start()
             self._commands.append((function, future))
             self._condition.notify()
         return future
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+            self._thread.start()
 
 
 def _put_all(items: list[tuple[RequestStream, Any]]) -> None:
