@@ -161,6 +161,13 @@ def test_what_cannot_be_is_refused_before_there_are_processes(monkeypatch):
             "distributed_timeout_seconds=0",
         ),
         ({"tensor_parallel_size": 2, "tokenizer": lambda: 0}, "give the tokenizer as a path"),
+        (
+            {"tensor_parallel_size": 2, "device": "cuda:1"},
+            "device=cuda:1 with tensor_parallel_size=2",
+        ),
     ):
         with pytest.raises(UnsupportedConfig, match=message):
-            LLM(MODEL, device="cpu", **options)
+            LLM(MODEL, **{"device": "cpu"} | options)
+    if torch.cuda.device_count() < 2:
+        with pytest.raises(UnsupportedConfig, match="this machine has . GPUs"):
+            LLM(MODEL, device="cuda", tensor_parallel_size=2)

@@ -242,8 +242,11 @@ class AsyncLLM:
             self._end(EngineDead("the engine was shut down"))
         except BaseException as e:  # whatever it is, nobody may wait forever
             logger.exception("the engine failed")
-            error = EngineDead(f"the engine failed and serves no more: {type(e).__name__}: {e}")
-            error.__cause__ = e
+            if isinstance(e, EngineDead):
+                error = e
+            else:
+                error = EngineDead(f"the engine failed and serves no more: {type(e).__name__}: {e}")
+                error.__cause__ = e
             self._end(error)
 
     def _wait_for_work(self) -> bool:

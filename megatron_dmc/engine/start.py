@@ -30,6 +30,11 @@ def start_ranks(arguments: dict[str, Any], device: torch.device) -> TensorParall
         raise UnsupportedConfig(f"tensor_parallel_size={size!r}: use a positive whole number")
     if not timeout_s > 0:
         raise UnsupportedConfig(f"distributed_timeout_seconds={timeout_s}: use a positive number")
+    if device.index is not None and device.type != "cpu":
+        raise UnsupportedConfig(
+            f"device={device} with tensor_parallel_size={size}: every rank has a GPU of its own; use "
+            f"device={device.type!r}, and CUDA_VISIBLE_DEVICES to choose them"
+        )
     if arguments["enable_prefix_caching"]:
         raise UnsupportedConfig(
             f"enable_prefix_caching=True with tensor_parallel_size={size}: the ranks would keep "

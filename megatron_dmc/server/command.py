@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT.
 
     Returns:
-        exit code: 0 after a clean end, 1 after a failure of the engine.
+        0 after a clean end. A failure of the engine ends the process, with exit code 1.
 
     Raises:
         DMCError: a flag cannot be honoured.
@@ -101,7 +102,12 @@ def run(args: argparse.Namespace) -> int:
             llm.shutdown(timeout=10)
             for number, handler in before.items():
                 signal.signal(number, handler)
-        return 1 if engine_failed else 0
+    if engine_failed:
+        # at once: destructors would wait for ranks that are gone
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(1)
+    return 0
 
 
 def check_arguments(args: argparse.Namespace) -> None:
