@@ -17,8 +17,12 @@ TIMEOUT_S = 6.0
 def main():
     path, size, out, mode = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
     torch.set_num_threads(1)
-    short = mode in ("short", "own", "stopped")
+    short = mode not in ("plenty", "killed")
     options = {"num_pages": 108 // size, "max_num_batched_tokens": 24} if short else {}
+    if "int8" in mode:
+        options |= {"kv_cache_dtype": "int8", "num_pages": 60}
+    if mode == "cached":
+        options |= {"num_pages": 300, "enable_prefix_caching": True, "prefix_block_size": 4}
     llm = LLM(
         path, dtype="float64", block_size=4, max_model_len=64, max_num_seqs=4,
         tensor_parallel_size=size, distributed_timeout_seconds=TIMEOUT_S, device="cpu", **options,
@@ -40,9 +44,10 @@ def main():
     ]  # fmt: skip
     began = time.monotonic()
     try:
-        outputs = llm.generate(
-            [{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False
-        )  # fmt: skip
+        for _ in range(2 if mode == "cached" else 1):
+            outputs = llm.generate(
+                [{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False
+            )  # fmt: skip
     except EngineDead as error:
         with open(out, "w") as f:
             json.dump(
@@ -52,13 +57,13 @@ def main():
         return
     stats = llm.stats()
     llm.engine.check_integrity()
-    refused = refusal(llm)
     llm.close()
     with open(out, "w") as f:
         json.dump(
             {"alive": [pid for pid in own if is_alive(pid)], "tokens": [o.outputs[0].token_ids for o in outputs],
              "entries": stats.entries_LG, "preemptions": stats.num_preemptions,
-             "in_use": stats.num_pages_in_use, "refused": refused}, f,
+             "in_use": stats.num_pages_in_use, "hits": stats.num_prefix_hit_tokens,
+             "evicted": stats.num_evicted_prefixes}, f,
         )  # fmt: skip
 
 
@@ -81,22 +86,6 @@ def is_alive(pid):
     except ProcessLookupError:
         return False
     return True
-
-
-def refusal(llm):
-    """What the engine says about prefix caching under tensor parallelism."""
-    from megatron_dmc.engine import EngineConfig, LLMEngine
-    from megatron_dmc.errors import UnsupportedConfig
-
-    try:
-        LLMEngine(
-            llm.engine.runner.model, llm.engine.description, None,
-            EngineConfig(max_model_len=8, num_pages=99, enable_prefix_caching=True),
-            dtype=torch.float64, parallel=llm.engine.parallel,
-        )  # fmt: skip
-    except UnsupportedConfig as error:
-        return str(error)
-    return None
 
 
 if __name__ == "__main__":

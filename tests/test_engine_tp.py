@@ -62,31 +62,48 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tp")
     loaded = random_model(4, dmc=retrofitted(), dtype=torch.float32)
     write_folder(folder, loaded.model.state_dict(), loaded.description)
-    llm = LLM(str(folder), dtype="float64", block_size=4, max_model_len=64, max_num_seqs=4)
     params = [
         SamplingParams(temperature=0, max_tokens=12)
         if i % 2
         else SamplingParams(max_tokens=12, seed=i)
         for i in range(6)
     ]
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts()], params, use_tqdm=False)
-    return folder, [o.outputs[0].token_ids for o in outputs], llm.stats()
+    alone = {}
+    for kv_cache_dtype in ("auto", "int8"):
+        llm = LLM(
+            str(folder), dtype="float64", block_size=4, max_model_len=64, max_num_seqs=4,
+            kv_cache_dtype=kv_cache_dtype,
+        )  # fmt: skip
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts()], params, use_tqdm=False)
+        alone[kv_cache_dtype] = ([o.outputs[0].token_ids for o in outputs], llm.stats())
+    return folder, alone
 
 
 def check(saved, size, mode, **kwargs):
-    folder, tokens, stats = saved
+    folder, alone = saved
+    tokens, stats = alone["int8" if "int8" in mode else "auto"]
     result, codes, text = launch(folder, size, mode, **kwargs)
     assert set(codes) == {0}, text
     assert result["tokens"] == tokens
     assert result["in_use"] == 0 and result["alive"] == []
-    assert result["entries"] == stats.entries_LG
-    assert (result["preemptions"] > 0) == (mode != "plenty")
-    assert "enable_prefix_caching=True with tensor parallelism" in result["refused"]
+    if mode == "cached":
+        # the same prompts a second time: all ranks keep and drop the same prefixes
+        assert result["hits"] > 0 < result["evicted"]
+    else:
+        assert result["entries"] == stats.entries_LG
+    if mode in ("short", "own"):
+        assert result["preemptions"] > 0
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    "size, mode", [pytest.param(2, "plenty", marks=pytest.mark.exhaustive), (4, "short")]
+    "size, mode",
+    [
+        pytest.param(2, "plenty", marks=pytest.mark.exhaustive),
+        (2, "short-int8"),
+        (2, "cached"),
+        (4, "short"),
+    ],
 )
 def test_ranks_together_do_what_one_process_does(saved, size, mode):
     """With few pages: requests are preempted on every rank alike, and computed again."""
@@ -155,7 +172,6 @@ def test_what_cannot_be_is_refused_before_there_are_processes(monkeypatch):
     for options, message in (
         ({"tensor_parallel_size": 3}, "tensor_parallel_size=3 does not divide the model's"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size=0: use a positive whole number"),
-        ({"tensor_parallel_size": 2, "enable_prefix_caching": True}, "enable_prefix_caching=True"),
         (
             {"tensor_parallel_size": 2, "distributed_timeout_seconds": 0},
             "distributed_timeout_seconds=0",

@@ -35,11 +35,6 @@ def start_ranks(arguments: dict[str, Any], device: torch.device) -> TensorParall
             f"device={device} with tensor_parallel_size={size}: every rank has a GPU of its own; use "
             f"device={device.type!r}, and CUDA_VISIBLE_DEVICES to choose them"
         )
-    if arguments["enable_prefix_caching"]:
-        raise UnsupportedConfig(
-            f"enable_prefix_caching=True with tensor_parallel_size={size}: the ranks would keep "
-            "different prefixes; switch it off"
-        )
     launched = is_launched() or dist.is_initialized()
     workers = None
     if not launched:
