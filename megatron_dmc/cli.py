@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 
 from megatron_dmc import __version__
-from megatron_dmc.errors import DMCError
+from megatron_dmc.errors import DMCError, EngineDead
 
 type Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -278,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        exit code: 0, or 2 for an error of the user's, told in one line.
+        exit code: 0; 1 where the engine failed; 2 for an error of the user's. Both are told in one line.
     """
     args = build_parser().parse_args(argv)
     silence_optional_packages()
@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
         return args.run(args)
     except DMCError as e:
         print(f"megatron-dmc: error: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(e, EngineDead) else 2
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Flags of the engine, for every command that starts one: names and meaning as vLLM's."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ _PASSED_ON = (
     "enable_dmc",
     "enable_prefix_caching",
     "prefix_block_size",
+    "scheduling_policy",
+    "tensor_parallel_size",
+    "distributed_timeout_seconds",
     "enforce_eager",
     "cudagraph_capture_sizes",
     "seed",
@@ -63,6 +67,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens between two places at which a shared prefix can end (default: 256)",
     )  # fmt: skip
     group.add_argument(
+        "--scheduling-policy", choices=["fcfs", "priority"], default="fcfs",
+        help="priority: requests of lower priority go first (default: first come, first served)",
+    )  # fmt: skip
+    add_parallel_arguments(group)
+    group.add_argument(
         "--enforce-eager", action="store_true", help="no CUDA graphs for decode steps"
     )
     group.add_argument(
@@ -70,6 +79,18 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="batch sizes that get a CUDA graph (default: 1, 2, 4, 8, 16, ... up to --max-num-seqs)",
     )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="of requests that bring none")
+
+
+def add_parallel_arguments(group: argparse._ActionsContainer) -> None:
+    """Tensor parallelism."""
+    group.add_argument(
+        "--tensor-parallel-size", "-tp", type=int, default=1, metavar="N",
+        help="processes that share the heads; started by this command, or by torchrun",
+    )  # fmt: skip
+    group.add_argument(
+        "--distributed-timeout-seconds", type=float, default=60, metavar="S",
+        help="a process that takes longer over its part of a step is given up, and the engine with it",
+    )  # fmt: skip
 
 
 def add_kv_cache_dtype(parser: Any) -> None:
@@ -92,6 +113,21 @@ def model_path(args: argparse.Namespace) -> str:
     return given[0]
 
 
+def is_follower(args: argparse.Namespace) -> bool:
+    """Whether this is a rank other than 0 that torchrun started: its part is `make_llm(args).follow()`.
+
+    Raises:
+        DMCError: torchrun started several processes that were not told to share the model.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.tensor_parallel_size == 1 < world_size:
+        raise DMCError(
+            f"{world_size} processes were started (WORLD_SIZE={world_size}), and each would load the "
+            f"model for itself; add --tensor-parallel-size {world_size}"
+        )
+    return args.tensor_parallel_size > 1 and int(os.environ.get("RANK", "0")) > 0
+
+
 def make_llm(args: argparse.Namespace, **settings: Any) -> Any:
     """The `LLM` that the flags ask for.
 
@@ -103,12 +139,7 @@ def make_llm(args: argparse.Namespace, **settings: Any) -> Any:
     """
     from megatron_dmc.engine import LLM
 
-    tokenizer: Any = None
-    if args.tokenizer is not None:
-        from megatron_dmc.checkpoint.tokenizer import load_tokenizer
-
-        if not Path(args.tokenizer).exists():
-            raise DMCError(f"--tokenizer {args.tokenizer}: no such folder or file")
-        tokenizer = load_tokenizer(args.tokenizer)
-    flags = {name: getattr(args, name) for name in _PASSED_ON}
-    return LLM(model_path(args), tokenizer, **flags, **settings)
+    if args.tokenizer is not None and not Path(args.tokenizer).exists():
+        raise DMCError(f"--tokenizer {args.tokenizer}: no such folder or file")
+    arguments = {name: getattr(args, name) for name in _PASSED_ON}
+    return LLM(model_path(args), args.tokenizer, **arguments, **settings)

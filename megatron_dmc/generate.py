@@ -4,7 +4,7 @@ import argparse
 import sys
 import time
 
-from megatron_dmc.engine_flags import add_kv_cache_dtype
+from megatron_dmc.engine_flags import add_kv_cache_dtype, add_parallel_arguments, is_follower
 from megatron_dmc.errors import DMCError
 
 
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-dmc", action="store_true", help="append every token, whatever the model decides"
     )
+    add_parallel_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,11 +38,18 @@ def run(args: argparse.Namespace) -> int:
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
         stop=args.stop, max_tokens=args.max_tokens, ignore_eos=args.ignore_eos,
     )  # fmt: skip
-    prompt = sys.stdin.read() if args.prompt is None else args.prompt
+    follows = is_follower(args)
+    prompt = sys.stdin.read() if args.prompt is None and not follows else args.prompt
     llm = LLM(
         args.model, dtype=args.dtype, device=args.device, max_model_len=args.max_model_len,
-        max_num_seqs=1, block_size=args.block_size, kv_cache_dtype=args.kv_cache_dtype, enable_dmc=False if args.no_dmc else None,
+        max_num_seqs=1, block_size=args.block_size, kv_cache_dtype=args.kv_cache_dtype,
+        enable_dmc=False if args.no_dmc else None,
+        tensor_parallel_size=args.tensor_parallel_size,
+        distributed_timeout_seconds=args.distributed_timeout_seconds,
     )  # fmt: skip
+    if follows:
+        llm.follow()
+        return 0
     engine = llm.engine
     if engine.tokenizer is None:
         raise DMCError(
@@ -57,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
             print(text[shown:], end="", flush=True)
             shown = len(text)
     seconds = time.perf_counter() - began
+    llm.close()
     assert output is not None
     print(flush=True)
     metrics = output.metrics

@@ -11,29 +11,28 @@ import torch
 from megatron_dmc import LLM, SamplingParams
 from megatron_dmc.errors import EngineDead
 
+TIMEOUT_S = 6.0
+
 
 def main():
     path, size, out, mode = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
     torch.set_num_threads(1)
-    options = {"num_pages": 60, "max_num_batched_tokens": 24} if mode != "plenty" else {}
+    short = mode not in ("plenty", "killed")
+    options = {"num_pages": 108 // size, "max_num_batched_tokens": 24} if short else {}
     if "int8" in mode:
-        options["kv_cache_dtype"] = "int8"
+        options |= {"kv_cache_dtype": "int8", "num_pages": 60}
     if mode == "cached":
         options |= {"num_pages": 300, "enable_prefix_caching": True, "prefix_block_size": 4}
     llm = LLM(
         path, dtype="float64", block_size=4, max_model_len=64, max_num_seqs=4,
-        tensor_parallel_size=size, **options,
+        tensor_parallel_size=size, distributed_timeout_seconds=TIMEOUT_S, device="cpu", **options,
     )  # fmt: skip
-    if mode == "killed" and llm.engine.parallel.rank == size - 1:
-        step = llm.engine._step
-
-        def die_in_third_step(count=[0]):  # noqa: B006
-            count[0] += 1
-            if count[0] == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return step()
-
-        llm.engine._step = die_in_third_step
+    parallel = llm.engine.parallel
+    own = [] if parallel._workers is None else [p.pid for p in parallel._workers.processes]
+    if mode == "killed" and parallel.rank == size - 1:
+        in_third_step(llm.engine, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    if mode == "stopped":
+        in_third_step(llm.engine, lambda: os.kill(own[-1], signal.SIGSTOP))
     if llm.follow():
         return
     with open(out + ".prompts") as f:
@@ -51,18 +50,42 @@ def main():
             )  # fmt: skip
     except EngineDead as error:
         with open(out, "w") as f:
-            json.dump({"error": str(error), "seconds": time.monotonic() - began}, f)
+            json.dump(
+                {"error": str(error), "seconds": time.monotonic() - began,
+                 "alive": [pid for pid in own if is_alive(pid)]}, f,
+            )  # fmt: skip
         return
     stats = llm.stats()
     llm.engine.check_integrity()
     llm.close()
     with open(out, "w") as f:
         json.dump(
-            {"tokens": [o.outputs[0].token_ids for o in outputs],
+            {"alive": [pid for pid in own if is_alive(pid)], "tokens": [o.outputs[0].token_ids for o in outputs],
              "entries": stats.entries_LG, "preemptions": stats.num_preemptions,
              "in_use": stats.num_pages_in_use, "hits": stats.num_prefix_hit_tokens,
              "evicted": stats.num_evicted_prefixes}, f,
         )  # fmt: skip
+
+
+def in_third_step(engine, act):
+    step, count = engine._step, 0
+
+    def counted():
+        nonlocal count
+        count += 1
+        if count == 3:
+            act()
+        return step()
+
+    engine._step = counted
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples/models/stdlib-llama-3m"
+PROGRAM = ("-m", "megatron_dmc.cli")
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
     "{{ raise_exception('no such role: ' + m.role) }}{% endif %}# {{ m.role }}: {{ m.content }}\n"
@@ -39,11 +40,10 @@ class ServerProcess:
         log: file with its output.
     """
 
-    def __init__(self, folder, *flags, model=MODEL, **environment):
+    def __init__(self, folder, *flags, model=MODEL, program=PROGRAM, **environment):
         self.log = Path(folder) / "server.log"
         command = [
-            sys.executable, "-m", "megatron_dmc.cli", "serve", str(model), "--port", "0",
-            "--served-model-name", "tiny", "--device", "cpu", *flags,
+            sys.executable, *program, "serve", str(model), "--port", "0", "--served-model-name", "tiny", "--device", "cpu", *flags,
         ]  # fmt: skip
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
         with self.log.open("w") as out:

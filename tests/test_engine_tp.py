@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_tp_worker import TIMEOUT_S
+from server_process import MODEL
 from test_model_in_engine import VOCAB, random_model, retrofitted
 
 from megatron_dmc import LLM, SamplingParams
 from megatron_dmc.checkpoint.hf_folder import write_folder
+from megatron_dmc.cli import main
 from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.models import build_model
 
@@ -28,19 +31,21 @@ def prompts(count=6):
     ]
 
 
-def launch(folder, size, mode):
-    """All ranks' processes, without torchrun's own watch over them."""
+def launch(folder, size, mode, *, launcher=True):
+    """All ranks' processes, without torchrun's own watch over them; or one, which makes the others."""
     out = folder / f"{mode}-{size}.json"
     Path(f"{out}.prompts").write_text(json.dumps(prompts()))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     processes = []
-    for rank in range(size):
-        env = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
+    for rank in range(size if launcher else 1):
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        if launcher:
+            env |= {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            }  # fmt: skip
         command = [sys.executable, str(WORKER), str(folder), str(size), str(out), mode]
         processes.append(
             subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -74,37 +79,111 @@ def saved(tmp_path_factory):
     return folder, alone
 
 
-@pytest.mark.dist
-@pytest.mark.parametrize(
-    "size, mode", [(2, "plenty"), (2, "short-int8"), (2, "cached"), (4, "short")]
-)
-def test_ranks_together_do_what_one_process_does(saved, size, mode):
+def check(saved, size, mode, **kwargs):
     folder, alone = saved
     tokens, stats = alone["int8" if "int8" in mode else "auto"]
-    result, codes, text = launch(folder, size, mode)
-    assert codes == [0] * size, text
+    result, codes, text = launch(folder, size, mode, **kwargs)
+    assert set(codes) == {0}, text
     assert result["tokens"] == tokens
-    assert result["in_use"] == 0
+    assert result["in_use"] == 0 and result["alive"] == []
     if mode == "cached":
         # the same prompts a second time: all ranks keep and drop the same prefixes
         assert result["hits"] > 0 < result["evicted"]
     else:
         assert result["entries"] == stats.entries_LG
+    if mode in ("short", "own"):
+        assert result["preemptions"] > 0
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "size, mode",
+    [
+        pytest.param(2, "plenty", marks=pytest.mark.exhaustive),
+        (2, "short-int8"),
+        (2, "cached"),
+        (4, "short"),
+    ],
+)
+def test_ranks_together_do_what_one_process_does(saved, size, mode):
+    """With few pages: requests are preempted on every rank alike, and computed again."""
+    check(saved, size, mode)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
+def test_processes_of_its_own_do_the_same(saved, size):
+    check(saved, size, "own", launcher=False)
 
 
 @pytest.mark.dist
 def test_a_killed_rank_ends_the_engine_at_once(saved):
     result, codes, text = launch(saved[0], 2, "killed")
     assert codes == [0, -9], text
-    assert "rank 0 of 2 lost another rank" in result["error"]
+    assert "rank 1 does not respond" in result["error"], text
     assert result["seconds"] < 30
 
 
-def test_what_does_not_divide_is_refused():
+@pytest.mark.dist
+def test_a_stopped_rank_is_noticed_after_the_timeout(saved):
+    result, codes, text = launch(saved[0], 2, "stopped", launcher=False)
+    assert codes == [0], text
+    assert "rank 1 does not respond" in result["error"], text
+    assert TIMEOUT_S < result["seconds"] < TIMEOUT_S + 15
+    assert result["alive"] == [], "the stopped process is still there"
+
+
+@pytest.mark.dist
+def test_torchrun_runs_the_same_command(tmp_path):
+    prompt = "def main():\n"
+    llm = LLM(MODEL, dtype="float32", device="cpu", num_pages=512)
+    want = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "megatron_dmc.cli",
+        "generate", str(MODEL), "--prompt", prompt, "--max-tokens", "20", "--dtype", "float32",
+        "--device", "cpu",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [*command, "--tensor-parallel-size", "2"], capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == prompt + want[0].outputs[0].text + "\n"
+
+
+def test_torchrun_without_the_flag_is_an_error(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command in (["serve"], ["generate", "--prompt", "x"], ["bench", "throughput"]):
+        assert main([*command, str(MODEL)]) == 2
+        assert "add --tensor-parallel-size 2" in capsys.readouterr().err
+
+
+def test_what_cannot_be_is_refused_before_there_are_processes(monkeypatch):
     loaded = random_model(4)
     with pytest.raises(
         UnsupportedConfig, match="tensor_parallel_size=4 does not divide .*groups=2"
     ):
         build_model(replace(loaded.description, num_query_groups=2), tensor_parallel_size=4)
-    with pytest.raises(UnsupportedConfig, match="torchrun --nproc-per-node 2"):
-        LLM(loaded, tensor_parallel_size=2)
+    with pytest.raises(UnsupportedConfig, match="a process that has not loaded another model"):
+        LLM(MODEL, device="cpu", tensor_parallel_size=2)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    with pytest.raises(UnsupportedConfig, match="a model that is loaded already"):
+        LLM(loaded, device="cpu", tensor_parallel_size=2)
+    for options, message in (
+        ({"tensor_parallel_size": 3}, "tensor_parallel_size=3 does not divide the model's"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size=0: use a positive whole number"),
+        (
+            {"tensor_parallel_size": 2, "distributed_timeout_seconds": 0},
+            "distributed_timeout_seconds=0",
+        ),
+        ({"tensor_parallel_size": 2, "tokenizer": lambda: 0}, "give the tokenizer as a path"),
+        (
+            {"tensor_parallel_size": 2, "device": "cuda:1"},
+            "device=cuda:1 with tensor_parallel_size=2",
+        ),
+    ):
+        with pytest.raises(UnsupportedConfig, match=message):
+            LLM(MODEL, **{"device": "cpu"} | options)
+    if torch.cuda.device_count() < 2:
+        with pytest.raises(UnsupportedConfig, match="this machine has . GPUs"):
+            LLM(MODEL, device="cuda", tensor_parallel_size=2)

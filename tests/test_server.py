@@ -179,6 +179,56 @@ def test_chat(client, llm):
         client.chat.completions.create(model="tiny", messages=[{"role": "judge", "content": "x"}])
 
 
+def test_what_the_client_sends_and_expects(client):
+    """Turns made of answers, n with a stream and usage, and parameters that are refused by name."""
+    ask = dict(
+        model="tiny", messages=[{"role": "user", "content": "import"}], max_completion_tokens=5
+    )
+    turn = client.chat.completions.create(**ask, n=2, seed=1).choices[1].message
+    for form in (turn, turn.model_dump()):  # both ways to go on with a conversation
+        messages = [*ask["messages"], form, {"role": "user", "content": "os"}]
+        again = client.chat.completions.create(**ask | {"messages": messages})
+        assert again.choices[0].message.content
+    whole = client.chat.completions.create(**ask, n=3, seed=1, logprobs=True, top_logprobs=1)
+    texts, tokens, last = [""] * 3, [0] * 3, None
+    for chunk in client.chat.completions.create(
+        **ask, n=3, seed=1, logprobs=True, top_logprobs=1, stream=True,
+        stream_options={"include_usage": True},
+    ):  # fmt: skip
+        assert last is None or last.usage is None
+        last = chunk
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            tokens[choice.index] += len(choice.logprobs.content) if choice.logprobs else 0
+    assert texts == [c.message.content for c in whole.choices] and tokens == [5, 5, 5]
+    assert last.choices == [] and last.usage == whole.usage and last.usage.completion_tokens == 15
+    both = client.chat.completions.create(**ask, max_tokens=1)
+    assert both.usage.completion_tokens == 5, "max_completion_tokens goes first"
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    for name, value in (
+        ("tools", [tool]), ("response_format", {"type": "json_object"}), ("tool_choice", "required"),
+    ):  # fmt: skip
+        with pytest.raises(openai.BadRequestError, match=f"{name} is not supported") as refused:
+            client.chat.completions.create(**ask, **{name: value})
+        assert refused.value.param == name
+    client.chat.completions.create(
+        **ask, tools=[], tool_choice="none", response_format={"type": "text"}
+    )
+
+
+def test_penalties_and_biases(client, llm):
+    ask = dict(model="tiny", prompt=PROMPT, max_tokens=24, temperature=0)
+    options = dict(presence_penalty=1.5, frequency_penalty=0.5, logit_bias={"40": -100, "41": 7})
+    more = dict(repetition_penalty=1.2, min_tokens=3, bad_words=["self"])
+    got = client.completions.create(**ask, **options, extra_body=more).choices[0].text
+    bias = {int(i): value for i, value in options["logit_bias"].items()}
+    params = SamplingParams(temperature=0, max_tokens=24, **options | {"logit_bias": bias}, **more)
+    assert got == llm.generate(PROMPT, params, use_tqdm=False)[0].outputs[0].text
+    assert got != client.completions.create(**ask).choices[0].text
+    only = client.completions.create(**ask, logprobs=0, extra_body={"allowed_token_ids": [40, 41]})
+    assert len(set(only.choices[0].logprobs.tokens)) <= 2
+
+
 def test_models_version_health_and_metrics(server, client):
     assert [m.id for m in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").max_model_len == 512
@@ -225,7 +275,16 @@ WRONG = {
     "token id out of range": ({"prompt": [512]}, 400, "vocabulary of 512"),
     "other model": ({"prompt": "x", "model": "gpt-4"}, 404, "gpt-4"),
     "unknown parameter": ({"prompt": "x", "temprature": 1}, 400, "temprature"),
-    "unsupported parameter": ({"prompt": "x", "frequency_penalty": 1}, 400, "frequency_penalty"),
+    "unsupported parameter": ({"prompt": "x", "suffix": "y"}, 400, "suffix"),
+    "penalty": ({"prompt": "x", "frequency_penalty": 2.5}, 400, "frequency_penalty"),
+    "repetition penalty": ({"prompt": "x", "repetition_penalty": 0}, 400, "repetition_penalty"),
+    "bias of no token": ({"prompt": "x", "logit_bias": {"a": 1}}, 400, "logit_bias"),
+    "bias too large": ({"prompt": "x", "logit_bias": {"3": 101}}, 400, "logit_bias"),
+    "bias out of range": ({"prompt": "x", "logit_bias": {"512": 1}}, 400, "vocabulary of 512"),
+    "nothing allowed": ({"prompt": "x", "allowed_token_ids": []}, 400, "allowed_token_ids"),
+    "blank bad word": ({"prompt": "x", "bad_words": [" "]}, 400, "bad_words"),
+    "min over max": ({"prompt": "x", "min_tokens": 5, "max_tokens": 4}, 400, "min_tokens"),
+    "priority": ({"prompt": "x", "priority": 1}, 400, "scheduling_policy='priority'"),
     "temperature": ({"prompt": "x", "temperature": -1}, 400, "temperature"),
     "NaN": (b'{"prompt": "x", "temperature": NaN}', 400, "temperature"),
     "top_p": ({"prompt": "x", "top_p": 0}, 400, "top_p"),
@@ -355,6 +414,30 @@ def test_api_keys_cached_prefixes_and_failing_flags(tmp_path, capsys):
     ):
         assert main(["serve", *flags]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_priorities_go_first(tmp_path):
+    """One request runs at a time: of those that wait, the lowest priority number is next."""
+    flags = ("--max-num-seqs", "1", "--num-pages", "1024", "--scheduling-policy", "priority")
+    with ServerProcess(tmp_path, *flags) as server:
+        order = []
+
+        def ask(priority):
+            body = {"prompt": "x = 1\n", "max_tokens": 2, "priority": priority}
+            assert post(server, body)[0] == 200
+            order.append(priority)
+
+        first = connect(server, {**LONG, "priority": -5, "stream": True})
+        wait_until(lambda: server.get("/live")["num_running"] == 1)
+        threads = []
+        for count, priority in enumerate((3, 0, 7, -2), start=1):
+            threads.append(threading.Thread(target=ask, args=(priority,)))
+            threads[-1].start()
+            wait_until(lambda n=count: server.get("/live")["num_waiting"] == n)
+        first.close()
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert order == [-2, 0, 3, 7]
 
 
 def test_many_clients(server):

@@ -63,6 +63,20 @@ parameters = st.fixed_dictionaries(
         "top_p": st.one_of(st.floats(1e-9, 1), anything),
         "top_k": st.one_of(st.integers(-1, 600), anything),
         "min_p": st.one_of(st.floats(0, 1), anything),
+        "presence_penalty": st.one_of(st.floats(-2, 2), anything),
+        "frequency_penalty": st.one_of(st.floats(-2, 2), anything),
+        "repetition_penalty": st.one_of(st.floats(0.01, 100), anything),
+        "logit_bias": st.one_of(
+            st.dictionaries(st.integers(0, 600).map(str), st.floats(-100, 100), max_size=4),
+            st.dictionaries(st.text(max_size=3), numbers, max_size=2),
+            anything,
+        ),
+        "allowed_token_ids": st.one_of(
+            st.lists(st.integers(0, 511), min_size=1, max_size=4), anything
+        ),
+        "bad_words": st.one_of(st.lists(st.text(min_size=1, max_size=3), max_size=3), anything),
+        "min_tokens": st.one_of(st.integers(0, 20), anything),
+        "priority": st.one_of(st.just(0), anything),
         "seed": st.one_of(st.integers(-(2**63), 2**63 - 1), anything),
         "stop": st.one_of(st.text(max_size=3), st.lists(st.text(max_size=3), max_size=3), anything),
         "stop_token_ids": st.one_of(st.lists(st.integers(0, 600), max_size=3), anything),

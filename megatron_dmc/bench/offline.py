@@ -18,7 +18,7 @@ from megatron_dmc.bench.load import percentile
 from megatron_dmc.bench.measure import Panel, Settings, document, finish
 from megatron_dmc.bench.serving import prompts
 from megatron_dmc.engine import LLM, RequestOutput, SamplingParams
-from megatron_dmc.engine_flags import make_llm, model_path
+from megatron_dmc.engine_flags import is_follower, make_llm, model_path
 from megatron_dmc.errors import DMCError
 
 
@@ -31,6 +31,9 @@ def run(args: argparse.Namespace) -> int:
     for name in ("num_prompts", "batch_size", "num_iters"):
         if getattr(args, name, 1) < 1:
             raise DMCError(f"--{name.replace('_', '-')} {getattr(args, name)}: use 1 or more")
+    if is_follower(args):
+        make_llm(args).follow()
+        return 0
     llm = make_llm(args)
     weight = next(llm.engine.runner.model.parameters())
     settings = Settings(
@@ -42,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         content, panels = _latency(args, llm)
     stats = llm.stats()
+    llm.close()
     result = document(
         args.benchmark, settings, model=model_path(args), **content,
         measured_cr=stats.measured_cr, peak_pages=stats.peak_pages_in_use,

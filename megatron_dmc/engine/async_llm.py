@@ -25,6 +25,8 @@ from megatron_dmc.errors import EngineDead
 
 logger = logging.getLogger(__name__)
 
+_HEALTH_S = 1.0
+
 type Prompt = str | Sequence[int] | dict
 type Observer = Callable[[list[RequestOutput]], None]
 
@@ -90,7 +92,8 @@ class AsyncLLM:
         observer: called in the engine's thread with every step's outputs, and with those of aborted
             requests; must be quick and must not raise.
 
-    The thread starts with the first call and ends with `shutdown`, or with the process.
+    The thread starts with the first call (with tensor parallelism at once: it watches the other ranks) and
+    ends with `shutdown`, or with the process.
     """
 
     def __init__(self, engine: LLMEngine, *, observer: Observer | None = None):
@@ -103,6 +106,8 @@ class AsyncLLM:
         self._failure: EngineDead | None = None
         self._stopping = False
         self._thread: threading.Thread | None = None
+        if engine.parallel is not None:
+            self._start()
 
     @classmethod
     def from_model(
@@ -118,6 +123,8 @@ class AsyncLLM:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
+        *,
+        priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the request's outputs, each with all of the completion so far. Leaving the loop, or
         cancelling the task, aborts the request.
@@ -125,12 +132,13 @@ class AsyncLLM:
         Args:
             prompt: as for `LLMEngine.add_request`.
             request_id: default: a new one.
+            priority: lower goes first; only with the scheduling policy "priority".
 
         Raises:
             InvalidRequest: it can never run.
             EngineDead: the engine has failed, or was shut down.
         """
-        stream = await self.add_request(prompt, sampling_params, request_id)
+        stream = await self.add_request(prompt, sampling_params, request_id, priority=priority)
         try:
             async for output in stream:
                 yield output
@@ -143,6 +151,8 @@ class AsyncLLM:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
+        *,
+        priority: int = 0,
     ) -> RequestStream:
         """Queue a request; returns once the engine has accepted it. Whoever stops reading the stream
         must `abort` the request. Raises like `generate`."""
@@ -150,7 +160,7 @@ class AsyncLLM:
         stream = RequestStream(request_id, asyncio.get_running_loop())
 
         def add() -> None:
-            self.engine.add_request(request_id, prompt, sampling_params)
+            self.engine.add_request(request_id, prompt, sampling_params, priority=priority)
             self._streams[request_id] = stream
 
         try:
@@ -204,7 +214,8 @@ class AsyncLLM:
         return self._failure
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """End the thread after its current step; unfinished requests end with `EngineDead`.
+        """End the thread after its current step, and the other ranks; unfinished requests end with
+        `EngineDead`.
 
         Args:
             timeout: seconds to wait for the step; None: as long as it takes.
@@ -216,6 +227,8 @@ class AsyncLLM:
                 self._failure = EngineDead("the engine was shut down")
         if self._thread is not None:
             self._thread.join(timeout)
+        if self._thread is None or not self._thread.is_alive():
+            self.engine.close()
 
     # The engine's thread.
 
@@ -223,20 +236,27 @@ class AsyncLLM:
         try:
             while self._wait_for_work():
                 self._execute_commands()
+                self.engine.check_health()
                 if self.engine.has_unfinished_requests:
                     self._deliver(self.engine.step())
             self._end(EngineDead("the engine was shut down"))
         except BaseException as e:  # whatever it is, nobody may wait forever
             logger.exception("the engine failed")
-            error = EngineDead(f"the engine failed and serves no more: {type(e).__name__}: {e}")
-            error.__cause__ = e
+            if isinstance(e, EngineDead):
+                error = e
+            else:
+                error = EngineDead(f"the engine failed and serves no more: {type(e).__name__}: {e}")
+                error.__cause__ = e
             self._end(error)
 
     def _wait_for_work(self) -> bool:
-        """False when it is time to stop."""
+        """False when it is time to stop; True also after a while without work, for a look at the other
+        ranks."""
+        timeout = None if self.engine.parallel is None else _HEALTH_S
         with self._condition:
             self._condition.wait_for(
-                lambda: self._stopping or self._commands or self.engine.has_unfinished_requests
+                lambda: self._stopping or self._commands or self.engine.has_unfinished_requests,
+                timeout,
             )
             return not self._stopping
 
@@ -306,12 +326,15 @@ class AsyncLLM:
             if self._failure is not None:
                 future.set_exception(self._failure)
                 return future
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-                self._thread.start()
+            self._start()
             self._commands.append((function, future))
             self._condition.notify()
         return future
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+            self._thread.start()
 
 
 def _put_all(items: list[tuple[RequestStream, Any]]) -> None:

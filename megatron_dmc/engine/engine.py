@@ -15,6 +15,7 @@ from megatron_dmc.engine.config import EngineConfig, parse_kv_cache_dtype
 from megatron_dmc.engine.context import CompressionRule, PagedContext
 from megatron_dmc.engine.decision_record import DecisionRecord
 from megatron_dmc.engine.detokenizer import IncrementalDetokenizer, find_stop
+from megatron_dmc.engine.logit_rules import bad_words_token_ids, check_token_ids
 from megatron_dmc.engine.model_runner import ModelRunner
 from megatron_dmc.engine.prompts import read_prompt
 from megatron_dmc.engine.request import CompletionOutput, Request, RequestOutput, RequestStatus
@@ -133,7 +134,7 @@ class LLMEngine:
             policy=config.scheduling_policy,
             priority_reach=config.priority_reach,
         )
-        self.sampler = Sampler(config.seed)
+        self.sampler = Sampler(config.seed, self.eos_id)
         self._requests: dict[str, Request] = {}
         self._detokenizers: dict[str, IncrementalDetokenizer] = {}
         self._unsent: list[Command] = []
@@ -174,6 +175,7 @@ class LLMEngine:
             raise InvalidRequest(
                 f"request {request_id}: stop={params.stop!r} needs a tokenizer; use stop_token_ids"
             )
+        check_token_ids(request_id, params, self.description.vocab_size)
         room = self.config.max_model_len - len(token_ids)
         new = room if params.max_tokens is None else min(params.max_tokens, room)
         request = Request(
@@ -184,6 +186,7 @@ class LLMEngine:
             params=params,
             max_total_tokens=len(token_ids) + new,
             priority=priority,
+            bad_words_token_ids=bad_words_token_ids(request_id, params, self.tokenizer),
             decisions=DecisionRecord() if self._counts_flips else None,
             prompt_logprobs=[None] * min(params.prompt_logprobs_start, len(token_ids)),
         )
@@ -226,9 +229,12 @@ class LLMEngine:
             return self._step()
         except RuntimeError as error:
             explained = self.parallel.explain(error)
+            self._end(explained)
             if isinstance(explained, EngineDead):
-                self._lost = explained
                 raise explained from error
+            raise
+        except BaseException as error:
+            self._end(error)
             raise
 
     def _step(self) -> list[RequestOutput]:
@@ -324,6 +330,28 @@ class LLMEngine:
         if self.parallel is not None and self.parallel.rank == 0 and self._lost is None:
             self._tell("close")
             self._send()
+            self._lost = EngineDead("the engine was closed")
+            self.parallel.close()
+
+    def check_health(self) -> None:
+        """Raises:
+        EngineDead: with tensor parallelism: another rank is gone.
+        """
+        self._check_alive()
+        if self.parallel is not None:
+            try:
+                self.parallel.check()
+            except EngineDead as error:
+                self._end(error)
+                raise
+
+    def _end(self, error: BaseException) -> None:
+        """After a failure the ranks are no longer at one place."""
+        assert self.parallel is not None
+        if not isinstance(error, EngineDead):
+            error = EngineDead(f"the engine failed: {type(error).__name__}: {error}")
+        self._lost = error
+        self.parallel.abandon()
 
     def _tell(self, name: str, *arguments: Any, **keywords: Any) -> None:
         """Rank 0: what the others have to do too, sent with the next step."""
@@ -362,7 +390,7 @@ class LLMEngine:
             if is_last:
                 detokenizer.flush()
             found = find_stop(detokenizer.text, num_old, params.stop)
-            if found is not None:
+            if found is not None and len(request.output_token_ids) > params.min_tokens:
                 at, stop_text = found
                 end = at + len(stop_text) if params.include_stop_str_in_output else at
                 detokenizer.text = detokenizer.text[:end]

@@ -1,7 +1,7 @@
 """`LLM(model=...).generate(prompts, params)`, in vLLM's manner."""
 
-import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from megatron_dmc.engine.engine import LLMEngine
 from megatron_dmc.engine.request import RequestOutput
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.engine.scheduler import SchedulingPolicy
+from megatron_dmc.engine.start import ended_on_failure, start_ranks
 from megatron_dmc.engine.stats import EngineStats
-from megatron_dmc.engine.tensor_parallel import TensorParallel
 from megatron_dmc.errors import EngineDead, InvalidRequest, UnsupportedConfig
 from megatron_dmc.ops.kv_pages import entry_bytes
 
@@ -33,7 +33,7 @@ class LLM:
     Args:
         model: a Hugging Face folder or a Megatron checkpoint; or a loaded model
             (`model, description, tokenizer`).
-        tokenizer: instead of the model's own.
+        tokenizer: instead of the model's own: its folder, or an object (`encode, decode, bos_id, eos_id`).
         dtype: "auto" (as stored), "float32", "bfloat16", ...
         max_model_len: longest sequence; default: the model's.
         max_num_seqs: requests that run at a time.
@@ -53,8 +53,9 @@ class LLM:
         cudagraph_capture_sizes: batch sizes that get one; default: 1, 2, 4, 8, 16, ... `max_num_seqs`.
         cache_policy: "h2o", "tova" or "window": evict instead of merging, for evaluation of plain models.
         cache_budget: with it: entries that each head keeps, or as a float the part of the prompt.
-        tensor_parallel_size: processes that share the heads, started by torchrun; every process makes an
-            `LLM`, and all but rank 0 then call `follow`.
+        tensor_parallel_size: processes that share the heads: children of this one; or, under torchrun,
+            those it started: every process then makes an `LLM`, and all but rank 0 call `follow`.
+        distributed_timeout_seconds: a process that takes longer over its part of a step is given up.
         seed: of requests without a seed.
         device: default: the GPU if there is one.
     """
@@ -83,9 +84,11 @@ class LLM:
         cache_policy: str | None = None,
         cache_budget: float | None = None,
         tensor_parallel_size: int = 1,
+        distributed_timeout_seconds: float = 60.0,
         seed: int = 0,
         device: str | torch.device | None = None,
     ):
+        given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         if None not in (block_size, page_size) and block_size != page_size:
             raise UnsupportedConfig(
                 f"block_size={block_size} and page_size={page_size} are one thing; give one"
@@ -98,62 +101,67 @@ class LLM:
         device = torch.device(device)
         parallel = None
         if tensor_parallel_size != 1:
+            parallel = start_ranks(given, device)
             if device.type == "cuda" and device.index is None:
-                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-                torch.cuda.set_device(device)
-            parallel = TensorParallel(tensor_parallel_size, device=device)
-        if not hasattr(model, "description"):
-            from megatron_dmc.models import load_model
+                device = torch.device("cuda", torch.cuda.current_device())
+        with ended_on_failure(parallel):
+            if isinstance(tokenizer, str | Path):
+                from megatron_dmc.checkpoint.tokenizer import load_tokenizer
 
-            model = load_model(
-                model, device=device, dtype=_parse_dtype(dtype),
-                tensor_parallel_size=tensor_parallel_size,
-            )  # fmt: skip
-        description = model.description
-        gpt = model.model
-        model_dtype = next(gpt.parameters()).dtype
-        if max_model_len is None:
-            max_model_len = int(description.max_position_embeddings)
-        page_bytes = (
-            2 * page_size * entry_bytes(description.kv_channels, cache_dtype or model_dtype)
-        )
-        if num_pages is None:
-            num_pages = _num_pages(
-                page_bytes,
-                worst_case=_worst_case_pages(description, max_model_len, page_size)
-                // tensor_parallel_size
-                * max_num_seqs,
-                kv_cache_memory_bytes=kv_cache_memory_bytes,
-                gpu_memory_utilization=gpu_memory_utilization,
-                device=device,
+                tokenizer = load_tokenizer(tokenizer)
+            if not hasattr(model, "description"):
+                from megatron_dmc.models import load_model
+
+                model = load_model(
+                    model, device=device, dtype=_parse_dtype(dtype),
+                    tensor_parallel_size=tensor_parallel_size,
+                )  # fmt: skip
+            description = model.description
+            gpt = model.model
+            model_dtype = next(gpt.parameters()).dtype
+            if max_model_len is None:
+                max_model_len = int(description.max_position_embeddings)
+            page_bytes = (
+                2 * page_size * entry_bytes(description.kv_channels, cache_dtype or model_dtype)
             )
-        if parallel is not None:
-            num_pages = parallel.least(num_pages)
-        self.engine = LLMEngine(
-            gpt,
-            description,
-            tokenizer if tokenizer is not None else model.tokenizer,
-            EngineConfig(
-                max_model_len=max_model_len,
-                num_pages=num_pages,
-                page_size=page_size,
-                kv_cache_dtype=kv_cache_dtype,
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
-                seed=seed,
-                scheduling_policy=scheduling_policy,
-                enable_prefix_caching=enable_prefix_caching,
-                prefix_block_size=prefix_block_size,
-                enforce_eager=enforce_eager,
-                cudagraph_capture_sizes=cudagraph_capture_sizes,
-                cache_policy=cache_policy,
-                cache_budget=cache_budget,
-            ),
-            dtype=model_dtype,
-            device=device,
-            enable_dmc=enable_dmc,
-            parallel=parallel,
-        )
+            if num_pages is None:
+                num_pages = _num_pages(
+                    page_bytes,
+                    worst_case=_worst_case_pages(description, max_model_len, page_size)
+                    // tensor_parallel_size
+                    * max_num_seqs,
+                    kv_cache_memory_bytes=kv_cache_memory_bytes,
+                    gpu_memory_utilization=gpu_memory_utilization,
+                    device=device,
+                )
+            if parallel is not None:
+                parallel.wait_until_loaded()
+                num_pages = parallel.least(num_pages)
+            self.engine = LLMEngine(
+                gpt,
+                description,
+                tokenizer if tokenizer is not None else model.tokenizer,
+                EngineConfig(
+                    max_model_len=max_model_len,
+                    num_pages=num_pages,
+                    page_size=page_size,
+                    kv_cache_dtype=kv_cache_dtype,
+                    max_num_seqs=max_num_seqs,
+                    max_num_batched_tokens=max_num_batched_tokens,
+                    seed=seed,
+                    scheduling_policy=scheduling_policy,
+                    enable_prefix_caching=enable_prefix_caching,
+                    prefix_block_size=prefix_block_size,
+                    enforce_eager=enforce_eager,
+                    cudagraph_capture_sizes=cudagraph_capture_sizes,
+                    cache_policy=cache_policy,
+                    cache_budget=cache_budget,
+                ),
+                dtype=model_dtype,
+                device=device,
+                enable_dmc=enable_dmc,
+                parallel=parallel,
+            )
         self._num_generated = 0
 
     def follow(self) -> bool:
@@ -169,7 +177,7 @@ class LLM:
         return True
 
     def close(self) -> None:
-        """With tensor parallelism: let the other ranks go."""
+        """With tensor parallelism: let the other ranks go; nothing can be generated any more."""
         self.engine.close()
 
     def get_tokenizer(self) -> Any | None:

@@ -16,7 +16,7 @@ class RequestStatus(enum.Enum):
 
 @dataclass
 class Logprob:
-    """Log-probability of one token at one place, before temperature and truncation."""
+    """Log-probability of one token at one place: the model's, whatever the request asks for."""
 
     logprob: float
     rank: int
@@ -71,6 +71,8 @@ class Request:
     """Of the full blocks of its tokens, as far as they were asked for."""
     decisions: DecisionRecord | None = None
     """What was decided about its tokens, where flipped decisions are counted."""
+    bad_words_token_ids: list[list[int]] = field(default_factory=list)
+    """Token sequences that are not made."""
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     status: RequestStatus = RequestStatus.WAITING

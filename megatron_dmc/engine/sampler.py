@@ -3,21 +3,15 @@
 Dimension letters: B requests, V vocabulary.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import (
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
+from megatron_dmc.engine.draws import uniforms
+from megatron_dmc.engine.logit_rules import LogitRules
 from megatron_dmc.engine.request import Logprob, Request
-from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.ops.gates import mix_seed
 
 
@@ -27,7 +21,7 @@ class SampledToken:
 
     token_id: int
     logprob: float | None
-    """Of the model itself: before temperature and truncation. None if not asked for."""
+    """Of the model itself: before biases, penalties, temperature and truncation. None if not asked for."""
     logprobs: dict[int, Logprob] | None
 
 
@@ -50,32 +44,48 @@ def token_logprobs(
     return rows
 
 
-def warp(scores_BV: Tensor, params: SamplingParams) -> Tensor:
-    """Temperature and truncation: scores whose softmax is sampled from; -inf where cut off."""
-    warpers: list = [TemperatureLogitsWarper(float(params.temperature))]
-    if params.top_k > 0:
-        warpers.append(TopKLogitsWarper(params.top_k))
-    if params.top_p < 1:
-        warpers.append(TopPLogitsWarper(float(params.top_p)))
-    if params.min_p > 0:
-        warpers.append(MinPLogitsWarper(float(params.min_p)))
-    for warper in warpers:
-        # none of them looks at the tokens so far
-        scores_BV = warper(None, scores_BV)
-    return scores_BV
+def truncate(scores_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor) -> Tensor:
+    """Cut off the unlikely tokens: top-k, of what is left top-p, of that min-p, as transformers' warpers
+    do one after the other (a token that is as likely as the last one kept stays).
+
+    Args:
+        scores_BV: after temperature.
+        top_k_B: int64; 0 or less: no limit.
+        top_p_B: in (0, 1].
+        min_p_B: in [0, 1], relative to the most likely token.
+
+    Returns:
+        scores with -inf where cut off; at least one is left.
+    """
+    lowest = float("-inf")
+    vocab_size = scores_BV.shape[1]
+    k_B = torch.where(top_k_B > 0, top_k_B, vocab_size).clamp(max=vocab_size)
+    sorted_BV, ids_BV = scores_BV.sort(-1, descending=True)
+    last_B1 = sorted_BV.gather(1, k_B[:, None] - 1)
+    sorted_BV = sorted_BV.masked_fill(sorted_BV < last_B1, lowest)
+    # a token goes if it and all that are less likely come to no more than 1 - top_p
+    tail_BV = sorted_BV.softmax(-1).flip(-1).cumsum(-1).flip(-1)
+    is_cut_BV = tail_BV <= 1 - top_p_B[:, None]
+    is_cut_BV[:, 0] = False
+    sorted_BV = sorted_BV.masked_fill(is_cut_BV, lowest)
+    mass_BV = sorted_BV.softmax(-1)
+    sorted_BV = sorted_BV.masked_fill(mass_BV < min_p_B[:, None] * mass_BV[:, :1], lowest)
+    return torch.empty_like(scores_BV).scatter_(1, ids_BV, sorted_BV)
 
 
 class Sampler:
-    """Each request draws from its own generator: its tokens do not depend on the batch.
+    """A request's numbers depend on its seed and on the position in its completion: its tokens do not
+    depend on the batch, nor on a preemption.
 
     Args:
         seed: the engine's; requests without a seed of their own derive theirs from it and from
             their number.
+        eos_id: end-of-text token, for `min_tokens`.
     """
 
-    def __init__(self, seed: int = 0):
+    def __init__(self, seed: int = 0, eos_id: int | None = None):
         self.seed = seed
-        self._generators: dict[int, torch.Generator] = {}
+        self._rules = LogitRules(eos_id)
 
     def sample(self, logits_BV: Tensor, requests: Sequence[Request]) -> list[SampledToken]:
         """One token for each request.
@@ -85,19 +95,12 @@ class Sampler:
         """
         acc = torch.float64 if logits_BV.dtype == torch.float64 else torch.float32
         logits_BV = logits_BV.to(acc)
-        chosen_B = logits_BV.argmax(-1)
-        groups: dict[tuple, list[int]] = defaultdict(list)
-        for b, request in enumerate(requests):
-            p = request.params
-            if not p.greedy:
-                groups[p.temperature, p.top_k, p.top_p, p.min_p].append(b)
-        for members in groups.values():
-            index = torch.as_tensor(members, device=logits_BV.device)
-            scores = warp(logits_BV[index], requests[members[0]].params)
-            mass = scores.double().softmax(-1).cumsum(-1)
-            draws = torch.stack([self._draw(requests[b]) for b in members]).to(mass.device)
-            picked = torch.searchsorted(mass, draws[:, None] * mass[:, -1:], right=True)
-            chosen_B[index] = picked[:, 0].clamp_max(logits_BV.shape[1] - 1)
+        scores_BV = self._rules.apply(logits_BV, requests)
+        chosen_B = scores_BV.argmax(-1)
+        drawn = [b for b, request in enumerate(requests) if not request.params.greedy]
+        if drawn:
+            index = torch.tensor(drawn, device=logits_BV.device)
+            chosen_B[index] = self._draw(scores_BV[index], [requests[b] for b in drawn])
         token_ids = chosen_B.tolist()
         sampled = [SampledToken(token_id, None, None) for token_id in token_ids]
         asked = [b for b, request in enumerate(requests) if request.params.logprobs is not None]
@@ -113,14 +116,34 @@ class Sampler:
 
     def forget(self, request: Request) -> None:
         """The request has ended."""
-        self._generators.pop(request.number, None)
+        self._rules.forget(request)
 
-    def _draw(self, request: Request) -> Tensor:
-        generator = self._generators.get(request.number)
-        if generator is None:
-            seed = request.params.seed
-            generator = torch.Generator().manual_seed(
-                mix_seed(self.seed, request.number) if seed is None else mix_seed(seed)
+    def _draw(self, scores_BV: Tensor, requests: Sequence[Request]) -> Tensor:
+        """Token ids by inverse transform sampling, all rows at once."""
+        device, params = scores_BV.device, [request.params for request in requests]
+        numbers_B2 = torch.tensor(
+            [[self._seed_of(r), len(r.output_token_ids)] for r in requests], device=device
+        )
+        values_B4 = torch.tensor(
+            [[p.temperature, p.top_k, p.top_p, p.min_p] for p in params],
+            dtype=torch.float64, device=device,
+        )  # fmt: skip
+        temperature_B, top_k_B, top_p_B, min_p_B = values_B4.to(scores_BV.dtype).unbind(1)
+        scores_BV = scores_BV / temperature_B[:, None]
+        cut = [b for b, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
+        if cut:
+            index = torch.tensor(cut, device=device)
+            top_k_B = values_B4[:, 1].long()
+            scores_BV[index] = truncate(
+                scores_BV[index], top_k_B[index], top_p_B[index], min_p_B[index]
             )
-            self._generators[request.number] = generator
-        return torch.rand((), generator=generator, dtype=torch.float64)
+        mass_BV = scores_BV.double().softmax(-1).cumsum(-1)
+        total_B1 = mass_BV[:, -1:]
+        wanted_B1 = uniforms(*numbers_B2.unbind(1))[:, None] * total_B1
+        # below the total: a token of no mass at the end is never chosen
+        wanted_B1 = torch.minimum(wanted_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
+        return torch.searchsorted(mass_BV, wanted_B1, right=True)[:, 0]
+
+    def _seed_of(self, request: Request) -> int:
+        seed = request.params.seed
+        return mix_seed(self.seed, request.number) if seed is None else mix_seed(seed)

@@ -38,8 +38,30 @@ class SamplingParams:
     min_p: float = 0.0
     """Only tokens at least this likely, relative to the most likely one."""
 
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the completion has; -2 to 2."""
+
+    frequency_penalty: float = 0.0
+    """Subtracted for every time that the completion has the token; -2 to 2."""
+
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that prompt or completion have get less likely; below 1: more."""
+
+    logit_bias: dict[int, float] | None = None
+    """Added to the logits of these tokens; -100 to 100."""
+
+    allowed_token_ids: list[int] | None = None
+    """Only these tokens are made; None: all."""
+
+    bad_words: list[str] = field(default_factory=list)
+    """Texts that are not made, as far as their tokens are those of the text encoded by itself (with and
+    without a space before it)."""
+
+    min_tokens: int = 0
+    """No end-of-text token, stop token or stop text before so many tokens."""
+
     seed: int | None = None
-    """Seed of this request's own generator. None: from the engine's seed and the request's number."""
+    """What this request's random numbers come from. None: the engine's seed and the request's number."""
 
     stop: list[str] = field(default_factory=list)
     """Texts that end the completion (one text or several)."""
@@ -71,6 +93,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self.stop = [self.stop] if isinstance(self.stop, str) else self._list_of("stop")
         self.stop_token_ids = self._list_of("stop_token_ids")
+        self.bad_words = self._list_of("bad_words")
         self._require("n", self.n == 1, "one completion per prompt; pass the prompt several times")
         self._require("temperature", _is_real(self.temperature) and self.temperature >= 0,
                       "use 0 for greedy decoding or a positive number")  # fmt: skip
@@ -90,10 +113,47 @@ class SamplingParams:
         self._require("prompt_logprobs_start",
                       _is_int(self.prompt_logprobs_start) and self.prompt_logprobs_start >= 1,
                       "use a position from 1 on: nothing predicts the first token")  # fmt: skip
+        self._check_logit_rules()
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             self._require(name, value is None or (_is_int(value) and 0 <= value <= MAX_LOGPROBS),
                           f"use None or 0 to {MAX_LOGPROBS}")  # fmt: skip
+
+    def _check_logit_rules(self) -> None:
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            self._require(name, _is_real(value) and -2 <= value <= 2, "use -2 to 2")
+        self._require("repetition_penalty",
+                      _is_real(self.repetition_penalty) and 0.01 <= self.repetition_penalty <= 100,
+                      "use 0.01 to 100; 1 is none")  # fmt: skip
+        bias = self.logit_bias
+        self._require("logit_bias", bias is None or (
+            isinstance(bias, dict) and all(_is_int(i) and i >= 0 for i in bias)
+            and all(_is_real(value) and -100 <= value <= 100 for value in bias.values())
+        ), "use {token id: -100 to 100}")  # fmt: skip
+        if self.allowed_token_ids is not None:
+            self.allowed_token_ids = self._list_of("allowed_token_ids")
+            self._require("allowed_token_ids", bool(self.allowed_token_ids)
+                          and all(_is_int(i) and i >= 0 for i in self.allowed_token_ids),
+                          "use token ids, one at least")  # fmt: skip
+        self._require("bad_words", all(isinstance(s, str) and s.strip() for s in self.bad_words),
+                      "use texts that are not blank")  # fmt: skip
+        self._require("min_tokens", _is_int(self.min_tokens) and self.min_tokens >= 0
+                      and (self.max_tokens is None or self.min_tokens <= self.max_tokens),
+                      f"use 0 to max_tokens={self.max_tokens}")  # fmt: skip
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the tokens so far change the logits."""
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
+
+    @property
+    def has_logit_rules(self) -> bool:
+        """Whether the logits are changed before temperature and truncation."""
+        return bool(
+            self.has_penalties or self.logit_bias or self.allowed_token_ids is not None
+            or self.bad_words or self.min_tokens
+        )  # fmt: skip
 
     @property
     def greedy(self) -> bool:

@@ -2,19 +2,25 @@
 
 import argparse
 import asyncio
+import logging
 import os
 import signal
 import socket
 import sys
 from typing import TYPE_CHECKING, Any
 
-from megatron_dmc.engine_flags import add_engine_arguments, make_llm, model_path
+from megatron_dmc.engine_flags import add_engine_arguments, is_follower, make_llm, model_path
 from megatron_dmc.errors import DMCError
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from megatron_dmc.engine import AsyncLLM
+    from megatron_dmc.server.service import Service
 
 API_KEY_VARIABLE = "MEGATRON_DMC_API_KEY"
+FAILURE_NOTICE_S = 2.0
+"""After the engine has failed requests and /health get 503 for so long; then the process ends."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,42 +63,22 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT.
 
     Returns:
-        exit code: 0 after a clean end, 1 after a failure of the engine.
+        0 after a clean end. A failure of the engine ends the process, with exit code 1.
 
     Raises:
         DMCError: a flag cannot be honoured.
     """
-    try:
-        import uvicorn
+    check_arguments(args)
+    if is_follower(args):
+        make_llm(args).follow()
+        return 0
+    import uvicorn
 
-        from megatron_dmc.server.app import build_app
-        from megatron_dmc.server.chat_template import load_chat_template
-        from megatron_dmc.server.limits import Concurrency
-        from megatron_dmc.server.metrics import Metrics
-        from megatron_dmc.server.service import Service
-    except ModuleNotFoundError as e:
-        if e.name not in ("fastapi", "starlette", "uvicorn", "prometheus_client", "pydantic"):
-            raise
-        raise DMCError(f"{e.name} is not installed: pip install 'megatron-dmc[serve]'") from e
-    from megatron_dmc.engine import AsyncLLM
-
-    for name in ("max_concurrent_requests", "max_request_bytes"):
-        if getattr(args, name) < 1:
-            raise DMCError(f"--{name.replace('_', '-')} {getattr(args, name)}: use 1 or more")
-    if args.shutdown_timeout < 0:
-        raise DMCError(f"--shutdown-timeout {args.shutdown_timeout}: use 0 or more seconds")
-    path = model_path(args)
-    names = args.served_model_name or [path]
     listener = _listen(args.host, args.port)
     with listener:
-        print(f"loading {path}", file=sys.stderr, flush=True)
-        template = load_chat_template(_tokenizer_place(args, path), args.chat_template)
-        engine = make_llm(args).engine
-        metrics = Metrics(names[0])
-        llm = AsyncLLM(engine, observer=metrics.observe)
-        service = Service(llm, names, Concurrency(args.max_concurrent_requests), template)
-        api_keys = [*args.api_key, *filter(None, [os.environ.get(API_KEY_VARIABLE)])]
-        app = build_app(service, metrics, api_keys=api_keys, max_body_bytes=args.max_request_bytes)
+        print(f"loading {model_path(args)}", file=sys.stderr, flush=True)
+        app, service = make_app(args)
+        llm, engine = service.llm, service.llm.engine
         server = uvicorn.Server(
             uvicorn.Config(
                 app, log_level=args.uvicorn_log_level, lifespan="off",
@@ -102,9 +88,9 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
         config = engine.config
         print(
-            f"serving {', '.join(names)} at {_address(listener)}: {config.num_pages} pages of "
-            f"{config.page_size} slots ({config.num_pages * engine.context.pool.page_bytes:,} bytes), at most "
-            f"{config.max_num_seqs} requests of {config.max_model_len} tokens at a time",
+            f"serving {', '.join(service.model_names)} at {_address(listener)}: {config.num_pages} pages "
+            f"of {config.page_size} slots ({config.num_pages * engine.context.pool.page_bytes:,} bytes), "
+            f"at most {config.max_num_seqs} requests of {config.max_model_len} tokens at a time",
             file=sys.stderr,
             flush=True,
         )
@@ -116,7 +102,56 @@ def run(args: argparse.Namespace) -> int:
             llm.shutdown(timeout=10)
             for number, handler in before.items():
                 signal.signal(number, handler)
-        return 1 if engine_failed else 0
+    if engine_failed:
+        # at once: destructors would wait for ranks that are gone
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(1)
+    return 0
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises:
+    DMCError: a flag cannot be honoured, or a package is missing.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as e:
+        raise DMCError(f"{e.name} is not installed: pip install 'megatron-dmc[serve]'") from e
+    for name in ("max_concurrent_requests", "max_request_bytes"):
+        if getattr(args, name) < 1:
+            raise DMCError(f"--{name.replace('_', '-')} {getattr(args, name)}: use 1 or more")
+    if args.shutdown_timeout < 0:
+        raise DMCError(f"--shutdown-timeout {args.shutdown_timeout}: use 0 or more seconds")
+    model_path(args)
+
+
+def make_app(args: argparse.Namespace) -> "tuple[FastAPI, Service]":
+    """Load the model; the application over it, and what it serves. For servers that bring their own HTTP
+    front (examples/replicas).
+
+    Raises:
+        DMCError: a flag cannot be honoured.
+    """
+    from megatron_dmc.engine import AsyncLLM
+    from megatron_dmc.server.app import build_app
+    from megatron_dmc.server.chat_template import load_chat_template
+    from megatron_dmc.server.limits import Concurrency
+    from megatron_dmc.server.metrics import Metrics
+    from megatron_dmc.server.service import Service
+
+    path = model_path(args)
+    names = args.served_model_name or [path]
+    template = load_chat_template(_tokenizer_place(args, path), args.chat_template)
+    engine = make_llm(args).engine
+    metrics = Metrics(names[0])
+    llm = AsyncLLM(engine, observer=metrics.observe)
+    service = Service(llm, names, Concurrency(args.max_concurrent_requests), template)
+    api_keys = [*args.api_key, *filter(None, [os.environ.get(API_KEY_VARIABLE)])]
+    app = build_app(service, metrics, api_keys=api_keys, max_body_bytes=args.max_request_bytes)
+    return app, service
 
 
 async def _serve(server: Any, listener: socket.socket, llm: "AsyncLLM") -> bool:
@@ -125,7 +160,10 @@ async def _serve(server: Any, listener: socket.socket, llm: "AsyncLLM") -> bool:
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     while not serving.done():
         await asyncio.wait({serving}, timeout=0.5)
-        server.should_exit = server.should_exit or llm.failure is not None
+        if llm.failure is not None and not server.should_exit:
+            # whoever asks meanwhile is told, and a proxy's health check sees it
+            await asyncio.wait({serving}, timeout=FAILURE_NOTICE_S)
+            server.should_exit = True
     await serving
     return llm.failure is not None
 

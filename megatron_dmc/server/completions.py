@@ -35,6 +35,7 @@ class _Answer(ABC):
         self.per_prompt = body.num_completions
         self.num_choices = num_prompts * self.per_prompt
         self.includes_usage = body.includes_usage
+        self.priority = body.priority or 0
         self.keeps_new = True
         self.num_prompt_tokens = 0
 
@@ -80,6 +81,10 @@ class _Answer(ABC):
             "prompt_tokens_details": {"cached_tokens": num_cached},
             "measured_cr": num_tokens / num_entries if num_entries else None,
         }
+
+    async def start(self) -> list[RequestStream]:
+        """Queue the engine's requests."""
+        return await self.service.start(self.id, await self.jobs(), priority=self.priority)
 
     async def whole(self, streams: Sequence[RequestStream]) -> Response:
         """Wait for all choices."""
@@ -291,13 +296,12 @@ async def answer(
     with ExitStack() as places:
         places.enter_context(service.concurrency.admit(pending.num_choices))
         if body.stream:
-            streams = await service.start(pending.id, await pending.jobs())
-            return _EventStream(pending, streams, places.pop_all())
-        return await unless_disconnected(request, _whole(service, pending))
+            return _EventStream(pending, await pending.start(), places.pop_all())
+        return await unless_disconnected(request, _whole(pending))
 
 
-async def _whole(service: Service, pending: _Answer) -> Response:
-    return await pending.whole(await service.start(pending.id, await pending.jobs()))
+async def _whole(pending: _Answer) -> Response:
+    return await pending.whole(await pending.start())
 
 
 class _EventStream(StreamingResponse):

@@ -70,6 +70,8 @@ def validation_message(error: RequestValidationError) -> tuple[str, str | None]:
     errors = error.errors()
     first = errors[0]
     path = [str(part) for part in first["loc"] if part != "body"]
+    if first["type"] == "not_supported":
+        return first["msg"], first["ctx"]["name"]
     if first["type"] == "value_error" and not path:
         return first["msg"].removeprefix("Value error, "), None
     if first["type"] == "json_invalid" or not path or first["loc"] == ("body",):

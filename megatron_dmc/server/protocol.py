@@ -7,6 +7,7 @@ nothing (its neutral value), so that clients which always send it still work.
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from megatron_dmc.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 
@@ -16,6 +17,7 @@ MAX_COMPLETIONS = 128
 type Text = Annotated[str, Field(min_length=1)]
 type TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 type TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+type TokenIdText = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 type Stop = Text | Annotated[list[Text], Field(max_length=64)] | None
 type Prompts = (
     str
@@ -26,10 +28,6 @@ type Prompts = (
 
 _NEUTRAL: dict[str, tuple] = {
     "best_of": (),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
     "suffix": ("",),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -51,6 +49,7 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool = Field(False, description="Send the token counts in a last chunk.")
+    include_obfuscation: Literal[False] | None = None
 
 
 class _SamplingRequest(BaseModel):
@@ -64,6 +63,24 @@ class _SamplingRequest(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 or -1: no limit.")
     min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100, description="1 is none.")
+    logit_bias: (
+        Annotated[
+            dict[TokenIdText, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)
+        ]
+        | None
+    ) = Field(None, description="Added to these tokens' logits.")
+    allowed_token_ids: TokenIds | None = None
+    bad_words: Annotated[list[Text], Field(max_length=64)] | None = None
+    min_tokens: int | None = Field(None, ge=0, description="No end before so many tokens.")
+    priority: int | None = Field(
+        None,
+        ge=-(2**31),
+        lt=2**31,
+        description="Lower goes first, under --scheduling-policy priority.",
+    )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop = Field(None, description="Texts that end the completion.")
     stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
@@ -86,7 +103,11 @@ class _SamplingRequest(BaseModel):
             elif name == "best_of" and value == (values.get("n") or 1):
                 pass
             elif value is not None and not any(value == v for v in _NEUTRAL[name]):
-                raise ValueError(f"{name} is not supported by this server; leave it out")
+                raise PydanticCustomError(
+                    "not_supported",
+                    "{name} is not supported by this server; leave it out",
+                    {"name": name},
+                )
         return kept
 
     @model_validator(mode="after")
@@ -123,6 +144,13 @@ class _SamplingRequest(BaseModel):
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=0 if self.top_k is None else self.top_k,
             min_p=0.0 if self.min_p is None else self.min_p,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            logit_bias={int(i): value for i, value in (self.logit_bias or {}).items()},
+            allowed_token_ids=self.allowed_token_ids,
+            bad_words=list(self.bad_words or []),
+            min_tokens=self.min_tokens or 0,
             seed=None if self.seed is None else self.seed + index,
             stop=[self.stop] if isinstance(self.stop, str) else list(self.stop or []),
             stop_token_ids=list(self.stop_token_ids or []),
@@ -179,6 +207,12 @@ class Message(BaseModel):
     role: Text
     content: str | list[TextPart]
     name: str | None = None
+    # what the OpenAI client sends along when an answer's message becomes a turn
+    refusal: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
     def as_dict(self) -> dict[str, str]:
         """As chat templates take it: the content is one text."""

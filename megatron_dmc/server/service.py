@@ -60,7 +60,11 @@ class Service:
             )
 
     async def start(
-        self, completion_id: str, jobs: Iterable[tuple[str | dict, SamplingParams]]
+        self,
+        completion_id: str,
+        jobs: Iterable[tuple[str | dict, SamplingParams]],
+        *,
+        priority: int = 0,
     ) -> list[RequestStream]:
         """Queue engine requests: all of them, or none.
 
@@ -71,7 +75,8 @@ class Service:
         try:
             for number, (prompt, params) in enumerate(jobs):
                 request_id = f"{completion_id}-{number}"
-                streams.append(await self.llm.add_request(prompt, params, request_id))
+                stream = await self.llm.add_request(prompt, params, request_id, priority=priority)
+                streams.append(stream)
         except BaseException:
             self.stop(streams)
             raise

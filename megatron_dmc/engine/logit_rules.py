@@ -1,0 +1,199 @@
+"""What requests ask for beyond temperature and truncation: biases, penalties, forbidden tokens.
+
+In vLLM's order and with its meanings. A row depends on its own request only.
+
+Dimension letters: B requests (rows), V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.engine.request import Request
+from megatron_dmc.engine.sampling_params import SamplingParams
+from megatron_dmc.errors import InvalidRequest
+
+
+@dataclass
+class _State:
+    """What one request keeps beside the logits while it runs."""
+
+    bias_V: Tensor | None
+    """Added to the logits; -inf where a token is not allowed."""
+    counts_V: Tensor | None
+    """How often the completion has each token."""
+    is_known_V: Tensor | None
+    """Tokens that prompt or completion has."""
+    num_counted: int = 0
+    """Tokens of the completion that are in the counts."""
+
+
+class LogitRules:
+    """Applies the rules of many requests to their logits.
+
+    Args:
+        eos_id: forbidden while fewer than `min_tokens` were made, unless the request ignores it.
+    """
+
+    def __init__(self, eos_id: int | None):
+        self._eos_id = eos_id
+        self._states: dict[int, _State] = {}
+
+    def apply(self, logits_BV: Tensor, requests: Sequence[Request]) -> Tensor:
+        """Logits to sample from; the given tensor itself where no request has a rule.
+
+        Args:
+            logits_BV: float32 or float64; not changed.
+        """
+        ruled = [b for b, request in enumerate(requests) if request.params.has_logit_rules]
+        if not ruled:
+            return logits_BV
+        scores_BV = logits_BV.clone()
+        states = {b: self._state(requests[b], logits_BV[b]) for b in ruled}
+        biased = [b for b in ruled if states[b].bias_V is not None]
+        if biased:
+            scores_BV[biased] += torch.stack([_given(states[b].bias_V) for b in biased])
+        counted = [b for b in ruled if states[b].counts_V is not None]
+        if counted:
+            params = [requests[b].params for b in counted]
+            scores_BV[counted] = penalised(
+                scores_BV[counted],
+                torch.stack([_given(states[b].counts_V) for b in counted]),
+                torch.stack([_given(states[b].is_known_V) for b in counted]),
+                *(
+                    scores_BV.new_tensor([[getattr(p, name)] for p in params])
+                    for name in ("repetition_penalty", "frequency_penalty", "presence_penalty")
+                ),
+            )
+        rows, tokens = [], []
+        for b in ruled:
+            for token in self._forbidden(requests[b]):
+                rows.append(b)
+                tokens.append(token)
+        if rows:
+            allowed_BV = scores_BV.clone()
+            scores_BV[rows, tokens] = float("-inf")
+            # where nothing would be left, the forbidden tokens are taken after all
+            is_empty_B1 = scores_BV.isneginf().all(-1, keepdim=True)
+            scores_BV = torch.where(is_empty_B1, allowed_BV, scores_BV)
+        return scores_BV
+
+    def forget(self, request: Request) -> None:
+        """The request has ended."""
+        self._states.pop(request.number, None)
+
+    def _state(self, request: Request, like_V: Tensor) -> _State:
+        """The request's state, with the completion so far counted."""
+        state = self._states.get(request.number)
+        if state is None:
+            state = self._states[request.number] = _begin(request, like_V)
+        new = request.output_token_ids[state.num_counted :]
+        if new and state.counts_V is not None:
+            ids = torch.tensor(new, device=like_V.device)
+            state.counts_V.index_add_(0, ids, torch.ones_like(ids, dtype=like_V.dtype))
+            _given(state.is_known_V)[ids] = True
+            state.num_counted = len(request.output_token_ids)
+        return state
+
+    def _forbidden(self, request: Request) -> set[int]:
+        """Tokens that may not come next."""
+        params, output = request.params, request.output_token_ids
+        tokens: set[int] = set()
+        if len(output) < params.min_tokens:
+            tokens.update(params.stop_token_ids)
+            if self._eos_id is not None and not params.ignore_eos:
+                tokens.add(self._eos_id)
+        for *first, last in request.bad_words_token_ids:
+            if not first or output[-len(first) :] == first:
+                tokens.add(last)
+        return tokens
+
+
+def penalised(
+    scores_BV: Tensor,
+    counts_BV: Tensor,
+    is_known_BV: Tensor,
+    repetition_B1: Tensor,
+    frequency_B1: Tensor,
+    presence_B1: Tensor,
+) -> Tensor:
+    """The three penalties.
+
+    Args:
+        counts_BV: of each token in the completion, the scores' dtype.
+        is_known_BV: bool, tokens of prompt or completion.
+        repetition_B1: known tokens' scores are divided by it where positive and multiplied where
+            negative (Keskar et al. 2019, CTRL, section 4.1).
+        frequency_B1, presence_B1: subtracted for every time that the completion has the token, and once
+            if it has it at all (OpenAI's definition).
+
+    Returns:
+        new scores.
+    """
+    repeated_BV = torch.where(scores_BV > 0, scores_BV / repetition_B1, scores_BV * repetition_B1)
+    scores_BV = torch.where(is_known_BV, repeated_BV, scores_BV)
+    return scores_BV - frequency_B1 * counts_BV - presence_B1 * (counts_BV > 0)
+
+
+def bad_words_token_ids(
+    request_id: str, params: SamplingParams, tokenizer: Any | None
+) -> list[list[int]]:
+    """Token sequences of `params.bad_words`: as they begin a text, and as they follow a space.
+
+    Raises:
+        InvalidRequest: there is no tokenizer, or a word has no tokens.
+    """
+    found: list[list[int]] = []
+    for word in params.bad_words:
+        if tokenizer is None:
+            raise InvalidRequest(
+                f"request {request_id}: bad_words={params.bad_words!r} needs a tokenizer"
+            )
+        bare = word.lstrip()
+        for text in dict.fromkeys((bare, f" {bare}")):
+            ids = list(tokenizer.encode(text))
+            if not ids:
+                raise InvalidRequest(f"request {request_id}: bad_words: {word!r} has no tokens")
+            if ids not in found:
+                found.append(ids)
+    return found
+
+
+def check_token_ids(request_id: str, params: SamplingParams, vocab_size: int) -> None:
+    """Raises:
+    InvalidRequest: a rule names a token that the model lacks.
+    """
+    for name in ("logit_bias", "allowed_token_ids"):
+        for token_id in getattr(params, name) or ():
+            if token_id >= vocab_size:
+                raise InvalidRequest(
+                    f"request {request_id}: {name}: token id {token_id} is not in the model's "
+                    f"vocabulary of {vocab_size}; leave it out"
+                )
+
+
+def _begin(request: Request, like_V: Tensor) -> _State:
+    params = request.params
+    bias_V = counts_V = is_known_V = None
+    if params.logit_bias or params.allowed_token_ids is not None:
+        bias_V = torch.zeros_like(like_V)
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias), device=like_V.device)
+            bias_V[ids] = bias_V.new_tensor(list(params.logit_bias.values()))
+        if params.allowed_token_ids is not None:
+            is_allowed_V = torch.zeros_like(like_V, dtype=torch.bool)
+            is_allowed_V[params.allowed_token_ids] = True
+            bias_V.masked_fill_(~is_allowed_V, float("-inf"))
+    if params.has_penalties:
+        counts_V = torch.zeros_like(like_V)
+        is_known_V = torch.zeros_like(like_V, dtype=torch.bool)
+        is_known_V[request.prompt_token_ids] = True
+    return _State(bias_V, counts_V, is_known_V)
+
+
+def _given(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
