@@ -73,6 +73,26 @@ def model_path(args: argparse.Namespace) -> str:
     return given[0]
 
 
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say to `LLM`, but for model and tokenizer."""
+    return {name: getattr(args, name) for name in _PASSED_ON}
+
+
+def given_tokenizer(args: argparse.Namespace) -> Any | None:
+    """The tokenizer of --tokenizer; None: the model's own.
+
+    Raises:
+        DMCError: it is not there.
+    """
+    if args.tokenizer is None:
+        return None
+    from megatron_dmc.checkpoint.tokenizer import load_tokenizer
+
+    if not Path(args.tokenizer).exists():
+        raise DMCError(f"--tokenizer {args.tokenizer}: no such folder or file")
+    return load_tokenizer(args.tokenizer)
+
+
 def make_llm(args: argparse.Namespace) -> Any:
     """The `LLM` that the flags ask for.
 
@@ -81,11 +101,4 @@ def make_llm(args: argparse.Namespace) -> Any:
     """
     from megatron_dmc.engine import LLM
 
-    tokenizer: Any = None
-    if args.tokenizer is not None:
-        from megatron_dmc.checkpoint.tokenizer import load_tokenizer
-
-        if not Path(args.tokenizer).exists():
-            raise DMCError(f"--tokenizer {args.tokenizer}: no such folder or file")
-        tokenizer = load_tokenizer(args.tokenizer)
-    return LLM(model_path(args), tokenizer, **{name: getattr(args, name) for name in _PASSED_ON})
+    return LLM(model_path(args), given_tokenizer(args), **engine_options(args))

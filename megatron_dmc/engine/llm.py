@@ -1,12 +1,13 @@
 """`LLM(model=...).generate(prompts, params)`, in vLLM's manner."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from megatron_dmc.engine.config import EngineConfig
+from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.engine import LLMEngine
 from megatron_dmc.engine.request import RequestOutput
 from megatron_dmc.engine.sampling_params import SamplingParams
@@ -50,6 +51,7 @@ class LLM:
             `LLM`, and all but rank 0 then call `follow`.
         seed: of requests without a seed.
         device: default: the GPU if there is one.
+        make_context: see `LLMEngine`.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class LLM:
         tensor_parallel_size: int = 1,
         seed: int = 0,
         device: str | torch.device | None = None,
+        make_context: Callable[..., PagedContext] = PagedContext,
     ):
         if None not in (block_size, page_size) and block_size != page_size:
             raise UnsupportedConfig(
@@ -103,7 +106,7 @@ class LLM:
             max_model_len = int(description.max_position_embeddings)
         page_bytes = 2 * page_size * description.kv_channels * model_dtype.itemsize
         if num_pages is None:
-            num_pages = _num_pages(
+            num_pages = pages_in_memory(
                 page_bytes,
                 worst_case=_worst_case_pages(description, max_model_len, page_size)
                 // tensor_parallel_size
@@ -133,6 +136,7 @@ class LLM:
             device=device,
             enable_dmc=enable_dmc,
             parallel=parallel,
+            make_context=make_context,
         )
         self._num_generated = 0
 
@@ -237,7 +241,7 @@ def _worst_case_pages(description: Any, num_tokens: int, page_size: int) -> int:
     return -(-num_tokens // page_size) * description.num_layers * description.num_query_groups
 
 
-def _num_pages(
+def pages_in_memory(
     page_bytes: int,
     *,
     worst_case: int,
