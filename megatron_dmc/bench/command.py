@@ -5,6 +5,7 @@ import importlib
 from dataclasses import dataclass
 
 from megatron_dmc.bench.serving import add_serving_benchmarks
+from megatron_dmc.bench.suite_plan import add_suite
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def add_benchmarks(parser: argparse.ArgumentParser) -> None:
                              metavar="CR", help="imposed CRs (default: 1 2 4 8)")  # fmt: skip
         sub.set_defaults(module=benchmark.module)
     add_serving_benchmarks(names)
+    add_suite(names)
 
 
 def run(args: argparse.Namespace) -> int:

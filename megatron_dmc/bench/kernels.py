@@ -5,7 +5,7 @@ request of T tokens has at a given CR; heads equally long, or spread as exp(0.6 
 same total but for heads cut off at T. On a GPU as many layers as fill the caches of the chip several times are captured into one
 CUDA graph with one plan for all, and a layer's share of a replay is reported. Metric: median
 milliseconds; bytes that must move over the bandwidth of a plain copy on the same machine; for append
-also the time over attention's. The kernels are compared with the specification before they are timed.
+also the time over attention's; beside them the libraries of `bench.libraries`. The kernels are compared with the specification before they are timed.
 
 Dimension letters as in `ops.cache_ops`.
 """
@@ -14,18 +14,18 @@ import argparse
 import itertools
 import math
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_dmc.bench import decode_case
+from megatron_dmc.bench import decode_case, libraries
 from megatron_dmc.bench.measure import (
     Panel,
     Settings,
     as_row,
+    captured,
     copy_bandwidth,
     document,
     finish,
@@ -70,19 +70,9 @@ def backends(settings: Settings, dim: int) -> list[str]:
     return found if settings.on_gpu and found else ["torch"]
 
 
-def captured(function: Callable[[], object], settings: Settings) -> Callable[[], object]:
-    """On a GPU the function's replay from a CUDA graph."""
-    if not settings.on_gpu:
-        return function
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
+def layers_of(settings: Settings, needed: int) -> int:
+    """How many layers of so many bytes one measurement goes through."""
+    return min(MAX_LAYERS, math.ceil(BYTES_OF_LAYERS / needed)) if settings.on_gpu else 1
 
 
 def check(settings: Settings, backend: str, lengths_BG: Tensor, group: int, dim: int) -> dict:
@@ -119,7 +109,7 @@ def measure(
     batch, num_kv_heads = lengths_BG.shape
     errors = check(settings, backend, lengths_BG, group, dim)
     needed = attention_bytes(lengths_BG, group, dim, settings.dtype)
-    num_layers = min(MAX_LAYERS, math.ceil(BYTES_OF_LAYERS / needed)) if settings.on_gpu else 1
+    num_layers = layers_of(settings, needed)
     # heads that append do so in every run
     room = math.ceil((settings.repeats + 10) / PAGE_SIZE) + 1
     make: dict[str, Any] = dict(dtype=settings.dtype, device=settings.device)
@@ -194,7 +184,7 @@ def panels(rows: list[dict[str, Any]], bandwidth: float) -> list[Panel]:
         )
 
     attention = [
-        (label(r), r["bytes_per_second"] / 1e9, r["variant"] != "torch")
+        (label(r), r["bytes_per_second"] / 1e9, r["variant"] in ("cuda", "triton"))
         for r in rows if r["op"] == "attention" and "skipped" not in r
     ]  # fmt: skip
     append = [
@@ -220,11 +210,8 @@ def run(args: argparse.Namespace) -> int:
     heads, dim = (32, 128) if settings.on_gpu else (4, 64)
     bandwidth = copy_bandwidth(settings)
     groups = (1, 8) if settings.on_gpu else (1, 4)
-    cases = list(
-        itertools.product(
-            settings.lengths, batches, crs, groups, (False, True), backends(settings, dim)
-        )
-    )
+    chosen = backends(settings, dim)
+    cases = list(itertools.product(settings.lengths, batches, crs, groups, (False, True), chosen))
     rows: list[dict[str, Any]] = []
     for tokens, batch, cr, group, skewed, backend in tqdm(cases, disable=None, leave=False):
         columns = dict(tokens=tokens, batch=batch, cr=cr, group=group, skewed=skewed, head_dim=dim)
@@ -234,6 +221,11 @@ def run(args: argparse.Namespace) -> int:
             rows.append({"op": "attention", "skipped": "does not fit into memory", **columns})
             continue
         rows += measure(settings, backend, lengths, group, dim, cr, bandwidth, columns)
+        if backend == chosen[-1]:
+            rows += libraries.measure(
+                settings, lengths, group, dim, num_layers=layers_of(settings, needed),
+                bytes_needed=needed, bandwidth=bandwidth, columns=columns,
+            )  # fmt: skip
     result = document(
         "kernels", settings, copy_bytes_per_second=bandwidth, lengths=settings.lengths,
         page_size=PAGE_SIZE, spread=SPREAD, rows=rows,
