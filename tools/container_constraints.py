@@ -4,10 +4,11 @@
         --write constraints-here.txt --requirements requirements-here.txt
     container_constraints.py --check constraints-here.txt
 
-The first writes the requirements that are not installed yet, and a constraints file: what NVIDIA builds or builds
-against (a local version, torch, triton, numpy, CUDA's libraries) stays as it is; other packages that are
-installed get no older; the rest get the versions of constraints.txt. The second fails if that was not kept, or if the
-package has no CUDA kernels (unless MEGATRON_DMC_SKIP_CUDA is set). Standard library and `packaging` only: it runs before anything is installed.
+The first writes the requirements that are not installed yet, and a constraints file: what NVIDIA builds or
+builds against (a local version, torch, triton, numpy, CUDA's libraries) stays as it is; other packages that are
+installed get no older; the rest get the versions of constraints.txt. The second fails if that was not kept, or
+if the package has no CUDA kernels (unless MEGATRON_DMC_SKIP_CUDA is set). Standard library and `packaging`
+only: it runs before anything is installed.
 """
 
 import argparse

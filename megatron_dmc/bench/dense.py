@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_dmc.engine.context import PackedChunk, PagedContext
 from megatron_dmc.errors import DMCError
+from megatron_dmc.ops import page_ops
 from megatron_dmc.ops.cache_ops import apply_rope
 
 
@@ -74,9 +75,18 @@ class DenseContext(PagedContext):
         return result
 
     def end_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As `PagedContext.end_step`; every token is an entry."""
+        """As `PagedContext.end_step`; every token is an entry, with a page that stays empty."""
+        rows = [chunk.row for chunk in self._now]
+        sizes = torch.tensor([chunk.num_tokens for chunk in self._now], device=self.k_LRSGD.device)
+        entries_LRG = self.tables.num_entries_LRG
+        entries_LRG[:, rows] += sizes[None, :, None]
         for chunk in self._now:
-            self.tables.num_entries_LRG[:, chunk.row] += chunk.num_tokens
+            full, rest = divmod(chunk.start, self.page_size)
+            if chunk.start + chunk.num_tokens > (full + (rest > 0)) * self.page_size:
+                page_ops.take_for_entries(
+                    self.tables.page_ids_LRGM[:, chunk.row], entries_LRG[:, chunk.row],
+                    self.page_size, self.pool.free_pages,
+                )  # fmt: skip
         return super().end_step(*args, **kwargs)
 
     def attend(

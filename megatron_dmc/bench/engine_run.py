@@ -136,6 +136,8 @@ def decode_figures(run: Run, cost: ModelCost, ceilings: Ceilings) -> dict[str, A
     }
 
 
-def spread(values: Sequence[float]) -> float:
-    """(largest - smallest) / median of repeated measurements."""
+def spread(values: Sequence[float]) -> float | None:
+    """(largest - smallest) / median of repeated measurements; None of a single one."""
+    if len(values) < 2:
+        return None
     return (max(values) - min(values)) / statistics.median(values)

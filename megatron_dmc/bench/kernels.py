@@ -2,10 +2,11 @@
 
 Regime: one decode step of a layer, page 16, D = 128, 32 query heads (on a CPU less), caches that a
 request of T tokens has at a given CR; heads equally long, or spread as exp(0.6 x), x normal, with the
-same total but for heads cut off at T. On a GPU as many layers as fill the caches of the chip several times are captured into one
-CUDA graph with one plan for all, and a layer's share of a replay is reported. Metric: median
-milliseconds; bytes that must move over the bandwidth of a plain copy on the same machine; for append
-also the time over attention's; beside them the libraries of `bench.libraries`. The kernels are compared with the specification before they are timed.
+same total but for heads cut off at T. On a GPU as many layers as fill the caches of the chip several
+times are captured into one CUDA graph with one plan for all, and a layer's share of a replay is reported.
+Metric: median milliseconds; bytes that must move over the bandwidth of a plain copy on the same machine; for
+append also the time over attention's. Beside them stand the libraries of `bench.libraries`. The kernels are
+compared with the specification before they are timed.
 
 Dimension letters as in `ops.cache_ops`.
 """

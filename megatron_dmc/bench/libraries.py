@@ -203,8 +203,8 @@ def measure(
         head = {"op": "attention", "variant": library.name, **columns}
         try:
             row = _measure_one(library, settings, lengths_BG, group, dim, num_layers)
-        except Absent as reason:
-            rows.append({**head, "skipped": str(reason)})
+        except Absent as e:
+            rows.append({**head, "skipped": str(e)})
             continue
         except (DMCError, RuntimeError, TypeError, ValueError, AssertionError) as e:
             # another package's fault is a row, not the end of the run

@@ -21,7 +21,7 @@ from megatron_dmc.bench.tables import Row, curves, markdown, write_csv
 from megatron_dmc.errors import DMCError
 
 _ENGINE = {
-    "command": "command", "engine": "engine", "cr": "CR", "measured_cr": "measured CR",
+    "command": "command", "model": "model", "engine": "engine", "cr": "CR", "measured_cr": "measured CR",
     "batch_size": "batch", "input_len": "prompt", "output_len": "generated",
     "decode_tokens_per_second": "decode tokens/s", "roofline_tokens_per_second": "roofline",
     "fraction_of_roofline": "of it", "speedup": "ratio", "must_reach": "must reach",
@@ -126,9 +126,9 @@ def run(args: argparse.Namespace) -> int:
         # after each: a run that is cut off leaves what it has
         (folder / "results.md").write_text("\n".join(parts))
         if experiment.name != "kernels":
+            series = ["model", "engine", *(["batch_size"] if experiment.name == "e3" else [])]
             curves(
-                rows, x="cr", y=experiment.metric, series=["command", "batch_size"]
-                if experiment.name == "e3" else ["command"],
+                rows, x="cr", y=experiment.metric, series=series,
                 path=folder / f"{experiment.name}.png", title=experiment.title,
             )  # fmt: skip
     settings = Settings(torch.device("cuda" if gpu else "cpu"), torch.bfloat16, (), 1, folder)
@@ -150,7 +150,8 @@ def _rows_of(words: list[str], number: int, failures: list[str]) -> list[Row]:
         reason = f"{type(e).__name__}: {e}".splitlines()[0]
         failures.append(f"{' '.join(words)}: {reason}")
         return [{"command": number + 1, "skipped": reason}]
-    return [{"command": number + 1, **row} for row in rows]
+    model = Path(words[words.index("--model") + 1]).stem if "--model" in words else None
+    return [{"command": number + 1, "model": model, **row} for row in rows]
 
 
 def compare(experiment: Experiment, rows: list[Row]) -> None:
