@@ -44,7 +44,8 @@ class DenseContext(PagedContext):
             raise DMCError("dense attention knows neither merging nor cached prefixes")
         super().__init__(**options)
         shape = (
-            options["num_layers"], options["max_num_seqs"], options["max_model_len"],
+            # padding is row -1, the last
+            options["num_layers"], options["max_num_seqs"] + 1, options["max_model_len"],
             options["num_kv_heads"], options["head_dim"],
         )  # fmt: skip
         device = torch.device(options.get("device", "cpu"))
@@ -53,26 +54,23 @@ class DenseContext(PagedContext):
         )
         self._flash = _flash_with_cache(device)
 
+    @property
+    def is_capturable(self) -> bool:
+        """Whether CUDA graphs can hold decode steps: PyTorch's attention has shapes of the step's lengths."""
+        return self._flash is not None
+
     def begin_step(self, chunks: Sequence[PackedChunk], *args: Any, **kwargs: Any) -> Any:
         """As `PagedContext.begin_step`."""
         result = super().begin_step(chunks, *args, **kwargs)
         self._now = list(chunks)
-        device = self.k_LRSGD.device
-        starts: list[int] = []
-        rows: list[int] = []
-        first = 0
-        decoding: list[tuple[int, int, int]] = []
-        for chunk in chunks:
-            starts += range(chunk.start, chunk.start + chunk.num_tokens)
-            rows += [chunk.row] * chunk.num_tokens
-            if chunk.num_tokens == 1:
-                decoding.append((first, chunk.row, chunk.start))
-            first += chunk.num_tokens
-        self._positions_T = torch.tensor(starts, device=device)
-        self._rows_T = torch.tensor(rows, device=device)
-        self._decoding_3B = torch.tensor(decoding, dtype=torch.int64, device=device).view(-1, 3).T
-        self._longest = 1 + max((start for _, _, start in decoding), default=0)
+        singles = [chunk.start for chunk in chunks if chunk.num_tokens == 1]
+        self._longest = 1 + max(singles, default=0)
         return result
+
+    def set_decode(self, rows_B: Tensor, positions_B: Tensor) -> None:
+        """As `PagedContext.set_decode`."""
+        super().set_decode(rows_B, positions_B)
+        self._at_B = (rows_B, positions_B)
 
     def end_step(self, *args: Any, **kwargs: Any) -> Any:
         """As `PagedContext.end_step`; every token is an entry, with a page that stays empty."""
@@ -101,38 +99,39 @@ class DenseContext(PagedContext):
     ) -> Tensor:
         """As `PagedContext.attend`."""
         k_RSGD, v_RSGD = self.k_LRSGD[layer_index], self.v_LRSGD[layer_index]
-        freqs_TF = None if freqs_SF is None else freqs_SF[self._positions_T]
-        q_TND, k_TGD = apply_rope(q_TND, freqs_TF), apply_rope(k_TGD, freqs_TF)
-        k_RSGD[self._rows_T, self._positions_T] = k_TGD
-        v_RSGD[self._rows_T, self._positions_T] = v_TGD
         out = torch.empty_like(q_TND)
-        at, rows_B, starts_B = self._decoding_3B
-        if at.numel():
-            out[at] = self._decode(q_TND[at], k_RSGD, v_RSGD, rows_B, starts_B + 1, softmax_scale)
-        first = 0
+        rows_B, positions_B = self._at_B
+        first = len(rows_B)
+        if first:
+            freqs = None if freqs_SF is None else freqs_SF[positions_B]
+            k_RSGD[rows_B, positions_B] = apply_rope(k_TGD[:first], freqs)
+            v_RSGD[rows_B, positions_B] = v_TGD[:first]
+            q = apply_rope(q_TND[:first], freqs)
+            out[:first] = self._attend_to_row(q, k_RSGD, v_RSGD, softmax_scale)
         for chunk in self._now:
             if chunk.num_tokens > 1:
                 span = slice(first, first + chunk.num_tokens)
                 end = chunk.start + chunk.num_tokens
-                out[span] = self._prefill(
-                    q_TND[span], k_RSGD[chunk.row, :end], v_RSGD[chunk.row, :end], softmax_scale
-                )
-            first += chunk.num_tokens
+                freqs = None if freqs_SF is None else freqs_SF[chunk.start : end]
+                k_RSGD[chunk.row, chunk.start : end] = apply_rope(k_TGD[span], freqs)
+                v_RSGD[chunk.row, chunk.start : end] = v_TGD[span]
+                out[span] = _causal(
+                    apply_rope(q_TND[span], freqs), k_RSGD[chunk.row, :end],
+                    v_RSGD[chunk.row, :end], softmax_scale,
+                )  # fmt: skip
+                first = span.stop
         return out
 
-    def _decode(
-        self,
-        q_BND: Tensor,
-        k_RSGD: Tensor,
-        v_RSGD: Tensor,
-        rows_B: Tensor,
-        lengths_B: Tensor,
-        softmax_scale: float,
+    def _attend_to_row(
+        self, q_BND: Tensor, k_RSGD: Tensor, v_RSGD: Tensor, softmax_scale: float
     ) -> Tensor:
+        rows_B, positions_B = self._at_B
+        lengths_B = positions_B + 1
         if self._flash is not None:
+            rows = torch.where(rows_B < 0, k_RSGD.shape[0] - 1, rows_B)
             return self._flash(
                 q_BND[:, None], k_RSGD, v_RSGD, cache_seqlens=lengths_B.int(),
-                cache_batch_idx=rows_B.int(), softmax_scale=softmax_scale,
+                cache_batch_idx=rows.int(), softmax_scale=softmax_scale,
             )[:, 0]  # fmt: skip
         k, v = (x[rows_B, : self._longest].transpose(1, 2) for x in (k_RSGD, v_RSGD))
         seen_BS = torch.arange(self._longest, device=q_BND.device) < lengths_B[:, None]
@@ -142,15 +141,16 @@ class DenseContext(PagedContext):
         )  # fmt: skip
         return out[:, :, 0]
 
-    @staticmethod
-    def _prefill(q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor, softmax_scale: float) -> Tensor:
-        num_new, num_seen = len(q_TND), len(k_SGD)
-        q, k, v = (x.transpose(0, 1)[None] for x in (q_TND, k_SGD, v_SGD))
-        mask = None
-        if num_new < num_seen:
-            mask = torch.ones(num_new, num_seen, dtype=torch.bool, device=q.device)
-            mask = mask.tril(num_seen - num_new)
-        out = scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=softmax_scale, enable_gqa=True
-        )
-        return out[0].transpose(0, 1)
+
+def _causal(q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor, softmax_scale: float) -> Tensor:
+    """Attention of the last T of S tokens."""
+    num_new, num_seen = len(q_TND), len(k_SGD)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_TND, k_SGD, v_SGD))
+    mask = None
+    if num_new < num_seen:
+        mask = torch.ones(num_new, num_seen, dtype=torch.bool, device=q.device)
+        mask = mask.tril(num_seen - num_new)
+    out = scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=softmax_scale, enable_gqa=True
+    )
+    return out[0].transpose(0, 1)
