@@ -53,6 +53,8 @@ class DenseContext(PagedContext):
             torch.empty(shape, dtype=options["dtype"], device=device) for _ in "kv"
         )
         self._flash = _flash_with_cache(device)
+        self._now: list[PackedChunk] = []
+        self._longest = 1
 
     @property
     def is_capturable(self) -> bool:
