@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from megatron_dmc.bench import imposed, subject
+from megatron_dmc.bench import imposed, offline, subject
+from megatron_dmc.bench.command import add_benchmarks
 from megatron_dmc.bench.cost import Ceilings, ModelCost
 from megatron_dmc.bench.engine_run import run_requests
 from megatron_dmc.cli import main
@@ -43,15 +44,16 @@ def bench(capsys, *arguments):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def engine(shape, *flags):
-    """The parsed flags' engine for their only case."""
-    from megatron_dmc.bench.command import add_benchmarks
-    from megatron_dmc.bench.offline import _cases
-
+def parsed(*flags):
     parser = argparse.ArgumentParser()
     add_benchmarks(parser)
-    args = parser.parse_args(["throughput", *shape, *flags])
-    (case,) = _cases(args)
+    return parser.parse_args(["throughput", *flags])
+
+
+def engine(shape, *flags):
+    """The parsed flags' engine for their only case."""
+    args = parsed(*shape, *flags)
+    (case,) = offline._cases(args)
     return subject.Subject(args, case.input_len + case.output_len).engine(case)[0]
 
 
@@ -144,33 +146,40 @@ def test_an_engine_that_does_not_obey_is_found_out(shape, capsys, monkeypatch):
 def test_sweep(shape, capsys, tmp_path):
     result = bench(
         capsys, "throughput", *shape, "--simulate-cr", "1,4", "--max-num-seqs", "2,auto",
-        "--input-len", "40,90", "--output-len", "20", "--num-iters", "2", "--num-pages", "350",
+        "--input-len", "60", "--output-len", "16", "--num-iters", "2", "--num-pages", "200",
         "--csv", str(tmp_path / "rows.csv"), "--output", str(tmp_path / "out"),
     )  # fmt: skip
-    rows = {(r["input_len"], r["batch_size"] > 2, r["cr"]): r for r in result["rows"]}
-    assert len(rows) == len(result["rows"]) == 8
-    for (input_len, is_auto, cr), row in rows.items():
+    rows = {(r["batch_size"] > 2, r["cr"]): r for r in result["rows"]}
+    assert len(rows) == len(result["rows"]) == 4
+    for (is_auto, cr), row in rows.items():
         assert row["measured_cr"] == pytest.approx(cr, rel=0.2) and row["num_preemptions"] == 0
-        assert row["output_len"] == 20 and row["total_output_tokens"] == 20 * row["batch_size"]
-        assert row["tokens_per_second"] == pytest.approx(
-            (input_len + 20) / 20 * row["output_tokens_per_second"]
-        )
+        assert row["total_output_tokens"] == 16 * row["batch_size"] == 16 * row["num_requests"]
+        assert row["tokens_per_second"] == pytest.approx(76 / 16 * row["output_tokens_per_second"])
         assert 0 < row["fraction_of_roofline"] < 1.2 and row["repeats"] == 2 and row["spread"] >= 0
-        assert row["mean_context"] == pytest.approx(input_len + 10, abs=6)
-        if is_auto and input_len == 90:  # neither too many nor far too few
-            assert 0.8 < row["peak_pages"] / row["num_pages"] <= 1
-    assert rows[40, True, 4.0]["batch_size"] > 1.8 * rows[40, True, 1.0]["batch_size"]
+        assert row["mean_context"] == pytest.approx(68, abs=6)
+        if is_auto:  # neither too many nor far too few
+            assert 0.7 < row["peak_pages"] / row["num_pages"] <= 1
+    assert rows[True, 4.0]["batch_size"] > 1.8 * rows[True, 1.0]["batch_size"]
     # live entries are a quarter, weights are not
-    weights, few, many = (rows[90, False, cr] for cr in (1.0, 4.0, 1.0))
-    live = [r["step_bytes"] - weights["weight_bytes"] for r in (few, many)]
+    many, few = rows[False, 1.0], rows[False, 4.0]
+    live = [r["step_bytes"] - r["weight_bytes"] for r in (few, many)]
     assert live[0] * few["measured_cr"] == pytest.approx(live[1], rel=0.01)
     with (tmp_path / "rows.csv").open() as file:
         assert [float(r["elapsed_time"]) for r in csv.DictReader(file)] == [
             r["elapsed_time"] for r in result["rows"]
         ]
-    assert {p.name for p in (tmp_path / "out").iterdir()} >= {
-        "throughput.json", "throughput.csv", "throughput-cr.png", "throughput-input_len.png",
-    }  # fmt: skip
+    written = {p.name for p in (tmp_path / "out").iterdir()}
+    assert written >= {"throughput.json", "throughput.csv", "throughput-cr.png"}
+
+
+def test_lists_are_a_sweep():
+    args = parsed("--simulate-cr", "1,2.5", "--input-len", "8,90", "--output-len", "4,7",
+                  "--max-num-seqs", "3,auto", "--model", "x")  # fmt: skip
+    cases = offline._cases(args)
+    assert len(set(cases)) == len(cases) == 8
+    assert {(c.input_len, c.output_len) for c in cases} == {(8, 4), (90, 7)}
+    assert {c.max_num_seqs for c in cases} == {3, None} and {c.cr for c in cases} == {1, 2.5}
+    assert [c.cr for c in offline._cases(parsed("--model", "x"))] == [None]
 
 
 def test_latency_of_a_slice_with_a_profile(shape, capsys, tmp_path):
