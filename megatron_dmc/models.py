@@ -90,7 +90,6 @@ def transformer_config(
         kv_channels=d.kv_channels,
         normalization="RMSNorm",
         layernorm_epsilon=d.layernorm_epsilon,
-        qk_layernorm=getattr(d, "qk_layernorm", False),
         gated_linear_unit=True,
         activation_func=silu,
         add_bias_linear=False,

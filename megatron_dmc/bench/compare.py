@@ -54,8 +54,6 @@ def transformers_row(
                 )
             else:
                 values = description.to_hf_config()
-                if getattr(description, "qk_layernorm", False):
-                    values |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
                 config = AutoConfig.for_model(values.pop("model_type"), **values)
                 model = AutoModelForCausalLM.from_config(
                     config, dtype=settings.dtype, attn_implementation=attention
