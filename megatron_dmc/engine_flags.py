@@ -15,9 +15,12 @@ _PASSED_ON = (
     "num_pages",
     "kv_cache_memory_bytes",
     "gpu_memory_utilization",
+    "kv_cache_dtype",
     "enable_dmc",
     "enable_prefix_caching",
     "prefix_block_size",
+    "enforce_eager",
+    "cudagraph_capture_sizes",
     "seed",
     "device",
 )
@@ -45,6 +48,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--kv-cache-memory-bytes", type=int, help="size of the cache; or")
     group.add_argument("--num-pages", type=int, help="size of the cache in pages")
+    add_kv_cache_dtype(group)
     group.add_argument(
         "--enable-dmc", action=argparse.BooleanOptionalAction, default=None,
         help="refuse a model that does not compress; --no-enable-dmc: append every token, whatever "
@@ -58,7 +62,22 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefix-block-size", type=int, default=256,
         help="tokens between two places at which a shared prefix can end (default: 256)",
     )  # fmt: skip
+    group.add_argument(
+        "--enforce-eager", action="store_true", help="no CUDA graphs for decode steps"
+    )
+    group.add_argument(
+        "--cudagraph-capture-sizes", type=int, nargs="+", metavar="N",
+        help="batch sizes that get a CUDA graph (default: 1, 2, 4, 8, 16, ... up to --max-num-seqs)",
+    )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="of requests that bring none")
+
+
+def add_kv_cache_dtype(parser: Any) -> None:
+    """`--kv-cache-dtype`, for a parser or a group."""
+    parser.add_argument(
+        "--kv-cache-dtype", default="auto", metavar="DTYPE",
+        help="of the cache's pages: auto (the model's dtype), fp8 (or fp8_e4m3), int8",
+    )  # fmt: skip
 
 
 def model_path(args: argparse.Namespace) -> str:

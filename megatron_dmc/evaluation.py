@@ -162,7 +162,7 @@ def engine_difference(
     rows = []
     for size in sizes:
         chunk = ScheduledChunk(request, size)
-        rows.append(engine.runner.run([chunk], [list(range(size))]))
+        rows.append(engine.runner.run([chunk], [list(range(size))]).clone())
         request.num_computed_tokens += size
     engine.context.release(request)
     engine.context.pool.check_integrity()

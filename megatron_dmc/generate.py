@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 
+from megatron_dmc.engine_flags import add_kv_cache_dtype
 from megatron_dmc.errors import DMCError
 
 
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument("--max-model-len", type=int, help="longest sequence; default: the model's")
     parser.add_argument("--block-size", type=int, default=16, help="slots per page")
+    add_kv_cache_dtype(parser)
     parser.add_argument(
         "--no-dmc", action="store_true", help="append every token, whatever the model decides"
     )
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if args.prompt is None else args.prompt
     llm = LLM(
         args.model, dtype=args.dtype, device=args.device, max_model_len=args.max_model_len,
-        max_num_seqs=1, block_size=args.block_size, enable_dmc=False if args.no_dmc else None,
+        max_num_seqs=1, block_size=args.block_size, kv_cache_dtype=args.kv_cache_dtype, enable_dmc=False if args.no_dmc else None,
     )  # fmt: skip
     engine = llm.engine
     if engine.tokenizer is None:
@@ -60,9 +62,9 @@ def run(args: argparse.Namespace) -> int:
     metrics = output.metrics
     first = (metrics.first_token_time or 0.0) - metrics.arrival_time
     new = len(output.outputs[0].token_ids)
-    page_bytes = engine.context.pool.page_bytes
-    held = metrics.num_pages * page_bytes
-    plain = metrics.num_cached_tokens * page_bytes // args.block_size
+    stats = engine.stats()
+    held = metrics.num_pages * stats.page_bytes
+    plain = metrics.num_cached_tokens * stats.plain_entry_bytes
     print(
         f"\n{len(output.prompt_token_ids)} prompt tokens, {new} generated in {seconds:.2f} s: "
         f"{new / seconds:.1f} tokens/s (first token after {first:.2f} s)\n"

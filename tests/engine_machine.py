@@ -2,7 +2,7 @@
 
 After every step the pages are counted: free + held = total, every page has the owners that name it, and
 the page that a head writes to has one. Every finished request's tokens are those of running it alone;
-an aborted one's are their beginning.
+an aborted one's are their beginning. Some engines run decode steps as if captured.
 
 `python tests/engine_machine.py --examples 300 --steps 100` runs it longer than the tests do.
 """
@@ -23,6 +23,7 @@ from hypothesis.stateful import (
 from tiny_gpt import G, L, V, dmc_config, drain, greedy_params, make_engine
 
 from megatron_dmc import SamplingParams
+from megatron_dmc.engine.decode_graphs import Captured
 from megatron_dmc.engine.request import RequestStatus
 
 _rng = random.Random(0)
@@ -35,7 +36,7 @@ KINDS = [
 ]
 """(prompt, max_tokens, seed or greedy)."""
 
-totals = {"steps": 0, "finished": 0, "preempted": 0, "hits": 0}
+totals = {"steps": 0, "finished": 0, "preempted": 0, "hits": 0, "replays": 0}
 
 
 def params_of(kind):
@@ -52,19 +53,33 @@ def alone(kind):
     return drain(engine)["x"].outputs[0].token_ids
 
 
+def run_again(work):
+    """In place of a CUDA graph: on the same tensors, as a replay would."""
+    output = work()
+
+    def replay():
+        totals["replays"] += 1
+        output.copy_(work())
+
+    return Captured(replay, output)
+
+
 class EngineMachine(RuleBasedStateMachine):
     @initialize(
         num_pages=st.integers(9 * L * G, 16 * L * G),
         budget=st.sampled_from([1, 5, 16, 40]),
         prefixes=st.booleans(),
         policy=st.sampled_from(["fcfs", "priority"]),
+        graphs=st.booleans(),
     )
-    def make(self, num_pages, budget, prefixes, policy):
+    def make(self, num_pages, budget, prefixes, policy, graphs):
         self.engine = make_engine(
             dmc_config(), num_pages=num_pages, max_num_batched_tokens=budget, max_num_seqs=3,
             enable_prefix_caching=prefixes, prefix_block_size=4, scheduling_policy=policy,
             priority_reach=2,
         )  # fmt: skip
+        if graphs:
+            self.engine.runner.capture([1, 2], run_again, progress=False)
         self.priorities = policy == "priority"
         self.kinds: dict[str, int] = {}
         self.count = 0

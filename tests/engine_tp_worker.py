@@ -15,7 +15,11 @@ from megatron_dmc.errors import EngineDead
 def main():
     path, size, out, mode = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
     torch.set_num_threads(1)
-    options = {"num_pages": 60, "max_num_batched_tokens": 24} if mode == "short" else {}
+    options = {"num_pages": 60, "max_num_batched_tokens": 24} if mode != "plenty" else {}
+    if "int8" in mode:
+        options["kv_cache_dtype"] = "int8"
+    if mode == "cached":
+        options |= {"num_pages": 300, "enable_prefix_caching": True, "prefix_block_size": 4}
     llm = LLM(
         path, dtype="float64", block_size=4, max_model_len=64, max_num_seqs=4,
         tensor_parallel_size=size, **options,
@@ -41,9 +45,10 @@ def main():
     ]  # fmt: skip
     began = time.monotonic()
     try:
-        outputs = llm.generate(
-            [{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False
-        )  # fmt: skip
+        for _ in range(2 if mode == "cached" else 1):
+            outputs = llm.generate(
+                [{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False
+            )  # fmt: skip
     except EngineDead as error:
         with open(out, "w") as f:
             json.dump({"error": str(error), "seconds": time.monotonic() - began}, f)
@@ -55,24 +60,9 @@ def main():
         json.dump(
             {"tokens": [o.outputs[0].token_ids for o in outputs],
              "entries": stats.entries_LG, "preemptions": stats.num_preemptions,
-             "in_use": stats.num_pages_in_use, "refused": refusal(llm)}, f,
+             "in_use": stats.num_pages_in_use, "hits": stats.num_prefix_hit_tokens,
+             "evicted": stats.num_evicted_prefixes}, f,
         )  # fmt: skip
-
-
-def refusal(llm):
-    """What the engine says about prefix caching under tensor parallelism."""
-    from megatron_dmc.engine import EngineConfig, LLMEngine
-    from megatron_dmc.errors import UnsupportedConfig
-
-    try:
-        LLMEngine(
-            llm.engine.runner.model, llm.engine.description, None,
-            EngineConfig(max_model_len=8, num_pages=99, enable_prefix_caching=True),
-            dtype=torch.float64, parallel=llm.engine.parallel,
-        )  # fmt: skip
-    except UnsupportedConfig as error:
-        return str(error)
-    return None
 
 
 if __name__ == "__main__":

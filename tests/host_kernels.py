@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_dmc.ops.kv_pages import tensors_of
+
 SOURCES = Path(__file__).resolve().parent / "csrc"
 INCLUDE = SOURCES.parent.parent / "megatron_dmc" / "csrc" / "include"
 NUM_WORKERS = 5
@@ -29,7 +31,7 @@ def compile_host(source: str, target: Path, *options: str) -> None:
 
 def compile_library(target: Path) -> None:
     """For `library`, which finds it by DMC_HOST_LIBRARY."""
-    compile_host("host_kernels.cpp", target, "-shared", "-fPIC")
+    compile_host("host_kernels.cpp", target, "-shared", "-fPIC", "-O1")  # compiles faster
 
 
 @cache
@@ -47,9 +49,9 @@ def fields(names: str, ctype) -> list[tuple[str, type]]:
 
 class PagedKV(ctypes.Structure):
     _fields_ = [
-        *fields("k_pages v_pages table entries", ctypes.c_void_p),
+        *fields("k_pages v_pages k_scales v_scales table entries", ctypes.c_void_p),
         *fields("table_row table_head entries_row entries_head", ctypes.c_int64),
-        *fields("page_shift head_dim table_width", ctypes.c_int),
+        *fields("page_shift head_dim table_width stored", ctypes.c_int),
     ]
 
 
@@ -96,9 +98,12 @@ def address(x: Tensor | None) -> int | None:
 
 
 def paged(k_pages, v_pages, table, entries) -> PagedKV:
+    (k, *k_scales), (v, *v_scales) = tensors_of(k_pages), tensors_of(v_pages)
+    scales = (*k_scales, *v_scales) or (None, None)
     return PagedKV(
-        *map(address, (k_pages, v_pages, table, entries)), *table.stride()[:2], *entries.stride(),
-        k_pages.shape[1].bit_length() - 1, k_pages.shape[2], table.shape[2],
+        *map(address, (k, v, *scales, table, entries)), *table.stride()[:2], *entries.stride(),
+        k.shape[1].bit_length() - 1, k.shape[2], table.shape[2],
+        {torch.float8_e4m3fn: 1, torch.int8: 2}.get(k.dtype, 0),
     )  # fmt: skip
 
 

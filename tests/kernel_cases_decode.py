@@ -24,6 +24,8 @@ if BACKEND == "host":
     cache_ops.choose_backend = lambda backend, x, page_size: backend
     cache_ops.kernels = lambda backend: kernels if backend == "host" else None
 LARGE = os.environ.get("DMC_LARGE_CASES") == "1"
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+NAN = float("nan")
 EDGES = [0, 1, 33, 65, 97, 31, 7, 8, 9, 16, 64, 32, 100, 0, 3, 40]
 
 
@@ -35,29 +37,36 @@ def lengths(batch, num_kv_heads, longest=100, seed=0):
     return drawn.view(batch, num_kv_heads)
 
 
-# group, head dim, page size, dtype, rows of padding, plan ahead, heads of lengths
+# group, head dim, page size, dtype, pages' dtype, rows of padding, plan ahead, heads of lengths
 ATTENTION = [
-    (1, 128, 16, HALF, True, 0, (4, 3)),
-    (4, 64, 8, HALF, False, 1, (2, 2)),
-    (8, 96, 64, torch.float32, False, 0, (3, 1)),
-    (8, 96, 32, HALF, False, 1, (3, 1)),
+    (1, 128, 16, HALF, None, True, 0, (4, 3)),
+    (4, 64, 8, HALF, None, False, 1, (2, 2)),
+    (8, 96, 64, torch.float32, None, False, 0, (3, 1)),
+    (8, 96, 32, HALF, None, False, 1, (3, 1)),
+    (1, 128, 16, HALF, FP8, True, 0, (2, 3)),
+    (4, 64, 8, torch.float16, INT8, False, 1, (2, 2)),
+    (1, 64, 8, torch.float16, FP8, False, 0, (1, 2)),
+    (8, 96, 32, HALF, FP8, False, 1, (2, 1)),
 ]
 ATTENTION_LARGE = [
-    (group, dim, page_size, dtype, ahead == 1, ahead, (3, 4))
+    (group, dim, page_size, dtype, stored, ahead == 1, ahead, (3, 4))
+    for stored in (None, FP8, INT8)
     for group in (1, 4, 8, 16)
     for dim, page_size in ((64, 64), (96, 32), (128, 16), (256, 8))
     for dtype, ahead in ((HALF, 0), (torch.float32, 1))
+    if stored is None or dtype == HALF
 ]
 
 
 @pytest.mark.parametrize("case", ATTENTION + (ATTENTION_LARGE if LARGE else []), ids=str)
 def test_attention_equals_the_specification(case):
-    group, dim, page_size, dtype, padded, ahead, shape = case
+    group, dim, page_size, dtype, stored, padded, ahead, shape = case
     if BACKEND in ("cuda", "host") and dtype == torch.float32:
         pytest.skip("the extension takes half precision")
     cache = decode_case.random_cache(
-        lengths(*shape), dim=dim, page_size=page_size, dtype=dtype, device=DEVICE, num_free=2
-    )
+        lengths(*shape), dim=dim, page_size=page_size, dtype=dtype, device=DEVICE,
+        cache_dtype=stored, num_free=2,
+    )  # fmt: skip
     rows = torch.randperm(shape[0], generator=torch.Generator().manual_seed(3))
     if padded:
         rows[1] = -1
@@ -99,34 +108,39 @@ def test_any_number_of_workers_gives_the_same(num_workers):
     decode_case.check_attention(attend, q, cache, rows, softmax_scale=0.5)
 
 
-# group, head dim, rotary channels, page size, dtype, window, compress, may_merge, free pages
+# group, head dim, rotary channels, page size, dtype, window, compress, may_merge, free pages,
+# pages' dtype
 APPEND = [
-    (1, 128, 128, 16, HALF, 0, True, True, 20),
-    (4, 64, 64, 8, HALF, 12, True, True, 20),
-    (2, 96, 96, 8, torch.float32, 3, True, True, 1),
-    (1, 64, 32, 8, HALF, 0, True, False, 20),
-    (2, 96, 0, 8, HALF, 0, False, True, 20),
-    (1, 96, 96, 8, HALF, 3, True, True, 1),
+    (1, 128, 128, 16, HALF, 0, True, True, 20, None),
+    (4, 64, 64, 8, HALF, 12, True, True, 20, None),
+    (2, 96, 96, 8, torch.float32, 3, True, True, 1, None),
+    (1, 64, 32, 8, HALF, 0, True, False, 20, None),
+    (2, 96, 0, 8, HALF, 0, False, True, 20, None),
+    (1, 96, 96, 8, HALF, 3, True, True, 1, None),
+    (4, 128, 128, 16, HALF, 0, True, True, 20, FP8),
+    (1, 96, 64, 8, HALF, 3, True, True, 20, INT8),
 ]
 APPEND_LARGE = [
-    (group, dim, dim, page_size, dtype, window, True, True, num_free)
+    (group, dim, dim, page_size, dtype, window, True, True, num_free, stored)
+    for stored in (None, FP8, INT8)
     for group in (1, 8)
     for dim, page_size in ((64, 64), (96, 32), (128, 16), (256, 8))
     for dtype in (HALF, torch.float32)
     for window, num_free in ((0, 2), (1, 30), (12, 30))
+    if stored is None or (dtype == HALF and window != 1)
 ]
 
 
 @pytest.mark.parametrize("case", APPEND + (APPEND_LARGE if LARGE else []), ids=str)
 def test_append_equals_the_specification(case):
-    group, dim, rotary, page_size, dtype, window, compress, may_merge, num_free = case
+    group, dim, rotary, page_size, dtype, window, compress, may_merge, num_free, stored = case
     if BACKEND in ("cuda", "host") and dtype == torch.float32:
         pytest.skip("the extension takes half precision")
     full = page_size
     state = torch.tensor([[0, 1], [full, full - 1], [2 * full, full + 1], [1, 3]])
     cache = decode_case.random_cache(
         state, dim=dim, page_size=page_size, dtype=dtype, device=DEVICE, room=1,
-        num_free=num_free, merge_window=window,
+        num_free=num_free, merge_window=window, cache_dtype=stored,
     )  # fmt: skip
     rows = torch.tensor([2, -1, 0, 1], device=DEVICE)
     half = torch.rand(50, rotary // 2, generator=torch.Generator().manual_seed(7)) * 6
@@ -170,3 +184,48 @@ def test_append_with_gates_from_outside(window):
         assert cache.num_entries_RG.tolist() == [[0, 8], [5, 17]]
         results.append([cache.entries(), cache.segments_RGUA])
     errors_within_twice_the_yardstick(["entries", "segments"], *results)
+
+
+@pytest.mark.parametrize("stored", [FP8, INT8])
+@pytest.mark.parametrize("dim", [64] + ([96, 256] if LARGE else []))
+def test_entries_of_8_bits_are_rounded_alike(dim, stored):
+    """The bytes and scales that PyTorch writes, for numbers half way between two codes among others."""
+    batch, num_kv_heads = 12, 2
+    generator = torch.Generator().manual_seed(2)
+    k, v = torch.randn(2, batch, num_kv_heads, dim, generator=generator)
+    codes = torch.arange(128.0)
+    if stored == FP8:
+        codes = torch.arange(127, dtype=torch.uint8).view(FP8).float()
+    middles = (codes[1:] + codes[:-1]) / 2
+    at = torch.randint(0, len(middles), k[:8].shape, generator=generator)
+    v[:8] = middles[at] * v[:8].sign()
+    v[:8, :, 5] = codes[-1]  # so that the scale is 1, up to its last bit
+    v[4:8] *= 2.0**-12
+    k[8] *= 1e-3
+    k[9] *= 1e3
+    k[10], v[10] = 0.0, -0.0
+    k[11, 0, 3] = v[11, 1, dim - 1] = NAN
+    k, v = k.to(HALF).to(DEVICE), v.to(HALF).to(DEVICE)
+    start = decode_case.random_cache(
+        torch.zeros(batch, num_kv_heads, dtype=torch.int64), dim=dim, page_size=8, dtype=HALF,
+        device=DEVICE, cache_dtype=stored, room=1, num_free=batch * num_kv_heads,
+    )  # fmt: skip
+    start.block_table_RGM[..., 0] = start.free_pages.page_ids.view(batch, num_kv_heads)
+    pages = []
+    for backend in (BACKEND, "torch"):
+        cache = start.clone(HALF)
+        cache_ops.decode_append(
+            k, v, None, None, None, cache.k_pages_PSD, cache.v_pages_PSD, cache.block_table_RGM,
+            cache.num_entries_RG, cache.segments_RGUA, torch.arange(batch, device=DEVICE),
+            backend=backend,
+        )  # fmt: skip
+        written = cache.block_table_RGM[..., 0].long()
+        pages.append([
+            (x.values_PSD[written][:, :, 0], x.scales_PS[written][:, :, 0])
+            for x in (cache.k_pages_PSD, cache.v_pages_PSD)
+        ])  # fmt: skip
+    for (ours, ours_scale), (wanted, wanted_scale) in zip(*pages, strict=True):
+        assert torch.equal(ours_scale.view(torch.int32)[:11], wanted_scale.view(torch.int32)[:11])
+        assert torch.equal(ours_scale[11].isnan(), wanted_scale[11].isnan())
+        assert torch.equal(ours.view(torch.uint8)[:11], wanted.view(torch.uint8)[:11])
+    assert wanted_scale[11].isnan().tolist() == [False, True]

@@ -99,6 +99,22 @@ def test_a_library_that_is_wrong_or_breaks_is_a_row(monkeypatch):
     assert "out is wrong" in rows[0]["skipped"] and rows[1]["skipped"].endswith("no kernel")
 
 
+def test_8_bit_pages(capsys):
+    result = run(
+        capsys, "kernels", "--device", "cpu", "--lengths", "40", "--repeats", "1", "--batches", "3",
+        "--crs", "4", "--kv-cache-dtype", "fp8",
+    )  # fmt: skip
+    rows = {(r["op"], r["group"], r["skewed"]): r for r in result["rows"]}
+    # a key or value is 64 bytes and a scale
+    assert rows["attention", 1, False]["bytes_needed"] == 2 * (120 * 68 + 12 * 64 * 2)
+    assert rows["append", 1, False]["bytes_needed"] == 12 * (4 * 64 * 2 + 2 * 68 + 2 * 129 * 4)
+    result = run(
+        capsys, "decode", "--device", "cpu", "--dtype", "float32", "--lengths", "100", "--repeats", "1",
+        "--layers", "1", "--batch", "1", "--crs", "1", "--kv-cache-dtype", "int8",
+    )  # fmt: skip
+    assert result["rows"][0]["live_bytes"] == pytest.approx(104 * 4 * 2 * (128 + 4), rel=0.02)
+
+
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
     settings = measure.Settings(torch.device("cpu"), torch.float32, (32,), 1, None)
     lengths = kernels.head_lengths(2, 2, 32, 2.0, skewed=True)

@@ -76,7 +76,7 @@ def resources(report: str):
         shared = int(smem[1]) if smem else 0
         kernel = re.search(r"\d([a-z]+_kernel)(.*?)EEv|\d([a-z]+_kernel)E", name)
         assert kernel, name
-        arguments = re.findall(r"(bf16|fp16)|Li(\d+)", kernel[2] or "")
+        arguments = re.findall(r"(bf16|fp16|e4m3|int8)|Li(\d+)", kernel[2] or "")
         label = " ".join([kernel[1] or kernel[3], *("".join(a) for a in arguments)])
         yield label, registers, shared, stack + stores + loads
 
@@ -107,21 +107,22 @@ def test_kernels_compile_without_spills(target, everything, tmp_path):
     assert kinds == {
         "append_kernel", "attend_kernel", "join_kernel", "plan_kernel", "release_kernel"
     }  # fmt: skip
-    assert len(found) == (8 + 14 + 8 + 2 if everything else 4 + 7 + 4 + 2)
+    dtypes, stored = (2, 3) if everything else (1, 2)
+    assert len(found) == dtypes * (stored * (4 + 7) + 4) + 2
 
 
 USE_EXTENSION = """
 import torch
 from torch._subclasses import FakeTensorMode
-from megatron_dmc.ops import cuda
+from megatron_dmc.ops import cuda, kv_pages
 assert cuda.absence() == "", cuda.absence()
 from megatron_dmc.ops.cuda import decode
 
 ops = torch.ops.megatron_dmc
 mutated = [a.name for a in ops.decode_append.default._schema.arguments
            if a.alias_info is not None and a.alias_info.is_write]
-assert mutated == ["k_pages", "v_pages", "block_table", "num_entries", "segments", "free_state",
-                   "q_out"], mutated
+assert mutated == ["k_pages", "v_pages", "k_scales", "v_scales", "block_table", "num_entries",
+                   "segments", "free_state", "q_out"], mutated
 assert all(a.alias_info.is_write for a in ops.release_pages.default._schema.arguments)
 
 def tensors(device, dim=128, page=16, dtype=torch.bfloat16):
@@ -139,18 +140,20 @@ with FakeTensorMode():
     k_pages, v_pages, table, entries, rows = cache
     k = q[:, :2]
     segments = torch.zeros(3, 2, 1, 257, device="cuda")
-    out = decode.decode_append(
-        q, k, k, None, None, None, None, rows, k_pages, v_pages, table, entries, segments, rows,
-        None, None, compress=True, may_merge=True, alpha_offset=5.0, merge_window=0)
-    assert out.shape == q.shape
+    scaled = kv_pages.empty_pages(6, 16, 128, dtype=torch.float8_e4m3fn, device="cuda")
+    for pages in (k_pages, scaled):
+        out = decode.decode_append(
+            q, k, k, None, None, None, None, rows, pages, pages, table, entries, segments, rows,
+            None, None, compress=True, may_merge=True, alpha_offset=5.0, merge_window=0)
+        assert out.shape == q.shape
     pages = torch.zeros(6, dtype=torch.int32, device="cuda")
     decode.release_pages(table[:, 0], pages, pages[:2], pages)
 
-def message(change=lambda x: x, **options):
+def message(change=lambda x: x, scales=(None, None), **options):
     q, k_pages, v_pages, table, entries, rows = change(list(tensors("cpu", **options)))
     part = torch.zeros(4, 2, q.shape[1] // 2, q.shape[2])
     try:
-        ops.paged_decode_attention(q, k_pages, v_pages, table, entries, rows,
+        ops.paged_decode_attention(q, k_pages, v_pages, *scales, table, entries, rows,
                                    torch.zeros(5, dtype=torch.int32), torch.zeros_like(q), part,
                                    torch.zeros(part.shape[:3]), 1.0)
     except ValueError as error:
@@ -170,6 +173,11 @@ for got, wanted in (
     (message(dtype=torch.float32), "dtype Float; the kernels take bfloat16 and float16"),
     (message(put(0, lambda q: q[:, :7])), "q has 7 heads, not a multiple of the 2"),
     (message(put(2, lambda v: v[:5])), "v_pages has shape [5, 16, 128], expected [6, 16, 128]"),
+    (message(put(2, lambda v: v.char())), "v_pages is Char, expected BFloat16"),
+    (message(lambda x: put(1, torch.Tensor.char)(put(2, torch.Tensor.char)(x))),
+     "k_scales, v_scales: given with pages of 8 bits and only with them"),
+    (message(scales=(torch.zeros(6, 16),) * 2),
+     "k_scales, v_scales: given with pages of 8 bits and only with them"),
     (message(put(3, lambda t: t.long())), "block_table is Long, expected Int"),
     (message(put(4, lambda e: e[:2])), "num_entries has shape [2, 2], expected [3, 2]"),
 ):

@@ -40,9 +40,13 @@ TYPES = {
     "p_plan": "*i32", "p_part": "*fp32", "p_part_lse": "*fp32", "alpha_offset": "fp32",
     "eps": "fp32", "p_ids": "*i32", "p_extra": "*i32",
 }  # fmt: skip
+PAGE_TYPES = [
+    {"p_k_pages": pages, "p_v_pages": pages, "p_k_scales": scales, "p_v_scales": scales}
+    for pages, scales in (("*bf16", "*bf16"), ("*u8", "*fp32"), ("*i8", "*fp32"))
+]
 
 
-def attention_kernels(group, dim):
+def attention_kernels(group, dim, stored):
     from megatron_dmc.ops.triton import decode_attention as kernels
 
     queries = 1 if group == 1 else 16
@@ -51,7 +55,7 @@ def attention_kernels(group, dim):
     yield (
         kernels.attend_kernel,
         4,
-        dict(Q=queries, S=16, BLOCK=128, INTERPRET=False, **sizes, **tile),
+        dict(Q=queries, S=16, BLOCK=128, INTERPRET=False, STORED=stored, **sizes, **tile),
     )
     yield kernels.join_kernel, 4, dict(Q=group, **sizes)
     yield kernels.plan_kernel, 8, dict(BLOCK=1024, **tile)
@@ -63,14 +67,14 @@ def release_kernel():
     yield release.release_kernel, 4, dict(BLOCK=release.BLOCK)
 
 
-def append_kernel(group, dim, window):
+def append_kernel(group, dim, window, stored):
     from megatron_dmc.ops.triton import decode_append as kernels
 
     half = dim // 2
     constants = dict(
         D=dim, S=16, U=max(window, 1), R=group, HALF=half, H=1 << (half - 1).bit_length(), Z=1,
         COMPRESS=True, GATES_GIVEN=False, MAY_MERGE=True, WINDOWED=window > 0, ROTATE_Q=True,
-        TAKE_PAGES=True,
+        TAKE_PAGES=True, STORED=stored,
     )  # fmt: skip
     yield kernels.append_kernel, 1, constants
 
@@ -83,20 +87,25 @@ def spilled_bytes(usage: str) -> int:
 @pytest.mark.parametrize("full_size", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_kernels_compile_without_a_gpu_and_without_spills(full_size):
     """For an A100 and an H100; with their registers in the test's output."""
+    shapes = ((1, 128, 0), (8, 128, 0), (8, 256, 0), (8, 128, 1), (8, 128, 2), (1, 128, 1))
     for capability in (80, 90):
-        for group, dim in ((1, 128), (8, 128), (8, 256)) if full_size else ((8, 128),):
-            cases = [*append_kernel(group, dim, 0), *attention_kernels(group, dim)]
+        for group, dim, stored in shapes if full_size else ((8, 128, 0), (8, 128, 1)):
+            cases = [*append_kernel(group, dim, 0, stored), *attention_kernels(group, dim, stored)]
             cases += release_kernel()
-            if full_size:
-                cases += append_kernel(group, dim, 12)
+            if full_size and not stored:
+                cases += append_kernel(group, dim, 12, stored)
             for kernel, num_warps, constants in cases:
+                if stored and "STORED" not in constants:
+                    continue  # does not see pages
+                types = {**TYPES, **PAGE_TYPES[stored]}
                 compiled = compile_for(
-                    kernel, capability, "bf16", num_warps, types=TYPES, **constants
+                    kernel, capability, "bf16", num_warps, types=types, **constants
                 )
                 usage = resource_usage(compiled)
                 window = constants["U"] if constants.get("WINDOWED") else 0
                 print(
-                    f"sm_{capability} bf16 {kernel.__name__} R={group} D={dim} W={window}: {usage}"
+                    f"sm_{capability} {('bf16', 'e4m3', 'int8')[stored]} {kernel.__name__} R={group} "
+                    f"D={dim} W={window}: {usage}"
                 )
                 assert spilled_bytes(usage) == 0, (kernel.__name__, capability, usage)
 

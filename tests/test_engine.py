@@ -341,3 +341,45 @@ def test_llm_refuses_a_bad_prompt_and_forgets_the_others():
         llm.generate([[1]], [SamplingParams()] * 2)
     with pytest.raises(UnsupportedConfig, match="block_size=4 and page_size=8"):
         make_llm(block_size=4, page_size=8)
+
+
+class Counted(list):
+    """Counts the items that are copied out of it."""
+
+    copied = 0
+
+    def __getitem__(self, key):
+        found = super().__getitem__(key)
+        if isinstance(key, slice):
+            self.copied += len(found)
+        return found
+
+    def __add__(self, other):
+        self.copied += len(self)
+        return super().__add__(other)
+
+    def __iter__(self):
+        self.copied += len(self)
+        return super().__iter__()
+
+
+def test_steps_copy_no_more_tokens_than_they_compute():
+    engine = make_engine(
+        dmc_config(), max_num_batched_tokens=3, enable_prefix_caching=True, prefix_block_size=4
+    )
+    engine.add_request("a", list(range(4, 34)), greedy_params(24))
+    request = engine._requests["a"]
+    request.prompt_token_ids = prompt = Counted(request.prompt_token_ids)
+    request.output_token_ids = output = Counted()
+    seen = []
+    while engine.has_unfinished_requests:
+        seen += engine.step()
+    # once into the model, and once (at most a block of 4 again) into the prefixes' names
+    assert 30 <= prompt.copied <= 2 * 30 + 10 * 4
+    assert 23 <= output.copied <= 2 * 24 + 24 * 3
+    # an output keeps to what it was made for
+    assert [len(o.outputs[0].token_ids) for o in seen] == list(range(1, 25))
+    assert all(
+        seen[-1].outputs[0].token_ids[:i] == o.outputs[0].token_ids
+        for i, o in enumerate(seen, start=1)
+    )

@@ -57,27 +57,39 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tp")
     loaded = random_model(4, dmc=retrofitted(), dtype=torch.float32)
     write_folder(folder, loaded.model.state_dict(), loaded.description)
-    llm = LLM(str(folder), dtype="float64", block_size=4, max_model_len=64, max_num_seqs=4)
     params = [
         SamplingParams(temperature=0, max_tokens=12)
         if i % 2
         else SamplingParams(max_tokens=12, seed=i)
         for i in range(6)
     ]
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts()], params, use_tqdm=False)
-    return folder, [o.outputs[0].token_ids for o in outputs], llm.stats()
+    alone = {}
+    for kv_cache_dtype in ("auto", "int8"):
+        llm = LLM(
+            str(folder), dtype="float64", block_size=4, max_model_len=64, max_num_seqs=4,
+            kv_cache_dtype=kv_cache_dtype,
+        )  # fmt: skip
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts()], params, use_tqdm=False)
+        alone[kv_cache_dtype] = ([o.outputs[0].token_ids for o in outputs], llm.stats())
+    return folder, alone
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("size, mode", [(2, "plenty"), (2, "short"), (4, "short")])
+@pytest.mark.parametrize(
+    "size, mode", [(2, "plenty"), (2, "short-int8"), (2, "cached"), (4, "short")]
+)
 def test_ranks_together_do_what_one_process_does(saved, size, mode):
-    folder, tokens, stats = saved
+    folder, alone = saved
+    tokens, stats = alone["int8" if "int8" in mode else "auto"]
     result, codes, text = launch(folder, size, mode)
     assert codes == [0] * size, text
     assert result["tokens"] == tokens
     assert result["in_use"] == 0
-    assert result["entries"] == stats.entries_LG
-    assert "enable_prefix_caching=True with tensor parallelism" in result["refused"]
+    if mode == "cached":
+        # the same prompts a second time: all ranks keep and drop the same prefixes
+        assert result["hits"] > 0 < result["evicted"]
+    else:
+        assert result["entries"] == stats.entries_LG
 
 
 @pytest.mark.dist

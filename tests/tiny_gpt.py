@@ -129,7 +129,9 @@ def dmc_config(merge_window=0):
     return DMCConfig(stage="finetune", alpha_offset=0.2, merge_window=merge_window)
 
 
-def make_engine(dmc, *, tokenizer=None, eos_id=None, enable_dmc=None, **sizes):
+def make_engine(
+    dmc, *, tokenizer=None, eos_id=None, enable_dmc=None, model=None, dtype=torch.float64, **sizes
+):  # fmt: skip
     config = {
         "max_model_len": MAX_LEN, "num_pages": 400, "page_size": 4, "max_num_seqs": 4,
         "max_num_batched_tokens": 32, "poison": True,
@@ -139,8 +141,8 @@ def make_engine(dmc, *, tokenizer=None, eos_id=None, enable_dmc=None, **sizes):
         max_position_embeddings=MAX_LEN, dmc=dmc,
     )  # fmt: skip
     return LLMEngine(
-        TinyGPT(dmc), description, tokenizer, EngineConfig(**config | sizes),
-        dtype=torch.float64, enable_dmc=enable_dmc, eos_id=eos_id,
+        model or TinyGPT(dmc), description, tokenizer, EngineConfig(**config | sizes),
+        dtype=dtype, enable_dmc=enable_dmc, eos_id=eos_id,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_dmc.bench.serving import add_serving_benchmarks
 from megatron_dmc.bench.suite_plan import add_suite
+from megatron_dmc.engine_flags import add_kv_cache_dtype
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,13 @@ def add_benchmarks(parser: argparse.ArgumentParser) -> None:
                 "--crs", type=float, nargs="+", metavar="CR",
                 help="tokens over entries (default: 1, 4 and 8, 1 and 4 on a CPU)",
             )  # fmt: skip
+            add_kv_cache_dtype(sub)
         if benchmark.name == "decode":
             sub.add_argument("--layers", type=int, help="layers (default: 32, 2 on a CPU)")
             sub.add_argument("--batch", type=int, default=4, help="requests (default: 4)")
             sub.add_argument("--crs", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0],
                              metavar="CR", help="imposed CRs (default: 1 2 4 8)")  # fmt: skip
+            add_kv_cache_dtype(sub)
         sub.set_defaults(module=benchmark.module)
     add_serving_benchmarks(names)
     add_suite(names)

@@ -35,7 +35,7 @@ from megatron_dmc.engine import EngineConfig, LLMEngine, SamplingParams
 from megatron_dmc.engine.request import RequestStatus
 from megatron_dmc.errors import DMCError
 from megatron_dmc.models import build_model
-from megatron_dmc.ops import cache_ops, reference
+from megatron_dmc.ops import cache_ops, kv_pages, reference
 
 SPREAD = 0.5
 WARMUP = 3
@@ -72,6 +72,7 @@ def filled_engine(
     context: int,
     batch: int,
     num_new: int,
+    kv_cache_dtype: str = "auto",
 ) -> LLMEngine:
     """An engine in which `batch` requests have `context` tokens in the cache and decode from there."""
     heads, page_size = description.num_layers * description.num_query_groups, 16
@@ -84,7 +85,7 @@ def filled_engine(
         model, description, None,
         config := EngineConfig(
             max_model_len=context + num_new + 1, page_size=page_size, max_num_seqs=batch,
-            num_pages=batch * per_request + one_uncompressed, count_flipped_decisions=False,
+            kv_cache_dtype=kv_cache_dtype, num_pages=batch * per_request + one_uncompressed, count_flipped_decisions=False,
         ),
         dtype=settings.dtype, device=settings.device,
         make_context=functools.partial(
@@ -107,9 +108,14 @@ def filled_engine(
         request.status = RequestStatus.RUNNING
         scheduler.waiting.remove(request)
         scheduler.running.append(request)
-    for pages in (engine.context.pool.k_pages_PSD, engine.context.pool.v_pages_PSD):
-        pages.normal_()
-    engine.context.pool.k_pages_PSD[..., -1] = 0.0
+    pool = engine.context.pool
+    for pages in (pool.k_pages_PSD, pool.v_pages_PSD):
+        slots = torch.arange(pool.num_pages * pool.page_size, device=settings.device)
+        for some in slots.split(1 << 20):
+            x = torch.randn(len(some), description.kv_channels, device=settings.device)
+            if pages is pool.k_pages_PSD:
+                x[:, -1] = 0.0
+            kv_pages.store(pages, some, x)
     assert engine.context.segments is not None
     engine.context.segments.state_LRGUA.uniform_(0.1, 1.0)
     return engine
@@ -132,10 +138,14 @@ def check(engine: LLMEngine, settings: Settings) -> float:
     scale = d.kv_channels**-0.5
     cache = (pool.k_pages_PSD, pool.v_pages_PSD)
     ours = cache_ops.paged_decode_attention(q, *cache, table, entries, softmax_scale=scale)
-    exact = reference.paged_decode_attention(
-        q.double(), cache[0].double(), cache[1].double(), table, entries, softmax_scale=scale
-    )
-    honest = reference.paged_decode_attention(q, *cache, table, entries, softmax_scale=scale)
+    pages = torch.arange(pool.num_pages, device=settings.device)
+    exact, honest = (
+        reference.paged_decode_attention(
+            q.to(dtype), kv_pages.load(cache[0], pages, dtype), kv_pages.load(cache[1], pages, dtype),
+            table, entries, softmax_scale=scale,
+        )
+        for dtype in (torch.float64, q.dtype)
+    )  # fmt: skip
     return errors_within_twice_the_yardstick(["attention"], [ours], [exact], [honest])["attention"]
 
 
@@ -160,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
         for cr in crs:
             engine = filled_engine(
                 model, description, settings, cr=cr, context=context, batch=args.batch,
-                num_new=num_steps + 1,
+                num_new=num_steps + 1, kv_cache_dtype=args.kv_cache_dtype,
             )  # fmt: skip
             engines[cr] = (engine, check(engine, settings), [])
         for step in tqdm(range(num_steps), desc=f"{context} tokens", unit="step", disable=None):
@@ -196,7 +206,8 @@ def run(args: argparse.Namespace) -> int:
     shape = {
         "layers": description.num_layers, "hidden": description.hidden_size,
         "query_heads": description.num_attention_heads, "kv_heads": description.num_query_groups,
-        "head_dim": description.kv_channels, "page_size": 16, "spread_of_rates": SPREAD,
+        "head_dim": description.kv_channels, "page_size": 16,
+        "kv_cache_dtype": args.kv_cache_dtype, "spread_of_rates": SPREAD,
     }  # fmt: skip
     panels = [
         Panel(

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from megatron_dmc.bench.measure import errors_within_twice_the_yardstick
 from megatron_dmc.errors import DMCError
-from megatron_dmc.ops import cache_ops, gates, reference
+from megatron_dmc.ops import cache_ops, gates, kv_pages, reference
 from megatron_dmc.ops.cache_backend import FreePages
+from megatron_dmc.ops.kv_pages import Pages, ScaledPages
 from megatron_dmc.ops.merge import num_kept
 
 NAN = float("nan")
@@ -23,18 +24,19 @@ NAN = float("nan")
 class LayerCache:
     """One layer's storage over a pool of its own; whatever holds no entry is NaN."""
 
-    k_pages_PSD: Tensor
-    v_pages_PSD: Tensor
+    k_pages_PSD: Pages
+    v_pages_PSD: Pages
     block_table_RGM: Tensor
     num_entries_RG: Tensor
     segments_RGUA: Tensor
     free_pages: FreePages
 
     def clone(self, dtype: torch.dtype) -> "LayerCache":
-        """A copy with keys and values in another dtype, and the sums in its accumulator's."""
+        """A copy with keys and values in another dtype, and the sums in its accumulator's. Entries of
+        8 bits stay what they are, but in float64 they are widened."""
         return LayerCache(
-            self.k_pages_PSD.to(dtype, copy=True),
-            self.v_pages_PSD.to(dtype, copy=True),
+            _clone(self.k_pages_PSD, dtype),
+            _clone(self.v_pages_PSD, dtype),
             self.block_table_RGM.clone(),
             self.num_entries_RG.clone(),
             self.segments_RGUA.to(cache_ops.accumulator_dtype(dtype), copy=True),
@@ -42,7 +44,7 @@ class LayerCache:
         )
 
     def entries(self) -> Tensor:
-        """All live entries, keys and values side by side: (entries, 2 D)."""
+        """All live entries, keys and values side by side: float64 (entries, 2 D)."""
         rows = []
         for table_M, num in zip(
             self.block_table_RGM.flatten(0, 1), self.num_entries_RG.flatten().tolist(), strict=True
@@ -50,9 +52,23 @@ class LayerCache:
             pages = table_M[: -(-num // self.k_pages_PSD.shape[1])].long()
             if (pages < 0).any():
                 raise DMCError("an entry has no page")
-            kv = torch.cat([self.k_pages_PSD[pages], self.v_pages_PSD[pages]], dim=-1)
+            both = (self.k_pages_PSD, self.v_pages_PSD)
+            kv = torch.cat([kv_pages.load(x, pages, torch.float64) for x in both], dim=-1)
             rows.append(kv.flatten(0, 1)[:num])
         return torch.cat(rows)
+
+    def is_poisoned(self) -> Tensor:
+        """Slots whose key is NaN, bool (P, S)."""
+        keys = self.k_pages_PSD
+        return keys.isnan().any(-1) if isinstance(keys, Tensor) else keys.scales_PS.isnan()
+
+
+def _clone(pages: Pages, dtype: torch.dtype) -> Pages:
+    if isinstance(pages, Tensor):
+        return pages.to(dtype, copy=True)
+    if dtype == torch.float64:
+        return kv_pages.dequantise(pages.values_PSD, pages.scales_PS, dtype)
+    return ScaledPages(pages.values_PSD.clone(), pages.scales_PS.clone())
 
 
 def random_cache(
@@ -62,6 +78,7 @@ def random_cache(
     page_size: int,
     dtype: torch.dtype,
     device: torch.device | str,
+    cache_dtype: torch.dtype | None = None,
     room: int = 0,
     num_free: int = 0,
     merge_window: int = 0,
@@ -70,6 +87,7 @@ def random_cache(
     """A cache whose heads have these numbers of entries, in pages dealt out at random.
 
     Args:
+        cache_dtype: what pages hold; None: `dtype`.
         room: width of the block table beyond the longest head, in pages; -1 there.
         num_free: free pages besides those in the tables.
     """
@@ -81,8 +99,12 @@ def random_cache(
     table = torch.full((num_rows, num_kv_heads, int(needed.max()) + room), -1, dtype=torch.int32)
     has_page = torch.arange(table.shape[2]) < needed[..., None]
     table[has_page] = order[:total]
-    shape = (total + num_free, page_size, dim)
-    k_pages, v_pages = (torch.full(shape, NAN, dtype=dtype, device=device) for _ in range(2))
+    k_pages, v_pages = (
+        kv_pages.empty_pages(
+            total + num_free, page_size, dim, dtype=cache_dtype or dtype, device=device
+        )
+        for _ in range(2)
+    )
     table, lengths = table.to(device), lengths_RG.to(device, copy=True)
     entries = torch.arange(int(lengths.max()), device=device).expand(num_rows, num_kv_heads, -1)
     slots = cache_ops.slots_of_entries(table, entries, page_size) if total else entries
@@ -90,10 +112,12 @@ def random_cache(
     on_device = torch.Generator(device=device).manual_seed(seed)
     live = slots[slots >= 0]
     for pages in (k_pages, v_pages):
+        kv_pages.fill_with_nan(pages, slice(None))
         for some in live.split(1 << 20):
             rows = torch.randn(len(some), dim, generator=on_device, device=device)
-            pages.view(-1, dim)[some] = rows.to(dtype)
-    k_pages.view(-1, dim)[live, -1] = 0.0
+            if pages is k_pages:
+                rows[:, -1] = 0.0
+            kv_pages.store(pages, some, rows)
     state = torch.randn(
         num_rows, num_kv_heads, num_kept(merge_window), 2 * dim + 1, generator=on_device,
         device=device,
@@ -151,7 +175,8 @@ def check_attention(
     tables = torch.searchsorted(pages, tables.clamp_min(0))
     exact, honest = (
         reference.paged_decode_attention(
-            q.to(dtype), cache.k_pages_PSD[pages].to(dtype), cache.v_pages_PSD[pages].to(dtype),
+            q.to(dtype), kv_pages.load(cache.k_pages_PSD, pages, dtype),
+            kv_pages.load(cache.v_pages_PSD, pages, dtype),
             tables, lengths, softmax_scale=softmax_scale,
         )
         for dtype in (torch.float64, q.dtype)
@@ -232,7 +257,7 @@ def check_append(
     held = cache.block_table_RGM[cache.block_table_RGM >= 0]
     if held.unique().numel() != held.numel():
         raise DMCError("a page is in two block tables")
-    written = (cache.k_pages_PSD.isnan() != before.k_pages_PSD.isnan()).any(-1).sum()
+    written = (cache.is_poisoned() != before.is_poisoned()).sum()
     appended = (cache.num_entries_RG - before.num_entries_RG).sum()
     if written != appended:
         raise DMCError(f"{int(written)} slots were filled for {int(appended)} new entries")

@@ -32,9 +32,11 @@ from megatron_dmc.bench.measure import (
     finish,
     measure_time,
 )
+from megatron_dmc.engine.config import parse_kv_cache_dtype
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import cache_ops
 from megatron_dmc.ops.cache_backend import refusal
+from megatron_dmc.ops.kv_pages import entry_bytes
 
 PAGE_SIZE = 16
 SPREAD = 0.6
@@ -53,15 +55,20 @@ def head_lengths(batch: int, num_kv_heads: int, tokens: int, cr: float, *, skewe
     return (mean * weights / weights.mean()).round().long().clamp(1, tokens)
 
 
-def attention_bytes(lengths_BG: Tensor, group: int, dim: int, dtype: torch.dtype) -> int:
-    """Keys and values of all entries, queries and outputs."""
-    heads = lengths_BG.numel()
-    return int(2 * (int(lengths_BG.sum()) + heads * group) * dim * dtype.itemsize)
+def attention_bytes(
+    lengths_BG: Tensor, group: int, dim: int, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> int:
+    """Keys and values of all entries, with their scales; queries and outputs."""
+    entries = 2 * int(lengths_BG.sum()) * entry_bytes(dim, cache_dtype)
+    return entries + 2 * lengths_BG.numel() * group * dim * dtype.itemsize
 
 
-def append_bytes(heads: int, group: int, dim: int, dtype: torch.dtype) -> int:
+def append_bytes(
+    heads: int, group: int, dim: int, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> int:
     """Queries read and written, key and value read and written, the open segment read and written."""
-    return heads * ((2 * group + 4) * dim * dtype.itemsize + 2 * (2 * dim + 1) * 4)
+    written = 2 * entry_bytes(dim, cache_dtype)
+    return heads * ((2 * group + 2) * dim * dtype.itemsize + written + 2 * (2 * dim + 1) * 4)
 
 
 def backends(settings: Settings, dim: int) -> list[str]:
@@ -76,14 +83,18 @@ def layers_of(settings: Settings, needed: int) -> int:
     return min(MAX_LAYERS, math.ceil(BYTES_OF_LAYERS / needed)) if settings.on_gpu else 1
 
 
-def check(settings: Settings, backend: str, lengths_BG: Tensor, group: int, dim: int) -> dict:
+def check(
+    settings: Settings, backend: str, lengths_BG: Tensor, group: int, dim: int,
+    cache_dtype: torch.dtype | None = None,
+) -> dict:  # fmt: skip
     """Errors of a backend on up to four requests like those that are timed, in fresh data."""
     lengths = lengths_BG[:4]
     batch, num_kv_heads = lengths.shape
     make: dict[str, Any] = dict(dtype=settings.dtype, device=settings.device)
     cache = decode_case.random_cache(
-        lengths, dim=dim, page_size=PAGE_SIZE, room=1, num_free=lengths.numel(), **make
-    )
+        lengths, dim=dim, page_size=PAGE_SIZE, room=1, num_free=lengths.numel(),
+        cache_dtype=cache_dtype, **make,
+    )  # fmt: skip
     qkv = decode_case.random_heads(
         batch, [num_kv_heads * group, num_kv_heads, num_kv_heads], dim, seed=1, **make
     )
@@ -104,12 +115,13 @@ def check(settings: Settings, backend: str, lengths_BG: Tensor, group: int, dim:
 
 def measure(
     settings: Settings, backend: str, lengths_BG: Tensor, group: int, dim: int, cr: float,
-    bandwidth: float, columns: dict[str, Any],
+    bandwidth: float, columns: dict[str, Any], cache_dtype: torch.dtype,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows for attention and append."""
     batch, num_kv_heads = lengths_BG.shape
-    errors = check(settings, backend, lengths_BG, group, dim)
-    needed = attention_bytes(lengths_BG, group, dim, settings.dtype)
+    errors = check(settings, backend, lengths_BG, group, dim, cache_dtype)
+    dtypes = (settings.dtype, cache_dtype)
+    needed = attention_bytes(lengths_BG, group, dim, *dtypes)
     num_layers = layers_of(settings, needed)
     # heads that append do so in every run
     room = math.ceil((settings.repeats + 10) / PAGE_SIZE) + 1
@@ -117,7 +129,7 @@ def measure(
     caches = [
         decode_case.random_cache(
             lengths_BG, dim=dim, page_size=PAGE_SIZE, seed=layer, room=room,
-            num_free=room * lengths_BG.numel(), **make,
+            num_free=room * lengths_BG.numel(), cache_dtype=cache_dtype, **make,
         )
         for layer in range(num_layers)
     ]  # fmt: skip
@@ -154,7 +166,7 @@ def measure(
     # attention first: append makes the caches longer
     for op, function, size in (
         ("attention", attend, needed),
-        ("append", append, append_bytes(lengths_BG.numel(), group, dim, settings.dtype)),
+        ("append", append, append_bytes(lengths_BG.numel(), group, dim, *dtypes)),
     ):
         timing = measure_time(
             captured(function, settings), settings.device, repeats=settings.repeats
@@ -208,6 +220,7 @@ def run(args: argparse.Namespace) -> int:
     crs = args.crs or ([1.0, 4.0, 8.0] if settings.on_gpu else [1.0, 4.0])
     if min(batches) < 1 or min(crs) < 1:
         raise DMCError("--batches and --crs must be at least 1")
+    cache_dtype = parse_kv_cache_dtype(args.kv_cache_dtype) or settings.dtype
     heads, dim = (32, 128) if settings.on_gpu else (4, 64)
     bandwidth = copy_bandwidth(settings)
     groups = (1, 8) if settings.on_gpu else (1, 4)
@@ -217,18 +230,18 @@ def run(args: argparse.Namespace) -> int:
     for tokens, batch, cr, group, skewed, backend in tqdm(cases, disable=None, leave=False):
         columns = dict(tokens=tokens, batch=batch, cr=cr, group=group, skewed=skewed, head_dim=dim)
         lengths = head_lengths(batch, heads // group, tokens, cr, skewed=skewed)
-        needed = attention_bytes(lengths, group, dim, settings.dtype)
+        needed = attention_bytes(lengths, group, dim, settings.dtype, cache_dtype)
         if settings.on_gpu and 1.5 * needed > torch.cuda.mem_get_info(settings.device)[0]:
             rows.append({"op": "attention", "skipped": "does not fit into memory", **columns})
             continue
-        rows += measure(settings, backend, lengths, group, dim, cr, bandwidth, columns)
-        if backend == chosen[-1]:
+        rows += measure(settings, backend, lengths, group, dim, cr, bandwidth, columns, cache_dtype)
+        if backend == chosen[-1] and cache_dtype == settings.dtype:
             rows += libraries.measure(
                 settings, lengths, group, dim, num_layers=layers_of(settings, needed),
                 bytes_needed=needed, bandwidth=bandwidth, columns=columns,
             )  # fmt: skip
     result = document(
         "kernels", settings, copy_bytes_per_second=bandwidth, lengths=settings.lengths,
-        page_size=PAGE_SIZE, spread=SPREAD, rows=rows,
+        page_size=PAGE_SIZE, spread=SPREAD, kv_cache_dtype=args.kv_cache_dtype, rows=rows,
     )  # fmt: skip
     return finish(result, panels(rows, bandwidth), settings)

@@ -57,6 +57,14 @@ def _folded(q_BND: Tensor, cache: LayerCache) -> tuple[Tensor, Tensor, Tensor]:
     return q, cache.num_entries_RG.flatten().int(), cache.block_table_RGM.flatten(0, 1)
 
 
+def _plain_pages(cache: LayerCache) -> tuple[Tensor, Tensor]:
+    """Pages with a dimension for their one KV head: (P, S, 1, D)."""
+    k, v = cache.k_pages_PSD, cache.v_pages_PSD
+    if not (isinstance(k, Tensor) and isinstance(v, Tensor)):
+        raise Absent("takes no 8-bit pages of ours")
+    return k.unsqueeze(2), v.unsqueeze(2)
+
+
 def _need_gpu(settings: Settings) -> None:
     if not settings.on_gpu:
         raise Absent("needs a GPU")
@@ -89,7 +97,7 @@ def flashinfer(q_BND: Tensor, cache: LayerCache, settings: Settings) -> Attend:
     )  # fmt: skip
     torch.cuda.synchronize()
     plan_ms = 1e3 * (time.perf_counter() - began)
-    kv = (cache.k_pages_PSD.unsqueeze(2), cache.v_pages_PSD.unsqueeze(2))
+    kv = _plain_pages(cache)
 
     def attend() -> Tensor:
         return wrapper.run(q, kv).view_as(q_BND)
@@ -106,7 +114,7 @@ def flash_attention_2(q_BND: Tensor, cache: LayerCache, settings: Settings) -> A
         raise Absent("not installed") from e
     _need_gpu(settings)
     q, lengths, table = _folded(q_BND, cache)
-    k, v = cache.k_pages_PSD.unsqueeze(2), cache.v_pages_PSD.unsqueeze(2)
+    k, v = _plain_pages(cache)
     table = table.clamp_min(0)
 
     def attend() -> Tensor:
@@ -125,7 +133,7 @@ def flash_attention_3(q_BND: Tensor, cache: LayerCache, settings: Settings) -> A
         raise Absent("not installed") from e
     _need_gpu(settings)
     q, lengths, table = _folded(q_BND, cache)
-    k, v = cache.k_pages_PSD.unsqueeze(2), cache.v_pages_PSD.unsqueeze(2)
+    k, v = _plain_pages(cache)
     table = table.clamp_min(0)
 
     def attend() -> Tensor:
@@ -144,7 +152,7 @@ def torch_varlen(q_BND: Tensor, cache: LayerCache, settings: Settings) -> Attend
     _need_gpu(settings)
     q, lengths, _ = _folded(q_BND, cache)
     num_sequences, group, dim = q.shape
-    k, v = (x[:, None].contiguous() for x in cache.entries().split(dim, dim=1))
+    k, v = (x[:, None].contiguous() for x in cache.entries().to(q.dtype).split(dim, dim=1))
     ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
     starts = torch.arange(num_sequences + 1, device=q.device, dtype=torch.int32) * group
     packed = q.reshape(-1, 1, dim).contiguous()
@@ -167,7 +175,7 @@ def torch_sdpa(q_BND: Tensor, cache: LayerCache, settings: Settings) -> Attend:
         torch.zeros(num_sequences, 1, is_entry.shape[1], dim, dtype=q.dtype, device=q.device)
         for _ in "kv"
     )
-    k[:, 0][is_entry], v[:, 0][is_entry] = cache.entries().split(dim, dim=1)
+    k[:, 0][is_entry], v[:, 0][is_entry] = cache.entries().to(q.dtype).split(dim, dim=1)
     mask = is_entry[:, None, None]
 
     def attend() -> Tensor:

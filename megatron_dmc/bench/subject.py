@@ -22,11 +22,13 @@ from megatron_dmc.bench.imposed import (
 from megatron_dmc.checkpoint.description import ModelDescription, parse_dtype
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.engine import LLM
+from megatron_dmc.engine.config import parse_kv_cache_dtype
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.llm import pages_in_memory
 from megatron_dmc.engine_flags import engine_options, given_tokenizer, model_path
 from megatron_dmc.errors import DMCError
 from megatron_dmc.models import LoadedModel, build_model, check_divisible, load_model
+from megatron_dmc.ops.kv_pages import entry_bytes
 from megatron_dmc.plan.model import find_model
 
 DEVIATIONS = 3.0
@@ -171,9 +173,9 @@ class Subject:
         args, d = self.args, self.description
         num_pages = args.num_pages
         if num_pages is None:
-            item = next(self.loaded.model.parameters()).element_size()
+            dtype = parse_kv_cache_dtype(args.kv_cache_dtype) or d.dtype
             num_pages = pages_in_memory(
-                2 * args.block_size * d.kv_channels * item,
+                2 * args.block_size * entry_bytes(d.kv_channels, dtype),
                 worst_case=sys.maxsize,
                 kv_cache_memory_bytes=args.kv_cache_memory_bytes,
                 gpu_memory_utilization=args.gpu_memory_utilization,

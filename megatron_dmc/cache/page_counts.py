@@ -51,7 +51,8 @@ class PageCounts:
         self.num_unfinished = 0
         self._entries_KR = np.zeros((num_ranks, num_rows), dtype=np.int64)
         self._pages_KR = np.zeros_like(self._entries_KR)
-        self._full_KR = np.zeros_like(self._entries_KR)  # heads without room for another entry
+        # heads without room for another entry: all of an empty row's
+        self._full_KR = (self.entries_KLRG % page_size == 0).sum(axis=(1, 3))
         self._duplicates_K = np.zeros(num_ranks, dtype=np.int64)
         self._only_prefixes_K = np.zeros_like(self._duplicates_K)
 

@@ -6,7 +6,7 @@ Dimension letters: P pages, S slots per page, D head dim.
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops import page_ops
+from megatron_dmc.ops import kv_pages, page_ops
 from megatron_dmc.ops.cache_backend import FreePages
 
 
@@ -19,7 +19,7 @@ class PagePool:
     gives it back. Who may take how many is the caller's business (`PageCounts`).
 
     Attributes:
-        k_pages_PSD, v_pages_PSD: the storage, in the model's dtype.
+        k_pages_PSD, v_pages_PSD: the storage: tensors, or `ScaledPages` where `dtype` is an 8-bit one.
         num_pages, page_size: P, S.
         free_pages: what appending takes pages from.
         num_extra_owners_P: int32, owners beyond the first.
@@ -37,13 +37,17 @@ class PagePool:
     ):
         """
         Args:
+            dtype: the model's, or float8_e4m3fn or int8.
             poison: fill pages with NaN whenever they are free, so that a read of one shows. For tests.
         """
         if num_pages < 1 or page_size < 1:
             raise ValueError(f"num_pages={num_pages} and page_size={page_size} must be positive")
         self.num_pages, self.page_size = num_pages, page_size
-        self.k_pages_PSD = torch.zeros(num_pages, page_size, head_dim, dtype=dtype, device=device)
-        self.v_pages_PSD = torch.zeros_like(self.k_pages_PSD)
+        self.k_pages_PSD, self.v_pages_PSD = (
+            kv_pages.empty_pages(num_pages, page_size, head_dim, dtype=dtype, device=device)
+            for _ in range(2)
+        )
+        self._entry_bytes = 2 * kv_pages.entry_bytes(head_dim, dtype)
         self.free_pages = FreePages.of(torch.arange(num_pages, device=device))
         self.num_extra_owners_P = torch.zeros(num_pages, dtype=torch.int32, device=device)
         self._poison = poison
@@ -61,8 +65,8 @@ class PagePool:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page, key and value together."""
-        return 2 * self.k_pages_PSD[0].numel() * self.k_pages_PSD.element_size()
+        """Bytes of one page, key and value together, with their scales."""
+        return self.page_size * self._entry_bytes
 
     def take(self, count: int) -> Tensor:
         """So many pages, each with one owner: int32. The caller knows that they are free."""
@@ -80,11 +84,12 @@ class PagePool:
         if self._poison:
             self._fill_with_nan(self.free_pages.page_ids[self.num_held : before])
 
-    def copy_pages(self, to: Tensor, source: Tensor) -> None:
-        """Copy what pages hold to others, ids of equal shape."""
-        to, source = to.long(), source.long()
-        for pages_PSD in (self.k_pages_PSD, self.v_pages_PSD):
-            pages_PSD[to] = pages_PSD[source]
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Copy the contents of pages to others; ids on the device, of one shape."""
+        source, target = source.long(), target.long()
+        for pages in (self.k_pages_PSD, self.v_pages_PSD):
+            for x in kv_pages.tensors_of(pages):
+                x[target] = x[source]
 
     def check_integrity(self, named: Tensor | None = None) -> None:
         """free + held == total, no page is on the stack twice, and nobody asked in vain. Waits.
@@ -115,5 +120,5 @@ class PagePool:
 
     def _fill_with_nan(self, page_ids: Tensor) -> None:
         if self._poison:
-            self.k_pages_PSD[page_ids] = float("nan")
-            self.v_pages_PSD[page_ids] = float("nan")
+            kv_pages.fill_with_nan(self.k_pages_PSD, page_ids)
+            kv_pages.fill_with_nan(self.v_pages_PSD, page_ids)

@@ -106,7 +106,7 @@ class PrefixCache:
             row, snapshot.page_ids_LGM, snapshot.num_shared_LG(pool.page_size), tails_LG,
             snapshot.num_entries_LG, snapshot.entries_KLG, snapshot.runs,
         )  # fmt: skip
-        pool.copy_pages(tails_LG, snapshot.tail_ids_LG)
+        pool.copy(snapshot.tail_ids_LG, tails_LG)
         if self._segments is not None:
             assert snapshot.segments_LGUA is not None
             self._segments.state_LRGUA[:, row] = snapshot.segments_LGUA
@@ -139,7 +139,7 @@ class PrefixCache:
         snapshot.num_entries_LG[layers] = num_entries_LG
         column_LG1 = ((num_entries_LG - 1) // pool.page_size)[..., None]
         source_LG = tables.page_ids_LRGM[layers, row].gather(-1, column_LG1)[..., 0]
-        pool.copy_pages(snapshot.tail_ids_LG[layers], source_LG)
+        pool.copy(source_LG, snapshot.tail_ids_LG[layers])
         if snapshot.segments_LGUA is not None and self._segments is not None:
             snapshot.segments_LGUA[layers] = self._segments.state_LRGUA[layers, row]
 

@@ -18,6 +18,7 @@ from megatron_dmc.checkpoint import legacy_torch, torch_dist, torch_dist_write
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.hf_folder import HFFolder, write_folder
 from megatron_dmc.checkpoint.legacy_torch import LegacyCheckpoint
+from megatron_dmc.checkpoint.remote_code import write_remote_code
 from megatron_dmc.checkpoint.tokenizer import (
     TOKENIZER_FOLDER,
     check_vocab,
@@ -207,6 +208,7 @@ def convert(
         partial.chmod(0o777 & ~_umask())
         if to_format == "hf":
             write_folder(partial, source, description, progress=progress)
+            write_remote_code(partial, description)
         else:
             torch_dist_write.write(partial, source, description, progress=progress)
         copy = Path() if to_format == "hf" else Path(TOKENIZER_FOLDER)

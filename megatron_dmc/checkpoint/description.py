@@ -14,6 +14,7 @@ import torch
 
 from megatron_dmc.checkpoint.families import family_with
 from megatron_dmc.checkpoint.hf_config import description_fields, hf_config
+from megatron_dmc.checkpoint.remote_code import plain_config
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.errors import CheckpointError, UnsupportedConfig
 
@@ -193,7 +194,7 @@ class ModelDescription:
             UnsupportedConfig: names the setting that has no counterpart here, and its value.
             CheckpointError: a size is missing.
         """
-        return cls(**description_fields(config))
+        return cls(**description_fields(plain_config(config)))
 
     @classmethod
     def from_hf_folder(cls, path: str | Path) -> "ModelDescription":

@@ -60,16 +60,35 @@ void check_head_dim(int64_t dim) {
                     "; the kernels are built for 64, 96, 128 and 256");
 }
 
+dmc::Stored stored_as(const Tensor& pages) {
+  switch (pages.scalar_type()) {
+    case ScalarType::Float8_e4m3fn: return dmc::kE4m3;
+    case ScalarType::Char: return dmc::kInt8;
+    default: return dmc::kNumbers;
+  }
+}
+
 // Checks everything about a layer's cache that the kernels rely on.
-void check_cache(const Tensor& k_pages, const Tensor& v_pages, const Tensor& table,
-                 const Tensor& entries, ScalarType dtype, int64_t heads, int64_t dim) {
+void check_cache(const Tensor& k_pages, const Tensor& v_pages, const OptionalTensor& k_scales,
+                 const OptionalTensor& v_scales, const Tensor& table, const Tensor& entries,
+                 ScalarType dtype, int64_t heads, int64_t dim) {
   TORCH_CHECK_VALUE(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "dtype ", dtype,
                     "; the kernels take bfloat16 and float16");
   check_head_dim(dim);
   check_shape(k_pages, "k_pages", {kAny, kAny, dim});
   check_shape(v_pages, "v_pages", {k_pages.size(0), k_pages.size(1), dim});
-  check_dtype(k_pages, "k_pages", dtype);
-  check_dtype(v_pages, "v_pages", dtype);
+  const bool is_8bit = stored_as(k_pages) != dmc::kNumbers;
+  if (!is_8bit) check_dtype(k_pages, "k_pages", dtype);
+  check_dtype(v_pages, "v_pages", k_pages.scalar_type());
+  for (const OptionalTensor* scales : {&k_scales, &v_scales}) {
+    TORCH_CHECK_VALUE(scales->has_value() == is_8bit,
+                      "k_scales, v_scales: given with pages of 8 bits and only with them");
+    if (!is_8bit) continue;
+    check_shape(**scales, "k_scales, v_scales", {k_pages.size(0), k_pages.size(1)});
+    check_dtype(**scales, "k_scales, v_scales", ScalarType::Float);
+    check_dense(**scales, "k_scales, v_scales");
+    check_device(**scales, "k_scales, v_scales", k_pages);
+  }
   check_dense(k_pages, "k_pages");
   check_dense(v_pages, "v_pages");
   const int64_t page = k_pages.size(1);
@@ -96,27 +115,37 @@ void copy_strides(int64_t (&to)[2], const Tensor& x) {
   to[1] = x.stride(1);
 }
 
-template <class T>
-dmc::PagedKV<T> paged(const Tensor& k_pages, const Tensor& v_pages, const Tensor& table,
-                      const Tensor& entries) {
-  return {data<T>(k_pages),      data<T>(v_pages),       data<int32_t>(table),
-          data<int64_t>(entries), table.stride(0),       table.stride(1),
-          entries.stride(0),     entries.stride(1),      __builtin_ctzll(k_pages.size(1)),
-          int(k_pages.size(2)),  int(table.size(2))};
+dmc::PagedKV paged(const Tensor& k_pages, const Tensor& v_pages, const OptionalTensor& k_scales,
+                   const OptionalTensor& v_scales, const Tensor& table, const Tensor& entries) {
+  return {k_pages.data_ptr(),
+          v_pages.data_ptr(),
+          data<float>(k_scales),
+          data<float>(v_scales),
+          data<int32_t>(table),
+          data<int64_t>(entries),
+          table.stride(0),
+          table.stride(1),
+          entries.stride(0),
+          entries.stride(1),
+          __builtin_ctzll(k_pages.size(1)),
+          int(k_pages.size(2)),
+          int(table.size(2)),
+          stored_as(k_pages)};
 }
 
 void decode_append(const OptionalTensor& q, const Tensor& k, const Tensor& v,
                    const OptionalTensor& is_merge, const OptionalTensor& omega,
                    const OptionalTensor& cos, const OptionalTensor& sin, const Tensor& positions,
-                   const Tensor& k_pages, const Tensor& v_pages, const Tensor& table,
-                   const Tensor& entries, const OptionalTensor& segments, const Tensor& rows,
+                   const Tensor& k_pages, const Tensor& v_pages, const OptionalTensor& k_scales,
+                   const OptionalTensor& v_scales, const Tensor& table, const Tensor& entries,
+                   const OptionalTensor& segments, const Tensor& rows,
                    const OptionalTensor& free_ids, const OptionalTensor& free_state,
                    const OptionalTensor& q_out, bool compress, bool may_merge, double alpha_offset,
                    int64_t merge_window) {
   check_shape(k, "k", {kAny, kAny, kAny});
   const int64_t batch = k.size(0), heads = k.size(1), dim = k.size(2);
   const ScalarType dtype = k.scalar_type();
-  check_cache(k_pages, v_pages, table, entries, dtype, heads, dim);
+  check_cache(k_pages, v_pages, k_scales, v_scales, table, entries, dtype, heads, dim);
   check_shape(v, "v", {batch, heads, dim});
   check_dtype(v, "v", dtype);
   check_last_dense(k, "k");
@@ -189,7 +218,7 @@ void decode_append(const OptionalTensor& q, const Tensor& k, const Tensor& v,
   const auto launch = [&](auto type) {
     using T = decltype(type);
     dmc::AppendParams<T> p{};
-    p.kv = paged<T>(k_pages, v_pages, table, entries);
+    p.kv = paged(k_pages, v_pages, k_scales, v_scales, table, entries);
     p.q_BND = data<T>(q);
     p.k_BGD = data<T>(k);
     p.v_BGD = data<T>(v);
@@ -258,6 +287,7 @@ void plan(const Tensor& entries, const Tensor& rows, const Tensor& out, int64_t 
 }
 
 void paged_decode_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
+                            const OptionalTensor& k_scales, const OptionalTensor& v_scales,
                             const Tensor& table, const Tensor& entries, const Tensor& rows,
                             const Tensor& plan, const Tensor& out, const Tensor& part,
                             const Tensor& part_lse, double softmax_scale) {
@@ -265,7 +295,7 @@ void paged_decode_attention(const Tensor& q, const Tensor& k_pages, const Tensor
   check_shape(table, "block_table", {kAny, kAny, kAny});
   const int64_t batch = q.size(0), dim = q.size(2), heads = table.size(1);
   const ScalarType dtype = q.scalar_type();
-  check_cache(k_pages, v_pages, table, entries, dtype, heads, dim);
+  check_cache(k_pages, v_pages, k_scales, v_scales, table, entries, dtype, heads, dim);
   TORCH_CHECK_VALUE(heads > 0 && q.size(1) % heads == 0, "q has ", q.size(1),
                     " heads, not a multiple of the ", heads, " key/value heads");
   const int64_t group = q.size(1) / heads;
@@ -298,7 +328,7 @@ void paged_decode_attention(const Tensor& q, const Tensor& k_pages, const Tensor
   const auto launch = [&](auto type) {
     using T = decltype(type);
     dmc::AttentionParams<T> p{};
-    p.kv = paged<T>(k_pages, v_pages, table, entries);
+    p.kv = paged(k_pages, v_pages, k_scales, v_scales, table, entries);
     p.q_BND = data<T>(q);
     p.out_BND = data<T>(out);
     p.rows_B = data<int64_t>(rows);
@@ -344,10 +374,10 @@ void release_pages(const Tensor& ids, const Tensor& free_ids, const Tensor& free
   C10_CUDA_CHECK(dmc::launch_release(p, c10::cuda::getCurrentCUDAStream()));
 }
 
-int64_t count_workers(int64_t head_dim) {
+int64_t count_workers(int64_t head_dim, const Tensor& pages) {
   check_head_dim(head_dim);
   int count = 0;
-  C10_CUDA_CHECK(dmc::count_workers(int(head_dim), &count));
+  C10_CUDA_CHECK(dmc::count_workers(int(head_dim), stored_as(pages), &count));
   return count;
 }
 
@@ -357,24 +387,25 @@ TORCH_LIBRARY(megatron_dmc, m) {
   m.def(
       "decode_append(Tensor? q, Tensor k, Tensor v, Tensor? is_merge, Tensor? omega, Tensor? cos, "
       "Tensor? sin, Tensor positions, Tensor(a!) k_pages, Tensor(b!) v_pages, "
-      "Tensor(c!) block_table, Tensor(d!) num_entries, Tensor(e!)? segments, Tensor rows, "
+      "Tensor(h!)? k_scales, Tensor(i!)? v_scales, Tensor(c!) block_table, Tensor(d!) num_entries, Tensor(e!)? segments, Tensor rows, "
       "Tensor? free_page_ids, Tensor(f!)? free_state, Tensor(g!)? q_out, bool compress, "
       "bool may_merge, float alpha_offset, int merge_window) -> ()");
   m.def("plan(Tensor num_entries, Tensor rows, Tensor(a!) plan, int ahead) -> ()");
   m.def(
-      "paged_decode_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, "
-      "Tensor num_entries, Tensor rows, Tensor plan, Tensor(a!) out, Tensor(b!) part, "
-      "Tensor(c!) part_lse, float softmax_scale) -> ()");
+      "paged_decode_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor? k_scales, "
+      "Tensor? v_scales, Tensor block_table, Tensor num_entries, Tensor rows, Tensor plan, "
+      "Tensor(a!) out, Tensor(b!) part, Tensor(c!) part_lse, float softmax_scale) -> ()");
   m.def(
       "release_pages(Tensor(a!) page_ids, Tensor(b!) free_page_ids, Tensor(c!) free_state, "
       "Tensor(d!) num_extra_owners) -> ()");
-  m.def("count_workers(int head_dim) -> int", &count_workers);
+  m.def("count_workers(int head_dim, Tensor pages) -> int");
 }
 
 // For every device, so that a wrong one is refused in words.
 TORCH_LIBRARY_IMPL(megatron_dmc, CompositeExplicitAutograd, m) {
   m.impl("decode_append", &decode_append);
   m.impl("plan", &plan);
+  m.impl("count_workers", &count_workers);
   m.impl("paged_decode_attention", &paged_decode_attention);
   m.impl("release_pages", &release_pages);
 }

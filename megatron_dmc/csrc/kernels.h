@@ -21,7 +21,7 @@ cudaError_t launch_attention(const AttentionParams<T>& p, cudaStream_t stream);
 
 cudaError_t launch_release(const ReleaseParams& p, cudaStream_t stream);
 
-// Workers that the current device runs at once.
-cudaError_t count_workers(int head_dim, int* count);
+// Workers that the current device runs at once over pages of this kind.
+cudaError_t count_workers(int head_dim, Stored stored, int* count);
 
 }  // namespace dmc

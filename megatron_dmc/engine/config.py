@@ -1,10 +1,33 @@
 """Sizes and policies of the engine."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+import torch
+
+from megatron_dmc.engine.decode_graphs import default_sizes
 from megatron_dmc.engine.scheduler import SchedulingPolicy
 from megatron_dmc.errors import UnsupportedConfig
+
+KV_CACHE_DTYPES = {
+    "auto": None,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
+"""What `kv_cache_dtype` may be; None: the model's dtype."""
+
+
+def parse_kv_cache_dtype(name: str) -> torch.dtype | None:
+    """The pages' dtype, None for the model's.
+
+    Raises:
+        UnsupportedConfig: for any other name.
+    """
+    if name not in KV_CACHE_DTYPES:
+        raise UnsupportedConfig(f"kv_cache_dtype={name!r}: use one of {', '.join(KV_CACHE_DTYPES)}")
+    return KV_CACHE_DTYPES[name]
 
 
 @dataclass
@@ -19,6 +42,9 @@ class EngineConfig:
 
     page_size: int = 16
     """Slots per page."""
+
+    kv_cache_dtype: str = "auto"
+    """How pages store keys and values: "auto" (the model's dtype), "fp8" (also "fp8_e4m3") or "int8"."""
 
     max_num_seqs: int = 64
     """Requests that run at a time."""
@@ -44,6 +70,12 @@ class EngineConfig:
     count_flipped_decisions: bool | None = None
     """After preemption, compare the decisions with the first ones. None: in 16-bit dtypes."""
 
+    enforce_eager: bool = False
+    """Do not capture decode steps into CUDA graphs. Without a GPU there are none anyway."""
+
+    cudagraph_capture_sizes: Sequence[int] | None = None
+    """Batch sizes that are captured; None: 1, 2, 4, 8, 16, 24, ... up to `max_num_seqs`."""
+
     poison: bool = False
     """Fill free pages with NaN, for tests."""
 
@@ -60,7 +92,24 @@ class EngineConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UnsupportedConfig(f"{name}={value!r}: use a positive whole number")
+        sizes = self.cudagraph_capture_sizes
+        if sizes is not None and not (sizes and all(type(n) is int and n > 0 for n in sizes)):
+            raise UnsupportedConfig(
+                f"cudagraph_capture_sizes={sizes!r}: use positive whole numbers, or enforce_eager=True "
+                "for none"
+            )
+        if sizes is not None and min(sizes) > self.max_num_seqs:
+            raise UnsupportedConfig(
+                f"cudagraph_capture_sizes={sizes!r}: all are larger than max_num_seqs="
+                f"{self.max_num_seqs}; choose smaller ones, or enforce_eager=True"
+            )
+        parse_kv_cache_dtype(self.kv_cache_dtype)
         if self.scheduling_policy not in get_args(SchedulingPolicy):
             raise UnsupportedConfig(
                 f"scheduling_policy={self.scheduling_policy!r}: use 'fcfs' or 'priority'"
             )
+
+    def graph_sizes(self) -> list[int]:
+        """Batch sizes whose decode steps become CUDA graphs: none larger than `max_num_seqs`."""
+        sizes = self.cudagraph_capture_sizes or default_sizes(self.max_num_seqs)
+        return sorted({size for size in sizes if size <= self.max_num_seqs})

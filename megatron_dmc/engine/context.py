@@ -97,6 +97,7 @@ class PagedContext(BaseInferenceContext):
         max_model_len: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        cache_dtype: torch.dtype | None = None,
         rule: CompressionRule | None = None,
         backend: str | None = None,
         poison: bool = False,
@@ -110,6 +111,7 @@ class PagedContext(BaseInferenceContext):
         """
         Args:
             num_kv_heads: of this tensor-parallel rank.
+            dtype: the model's; `cache_dtype`: the pages', None: the model's.
             prefix_block_size: tokens between cached prefixes; None: none are cached.
             count_flips: compare decisions that are made a second time.
             exchange, num_ranks, rank: tensor parallelism, see `BlockTables`.
@@ -121,8 +123,9 @@ class PagedContext(BaseInferenceContext):
         self.page_size, self.num_pages = page_size, num_pages
         self.num_heads_total = num_layers * num_kv_heads
         self.pool = PagePool(
-            num_pages, page_size, head_dim, dtype=dtype, device=device, poison=poison
-        )
+            num_pages, page_size, head_dim, dtype=cache_dtype or dtype, device=device,
+            poison=poison,
+        )  # fmt: skip
         self.tables = BlockTables(
             self.pool, num_layers, max_num_seqs, num_kv_heads, max_model_len, device=device,
             exchange=exchange, num_ranks=num_ranks, rank=rank,
@@ -151,8 +154,14 @@ class PagedContext(BaseInferenceContext):
         self._chunks: list[PackedChunk] = []
         self._prefills: list[_Piece] = []
         self._snapshots: list[Snapshot] = []
+        self._like = torch.empty(0, head_dim, dtype=dtype, device=device)
         self._rows_B = self._positions_B = torch.zeros(0, dtype=torch.int64, device=device)
         self._plans_L: list[Tensor | None] | None = None
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether decode steps run in kernels, which CUDA graphs can hold."""
+        return cache_ops.choose_backend(self._backend, self._like, self.page_size) != "torch"
 
     # What Megatron's GPTModel asks.
 
@@ -394,29 +403,30 @@ class PagedContext(BaseInferenceContext):
                 tables.num_entries_LRG, rows_B, like=k_BGD, page_size=self.page_size, ahead=1,
                 backend=self._backend,
             )  # fmt: skip
-        cache = (
-            pool.k_pages_PSD, pool.v_pages_PSD, tables.page_ids_LRGM[layer_index],
-            tables.num_entries_LRG[layer_index],
+        pages = (pool.k_pages_PSD, pool.v_pages_PSD)
+        table_RGM, entries_RG = (
+            tables.page_ids_LRGM[layer_index], tables.num_entries_LRG[layer_index],
         )  # fmt: skip
         segments = None if self.segments is None else self.segments.state_LRGUA[layer_index]
         if rule is not None and rule.shared_decisions:
             # the heads' logits have to meet first
             freqs_BF = None if freqs_SF is None else freqs_SF[self._positions_B]
             cache_ops.decode_append(
-                k_BGD, v_BGD, *self._gates(q_BND, k_BGD), freqs_BF, *cache, segments, rows_B,
-                merge_window=self._window, free_pages=pool.free_pages, backend=self._backend,
+                k_BGD, v_BGD, *self._gates(q_BND, k_BGD), freqs_BF, *pages, table_RGM, entries_RG,
+                segments, rows_B, merge_window=self._window, free_pages=pool.free_pages,
+                backend=self._backend,
             )  # fmt: skip
             q_BND = cache_ops.rotate_query(q_BND, freqs_BF, compress=True)
         else:
             q_BND = cache_ops.gate_and_append(
                 q_BND, k_BGD, v_BGD, *self._cosine_and_sine(freqs_SF, q_BND.dtype),
-                self._positions_B, *cache, segments, rows_B,
+                self._positions_B, *pages, table_RGM, entries_RG, segments, rows_B,
                 alpha_offset=0.0 if rule is None else rule.alpha_offset,
                 compress=rule is not None, may_merge=rule is not None and rule.may_merge,
                 merge_window=self._window, free_pages=pool.free_pages, backend=self._backend,
             )  # fmt: skip
         return cache_ops.paged_decode_attention(
-            q_BND, *cache, softmax_scale=softmax_scale, rows_B=rows_B,
+            q_BND, *pages, table_RGM, entries_RG, softmax_scale=softmax_scale, rows_B=rows_B,
             plan_Y=self._plans_L[layer_index], backend=self._backend,
         )  # fmt: skip
 

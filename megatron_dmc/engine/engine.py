@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dmc.engine.config import EngineConfig
+from megatron_dmc.engine.config import EngineConfig, parse_kv_cache_dtype
 from megatron_dmc.engine.context import CompressionRule, PagedContext
 from megatron_dmc.engine.decision_record import DecisionRecord
 from megatron_dmc.engine.detokenizer import IncrementalDetokenizer, find_stop
@@ -72,13 +72,8 @@ class LLMEngine:
                 f"max_model_len={config.max_model_len} is more than the model's "
                 f"{description.max_position_embeddings} positions; lower it"
             )
-        if parallel is not None and config.enable_prefix_caching:
-            raise UnsupportedConfig(
-                "enable_prefix_caching=True with tensor parallelism: the ranks would keep different "
-                "prefixes; switch it off"
-            )
         self.config, self.description, self.tokenizer = config, description, tokenizer
-        self.parallel = parallel
+        self.parallel, self._dtype = parallel, dtype
         self.eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
         counts = config.count_flipped_decisions
         self._counts_flips = dtype.itemsize <= 2 if counts is None else counts
@@ -91,6 +86,7 @@ class LLMEngine:
             max_num_seqs=config.max_num_seqs,
             max_model_len=config.max_model_len,
             dtype=dtype,
+            cache_dtype=parse_kv_cache_dtype(config.kv_cache_dtype),
             device=device,
             rule=_compression_rule(description.dmc, enable_dmc),
             poison=config.poison,
@@ -108,6 +104,10 @@ class LLMEngine:
             device=device,
             gather=None if parallel is None else parallel.gather_logits,
         )
+        if torch.device(device).type == "cuda" and not config.enforce_eager:
+            self.runner.capture_on_gpu(
+                config.graph_sizes(), progress=parallel is None or parallel.rank == 0
+            )
         self.scheduler = Scheduler(
             self.context,
             max_num_seqs=config.max_num_seqs,
@@ -404,17 +404,18 @@ class LLMEngine:
         completion = CompletionOutput(
             index=0,
             text=self._visible_text(request, detokenizer),
-            token_ids=list(request.output_token_ids),
+            num_tokens=len(request.output_token_ids),
+            request_token_ids=request.output_token_ids,
             cumulative_logprob=request.cumulative_logprob if wants_logprobs else None,
-            logprobs=list(request.logprobs) if wants_logprobs else None,
+            request_logprobs=request.logprobs if wants_logprobs else None,
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
         )
         return RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,
-            prompt_token_ids=list(request.prompt_token_ids),
-            prompt_logprobs=list(request.prompt_logprobs) if wants_prompt else None,
+            prompt_token_ids=request.prompt_token_ids,
+            prompt_logprobs=request.prompt_logprobs if wants_prompt else None,
             outputs=[completion],
             finished=request.is_finished,
             metrics=request.metrics,
@@ -478,6 +479,7 @@ class LLMEngine:
             entries_LG=(counters.finished_entries_LG + running_LG).tolist(),
             cr_of_running=crs,
             entry_bytes=pool.page_bytes // pool.page_size,
+            plain_entry_bytes=2 * self.description.kv_channels * self._dtype.itemsize,
             running_entries_LG=running_LG.tolist(),
             num_prefill_tokens=counters.num_prefill,
             num_decode_tokens=counters.num_decode,

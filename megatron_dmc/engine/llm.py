@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_dmc.engine.config import EngineConfig
+from megatron_dmc.engine.config import EngineConfig, parse_kv_cache_dtype
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.engine import LLMEngine
 from megatron_dmc.engine.request import RequestOutput
@@ -15,6 +15,7 @@ from megatron_dmc.engine.scheduler import SchedulingPolicy
 from megatron_dmc.engine.stats import EngineStats
 from megatron_dmc.engine.tensor_parallel import TensorParallel
 from megatron_dmc.errors import EngineDead, InvalidRequest, UnsupportedConfig
+from megatron_dmc.ops.kv_pages import entry_bytes
 
 _DTYPES = {
     "float64": torch.float64,
@@ -43,10 +44,14 @@ class LLM:
         kv_cache_memory_bytes: in bytes; or
         gpu_memory_utilization: as a part of the GPU's memory, model included. On a CPU the default is
             what `max_num_seqs` longest sequences need, at most 1 GiB.
+        kv_cache_dtype: how pages store keys and values: "auto" (the model's dtype), "fp8" (also
+            "fp8_e4m3") or "int8".
         enable_dmc: None: as the model. False: never merge.
         scheduling_policy: "fcfs" or "priority".
         enable_prefix_caching: share the pages of equal prefixes between requests.
         prefix_block_size: tokens between two places at which a shared prefix can end.
+        enforce_eager: no CUDA graphs for decode steps.
+        cudagraph_capture_sizes: batch sizes that get one; default: 1, 2, 4, 8, 16, ... `max_num_seqs`.
         tensor_parallel_size: processes that share the heads, started by torchrun; every process makes an
             `LLM`, and all but rank 0 then call `follow`.
         seed: of requests without a seed.
@@ -68,10 +73,13 @@ class LLM:
         num_pages: int | None = None,
         kv_cache_memory_bytes: int | None = None,
         gpu_memory_utilization: float = 0.9,
+        kv_cache_dtype: str = "auto",
         enable_dmc: bool | None = None,
         scheduling_policy: SchedulingPolicy = "fcfs",
         enable_prefix_caching: bool = False,
         prefix_block_size: int = 256,
+        enforce_eager: bool = False,
+        cudagraph_capture_sizes: Sequence[int] | None = None,
         tensor_parallel_size: int = 1,
         seed: int = 0,
         device: str | torch.device | None = None,
@@ -81,6 +89,7 @@ class LLM:
             raise UnsupportedConfig(
                 f"block_size={block_size} and page_size={page_size} are one thing; give one"
             )
+        cache_dtype = parse_kv_cache_dtype(kv_cache_dtype)
         chosen = block_size if block_size is not None else page_size
         page_size = 16 if chosen is None else chosen
         if device is None:
@@ -104,7 +113,9 @@ class LLM:
         model_dtype = next(gpt.parameters()).dtype
         if max_model_len is None:
             max_model_len = int(description.max_position_embeddings)
-        page_bytes = 2 * page_size * description.kv_channels * model_dtype.itemsize
+        page_bytes = (
+            2 * page_size * entry_bytes(description.kv_channels, cache_dtype or model_dtype)
+        )
         if num_pages is None:
             num_pages = pages_in_memory(
                 page_bytes,
@@ -125,12 +136,15 @@ class LLM:
                 max_model_len=max_model_len,
                 num_pages=num_pages,
                 page_size=page_size,
+                kv_cache_dtype=kv_cache_dtype,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
                 seed=seed,
                 scheduling_policy=scheduling_policy,
                 enable_prefix_caching=enable_prefix_caching,
                 prefix_block_size=prefix_block_size,
+                enforce_eager=enforce_eager,
+                cudagraph_capture_sizes=cudagraph_capture_sizes,
             ),
             dtype=model_dtype,
             device=device,

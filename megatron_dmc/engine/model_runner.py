@@ -3,6 +3,8 @@
 Dimension letters: T packed tokens, X rows that need logits, V vocabulary.
 """
 
+import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,16 +12,21 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.engine.context import PackedChunk, PagedContext
+from megatron_dmc.engine.decode_graphs import Capture, CudaGraphs, DecodeGraphs
 from megatron_dmc.engine.scheduler import ScheduledChunk
+
+logger = logging.getLogger(__name__)
 
 
 def _logits_of_rows(
-    *, hidden_states: Tensor, output_layer, output_weight, context: Tensor, scale_logits=None, **_
-) -> Tensor:
-    """Megatron's `output_processor` hook: logits of the rows in `context` only, [X, 1, V]."""
-    logits, _ = output_layer(
-        hidden_states[context], weight=output_weight, runtime_gather_output=False
-    )
+    *, hidden_states: Tensor, output_layer, output_weight, context: Tensor | None, scale_logits=None,
+    **_,
+) -> Tensor:  # fmt: skip
+    """Megatron's `output_processor` hook: logits of the rows in `context` only (None: of all),
+    [X, 1, V]."""
+    if context is not None:
+        hidden_states = hidden_states[context]
+    logits, _ = output_layer(hidden_states, weight=output_weight, runtime_gather_output=False)
     return logits if scale_logits is None else scale_logits(logits)
 
 
@@ -43,8 +50,33 @@ class ModelRunner:
         gather: Callable[[Tensor], Tensor] | None = None,
     ):
         self.model, self.context = model.eval(), context
-        self.vocab_size, self.device = vocab_size, device
+        self.vocab_size, self.device = vocab_size, torch.device(device)
         self._gather = gather
+        self._graphs: DecodeGraphs | None = None
+
+    @torch.no_grad()
+    def capture(self, sizes: Sequence[int], capture: Capture, *, progress: bool = True) -> None:
+        """From now on, steps in which every request has one token replay what is captured here, up to the
+        largest of these batch sizes. Call it before the first request."""
+        self._graphs = DecodeGraphs(
+            lambda token_ids_B, positions_B, rows_B: self._forward(
+                token_ids_B, positions_B, rows_B, None
+            ),
+            sizes, capture, device=self.device, progress=progress,
+        )  # fmt: skip
+
+    def capture_on_gpu(self, sizes: Sequence[int], *, progress: bool) -> None:
+        """`capture` into CUDA graphs, with one line in the log; no kernels, no graphs."""
+        if not self.context.is_capturable:
+            logger.info("no CUDA graphs: the cache ops run in PyTorch")
+            return
+        began, (free, _) = time.perf_counter(), torch.cuda.mem_get_info(self.device)
+        self.capture(sizes, CudaGraphs(self.device), progress=progress)
+        taken = free - torch.cuda.mem_get_info(self.device)[0]
+        logger.info(
+            "CUDA graphs of decode steps: %d batch sizes up to %d, %.2f GiB, captured in %.1f s",
+            len(sizes), max(sizes), taken / 2**30, time.perf_counter() - began,
+        )  # fmt: skip
 
     @torch.no_grad()
     def run(self, chunks: Sequence[ScheduledChunk], wanted: Sequence[Sequence[int]]) -> Tensor:
@@ -55,7 +87,7 @@ class ModelRunner:
             wanted: for each chunk the offsets within it that need logits.
 
         Returns:
-            logits_XV, rows in the order of `wanted`.
+            logits_XV, rows in the order of `wanted`; valid until the next call.
         """
         packed = [PackedChunk(c.request, c.start, c.num_tokens) for c in chunks]
         packed.sort(key=lambda chunk: chunk.num_tokens > 1)  # single tokens come first
@@ -73,14 +105,25 @@ class ModelRunner:
             for offset in offsets
         ]
         self.context.begin_step(packed)
-        parts = (token_ids, positions, decode_rows, logit_rows)
-        logits = self._compute(*self._on_device(parts))
+        graphs = self._graphs
+        if graphs is not None and len(packed) == len(decode_rows) <= graphs.largest:
+            logits_XV = graphs.run(token_ids, positions, decode_rows)
+            if logit_rows != list(range(len(packed))):
+                logits_XV = logits_XV[self._on_device([logit_rows])[0]]
+        else:
+            parts = (token_ids, positions, decode_rows, logit_rows)
+            ids_T, positions_T, rows_B, rows_X = self._on_device(parts)
+            logits_XV = self._forward(ids_T, positions_T, rows_B, rows_X)
         self.context.end_step()
-        return logits
+        if self._gather is not None:
+            logits_XV = self._gather(logits_XV)
+        return logits_XV[:, : self.vocab_size]
 
-    def _compute(
-        self, token_ids_T: Tensor, positions_T: Tensor, rows_B: Tensor, logit_rows_X: Tensor
+    def _forward(
+        self, token_ids_T: Tensor, positions_T: Tensor, rows_B: Tensor, logit_rows_X: Tensor | None
     ) -> Tensor:
+        """This rank's logits_XV. Nothing here waits for the device, and where T is B no shape depends on
+        a length."""
         self.context.set_decode(rows_B, positions_T[: rows_B.shape[0]])
         logits = self.model(
             input_ids=token_ids_T[None],
@@ -92,15 +135,12 @@ class ModelRunner:
             output_processor_context=logit_rows_X,
         )
         # Megatron's output layer gives [X, 1, V]
-        logits_XV = logits.flatten(0, -2)
-        if self._gather is not None:
-            logits_XV = self._gather(logits_XV)
-        return logits_XV[:, : self.vocab_size]
+        logits_XV: Tensor = logits.flatten(0, -2)
+        return logits_XV
 
     def _on_device(self, parts: Sequence[Sequence[int]]) -> list[Tensor]:
         """Lists of whole numbers to the device, in one copy that nobody waits for."""
-        on_gpu = torch.device(self.device).type == "cuda"
         flat = torch.tensor([x for part in parts for x in part], dtype=torch.int64)
-        if on_gpu:
+        if self.device.type == "cuda":
             flat = flat.pin_memory()
         return list(flat.to(self.device, non_blocking=True).split([len(part) for part in parts]))

@@ -113,17 +113,31 @@ class Request:
 
 @dataclass
 class CompletionOutput:
-    """The completion so far."""
+    """The completion so far. Tokens and log-probabilities are copied when they are asked for: most outputs
+    of a step are looked at by nobody."""
 
     index: int
     text: str
-    token_ids: list[int]
+    num_tokens: int
+    request_token_ids: list[int] = field(repr=False)
+    """The request's, which grow on."""
     cumulative_logprob: float | None
-    logprobs: list[dict[int, Logprob]] | None
+    request_logprobs: list[dict[int, Logprob]] | None = field(repr=False)
     finish_reason: str | None
     """"stop", "length", "abort", or None while it goes on."""
     stop_reason: str | int | None
     """The stop text or token; None for the end-of-text token."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens so far."""
+        return self.request_token_ids[: self.num_tokens]
+
+    @property
+    def logprobs(self) -> list[dict[int, Logprob]] | None:
+        """Of each token, where they were asked for."""
+        logprobs = self.request_logprobs
+        return None if logprobs is None else logprobs[: self.num_tokens]
 
 
 @dataclass

@@ -38,7 +38,9 @@ class EngineStats:
     cr_of_running: dict[str, float] = field(default_factory=dict, repr=False)
     """Measured CR of each running request."""
     entry_bytes: int = 0
-    """Of one entry, key and value together."""
+    """Of one entry, key and value together, scales of 8-bit pages included."""
+    plain_entry_bytes: int = 0
+    """The same in the model's dtype."""
     running_entries_LG: list[list[int]] = field(default_factory=list, repr=False)
     """Entries of each layer's KV heads, of the running requests only."""
     num_prefill_tokens: int = 0

@@ -5,7 +5,8 @@ storage (request slots), N query heads, G key/value heads, D head dim, E cache e
 S slots per page, M block-table width, F rotary channels, U weighted tokens kept for an open segment,
 A = 2 D + 1 components of an accumulator (`[omega k, omega v, omega]`).
 
-A pool `k_pages_PSD, v_pages_PSD` serves all layers and heads. The other storage is one layer's:
+A pool `k_pages_PSD, v_pages_PSD` serves all layers and heads: tensors in the model's dtype, or
+`kv_pages.ScaledPages` (8 bits with scales). The other storage is one layer's:
 `block_table_RGM` (page ids), `num_entries_RG`, `segments_RGUA` (the open segments; float32, or
 float64 for a float64 model). Entry e of a head lies in page `block_table[e // S]`, slot `e % S`.
 What lies in slots that hold no entry is never used, be it NaN.
@@ -17,6 +18,7 @@ from torch import Tensor
 from megatron_dmc.ops import gates, page_ops
 from megatron_dmc.ops.attention import chunk_attention, join_by_lse, masked_attention
 from megatron_dmc.ops.cache_backend import FreePages, choose_backend, kernels
+from megatron_dmc.ops.kv_pages import Pages, as_stored, load, store
 from megatron_dmc.ops.merge import continue_merge
 
 
@@ -78,22 +80,26 @@ def slots_of_entries(block_table_XM: Tensor, entries_XE: Tensor, page_size: int)
 
 
 def write_entries(
-    k_pages_PSD: Tensor, v_pages_PSD: Tensor, slots_X: Tensor, k_XD: Tensor, v_XD: Tensor
+    k_pages_PSD: Pages, v_pages_PSD: Pages, slots_X: Tensor, k_XD: Tensor, v_XD: Tensor
 ) -> None:
     """Write entries to their slots; slot -1 is not written. Mutates `k_pages_PSD, v_pages_PSD`."""
     keep = slots_X >= 0
     slots = slots_X[keep]
-    k_pages_PSD.view(-1, k_pages_PSD.shape[-1])[slots] = k_XD[keep].to(k_pages_PSD.dtype)
-    v_pages_PSD.view(-1, v_pages_PSD.shape[-1])[slots] = v_XD[keep].to(v_pages_PSD.dtype)
+    store(k_pages_PSD, slots, k_XD[keep])
+    store(v_pages_PSD, slots, v_XD[keep])
 
 
 def read_entries(
-    k_pages_PSD: Tensor, v_pages_PSD: Tensor, block_table_XM: Tensor, num_entries_X: Tensor
+    k_pages_PSD: Pages,
+    v_pages_PSD: Pages,
+    block_table_XM: Tensor,
+    num_entries_X: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gather every head's entries up to the longest head's.
 
     Returns:
-        k_XED, v_XED (zero beyond a head's entries) and is_entry_XE.
+        k_XED, v_XED in `dtype` (zero beyond a head's entries) and is_entry_XE.
     """
     page_size = k_pages_PSD.shape[1]
     longest = int(num_entries_X.max()) if num_entries_X.numel() else 0
@@ -101,8 +107,8 @@ def read_entries(
     pages = block_table_XM[:, :num_pages].long().clamp_min(0)
     is_entry = torch.arange(longest, device=pages.device) < num_entries_X[:, None]
     missing = ~is_entry[..., None]
-    k = k_pages_PSD[pages].flatten(1, 2)[:, :longest].masked_fill(missing, 0.0)
-    v = v_pages_PSD[pages].flatten(1, 2)[:, :longest].masked_fill(missing, 0.0)
+    k = load(k_pages_PSD, pages, dtype).flatten(1, 2)[:, :longest].masked_fill(missing, 0.0)
+    v = load(v_pages_PSD, pages, dtype).flatten(1, 2)[:, :longest].masked_fill(missing, 0.0)
     return k, v, is_entry
 
 
@@ -112,8 +118,8 @@ def decode_append(
     is_merge_BG: Tensor | None,
     omega_BG: Tensor | None,
     freqs_BF: Tensor | None,
-    k_pages_PSD: Tensor,
-    v_pages_PSD: Tensor,
+    k_pages_PSD: Pages,
+    v_pages_PSD: Pages,
     block_table_RGM: Tensor,
     num_entries_RG: Tensor,
     segments_RGUA: Tensor | None,
@@ -138,7 +144,8 @@ def decode_append(
         freqs_BF: RoPE angles of each request's position, or None.
         block_table_RGM, num_entries_RG, segments_RGUA: this layer's; `segments` may be None in plain
             mode.
-        rows_B: which of the R rows each request uses; distinct.
+        rows_B: which of the R rows each request uses; distinct; -1 for padding of a fixed batch:
+            nothing of it is written.
         merge_window: W; 0 is unlimited.
         free_pages: None: the block table must hold the page of the entry that is written already. A
             head that finds no page is left as it was.
@@ -146,7 +153,7 @@ def decode_append(
     cos, sin = cosine_and_sine(freqs_BF, k_BGD.dtype)
     chosen = choose_backend(backend, k_BGD, k_pages_PSD.shape[1])
     if chosen == "torch":
-        torch_append(
+        _append_live(
             k_BGD, v_BGD, is_merge_BG, omega_BG, cos, sin, k_pages_PSD, v_pages_PSD,
             block_table_RGM, num_entries_RG, segments_RGUA, rows_B, merge_window, free_pages,
         )  # fmt: skip
@@ -208,6 +215,22 @@ def torch_append(
     write_entries(k_pages_PSD, v_pages_PSD, slots.flatten(), key.flatten(0, 1), value.flatten(0, 1))
 
 
+def _append_live(
+    k_BGD, v_BGD, is_merge_BG, omega_BG, cos_BF, sin_BF, k_pages_PSD, v_pages_PSD,
+    block_table_RGM, num_entries_RG, segments_RGUA, rows_B, merge_window, free_pages,
+) -> None:  # fmt: skip
+    """`torch_append` of what is not padding."""
+    live = rows_B >= 0
+    k, v, is_merge, omega, cos, sin = (
+        None if x is None else x[live]
+        for x in (k_BGD, v_BGD, is_merge_BG, omega_BG, cos_BF, sin_BF)
+    )
+    torch_append(
+        k, v, is_merge, omega, cos, sin, k_pages_PSD, v_pages_PSD, block_table_RGM, num_entries_RG,
+        segments_RGUA, rows_B[live], merge_window, free_pages,
+    )  # fmt: skip
+
+
 def gate_and_append(
     q_BND: Tensor,
     k_BGD: Tensor,
@@ -215,8 +238,8 @@ def gate_and_append(
     cos_XF: Tensor | None,
     sin_XF: Tensor | None,
     positions_B: Tensor,
-    k_pages_PSD: Tensor,
-    v_pages_PSD: Tensor,
+    k_pages_PSD: Pages,
+    v_pages_PSD: Pages,
     block_table_RGM: Tensor,
     num_entries_RG: Tensor,
     segments_RGUA: Tensor | None,
@@ -265,15 +288,9 @@ def gate_and_append(
         logit = gates.decision_logit(k_BGD, alpha_offset=alpha_offset)
         is_merge = gates.hard_decisions(logit) & may_merge
         omega = gates.importance(q_BND, k_BGD.shape[1], alpha_offset=alpha_offset)
-    live = rows_B >= 0
-
-    def of_live(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[live]
-
-    torch_append(
-        k_BGD[live], v_BGD[live], of_live(is_merge), of_live(omega), of_live(cos), of_live(sin),
-        k_pages_PSD, v_pages_PSD, block_table_RGM, num_entries_RG, segments_RGUA, rows_B[live],
-        merge_window, free_pages,
+    _append_live(
+        k_BGD, v_BGD, is_merge, omega, cos, sin, k_pages_PSD, v_pages_PSD, block_table_RGM,
+        num_entries_RG, segments_RGUA, rows_B, merge_window, free_pages,
     )  # fmt: skip
     if not compress:
         return _turn(q_BND, cos, sin)
@@ -311,8 +328,8 @@ def plan_decode_attention(
 
 def paged_decode_attention(
     q_BND: Tensor,
-    k_pages_PSD: Tensor,
-    v_pages_PSD: Tensor,
+    k_pages_PSD: Pages,
+    v_pages_PSD: Pages,
     block_table_BGM: Tensor,
     num_entries_BG: Tensor,
     *,
@@ -351,13 +368,13 @@ def paged_decode_attention(
         return torch.zeros_like(q_BND)
     acc = accumulator_dtype(q_BND.dtype)
     k, v, is_entry = read_entries(
-        k_pages_PSD, v_pages_PSD, block_table_BGM.flatten(0, 1), num_entries_BG.flatten()
+        k_pages_PSD, v_pages_PSD, block_table_BGM.flatten(0, 1), num_entries_BG.flatten(), acc
     )
     q = q_BND.unflatten(1, (num_kv_heads, -1)).flatten(0, 1).to(acc)
-    scores = softmax_scale * (q @ k.to(acc).transpose(1, 2))
+    scores = softmax_scale * (q @ k.transpose(1, 2))
     # a finite mask: a head without entries then averages zeros instead of giving NaN
     scores = scores.masked_fill(~is_entry[:, None], torch.finfo(acc).min)
-    out = scores.softmax(-1) @ v.to(acc)
+    out = scores.softmax(-1) @ v
     return out.unflatten(0, (batch, num_kv_heads)).flatten(1, 2).to(q_BND.dtype)
 
 
@@ -368,8 +385,8 @@ def prefill(
     is_merge_TG: Tensor | None,
     omega_TG: Tensor | None,
     freqs_TF: Tensor | None,
-    k_pages_PSD: Tensor,
-    v_pages_PSD: Tensor,
+    k_pages_PSD: Pages,
+    v_pages_PSD: Pages,
     block_table_GM: Tensor,
     num_entries_G: Tensor,
     segments_GUA: Tensor | None,
@@ -380,7 +397,8 @@ def prefill(
     backend: str | None = None,
 ) -> Tensor:
     """A chunk of one request's tokens in parallel, continuing from what the cache holds: any chunking
-    gives what decoding the tokens one at a time gives. Only the last state of each segment is written.
+    gives what decoding the tokens one at a time gives, with 8-bit pages too: a token sees its chunk's
+    states as a cache would give them back. Only the last state of each segment is written.
 
     Mutates `k_pages_PSD, v_pages_PSD`, `num_entries_G` and `segments_GUA` (views of the request's
     rows); with `free_pages` also `block_table_GM` (pages for new entries) and `free_pages.state`.
@@ -423,8 +441,13 @@ def prefill(
         is_append = ~is_merge
 
     q = rotate_query(q_TND, freqs_TF, compress=is_merge is not None)
-    out, lse = chunk_attention(q, k, v, is_merge, softmax_scale=softmax_scale)
-    old_k, old_v, is_entry = read_entries(k_pages_PSD, v_pages_PSD, block_table_GM, num_visible)
+    out, lse = chunk_attention(
+        q, as_stored(k, k_pages_PSD), as_stored(v, v_pages_PSD), is_merge,
+        softmax_scale=softmax_scale,
+    )  # fmt: skip
+    old_k, old_v, is_entry = read_entries(
+        k_pages_PSD, v_pages_PSD, block_table_GM, num_visible, q.dtype
+    )
     if old_k.shape[1]:
         # a plain cache is equally long in every head: nothing to hide
         assert is_merge is not None or bool(is_entry.all())

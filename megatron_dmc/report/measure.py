@@ -60,7 +60,7 @@ def generate(loaded: LoadedModel, prompts: list[list[int]], max_tokens: int) -> 
         crs=[o.cr for o in outputs],
         tokens_per_second=float(stats.tokens_per_second or 0.0),
         cache_bytes=pages * stats.page_bytes,
-        cache_bytes_uncompressed=tokens * stats.page_bytes // llm.engine.config.page_size,
+        cache_bytes_uncompressed=tokens * stats.plain_entry_bytes,
     )
 
 

@@ -158,6 +158,12 @@ float shuffle_xor(float x, int mask) {
   std::memcpy(&out, exchange(mine)[lane_index() ^ mask].words, 4);
   return out;
 }
+uint32_t largest_of_warp(uint32_t x) {
+  const Slot* all = exchange(Slot{{x}});
+  uint32_t most = 0;
+  for (int i = 0; i < kWarp; ++i) most = all[i].words[0] > most ? all[i].words[0] : most;
+  return most;
+}
 int count_lanes(bool x) {
   const Slot* all = exchange(Slot{{uint32_t(x)}});
   int count = 0;

@@ -1,4 +1,6 @@
 // The kernels of megatron_dmc/csrc on a host, for tests/host_kernels.py: the same bodies, emulated.
+#include <type_traits>
+
 #include "emulator.h"
 
 #include "dmc/append.h"
@@ -16,49 +18,77 @@ char* aligned(std::vector<float>& memory) {
   return reinterpret_cast<char*>((address + 15) / 16 * 16);
 }
 
-template <class T, int kHeadDim>
+// Of fp16 with 8-bit pages one head dimension is enough to try, and quicker to compile.
+template <class T, class S, int kHeadDim>
+constexpr bool is_built = kHeadDim == 64 || !dmc::is_8bit<S> || std::is_same_v<T, dmc::bf16>;
+
+template <class T, class S, int kHeadDim>
 void append(const dmc::AppendParams<T>& p) {
-  emulator::launch(p.num_requests * p.num_kv_heads, dmc::kWarp,
-                   [&] { dmc::append_token<T, kHeadDim>(p, dmc::block_index()); });
+  if constexpr (is_built<T, S, kHeadDim>) {
+    emulator::launch(p.num_requests * p.num_kv_heads, dmc::kWarp,
+                     [&] { dmc::append_token<T, S, kHeadDim>(p, dmc::block_index()); });
+  }
 }
 
-template <class T, int kHeadDim, int kQueryBlocks>
+template <class T, class S, int kHeadDim, int kQueryBlocks>
 void attend(const dmc::AttentionParams<T>& p) {
-  auto memory = nan_memory(dmc::kWarpsPerBlock * dmc::Stages<kHeadDim>::kBytes);
+  auto memory = nan_memory(dmc::kWarpsPerBlock * dmc::Stages<S, kHeadDim>::kBytes);
   emulator::launch((p.num_workers + dmc::kWarpsPerBlock - 1) / dmc::kWarpsPerBlock,
                    dmc::kWarpsPerBlock * dmc::kWarp,
-                   [&] { dmc::attend_stretch<T, kHeadDim, kQueryBlocks>(p, aligned(memory)); });
+                   [&] { dmc::attend_stretch<T, S, kHeadDim, kQueryBlocks>(p, aligned(memory)); });
   emulator::launch(p.num_requests * p.num_kv_heads * p.group, dmc::kWarp,
                    [&] { dmc::join_parts<T, kHeadDim>(p, dmc::block_index()); });
 }
 
-template <class T, int kHeadDim>
+template <class T, class S, int kHeadDim>
 void attend(const dmc::AttentionParams<T>& p) {
-  if (p.group <= 8) {
-    attend<T, kHeadDim, 1>(p);
-  } else {
-    attend<T, kHeadDim, 2>(p);
+  if constexpr (is_built<T, S, kHeadDim>) {
+    if (p.group <= 8) {
+      attend<T, S, kHeadDim, 1>(p);
+    } else {
+      attend<T, S, kHeadDim, 2>(p);
+    }
+  }
+}
+
+template <class T, class S>
+int append_any(const dmc::AppendParams<T>& p) {
+  switch (p.kv.head_dim) {
+    case 64: append<T, S, 64>(p); return 0;
+    case 96: append<T, S, 96>(p); return 0;
+    case 128: append<T, S, 128>(p); return 0;
+    case 256: append<T, S, 256>(p); return 0;
+    default: return 1;
   }
 }
 
 template <class T>
 int append_any(const dmc::AppendParams<T>& p) {
+  switch (p.kv.stored) {
+    case dmc::kNumbers: return append_any<T, T>(p);
+    case dmc::kE4m3: return append_any<T, dmc::e4m3>(p);
+    case dmc::kInt8: return append_any<T, dmc::int8>(p);
+    default: return 1;
+  }
+}
+
+template <class T, class S>
+int attend_any(const dmc::AttentionParams<T>& p) {
   switch (p.kv.head_dim) {
-    case 64: append<T, 64>(p); return 0;
-    case 96: append<T, 96>(p); return 0;
-    case 128: append<T, 128>(p); return 0;
-    case 256: append<T, 256>(p); return 0;
+    case 64: attend<T, S, 64>(p); return 0;
+    case 96: attend<T, S, 96>(p); return 0;
+    case 128: attend<T, S, 128>(p); return 0;
+    case 256: attend<T, S, 256>(p); return 0;
     default: return 1;
   }
 }
 
 template <class T>
 int attend_any(const dmc::AttentionParams<T>& p) {
-  switch (p.kv.head_dim) {
-    case 64: attend<T, 64>(p); return 0;
-    case 96: attend<T, 96>(p); return 0;
-    case 128: attend<T, 128>(p); return 0;
-    case 256: attend<T, 256>(p); return 0;
+  switch (p.kv.stored) {
+    case dmc::kNumbers: return attend_any<T, T>(p);
+    case dmc::kE4m3: return attend_any<T, dmc::e4m3>(p);
+    case dmc::kInt8: return attend_any<T, dmc::int8>(p);
     default: return 1;
   }
 }

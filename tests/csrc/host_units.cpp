@@ -49,13 +49,14 @@ void segment_is_a_weighted_mean() {
 void addresses_of_a_paged_cache() {
   std::vector<int32_t> table(2 * 3 * 5);
   std::vector<int64_t> entries(2 * 3);
-  dmc::PagedKV<dmc::bf16> kv{nullptr, nullptr, table.data(), entries.data(), 15, 5, 3, 1, 4, 128, 5};
+  dmc::PagedKV kv{nullptr,        nullptr, nullptr, nullptr, table.data(), entries.data(), 15, 5, 3, 1, 4,
+                  128,            5,       dmc::kNumbers};
   CHECK(kv.table(1, 2) == table.data() + 25);
   CHECK(kv.num_entries(1, 2) == entries.data() + 5);
   CHECK(kv.column(15) == 0 && kv.column(16) == 1 && kv.column(47) == 2);
-  CHECK(kv.offset(0, 0) == 0 && kv.offset(0, 15) == 15 * 128 && kv.offset(3, 17) == (48 + 1) * 128);
-  // beyond 32 bits: a pool of 80 GB
-  CHECK(kv.offset(20000000, 5) == (int64_t(20000000) * 16 + 5) * 128);
+  CHECK(kv.slot(0, 0) == 0 && kv.slot(0, 15) == 15 && kv.slot(3, 17) == 48 + 1);
+  // beyond 32 bits
+  CHECK(kv.slot(400000000, 5) == int64_t(400000000) * 16 + 5);
 }
 
 void stretches_cover_the_line_once() {
@@ -101,7 +102,73 @@ void half_precision_rounds_to_nearest() {
   CHECK(std::fabs(dmc::to_float(h) + 0.1f) < 5e-5f);
 }
 
+float value_of(dmc::e4m3 x) {
+  const int exponent = x.bits >> 3 & 15, mantissa = x.bits & 7;
+  const float sign = x.bits & 0x80 ? -1.0f : 1.0f;
+  if ((x.bits & 0x7f) == 0x7f) return std::nanf("");
+  return sign * (exponent ? std::ldexp(1.0f + mantissa / 8.0f, exponent - 7) : mantissa / 512.0f);
+}
+float value_of(dmc::int8 x) { return x.bits; }
+
+template <class S, class T>
+void four_bytes_are_widened_exactly() {
+  for (int i = 0; i < 256; ++i) {
+    uint8_t bytes[4];
+    for (int b = 0; b < 4; ++b) bytes[b] = uint8_t(i + 67 * b);
+    uint32_t x, pairs[2];
+    std::memcpy(&x, bytes, 4);
+    dmc::widen(x, pairs[0], pairs[1], S{}, T{});
+    for (int b = 0; b < 4; ++b) {
+      S stored;
+      std::memcpy(&stored, bytes + b, 1);
+      const float wanted = value_of(stored);
+      const float got = dmc::to_float(T{uint16_t(pairs[b % 2] >> b / 2 * 16)}) * dmc::unit<S, T>;
+      CHECK(std::isnan(wanted) || got == wanted);  // NaN comes with a scale that is NaN
+    }
+  }
+}
+
+// Every code, all midpoints and their neighbours, and what lies beyond the largest.
+template <class S>
+void numbers_go_to_the_nearest_code(int num_codes) {
+  const auto encoded = [](float x) {
+    S out;
+    dmc::encode(x, out);
+    return value_of(out);
+  };
+  const auto code = [](int i) {
+    S stored;
+    const uint8_t bits = uint8_t(i);
+    std::memcpy(&stored, &bits, 1);
+    return value_of(stored);
+  };
+  for (int i = 0; i < num_codes; ++i) {
+    const float x = code(i);
+    CHECK(encoded(x) == x && encoded(-x) == -x);
+    if (i + 1 == num_codes) break;
+    const float middle = (x + code(i + 1)) / 2, even = code(i + i % 2);
+    CHECK(encoded(middle) == even && encoded(-middle) == -even);
+    CHECK(encoded(std::nextafter(middle, 0.0f)) == x);
+    CHECK(encoded(std::nextafter(middle, 1e9f)) == code(i + 1));
+  }
+  const float largest = code(num_codes - 1);
+  CHECK(largest == dmc::kLargest<S> && encoded(largest * 1.000001f) == largest);
+}
+
+void scales_of_entries() {
+  const auto scale = [](float x) { return dmc::scale_of<dmc::e4m3>(dmc::float_bits(x)); };
+  CHECK(scale(448.0f) == 448.0f * (1.0f / 448.0f) && scale(0.0f) == scale(1e-35f));
+  CHECK(std::isnan(scale(std::nanf(""))) && dmc::scale_of<dmc::int8>(0) > 0.0f);
+}
+
 int main() {
+  four_bytes_are_widened_exactly<dmc::e4m3, dmc::bf16>();
+  four_bytes_are_widened_exactly<dmc::e4m3, dmc::fp16>();
+  four_bytes_are_widened_exactly<dmc::int8, dmc::bf16>();
+  four_bytes_are_widened_exactly<dmc::int8, dmc::fp16>();
+  numbers_go_to_the_nearest_code<dmc::e4m3>(127);
+  numbers_go_to_the_nearest_code<dmc::int8>(128);
+  scales_of_entries();
   segment_is_a_weighted_mean();
   addresses_of_a_paged_cache();
   stretches_cover_the_line_once();

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops.cuda import absence
+from megatron_dmc.ops.kv_pages import Pages, tensors_of
 
 
 @functools.cache
@@ -26,9 +27,18 @@ def _rows(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _num_workers(device: torch.device, head_dim: int) -> int:
+def _num_workers(device: torch.device, head_dim: int, dtype: torch.dtype) -> int:
     with torch.cuda.device(device):
-        return int(_operators().count_workers(head_dim))
+        return int(_operators().count_workers(head_dim, torch.empty(0, dtype=dtype)))
+
+
+def _parts(
+    k_pages_PSD: Pages, v_pages_PSD: Pages
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Keys and values as they are stored, and the scales of both or None."""
+    (k, *k_scales), (v, *v_scales) = tensors_of(k_pages_PSD), tensors_of(v_pages_PSD)
+    k_scale, v_scale = (*k_scales, *v_scales) or (None, None)
+    return k, v, k_scale, v_scale
 
 
 def decode_append(
@@ -40,8 +50,8 @@ def decode_append(
     cos_XF: Tensor | None,
     sin_XF: Tensor | None,
     positions_B: Tensor,
-    k_pages_PSD: Tensor,
-    v_pages_PSD: Tensor,
+    k_pages_PSD: Pages,
+    v_pages_PSD: Pages,
     block_table_RGM: Tensor,
     num_entries_RG: Tensor,
     segments_RGUA: Tensor | None,
@@ -61,8 +71,8 @@ def decode_append(
         q, _rows(k_BGD), _rows(v_BGD),
         None if is_merge_BG is None else is_merge_BG.contiguous(),
         None if omega_BG is None else omega_BG.float().contiguous(),
-        cos_XF, sin_XF, positions_B, k_pages_PSD, v_pages_PSD, block_table_RGM, num_entries_RG,
-        segments_RGUA if compress else None, rows_B, free_page_ids, free_state, q_out, compress,
+        cos_XF, sin_XF, positions_B, *_parts(k_pages_PSD, v_pages_PSD), block_table_RGM,
+        num_entries_RG, segments_RGUA if compress else None, rows_B, free_page_ids, free_state, q_out, compress,
         may_merge, alpha_offset, merge_window,
     )  # fmt: skip
     return q_out
@@ -79,8 +89,8 @@ def plan(num_entries_LRG: Tensor, rows_B: Tensor, *, ahead: int = 0) -> Tensor:
 
 def paged_decode_attention(
     q_BND: Tensor,
-    k_pages_PSD: Tensor,
-    v_pages_PSD: Tensor,
+    k_pages_PSD: Pages,
+    v_pages_PSD: Pages,
     block_table_RGM: Tensor,
     num_entries_RG: Tensor,
     rows_B: Tensor,
@@ -94,19 +104,20 @@ def paged_decode_attention(
     Args:
         num_workers: C; default: as many warps as the GPU holds at once.
     """
+    pages = _parts(k_pages_PSD, v_pages_PSD)
     q = _rows(q_BND)
     if q.stride(0) % 2 or q.stride(1) % 2 or q.storage_offset() % 2:
         q = q.contiguous()
     if plan_Y is None:
         plan_Y = plan(num_entries_RG[None], rows_B)[0]
-    num_workers = num_workers or _num_workers(q.device, q.shape[-1])
+    num_workers = num_workers or _num_workers(q.device, q.shape[-1], pages[0].dtype)
     group = q.shape[1] // block_table_RGM.shape[1]
     part = torch.empty(num_workers, 2, group, q.shape[-1], dtype=torch.float32, device=q.device)
     part_lse = torch.empty(num_workers, 2, group, dtype=torch.float32, device=q.device)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _operators().paged_decode_attention(
-        q, k_pages_PSD, v_pages_PSD, block_table_RGM, num_entries_RG, rows_B, plan_Y, out, part,
-        part_lse, softmax_scale,
+        q, *pages, block_table_RGM, num_entries_RG, rows_B, plan_Y, out, part, part_lse,
+        softmax_scale,
     )  # fmt: skip
     return out
 

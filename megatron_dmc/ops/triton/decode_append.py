@@ -17,6 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_dmc.ops.kv_pages import Pages
+from megatron_dmc.ops.triton.stored import encode, parts, scale_of
+
 
 @triton.jit
 def _load(p_x, o_h, o_z, m_lo, m_hi, m_rest, HALF: tl.constexpr):
@@ -36,9 +39,35 @@ def _store(p_x, b_lo, b_hi, b_rest, o_h, o_z, m_lo, m_hi, m_rest, HALF: tl.const
 
 
 @triton.jit
+def _store_entry(
+    p_pages, p_scales, i_slot, b_lo, b_hi, b_rest, o_h, o_z, m_lo, m_hi, m_rest, m_write,
+    D: tl.constexpr, HALF: tl.constexpr, STORED: tl.constexpr,
+):  # fmt: skip
+    """Write an entry, rounded as the pages store it; channels that are masked must be 0."""
+    if STORED > 0:
+        b_most = tl.maximum(
+            tl.max(tl.abs(b_lo).to(tl.int32, bitcast=True), axis=0),
+            tl.max(tl.abs(b_hi).to(tl.int32, bitcast=True), axis=0),
+        )
+        b_most = tl.maximum(b_most, tl.max(tl.abs(b_rest).to(tl.int32, bitcast=True), axis=0))
+        scale = scale_of(b_most, STORED)
+        tl.store(p_scales + i_slot, scale, mask=m_write)
+        b_lo, b_hi, b_rest = (
+            encode(b_lo, scale, STORED),
+            encode(b_hi, scale, STORED),
+            encode(b_rest, scale, STORED),
+        )
+    _store(
+        p_pages + i_slot * D, b_lo, b_hi, b_rest,
+        o_h, o_z, m_lo & m_write, m_hi & m_write, m_rest & m_write, HALF,
+    )  # fmt: skip
+
+
+@triton.jit
 def append_kernel(
     p_q, p_k, p_v, p_is_merge, p_omega, p_cos, p_sin, p_positions, p_rows,
-    p_k_pages, p_v_pages, p_table, p_entries, p_segments, p_free, p_free_state, p_q_out,
+    p_k_pages, p_v_pages, p_k_scales, p_v_scales, p_table, p_entries, p_segments, p_free,
+    p_free_state, p_q_out,
     M, num_free, alpha_offset, eps,
     s_qb, s_qn, s_kb, s_kg, s_vb, s_vg, s_cx, s_sx,
     s_tr, s_tg, s_er, s_eg, s_sr, s_sg, s_ob, s_on,
@@ -46,6 +75,7 @@ def append_kernel(
     HALF: tl.constexpr, H: tl.constexpr, Z: tl.constexpr,
     COMPRESS: tl.constexpr, GATES_GIVEN: tl.constexpr, MAY_MERGE: tl.constexpr,
     WINDOWED: tl.constexpr, ROTATE_Q: tl.constexpr, TAKE_PAGES: tl.constexpr,
+    STORED: tl.constexpr,
 ):  # fmt: skip
     """Gates, segment, RoPE, page, entry and count of one head; see `decode_append`."""
     i_g, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -168,14 +198,15 @@ def append_kernel(
 
     b_turned = tl.where(m_hi_c, b_khi * b_cos + b_klo * b_sin, 0.0)
     b_klo = b_klo * b_cos - b_khi * b_sin
-    o_slot = (i_page * S + i_entry % S) * D
-    _store(
-        p_k_pages + o_slot, b_klo, b_turned, b_krest,
-        o_h, o_z, m_lo & m_write, m_hi & m_write, m_rest & m_write, HALF,
+    b_krest = tl.where(m_rest_c, b_krest, 0.0)
+    i_slot = i_page * S + i_entry % S
+    _store_entry(
+        p_k_pages, p_k_scales, i_slot, b_klo, b_turned, b_krest,
+        o_h, o_z, m_lo, m_hi, m_rest, m_write, D, HALF, STORED,
     )  # fmt: skip
-    _store(
-        p_v_pages + o_slot, b_vlo, b_vhi, b_vrest,
-        o_h, o_z, m_lo & m_write, m_hi & m_write, m_rest & m_write, HALF,
+    _store_entry(
+        p_v_pages, p_v_scales, i_slot, b_vlo, b_vhi, b_vrest,
+        o_h, o_z, m_lo, m_hi, m_rest, m_write, D, HALF, STORED,
     )  # fmt: skip
     tl.store(p_entries, (i_entry + 1).to(p_entries.dtype.element_ty), mask=m_write)
 
@@ -193,8 +224,8 @@ def decode_append(
     cos_XF: Tensor | None,
     sin_XF: Tensor | None,
     positions_B: Tensor,
-    k_pages_PSD: Tensor,
-    v_pages_PSD: Tensor,
+    k_pages_PSD: Pages,
+    v_pages_PSD: Pages,
     block_table_RGM: Tensor,
     num_entries_RG: Tensor,
     segments_RGUA: Tensor | None,
@@ -215,6 +246,8 @@ def decode_append(
         the rotated queries, or None where `q_BND` is.
     """
     batch, num_kv_heads, dim = k_BGD.shape
+    k_pages, k_scales, stored = parts(k_pages_PSD)
+    v_pages, v_scales, _ = parts(v_pages_PSD)
     k, v = _rows(k_BGD), _rows(v_BGD)
     q = k if q_BND is None else _rows(q_BND)
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -229,19 +262,19 @@ def decode_append(
                 q, k, v,
                 k if is_merge_BG is None else is_merge_BG.contiguous().view(torch.uint8),
                 k if omega_BG is None else omega_BG.contiguous(),
-                cos, sin, positions_B, rows_B, k_pages_PSD, v_pages_PSD, block_table_RGM,
+                cos, sin, positions_B, rows_B, k_pages, v_pages, k_scales, v_scales, block_table_RGM,
                 num_entries_RG, segments, free, rows_B if free_state is None else free_state,
                 q_out, block_table_RGM.shape[2], free.numel(), alpha_offset,
                 torch.finfo(q.dtype).eps,
                 *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos.stride(0), sin.stride(0),
                 *block_table_RGM.stride()[:2], *num_entries_RG.stride(), *segments.stride()[:2],
                 *q_out.stride()[:2],
-                D=dim, S=k_pages_PSD.shape[1], U=segments.shape[2] if compress else 1,
+                D=dim, S=k_pages.shape[1], U=segments.shape[2] if compress else 1,
                 R=1 if q_BND is None else q.shape[1] // num_kv_heads,
                 HALF=half, H=max(1, triton.next_power_of_2(half)),
                 Z=max(1, triton.next_power_of_2(dim - 2 * half)),
                 COMPRESS=compress, GATES_GIVEN=gates_given, MAY_MERGE=may_merge,
                 WINDOWED=compress and merge_window > 0, ROTATE_Q=q_BND is not None,
-                TAKE_PAGES=free_page_ids is not None, num_warps=1,
+                TAKE_PAGES=free_page_ids is not None, STORED=stored, num_warps=1,
             )  # fmt: skip
     return None if q_BND is None else q_out

@@ -18,7 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_dmc.ops.kv_pages import Pages
 from megatron_dmc.ops.triton.merge import INTERPRETED
+from megatron_dmc.ops.triton.stored import decode, parts
 
 TILE = 32
 """Entries of a tile: what the plan counts."""
@@ -84,13 +86,14 @@ def _head_of_tile(p_plan, X, i_tile, BLOCK: tl.constexpr):
 
 @triton.jit
 def attend_kernel(
-    p_q, p_k_pages, p_v_pages, p_table, p_entries, p_rows, p_plan, p_out, p_part, p_part_lse,
-    X, G, scale,
+    p_q, p_k_pages, p_v_pages, p_k_scales, p_v_scales, p_table, p_entries, p_rows, p_plan, p_out,
+    p_part, p_part_lse, X, G, scale,
     s_qb, s_qn, s_tr, s_tg, s_er, s_eg, s_ob, s_on,
     R: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, F: tl.constexpr, S: tl.constexpr,
-    I: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+    I: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
-    """One worker. Scores are kept in base 2: `scale` contains log2(e)."""
+    """One worker. Scores are kept in base 2: `scale` contains log2(e). Entries of 8 bits are widened
+    to the queries' dtype, which is exact; their scales multiply scores and weights."""
     i_c, num_tiles = tl.program_id(0), tl.load(p_plan + X)
     num_workers = tl.minimum(tl.num_programs(0), num_tiles)
     begin = tl.minimum(_first_tile(i_c, num_tiles, num_workers), num_tiles)
@@ -121,10 +124,14 @@ def attend_kernel(
                 m_e = o_e < num_entries
                 b_page = tl.load(p_row + o_e // S, mask=m_e, other=0).to(tl.int64)
                 # [I, F]
-                o_kv = (b_page * S + o_e % S)[:, None] * D + o_d[None, :]
+                o_slot = b_page * S + o_e % S
+                o_kv = o_slot[:, None] * D + o_d[None, :]
                 m_kv = m_e[:, None] & m_d[None, :]
-                b_k = tl.load(p_k_pages + o_kv, mask=m_kv, other=0.0)
-                b_v = tl.load(p_v_pages + o_kv, mask=m_kv, other=0.0)
+                b_k = tl.load(p_k_pages + o_kv, mask=m_kv, other=0)
+                b_v = tl.load(p_v_pages + o_kv, mask=m_kv, other=0)
+                if STORED > 0:
+                    b_k = decode(b_k, STORED).to(b_q.dtype)
+                    b_v = decode(b_v, STORED).to(b_q.dtype)
                 # [Q, I]
                 if Q == 1:
                     b_s = tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), axis=1)[None, :]
@@ -132,6 +139,8 @@ def attend_kernel(
                     b_s = tl.dot(b_q.to(tl.float32), tl.trans(b_k.to(tl.float32)))
                 else:
                     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3")
+                if STORED > 0:
+                    b_s *= tl.load(p_k_scales + o_slot, mask=m_e, other=0.0)[None, :]
                 b_s = tl.where(m_e[None, :], b_s * scale, float("-inf"))
                 # [Q]; a tile of a plan made ahead may lie behind the last entry
                 b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
@@ -140,6 +149,8 @@ def attend_kernel(
                 b_decay = tl.exp2(b_max - b_base)
                 b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
                 b_out = b_out * b_decay[:, None]
+                if STORED > 0:
+                    b_p *= tl.load(p_v_scales + o_slot, mask=m_e, other=0.0)[None, :]
                 if Q == 1:
                     b_pv = tl.sum(tl.trans(b_p) * b_v.to(tl.float32), axis=0)[None, :]
                 elif INTERPRET:
@@ -226,8 +237,8 @@ def plan(num_entries_LRG: Tensor, rows_B: Tensor, *, ahead: int = 0) -> Tensor:
 
 def paged_decode_attention(
     q_BND: Tensor,
-    k_pages_PSD: Tensor,
-    v_pages_PSD: Tensor,
+    k_pages_PSD: Pages,
+    v_pages_PSD: Pages,
     block_table_RGM: Tensor,
     num_entries_RG: Tensor,
     rows_B: Tensor,
@@ -241,6 +252,8 @@ def paged_decode_attention(
     Args:
         num_workers: default: `WORKERS_PER_MULTIPROCESSOR` for each multiprocessor.
     """
+    k_pages, k_scales, stored = parts(k_pages_PSD)
+    v_pages, v_scales, _ = parts(v_pages_PSD)
     q = q_BND if q_BND.stride(-1) == 1 else q_BND.contiguous()
     batch, num_heads, dim = q.shape
     num_kv_heads, page_size = block_table_RGM.shape[1], k_pages_PSD.shape[1]
@@ -257,11 +270,11 @@ def paged_decode_attention(
     if batch:
         with _on(q):
             attend_kernel[(num_workers,)](
-                q, k_pages_PSD, v_pages_PSD, block_table_RGM, num_entries_RG, rows_B, plan_Y, out,
-                part, part_lse, heads, num_kv_heads, softmax_scale * 1.4426950408889634,
+                q, k_pages, v_pages, k_scales, v_scales, block_table_RGM, num_entries_RG, rows_B,
+                plan_Y, out, part, part_lse, heads, num_kv_heads, softmax_scale * 1.4426950408889634,
                 *q.stride()[:2], *block_table_RGM.stride()[:2], *num_entries_RG.stride(),
                 *out.stride()[:2], Q=queries, S=page_size, I=TILE, BLOCK=128,
-                INTERPRET=INTERPRETED, num_warps=4, **sizes,
+                INTERPRET=INTERPRETED, STORED=stored, num_warps=4, **sizes,
             )  # fmt: skip
             join_kernel[(heads,)](
                 plan_Y, part, part_lse, out, heads, num_kv_heads, num_workers, *out.stride()[:2],

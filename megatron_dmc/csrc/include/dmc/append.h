@@ -11,7 +11,7 @@ namespace dmc {
 
 template <class T>
 struct AppendParams {
-  PagedKV<T> kv;
+  PagedKV kv;
   const T* q_BND;  // null: there are no queries to rotate, and gates are given
   const T* k_BGD;
   const T* v_BGD;
@@ -81,6 +81,30 @@ struct Pairs {
       from_float(x[2 * i + 1], to[second(i)]);
     }
   }
+  // Write an entry as the pages hold it. All lanes of a warp together.
+  template <class S>
+  DMC_DEVICE void store_entry(const float (&x)[2 * kOwn], void* pages, float* scales,
+                              int64_t slot) const {
+    S* to = static_cast<S*>(pages) + slot * kHeadDim;
+    if constexpr (is_8bit<S>) {
+      uint32_t most = 0;
+      DMC_UNROLL
+      for (int i = 0; i < 2 * kOwn; ++i) {
+        const uint32_t magnitude = float_bits(x[i]) & 0x7fffffffu;
+        most = magnitude > most ? magnitude : most;
+      }
+      const float scale = scale_of<S>(largest_of_warp(most));
+      if (thread_index() % kWarp == 0) scales[slot] = scale;
+      DMC_UNROLL
+      for (int i = 0; i < kOwn; ++i) {
+        if (!owns(i)) continue;
+        encode(x[2 * i] / scale, to[first(i)]);
+        encode(x[2 * i + 1] / scale, to[second(i)]);
+      }
+    } else {
+      store(x, to);
+    }
+  }
   // RoPE, half-split; afterwards the borrowed channel is 0 again.
   DMC_DEVICE void turn(float (&x)[2 * kOwn], const float (&cos)[kOwn], const float (&sin)[kOwn],
                        bool compress) const {
@@ -93,8 +117,8 @@ struct Pairs {
   }
 };
 
-// One warp for each (request, key/value head).
-template <class T, int kHeadDim>
+// One warp for each (request, key/value head); pages hold S.
+template <class T, class S, int kHeadDim>
 DMC_DEVICE void append_token(const AppendParams<T>& p, int index) {
   using Own = Pairs<kHeadDim>;
   constexpr int kChannels = 2 * Own::kOwn;
@@ -198,9 +222,9 @@ DMC_DEVICE void append_token(const AppendParams<T>& p, int index) {
     segment.emit(k, v);
   }
   own.turn(k, cos, sin, p.compress);
-  const int64_t offset = p.kv.offset(page_id, entry);
-  own.store(k, p.kv.k_pages_PSD + offset);
-  own.store(v, p.kv.v_pages_PSD + offset);
+  const int64_t slot = p.kv.slot(page_id, entry);
+  own.template store_entry<S>(k, p.kv.k_pages_PSD, p.kv.k_scales_PS, slot);
+  own.template store_entry<S>(v, p.kv.v_pages_PSD, p.kv.v_scales_PS, slot);
   if (lane == 0) *num_entries = entry + 1;
 }
 

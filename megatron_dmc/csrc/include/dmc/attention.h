@@ -7,6 +7,12 @@
 // the next tiles on their way into its own part of shared memory; warps never wait for one another.
 // A tile is 16 entries. Products are S^T (16 entries x 8 queries) = K q^T and O^T (D x 8) += V^T P^T,
 // so a group of up to 8 queries fills one product's columns, and a single query costs no more.
+//
+// Entries of 8 bits are widened in registers, which is exact; their scales multiply scores and weights.
+// A register holds four bytes then: neighbouring channels of a key, or two channels of two values. The
+// order of channels within a product is free, so widening takes even and odd bytes as they lie: products
+// over 16 channels pair 4 j and 4 j + 2, 4 j + 1 and 4 j + 3, and row r of O^T is channel 2 r, or
+// 2 (r - 8) + 1.
 #pragma once
 
 #include "dmc/paged_kv.h"
@@ -16,7 +22,7 @@ namespace dmc {
 
 template <class T>
 struct AttentionParams {
-  PagedKV<T> kv;
+  PagedKV kv;
   const T* q_BND;
   T* out_BND;
   const int64_t* rows_B;
@@ -62,23 +68,28 @@ struct Cursor {
   DMC_DEVICE int first_entry() const { return (tile - first) * kTile; }
 };
 
-// Sizes of a worker's shared memory. A row has one chunk of padding: 8 rows fall into 8 bank groups.
-template <int kHeadDim>
+// Sizes of a worker's shared memory, pages of S. A row has one chunk of padding: 8 rows fall into 8 bank
+// groups. A stage is keys, values and, for 8 bits, the scales of both.
+template <class S, int kHeadDim>
 struct Stages {
-  static constexpr int kChunks = kHeadDim / 8;  // 16 bytes each
+  static constexpr int kPerChunk = 16 / sizeof(S);  // channels of 16 bytes
+  static constexpr int kChunks = kHeadDim / kPerChunk;
   static constexpr int kPitch = (kChunks + 1) * 16;
   static constexpr int kMatrix = kTile * kPitch;
-  static constexpr int kStage = 2 * kMatrix;
-  static constexpr int kCount = kHeadDim <= 96 ? 4 : kHeadDim <= 128 ? 3 : 2;
+  static constexpr int kScales = is_8bit<S> ? kTile * int(sizeof(float)) : 0;
+  static constexpr int kStage = 2 * (kMatrix + kScales);
+  static constexpr int kCount = is_8bit<S> ? (kHeadDim <= 96 ? 6 : kHeadDim <= 128 ? 5 : 4)
+                                           : (kHeadDim <= 96 ? 4 : kHeadDim <= 128 ? 3 : 2);
   static constexpr int kBytes = kCount * kStage;
 };
 
 constexpr int kWarpsPerBlock = 2;
 
-template <class T, int kHeadDim, int kQueryBlocks>
+template <class T, class S, int kHeadDim, int kQueryBlocks>
 struct Worker {
-  using Sizes = Stages<kHeadDim>;
+  using Sizes = Stages<S, kHeadDim>;
   static constexpr int kSteps = kHeadDim / 16;
+  static constexpr int kLoads = kHeadDim * sizeof(S) / 32;  // of 32 bytes of 16 entries
   static constexpr int kHalf = kTile / 2;  // a page holds whole halves of tiles
 
   const AttentionParams<T>& p;
@@ -93,28 +104,43 @@ struct Worker {
 
   // The query of column j of a block, as the products' layout gives it to this thread.
   DMC_DEVICE int query(int block, int j) const { return block * 8 + lane % 4 * 2 + j; }
+  // The channel of this thread's i-th row of O^T.
+  DMC_DEVICE int channel(int i) const {
+    return is_8bit<S> ? i / 2 * 16 + lane / 4 * 2 + i % 2 : i * 8 + lane / 4;
+  }
 
   DMC_DEVICE void fetch(const Cursor<T>& at, int stage) {
     const int entry = at.first_entry();
     // a tile of a plan made ahead may lie behind the last entry
     const int behind = smaller(kTile, at.entries - entry);
-    int64_t halves[2] = {0, 0};  // where they begin
+    int64_t halves[2] = {0, 0};  // their first slots
     DMC_UNROLL
     for (int h = 0; h < 2; ++h) {
       const int first = entry + h * kHalf;
-      if (behind > h * kHalf) halves[h] = p.kv.offset(at.table[p.kv.column(first)], first);
+      if (behind > h * kHalf) halves[h] = p.kv.slot(at.table[p.kv.column(first)], first);
     }
     char* k = stages + stage * Sizes::kStage;
+    const S* k_pages = static_cast<const S*>(p.kv.k_pages_PSD);
+    const S* v_pages = static_cast<const S*>(p.kv.v_pages_PSD);
     DMC_UNROLL
     for (int i = 0; i < kTile * Sizes::kChunks / kWarp; ++i) {
       const int index = lane + i * kWarp;
       const int row = index / Sizes::kChunks, chunk = index % Sizes::kChunks;
       const bool valid = row < behind;
-      const int64_t half = row < kHalf ? halves[0] : halves[1];
-      const int64_t from = valid ? half + row % kHalf * kHeadDim + chunk * 8 : 0;
+      const int64_t half = (row < kHalf ? halves[0] : halves[1]) * kHeadDim;
+      const int64_t from = valid ? half + row % kHalf * kHeadDim + chunk * Sizes::kPerChunk : 0;
       char* to = k + row * Sizes::kPitch + chunk * 16;
-      copy_async(to, p.kv.k_pages_PSD + from, valid);
-      copy_async(to + Sizes::kMatrix, p.kv.v_pages_PSD + from, valid);
+      copy_async(to, k_pages + from, valid);
+      copy_async(to + Sizes::kMatrix, v_pages + from, valid);
+    }
+    if constexpr (is_8bit<S>) {
+      if (lane < 8) {  // four scales each
+        const int row = lane % 4 * 4;
+        const bool valid = row < behind;
+        const float* scales = lane < 4 ? p.kv.k_scales_PS : p.kv.v_scales_PS;
+        const int64_t from = valid ? (row < kHalf ? halves[0] : halves[1]) + row % kHalf : 0;
+        copy_async(k + 2 * Sizes::kMatrix + lane * 16, scales + from, valid);
+      }
     }
   }
 
@@ -123,14 +149,21 @@ struct Worker {
     DMC_UNROLL
     for (int n = 0; n < kQueryBlocks; ++n) {
       const int r = n * 8 + lane / 4;
-      const T* q_D =
-          p.q_BND + b * p.q_stride[0] + (int64_t(g) * p.group + r) * p.q_stride[1] + lane % 4 * 2;
+      // two pairs of channels for each product
+      constexpr int kApart = is_8bit<S> ? 2 : 8;
+      const T* q_D = p.q_BND + b * p.q_stride[0] + (int64_t(g) * p.group + r) * p.q_stride[1] +
+                     lane % 4 * (is_8bit<S> ? 4 : 2);
       DMC_UNROLL
       for (int s = 0; s < kSteps; ++s) {
         DMC_UNROLL
         for (int h = 0; h < 2; ++h) {
           q[s][n][h] =
-              r < p.group ? *reinterpret_cast<const uint32_t*>(q_D + s * 16 + h * 8) : 0u;
+              r < p.group ? *reinterpret_cast<const uint32_t*>(q_D + s * 16 + h * kApart) : 0u;
+        }
+        if constexpr (is_8bit<S>) {
+          const uint32_t first = q[s][n][0], second = q[s][n][1];
+          q[s][n][0] = (first & 0xffffu) | (second << 16);
+          q[s][n][1] = (first >> 16) | (second & 0xffff0000u);
         }
         DMC_UNROLL
         for (int i = 0; i < 4; ++i) out[s][n][i] = 0.0f;
@@ -148,13 +181,31 @@ struct Worker {
     float scores[kQueryBlocks][4] = {};
     const char* k_row = k + lane % 16 * Sizes::kPitch + lane / 16 * 16;
     DMC_UNROLL
-    for (int s = 0; s < kSteps; ++s) {
-      uint32_t a[4];
-      load_matrices(a, k_row + s * 32);
+    for (int s = 0; s < kLoads; ++s) {
+      uint32_t loaded[4], a[4];
+      load_matrices(loaded, k_row + s * 32);
       DMC_UNROLL
-      for (int n = 0; n < kQueryBlocks; ++n) multiply_add(scores[n], a, q[s][n], T{});
+      for (int h = 0; h < kSteps / kLoads; ++h) {
+        if constexpr (is_8bit<S>) {
+          widen(loaded[2 * h], a[0], a[2], S{}, T{});
+          widen(loaded[2 * h + 1], a[1], a[3], S{}, T{});
+        }
+        DMC_UNROLL
+        for (int n = 0; n < kQueryBlocks; ++n) {
+          multiply_add(scores[n], is_8bit<S> ? a : loaded, q[s * (kSteps / kLoads) + h][n], T{});
+        }
+      }
     }
     const int entry = at.first_entry() + lane / 4;
+    float k_scale[2] = {p.scale, p.scale}, v_scale[2];  // of this thread's two entries
+    if constexpr (is_8bit<S>) {
+      const float* scales = reinterpret_cast<const float*>(k + 2 * Sizes::kMatrix) + lane / 4;
+      DMC_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        k_scale[i] *= unit<S, T> * scales[8 * i];
+        v_scale[i] = entry + 8 * i < at.entries ? unit<S, T> * scales[kTile + 8 * i] : 0.0f;
+      }
+    }
     uint32_t weights[kQueryBlocks][2];
     DMC_UNROLL
     for (int n = 0; n < kQueryBlocks; ++n) {
@@ -163,8 +214,8 @@ struct Worker {
       for (int j = 0; j < 2; ++j) {
         float& upper = scores[n][j];
         float& lower = scores[n][2 + j];
-        upper = entry < at.entries ? upper * p.scale : -INFINITY;
-        lower = entry + 8 < at.entries ? lower * p.scale : -INFINITY;
+        upper = entry < at.entries ? upper * k_scale[0] : -INFINITY;
+        lower = entry + 8 < at.entries ? lower * k_scale[1] : -INFINITY;
         float most = fmaxf(upper, lower);
         most = fmaxf(most, shuffle_xor(most, 4));
         most = fmaxf(most, shuffle_xor(most, 8));
@@ -175,6 +226,10 @@ struct Worker {
         lower = exp2_fast(lower - base);
         sum[n][j] = sum[n][j] * decay[j] + upper + lower;
         max[n][j] = most;
+        if constexpr (is_8bit<S>) {
+          upper *= v_scale[0];
+          lower *= v_scale[1];
+        }
       }
       if (count_lanes(decay[0] != 1.0f || decay[1] != 1.0f)) {
         DMC_UNROLL
@@ -189,11 +244,20 @@ struct Worker {
     const char* v_row = k + Sizes::kMatrix + (lane % 8 + lane / 16 * 8) * Sizes::kPitch +
                         lane / 8 % 2 * 16;
     DMC_UNROLL
-    for (int s = 0; s < kSteps; ++s) {
-      uint32_t a[4];
-      load_matrices_transposed(a, v_row + s * 32);
+    for (int s = 0; s < kLoads; ++s) {
+      uint32_t loaded[4], a[4];
+      load_matrices_transposed(loaded, v_row + s * 32);
       DMC_UNROLL
-      for (int n = 0; n < kQueryBlocks; ++n) multiply_add(out[s][n], a, weights[n], T{});
+      for (int h = 0; h < kSteps / kLoads; ++h) {
+        if constexpr (is_8bit<S>) {
+          widen(loaded[h], a[0], a[1], S{}, T{});
+          widen(loaded[h + 2], a[2], a[3], S{}, T{});
+        }
+        DMC_UNROLL
+        for (int n = 0; n < kQueryBlocks; ++n) {
+          multiply_add(out[s * (kSteps / kLoads) + h][n], is_8bit<S> ? a : loaded, weights[n], T{});
+        }
+      }
     }
   }
 
@@ -213,18 +277,17 @@ struct Worker {
         const float scale = total > 0.0f ? 1.0f / total : 0.0f;
         T* out_D = p.out_BND + b * p.out_stride[0] + (int64_t(g) * p.group + r) * p.out_stride[1];
         float* part_D = p.part_C2RD + (part * p.group + r) * kHeadDim;
-        const int d = lane / 4;  // and every eighth channel after it
         if (is_whole) {
           DMC_UNROLL
           for (int i = 0; i < 2 * kSteps; ++i) {
-            from_float(out[i / 2][n][i % 2 * 2 + j] * scale, out_D[i * 8 + d]);
+            from_float(out[i / 2][n][i % 2 * 2 + j] * scale, out_D[channel(i)]);
           }
         } else {
           DMC_UNROLL
           for (int i = 0; i < 2 * kSteps; ++i) {
-            part_D[i * 8 + d] = out[i / 2][n][i % 2 * 2 + j] * scale;
+            part_D[channel(i)] = out[i / 2][n][i % 2 * 2 + j] * scale;
           }
-          if (d == 0) p.part_lse_C2R[part * p.group + r] = max[n][j] + log2_fast(total);
+          if (lane < 4) p.part_lse_C2R[part * p.group + r] = max[n][j] + log2_fast(total);
         }
       }
     }
@@ -265,8 +328,8 @@ struct Worker {
   }
 };
 
-// `shared` holds kWarpsPerBlock times Stages<kHeadDim>::kBytes.
-template <class T, int kHeadDim, int kQueryBlocks>
+// `shared` holds kWarpsPerBlock times Stages<S, kHeadDim>::kBytes.
+template <class T, class S, int kHeadDim, int kQueryBlocks>
 DMC_DEVICE void attend_stretch(const AttentionParams<T>& p, char* shared) {
   const int warp = thread_index() / kWarp;
   const int worker = block_index() * kWarpsPerBlock + warp;
@@ -274,7 +337,7 @@ DMC_DEVICE void attend_stretch(const AttentionParams<T>& p, char* shared) {
   if (worker >= stretches.num_workers) return;
   const int begin = stretches.begin(worker), end = stretches.begin(worker + 1);
   if (begin == end) return;
-  Worker<T, kHeadDim, kQueryBlocks> own(p, shared + warp * Stages<kHeadDim>::kBytes);
+  Worker<T, S, kHeadDim, kQueryBlocks> own(p, shared + warp * Stages<S, kHeadDim>::kBytes);
   own.walk(worker, begin, end);
 }
 

@@ -36,6 +36,8 @@ DMC_DEVICE int block_index() { return blockIdx.x; }
 DMC_DEVICE int block_size() { return blockDim.x; }
 DMC_DEVICE int grid_size() { return gridDim.x; }
 
+DMC_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
+DMC_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
 DMC_DEVICE float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 DMC_DEVICE float to_float(fp16 x) {
   float out;
@@ -61,6 +63,7 @@ DMC_DEVICE void sync_block() { __syncthreads(); }
 DMC_DEVICE int shuffle(int x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DMC_DEVICE int shuffle_up(int x, int by) { return __shfl_up_sync(0xffffffffu, x, by); }
 DMC_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+DMC_DEVICE uint32_t largest_of_warp(uint32_t x) { return __reduce_max_sync(0xffffffffu, x); }
 DMC_DEVICE int count_lanes(bool x) { return __popc(__ballot_sync(0xffffffffu, x)); }
 DMC_DEVICE int atomic_add(int32_t* p, int x) { return atomicAdd(p, x); }
 
@@ -98,6 +101,18 @@ DMC_DEVICE uint32_t transpose_matrix(uint32_t x) {
   return out;
 }
 
+// a b + c of two pairs; subnormal numbers count.
+DMC_DEVICE uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c, bf16) {
+  uint32_t out;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+  return out;
+}
+DMC_DEVICE uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c, fp16) {
+  uint32_t out;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+  return out;
+}
+
 // c (16 x 8) += a (16 x 16) b (16 x 8), in the layouts of mma.m16n8k16.
 DMC_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bf16) {
   asm volatile(
@@ -125,6 +140,7 @@ void sync_block();
 int shuffle(int x, int lane);
 int shuffle_up(int x, int by);
 float shuffle_xor(float x, int mask);
+uint32_t largest_of_warp(uint32_t x);
 int count_lanes(bool x);
 int atomic_add(int32_t* p, int x);
 void copy_async(void* to, const void* from, bool valid);
@@ -140,20 +156,24 @@ uint32_t transpose_matrix(uint32_t x);
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bf16);
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], fp16);
 
-inline float to_float(bf16 x) {
-  uint32_t bits = uint32_t(x.bits) << 16;
-  float out;
-  std::memcpy(&out, &bits, 4);
-  return out;
+inline uint32_t float_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
 }
+inline float bits_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline float to_float(bf16 x) { return bits_float(uint32_t(x.bits) << 16); }
 inline float to_float(fp16 x) {
   _Float16 out;
   std::memcpy(&out, &x.bits, 2);
   return float(out);
 }
 inline void from_float(float x, bf16& out) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
+  uint32_t bits = float_bits(x);
   bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
   out.bits = is_nan ? 0x7fff : uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
@@ -164,6 +184,14 @@ inline void from_float(float x, fp16& out) {
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
 inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+
+template <class T>
+uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c, T) {
+  const auto half = [](uint32_t pair, int i) { return to_float(T{uint16_t(pair >> 16 * i)}); };
+  T out[2];
+  for (int i = 0; i < 2; ++i) from_float(std::fma(half(a, i), half(b, i), half(c, i)), out[i]);
+  return uint32_t(out[0].bits) | uint32_t(out[1].bits) << 16;
+}
 
 #endif
 

@@ -1,0 +1,5 @@
+"""Code that travels with an exported model: transformers loads it with `trust_remote_code=True`.
+
+The files need torch and transformers and nothing of this package; `checkpoint.remote_code` copies
+them into the model's folder.
+"""

@@ -1,0 +1,189 @@
+"""Makes a Hugging Face folder of a DMC model one that transformers runs without this package.
+
+The folder gets the modeling files of `checkpoint.remote` (for `trust_remote_code=True`), a
+`config.json` that names them, and a model card. Its `model_type` is `dmc_llama` instead of `llama`:
+loaded as the plain model it would compute something else, so without the code it is refused.
+"""
+
+import importlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.errors import UnsupportedConfig
+
+if TYPE_CHECKING:
+    from megatron_dmc.checkpoint.description import ModelDescription
+
+SOURCES = Path(__file__).parent / "remote"
+FAMILIES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+"""Architectures that there is code for -> the family's name in its files."""
+
+SHARED = ("modeling_dmc.py", "ops_dmc.py", "cache_dmc.py")
+_CLASS, _TYPE = "DMC", "dmc_"
+
+
+def plain_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A `config.json` with the names of the model that DMC was added to; others are left as they are.
+
+    Its `dmc` keeps the settings.
+    """
+    if not str(config.get("model_type", "")).startswith(_TYPE):
+        return config
+    plain = {name: value for name, value in config.items() if name != "auto_map"}
+    plain["model_type"] = config["model_type"].removeprefix(_TYPE)
+    plain["architectures"] = [a.removeprefix(_CLASS) for a in config.get("architectures") or []]
+    return plain
+
+
+def dmc_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Inverse of `plain_config`. What there is no code for has no `auto_map`."""
+    config = plain_config(config)
+    architecture = config["architectures"][0]
+    named = config | {
+        "architectures": [_CLASS + architecture],
+        "model_type": _TYPE + config["model_type"],
+    }
+    family = FAMILIES.get(architecture)
+    if family and config.get("dmc", {}).get("policy", "merge") == "merge":
+        prefix = f"modeling_dmc_{family}.{_CLASS}{architecture.removesuffix('ForCausalLM')}"
+        named["auto_map"] = {
+            "AutoConfig": f"{prefix}Config",
+            "AutoModelForCausalLM": f"{prefix}ForCausalLM",
+        }
+    return named
+
+
+def load_as_dmc(folder: str | Path, dmc: DMCConfig, **options: Any) -> Any:
+    """A transformers model with DMC from a Hugging Face folder of a plain or a DMC model.
+
+    Args:
+        dmc: settings; in place of the folder's own.
+        options: passed to `from_pretrained` (`dtype`, `device_map`, ...).
+
+    Raises:
+        UnsupportedConfig: there is no code for the architecture.
+    """
+    config = plain_config(json.loads((Path(folder) / "config.json").read_text()))
+    architecture = (config.get("architectures") or ["none"])[0]
+    if architecture not in FAMILIES:
+        raise UnsupportedConfig(
+            f"{folder}: {architecture} has no DMC code for transformers; {', '.join(FAMILIES)} have"
+        )
+    module = importlib.import_module(
+        f"megatron_dmc.checkpoint.remote.modeling_dmc_{FAMILIES[architecture]}"
+    )
+    model_class = getattr(module, _CLASS + architecture)
+    settings = model_class.config_class.from_dict(
+        config | {"dmc": dmc.to_dict(), "model_type": model_class.config_class.model_type}
+    )
+    return model_class.from_pretrained(folder, config=settings, **options)
+
+
+def write_remote_code(
+    folder: str | Path,
+    description: "ModelDescription",
+    *,
+    facts: Mapping[str, str] | None = None,
+) -> None:
+    """Add code and model card to a folder that holds `config.json` and weights.
+
+    A folder of a plain model (`description.dmc` is None) is left as it is.
+
+    Args:
+        folder: changed; an existing README.md is kept.
+        description: of the model in it.
+        facts: rows of the model card that the checkpoint does not know, for instance
+            `{"Data": ..., "Evaluation": ...}`.
+    """
+    if description.dmc is None:
+        return
+    folder = Path(folder)
+    file = folder / "config.json"
+    config = dmc_config(json.loads(file.read_text()))
+    file.write_text(json.dumps(config, indent=2) + "\n")
+    if "auto_map" in config:
+        family = FAMILIES[config["architectures"][0].removeprefix(_CLASS)]
+        for name in (*SHARED, f"modeling_dmc_{family}.py"):
+            shutil.copyfile(SOURCES / name, folder / name)
+    card = folder / "README.md"
+    if not card.exists():
+        card.write_text(model_card(description, config, facts=facts))
+
+
+def _method(dmc: DMCConfig) -> str:
+    parts = [
+        "one decision per layer" if dmc.shared_decisions else "every KV head decides for itself",
+        f"the latest {dmc.merge_window} tokens of a segment count"
+        if dmc.merge_window
+        else "all tokens of a segment count",
+    ]
+    return "; ".join(parts)
+
+
+_STAGES = {
+    "off": "off: plain attention",
+    "zero-out": "zero-out: the borrowed channels fade; nothing merges yet",
+    "retrofit": "retrofit: rising target CR",
+    "finetune": "finetune: constant target CR",
+}
+"""What a checkpoint says of its training is the stage that it was saved in."""
+
+
+def model_card(
+    description: "ModelDescription",
+    config: Mapping[str, Any],
+    *,
+    facts: Mapping[str, str] | None = None,
+) -> str:
+    """README.md of the folder: what is known of the model, and how to load it."""
+    dmc = description.dmc
+    assert dmc is not None
+    rows = {
+        "Target compression ratio": f"{dmc.target_cr:g} (tokens / KV-cache entries)",
+        "Last stage": _STAGES[dmc.stage],
+        "Method": _method(dmc),
+        "Model": description.summary(),
+        "Data": "not recorded in the checkpoint",
+        "Evaluation": "not recorded in the checkpoint",
+    } | dict(facts or {})
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    if "auto_map" in config:
+        usage = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
+inputs = tokenizer("...", return_tensors="pt", return_token_type_ids=False)
+outputs = model.generate(**inputs, max_new_tokens=64, return_dict_in_generate=True)
+print(outputs.past_key_values.compression_ratio())
+```
+
+`ops_dmc.py` holds the method, `cache_dmc.py` the compressed cache; the code needs
+transformers 5 and torch. In training mode the model decides with noise and adds the compression loss
+to `loss`."""
+    else:
+        usage = "There is no code for this model in transformers; megatron-dmc runs it."
+    return f"""---
+library_name: transformers
+tags: [dynamic-memory-compression, kv-cache, megatron-dmc]
+---
+
+# A language model with a compressed KV cache
+
+{config["architectures"][0]}: Dynamic Memory Compression (Nawrot et al., ICML 2024, arXiv 2403.09636).
+
+| | |
+| --- | --- |
+{table}
+
+{usage}
+"""

@@ -1,0 +1,123 @@
+"""Decode steps as CUDA graphs, one for each of a few batch sizes; smaller batches are padded.
+
+Dimension letters: B requests, V vocabulary (of this rank).
+"""
+
+import bisect
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""The model on token ids, positions and cache rows, int64 (B,) each: logits (B, V). Row -1 is padding."""
+
+
+class Captured(NamedTuple):
+    """A piece of work that can be repeated."""
+
+    replay: Callable[[], object]
+    output: Tensor
+    """Where every replay writes its result."""
+
+
+Capture = Callable[[Callable[[], Tensor]], Captured]
+"""Makes work repeatable: everything that it reads and writes stays where it is."""
+
+
+class CudaGraphs:
+    """`Capture` by CUDA graphs that share one memory pool, as they never run at the same time: an output
+    is valid until the next replay of any of them."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def __call__(self, work: Callable[[], Tensor]) -> Captured:
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            for _ in range(2):  # kernels are loaded and chosen, tables made
+                work()
+        current.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
+            output = work()
+        return Captured(graph.replay, output)
+
+
+def default_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes as vLLM's: 1, 2, 4, multiples of 8 up to 256, of 16 up to 512; and `max_num_seqs`."""
+    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)]
+    return sorted({size for size in (*sizes, max_num_seqs) if size <= min(max_num_seqs, 512)})
+
+
+class DecodeGraphs:
+    """The model's decode step, captured for some batch sizes.
+
+    Args:
+        forward: the step. It runs on padding only while it is captured, which must change nothing.
+        sizes: batch sizes.
+
+    Attributes:
+        largest: larger batches have no graph.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        sizes: Sequence[int],
+        capture: Capture,
+        *,
+        device: torch.device,
+        progress: bool = True,
+    ):
+        self._sizes = sorted(set(sizes))
+        self.largest = self._sizes[-1]
+        self._device = device
+        self._graphs: dict[int, tuple[Tensor, Captured]] = {}
+        # the largest first: the others fit into the memory that it leaves in the pool
+        bar = tqdm(
+            reversed(self._sizes), desc="Capturing CUDA graphs", total=len(self._sizes), unit="size",
+            disable=not progress,
+        )  # fmt: skip
+        for size in bar:
+            inputs_3B = torch.zeros(3, size, dtype=torch.int64, device=device)
+            inputs_3B[2] = -1
+            token_ids_B, positions_B, rows_B = inputs_3B.unbind(0)
+
+            def work(ids=token_ids_B, positions=positions_B, rows=rows_B) -> Tensor:
+                return forward(ids, positions, rows)
+
+            self._graphs[size] = inputs_3B, capture(work)
+
+    def run(
+        self, token_ids: Sequence[int], positions: Sequence[int], rows: Sequence[int]
+    ) -> Tensor:
+        """A step of at most `largest` requests, one token each.
+
+        Returns:
+            logits (B, V) of these requests, valid until the next run.
+        """
+        count = len(token_ids)
+        size = self._sizes[bisect.bisect_left(self._sizes, count)]
+        padding = size - count
+        inputs_3B, captured = self._graphs[size]
+        values = torch.tensor(
+            [
+                [*token_ids, *[0] * padding],
+                [*positions, *[0] * padding],
+                [*rows, *[-1] * padding],
+            ],
+            dtype=torch.int64,
+        )
+        if self._device.type == "cuda":
+            values = values.pin_memory()
+        inputs_3B.copy_(values, non_blocking=True)
+        captured.replay()
+        return captured.output[:count]
