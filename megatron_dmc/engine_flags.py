@@ -128,6 +128,22 @@ def is_follower(args: argparse.Namespace) -> bool:
     return args.tensor_parallel_size > 1 and int(os.environ.get("RANK", "0")) > 0
 
 
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say to `LLM`, but for model and tokenizer."""
+    return {name: getattr(args, name) for name in _PASSED_ON}
+
+
+def given_tokenizer(args: argparse.Namespace) -> str | None:
+    """The place of --tokenizer; None: the model's own.
+
+    Raises:
+        DMCError: it is not there.
+    """
+    if args.tokenizer is not None and not Path(args.tokenizer).exists():
+        raise DMCError(f"--tokenizer {args.tokenizer}: no such folder or file")
+    return args.tokenizer
+
+
 def make_llm(args: argparse.Namespace, **settings: Any) -> Any:
     """The `LLM` that the flags ask for.
 
@@ -139,7 +155,4 @@ def make_llm(args: argparse.Namespace, **settings: Any) -> Any:
     """
     from megatron_dmc.engine import LLM
 
-    if args.tokenizer is not None and not Path(args.tokenizer).exists():
-        raise DMCError(f"--tokenizer {args.tokenizer}: no such folder or file")
-    arguments = {name: getattr(args, name) for name in _PASSED_ON}
-    return LLM(model_path(args), args.tokenizer, **arguments, **settings)
+    return LLM(model_path(args), given_tokenizer(args), **engine_options(args), **settings)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from megatron_dmc.bench import kernels, measure, train_kernels
+from megatron_dmc.bench import kernels, libraries, measure, train_kernels
 from megatron_dmc.cli import main
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import reference
@@ -53,8 +53,9 @@ def test_kernels(capsys, tmp_path):
         "--repeats", "1", "--batches", "3", "--crs", "4", "--output", str(tmp_path),
     )  # fmt: skip
     assert "say nothing about a GPU" in result["note"]
-    rows = {(r["op"], r["group"], r["skewed"]): r for r in result["rows"]}
-    assert len(rows) == len(result["rows"]) == 8
+    ours = [r for r in result["rows"] if r["variant"] == "torch"]
+    rows = {(r["op"], r["group"], r["skewed"]): r for r in ours}
+    assert len(rows) == len(ours) == 8
     for row in rows.values():
         assert row["variant"] == "torch" and row["median_ms"] > 0 and row["fraction_of_copy"] > 0
         assert set(row["errors"]) == {
@@ -64,6 +65,38 @@ def test_kernels(capsys, tmp_path):
     assert rows["attention", 1, False]["bytes_needed"] == 2 * (120 + 12) * 64 * 2
     assert rows["append", 4, True]["time_over_attention"] > 0
     assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".svg", ".png"}
+    # the libraries: what runs here computed the same, the rest says why not
+    for group, skewed in ((1, False), (4, True)):
+        beside = {
+            r["variant"]: r for r in result["rows"]
+            if (r["op"], r["group"], r["skewed"]) == ("attention", group, skewed)
+        }  # fmt: skip
+        sdpa = beside["torch SDPA"]
+        assert sdpa["median_ms"] > 0 and sdpa["errors"]["attention"] < 0.02
+        assert sdpa["bytes_needed"] == beside["torch"]["bytes_needed"]
+        assert beside["torch varlen"]["skipped"] == "needs a GPU"
+        assert set(beside) == {"torch", *(library.name for library in libraries.LIBRARIES)}
+        assert beside["FlashInfer"]["skipped"] in ("not installed", "needs a GPU")
+
+
+def test_a_library_that_is_wrong_or_breaks_is_a_row(monkeypatch):
+    def wrong(q, cache, settings):
+        return lambda: torch.zeros_like(q)
+
+    def breaks(q, cache, settings):
+        raise RuntimeError("no kernel\nfor this")
+
+    monkeypatch.setattr(
+        libraries, "LIBRARIES",
+        [libraries.Library("wrong", wrong), libraries.Library("broken", breaks)],
+    )  # fmt: skip
+    settings = measure.Settings(torch.device("cpu"), torch.float32, (32,), 1, None)
+    lengths = kernels.head_lengths(2, 2, 32, 2.0, skewed=True)
+    rows = libraries.measure(
+        settings, lengths, 2, 64, num_layers=1, bytes_needed=1, bandwidth=1.0, columns={}
+    )
+    assert [r["skipped"].split(":")[1].strip() for r in rows] == ["DMCError", "RuntimeError"]
+    assert "out is wrong" in rows[0]["skipped"] and rows[1]["skipped"].endswith("no kernel")
 
 
 def test_8_bit_pages(capsys):

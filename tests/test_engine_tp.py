@@ -153,7 +153,7 @@ def test_torchrun_runs_the_same_command(tmp_path):
 
 def test_torchrun_without_the_flag_is_an_error(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for command in (["serve"], ["generate", "--prompt", "x"], ["bench", "throughput"]):
+    for command in (["serve"], ["generate", "--prompt", "x"]):
         assert main([*command, str(MODEL)]) == 2
         assert "add --tensor-parallel-size 2" in capsys.readouterr().err
 

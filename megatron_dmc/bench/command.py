@@ -5,6 +5,7 @@ import importlib
 from dataclasses import dataclass
 
 from megatron_dmc.bench.serving import add_serving_benchmarks
+from megatron_dmc.bench.suite_plan import add_suite
 from megatron_dmc.engine_flags import add_kv_cache_dtype
 
 
@@ -81,6 +82,7 @@ def add_benchmarks(parser: argparse.ArgumentParser) -> None:
             add_kv_cache_dtype(sub)
         sub.set_defaults(module=benchmark.module)
     add_serving_benchmarks(names)
+    add_suite(names)
 
 
 def run(args: argparse.Namespace) -> int:

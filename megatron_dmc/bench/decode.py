@@ -1,25 +1,26 @@
 """Decode throughput over a long paged cache at several CRs, in one engine (C2; on a GPU a step to E1, E3).
 
 Regime: `LLMEngine` with a random model, every request with `--lengths` tokens in its cache. The cache
-is filled with random entries, not computed; the model's merge decisions are replaced by given ones, with
-the heads' rates spread evenly between half and one and a half times the mean. Each step is the engine's
+is filled with random entries, not computed; merge decisions are imposed (`bench.imposed`), with the part of
+its tokens that a head appends spread evenly between half and one and a half times the mean. Each step is the engine's
 whole step: schedule, model, append, attention, sampling, page accounting. The CRs take turns step by
 step, so that what else happens on the machine hits all alike. Metric: tokens per second from the median
 step, beside CR 1 and beside the bandwidth of a copy. Before timing, decode attention over the filled
 cache is compared with the specification.
 
-Dimension letters: L layers, T tokens, G key/value heads, N query heads, D head dim.
+Dimension letters: L layers, G key/value heads.
 """
 
 import argparse
+import functools
 import statistics
 import time
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
+from megatron_dmc.bench.imposed import ImposedDecisions, ImposingContext
 from megatron_dmc.bench.measure import (
     Panel,
     Settings,
@@ -40,55 +41,10 @@ SPREAD = 0.5
 WARMUP = 3
 
 
-class ImposedDecisions:
-    """Which tokens each head appends: token t where `floor((t + 1) rate) > floor(t rate)`."""
-
-    def __init__(self, num_layers: int, num_kv_heads: int, cr: float):
-        heads = torch.linspace(-SPREAD, SPREAD, num_layers * num_kv_heads, dtype=torch.float64)
-        if cr == 1 or len(heads) == 1:
-            heads = torch.zeros_like(heads)
-        self.rate_LG = (1 + heads).view(num_layers, num_kv_heads) / cr
-
-    def num_entries(self, num_tokens: int) -> Tensor:
-        """Entries of each head after so many tokens, int64 (L, G)."""
-        return (num_tokens * self.rate_LG).floor().long().clamp_min(1)
-
-    def is_merge(self, layer: int, positions_T: Tensor) -> Tensor:
-        """Decisions about tokens at these positions, bool (T, G)."""
-        t = positions_T[:, None].double()
-        self.rate_LG = self.rate_LG.to(t.device)  # once: a CUDA graph takes nothing from the host
-        rate = self.rate_LG[layer]
-        return ((t + 1) * rate).floor() <= (t * rate).floor()
-
-
-class _ImposingContext:
-    """The engine's context, but the keys' borrowed channel says what was imposed."""
-
-    def __init__(self, context: Any, decisions: ImposedDecisions, positions_T: Tensor):
-        self._context, self._decisions, self._positions = context, decisions, positions_T
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._context, name)
-
-    def attend(self, layer_index: int, q_TND, k_TGD, v_TGD, freqs_SF, *, softmax_scale) -> Tensor:
-        is_merge = self._decisions.is_merge(layer_index, self._positions)
-        k_TGD = k_TGD.clone()
-        k_TGD[..., -1] = torch.where(is_merge, 100.0, -100.0).to(k_TGD.dtype)
-        return self._context.attend(
-            layer_index, q_TND, k_TGD, v_TGD, freqs_SF, softmax_scale=softmax_scale
-        )
-
-
-class _ImposingModel(torch.nn.Module):
-    """A model whose attention layers decide as they are told."""
-
-    def __init__(self, model: torch.nn.Module, decisions: ImposedDecisions):
-        super().__init__()
-        self.model, self.decisions = model, decisions
-
-    def forward(self, *, position_ids: Tensor, inference_context: Any, **kwargs: Any) -> Tensor:
-        context = _ImposingContext(inference_context, self.decisions, position_ids[0])
-        return self.model(position_ids=position_ids, inference_context=context, **kwargs)
+def impose(num_layers: int, num_kv_heads: int, cr: float, num_tokens: int) -> ImposedDecisions:
+    """Decisions whose heads' rates are spread evenly around their mean."""
+    heads = torch.linspace(1 - SPREAD, 1 + SPREAD, num_layers * num_kv_heads, dtype=torch.float64)
+    return ImposedDecisions.of(heads.view(num_layers, -1), cr, num_tokens=num_tokens)
 
 
 def describe(settings: Settings, args: argparse.Namespace, length: int) -> ModelDescription:
@@ -120,16 +76,22 @@ def filled_engine(
 ) -> LLMEngine:
     """An engine in which `batch` requests have `context` tokens in the cache and decode from there."""
     heads, page_size = description.num_layers * description.num_query_groups, 16
-    decisions = ImposedDecisions(description.num_layers, description.num_query_groups, cr)
-    per_request = int((-(-decisions.num_entries(context + num_new) // page_size)).sum()) + heads
+    decisions = impose(description.num_layers, description.num_query_groups, cr, context)
+    # what the hash draws above its mean is within a page for each head
+    most = decisions.expected_entries(context + num_new).ceil().long()
+    per_request = int((-(-most // page_size)).sum()) + heads
     one_uncompressed = heads * -(-(context + num_new) // page_size)
     engine = LLMEngine(
-        _ImposingModel(model, decisions), description, None,
-        EngineConfig(
+        model, description, None,
+        config := EngineConfig(
             max_model_len=context + num_new + 1, page_size=page_size, max_num_seqs=batch,
             kv_cache_dtype=kv_cache_dtype, num_pages=batch * per_request + one_uncompressed, count_flipped_decisions=False,
         ),
         dtype=settings.dtype, device=settings.device,
+        make_context=functools.partial(
+            ImposingContext, decisions=decisions,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        ),
     )  # fmt: skip
     tables, scheduler = engine.context.tables, engine.scheduler
     params = SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True)
@@ -140,7 +102,8 @@ def filled_engine(
     for request in list(scheduler.waiting):
         engine.context.start(request, use_prefix=False)
         assert request.row is not None
-        tables.fill_row(request.row, decisions.num_entries(context - 1))
+        entries_LG = decisions.expected_entries(context - 1).round().long()
+        tables.fill_row(request.row, entries_LG)
         request.num_computed_tokens = context - 1
         request.status = RequestStatus.RUNNING
         scheduler.waiting.remove(request)

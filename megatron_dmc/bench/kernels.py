@@ -2,10 +2,11 @@
 
 Regime: one decode step of a layer, page 16, D = 128, 32 query heads (on a CPU less), caches that a
 request of T tokens has at a given CR; heads equally long, or spread as exp(0.6 x), x normal, with the
-same total but for heads cut off at T. On a GPU as many layers as fill the caches of the chip several times are captured into one
-CUDA graph with one plan for all, and a layer's share of a replay is reported. Metric: median
-milliseconds; bytes that must move over the bandwidth of a plain copy on the same machine; for append
-also the time over attention's. The kernels are compared with the specification before they are timed.
+same total but for heads cut off at T. On a GPU as many layers as fill the caches of the chip several
+times are captured into one CUDA graph with one plan for all, and a layer's share of a replay is reported.
+Metric: median milliseconds; bytes that must move over the bandwidth of a plain copy on the same machine; for
+append also the time over attention's. Beside them stand the libraries of `bench.libraries`. The kernels are
+compared with the specification before they are timed.
 
 Dimension letters as in `ops.cache_ops`.
 """
@@ -14,18 +15,18 @@ import argparse
 import itertools
 import math
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_dmc.bench import decode_case
+from megatron_dmc.bench import decode_case, libraries
 from megatron_dmc.bench.measure import (
     Panel,
     Settings,
     as_row,
+    captured,
     copy_bandwidth,
     document,
     finish,
@@ -77,19 +78,9 @@ def backends(settings: Settings, dim: int) -> list[str]:
     return found if settings.on_gpu and found else ["torch"]
 
 
-def captured(function: Callable[[], object], settings: Settings) -> Callable[[], object]:
-    """On a GPU the function's replay from a CUDA graph."""
-    if not settings.on_gpu:
-        return function
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
+def layers_of(settings: Settings, needed: int) -> int:
+    """How many layers of so many bytes one measurement goes through."""
+    return min(MAX_LAYERS, math.ceil(BYTES_OF_LAYERS / needed)) if settings.on_gpu else 1
 
 
 def check(
@@ -131,7 +122,7 @@ def measure(
     errors = check(settings, backend, lengths_BG, group, dim, cache_dtype)
     dtypes = (settings.dtype, cache_dtype)
     needed = attention_bytes(lengths_BG, group, dim, *dtypes)
-    num_layers = min(MAX_LAYERS, math.ceil(BYTES_OF_LAYERS / needed)) if settings.on_gpu else 1
+    num_layers = layers_of(settings, needed)
     # heads that append do so in every run
     room = math.ceil((settings.repeats + 10) / PAGE_SIZE) + 1
     make: dict[str, Any] = dict(dtype=settings.dtype, device=settings.device)
@@ -206,7 +197,7 @@ def panels(rows: list[dict[str, Any]], bandwidth: float) -> list[Panel]:
         )
 
     attention = [
-        (label(r), r["bytes_per_second"] / 1e9, r["variant"] != "torch")
+        (label(r), r["bytes_per_second"] / 1e9, r["variant"] in ("cuda", "triton"))
         for r in rows if r["op"] == "attention" and "skipped" not in r
     ]  # fmt: skip
     append = [
@@ -233,11 +224,8 @@ def run(args: argparse.Namespace) -> int:
     heads, dim = (32, 128) if settings.on_gpu else (4, 64)
     bandwidth = copy_bandwidth(settings)
     groups = (1, 8) if settings.on_gpu else (1, 4)
-    cases = list(
-        itertools.product(
-            settings.lengths, batches, crs, groups, (False, True), backends(settings, dim)
-        )
-    )
+    chosen = backends(settings, dim)
+    cases = list(itertools.product(settings.lengths, batches, crs, groups, (False, True), chosen))
     rows: list[dict[str, Any]] = []
     for tokens, batch, cr, group, skewed, backend in tqdm(cases, disable=None, leave=False):
         columns = dict(tokens=tokens, batch=batch, cr=cr, group=group, skewed=skewed, head_dim=dim)
@@ -247,6 +235,11 @@ def run(args: argparse.Namespace) -> int:
             rows.append({"op": "attention", "skipped": "does not fit into memory", **columns})
             continue
         rows += measure(settings, backend, lengths, group, dim, cr, bandwidth, columns, cache_dtype)
+        if backend == chosen[-1] and cache_dtype == settings.dtype:
+            rows += libraries.measure(
+                settings, lengths, group, dim, num_layers=layers_of(settings, needed),
+                bytes_needed=needed, bandwidth=bandwidth, columns=columns,
+            )  # fmt: skip
     result = document(
         "kernels", settings, copy_bytes_per_second=bandwidth, lengths=settings.lengths,
         page_size=PAGE_SIZE, spread=SPREAD, kv_cache_dtype=args.kv_cache_dtype, rows=rows,

@@ -99,6 +99,21 @@ def measure_time(
     return Timing(statistics.median(times), times[len(times) // 10], times[-1 - len(times) // 10])
 
 
+def captured(function: Callable[[], object], settings: Settings) -> Callable[[], object]:
+    """On a GPU the function's replay from a CUDA graph."""
+    if not settings.on_gpu:
+        return function
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
 def peak_memory(function: Callable[[], object], device: torch.device) -> int | None:
     """Bytes that `function` adds at its peak; None on a CPU, where nobody counts them."""
     if device.type != "cuda":

@@ -1,24 +1,32 @@
 """`megatron-dmc bench throughput` and `bench latency`: the engine without a server.
 
 Regime: throughput gives all requests at once and lets the engine batch them; latency runs one batch, all of
-it together, again and again. Completions are full-length (the end-of-text token is ignored) and greedy.
-Metric: wall-clock seconds; tokens per second are over the whole run, prefill included. Beside them: measured
-CR, pages at the peak, preemptions. The last line printed is one JSON document; vLLM's keys where it has them.
+it together, again and again. Completions are full-length (the end-of-text token is ignored) and greedy. Lists
+of CRs, batches and lengths make a sweep, with one model for all of it.
+Metric: wall-clock seconds; tokens per second over the whole run, prefill included, and of the steps that only
+decode, beside the bytes such a step must move over the bandwidth of a copy. The median of the repeats, with
+their spread. The last line printed is one JSON document; vLLM's keys where it has them.
 """
 
 import argparse
+import gc
+import itertools
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_dmc.bench.compare import transformers_row
+from megatron_dmc.bench.cost import Ceilings, ModelCost
+from megatron_dmc.bench.engine_run import Run, decode_figures, run_requests, spread
+from megatron_dmc.bench.imposed import ImposedDecisions
 from megatron_dmc.bench.load import percentile
-from megatron_dmc.bench.measure import Panel, Settings, document, finish
+from megatron_dmc.bench.measure import Panel, Settings, copy_bandwidth, document, finish
 from megatron_dmc.bench.serving import prompts
-from megatron_dmc.engine import LLM, RequestOutput, SamplingParams
-from megatron_dmc.engine_flags import is_follower, make_llm, model_path
+from megatron_dmc.bench.subject import Case, Subject
+from megatron_dmc.bench.tables import Row, curves, write_csv
+from megatron_dmc.engine_flags import model_path
 from megatron_dmc.errors import DMCError
 
 
@@ -28,101 +36,228 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DMCError: a flag is wrong, or a request can never run.
     """
-    for name in ("num_prompts", "batch_size", "num_iters"):
-        if getattr(args, name, 1) < 1:
-            raise DMCError(f"--{name.replace('_', '-')} {getattr(args, name)}: use 1 or more")
-    if is_follower(args):
-        make_llm(args).follow()
-        return 0
-    llm = make_llm(args)
-    weight = next(llm.engine.runner.model.parameters())
+    result, settings = measure(args)
+    rows = [row for row in result["rows"] if "skipped" not in row]
+    bars = [(_label(row), row["output_tokens_per_second"], row["engine"] == "megatron-dmc")
+            for row in rows]  # fmt: skip
+    return finish(result, [Panel("generated tokens", "tokens/s", bars)], settings)
+
+
+def measure(args: argparse.Namespace) -> tuple[dict[str, Any], Settings]:
+    """All cases of the sweep; also writes --csv and the curves of --output.
+
+    Returns:
+        the document; `rows` has one row for each case, and where there is only one case its columns are
+        the document's own too.
+
+    Raises:
+        DMCError: as `run`.
+    """
+    cases = _cases(args)
+    subject = Subject(args, max(case.input_len + case.output_len for case in cases))
     settings = Settings(
-        weight.device, weight.dtype, (), getattr(args, "num_iters", 1),
+        subject.device, subject.description.dtype, (), args.num_iters,
         Path(args.output) if args.output else None,
     )  # fmt: skip
-    if args.benchmark == "throughput":
-        content, panels = _throughput(args, llm)
-    else:
-        content, panels = _latency(args, llm)
-    stats = llm.stats()
-    llm.close()
+    ceilings = Ceilings.measure(settings, copy_bandwidth(settings))
+    rows = []
+    for case in cases:
+        rows.append(_measure_case(args, subject, case, settings, ceilings))
+        _release_memory()
+    if args.compare:
+        rows += _compare(args, subject, cases, settings)
     result = document(
-        args.benchmark, settings, model=model_path(args), **content,
-        measured_cr=stats.measured_cr, peak_pages=stats.peak_pages_in_use,
-        num_pages=stats.num_pages, page_bytes=stats.page_bytes,
-        num_preemptions=stats.num_preemptions,
+        args.benchmark, settings, model=model_path(args), load_format=args.load_format,
+        tensor_parallel_slice=args.tensor_parallel_slice,
+        copy_bytes_per_second=ceilings.bytes_per_second,
+        flops_per_second=ceilings.flops_per_second, **(rows[0] if len(rows) == 1 else {}),
+        rows=rows,
     )  # fmt: skip
-    return finish(result, panels, settings)
+    if args.csv:
+        write_csv(rows, args.csv)
+    if settings.output is not None:
+        _draw(rows, settings.output, args.benchmark)
+    return result, settings
 
 
-def _generate(
-    llm: LLM, asked: list[tuple[Any, int]], bar: bool
-) -> tuple[list[RequestOutput], float]:
-    given = [
-        prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt} for prompt, _ in asked
+def _cases(args: argparse.Namespace) -> list[Case]:
+    for name in ("num_prompts", "num_iters"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise DMCError(f"--{name.replace('_', '-')} {value}: use 1 or more")
+    args.num_prompts_is_given = getattr(args, "num_prompts", None) is not None
+    if args.benchmark == "latency":
+        batches = args.batch_size
+    else:
+        batches = args.max_num_seqs
+    if len(args.output_len) not in (1, len(args.input_len)):
+        raise DMCError(
+            f"{len(args.output_len)} of --output-len for {len(args.input_len)} of --input-len: give one, "
+            "or one for each"
+        )
+    outputs = args.output_len * (len(args.input_len) // len(args.output_len))
+    return [
+        Case(cr, batch, input_len, output_len)
+        for (input_len, output_len), batch, cr in itertools.product(
+            zip(args.input_len, outputs, strict=True), batches, args.simulate_cr or [None]
+        )
     ]
-    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for _, n in asked]
-    _synchronize()
-    began = time.perf_counter()
-    outputs = llm.generate(given, params, use_tqdm=bar)
-    _synchronize()
-    return outputs, time.perf_counter() - began
 
 
-def _synchronize() -> None:
+def _release_memory() -> None:
+    gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
-def _throughput(args: argparse.Namespace, llm: LLM) -> tuple[dict[str, Any], list[Panel]]:
-    asked = prompts(args, args.num_prompts, seed=args.seed)
-    _generate(llm, [(prompt, 2) for prompt, _ in asked[:1]], False)  # warm-up
-    outputs, seconds = _generate(llm, asked, True)
-    num_in = sum(len(output.prompt_token_ids) for output in outputs)
-    num_out = sum(len(output.outputs[0].token_ids) for output in outputs)
-    content = {
-        "elapsed_time": seconds,
-        "num_requests": len(outputs),
+def _measure_case(
+    args: argparse.Namespace, subject: Subject, case: Case, settings: Settings, ceilings: Ceilings
+) -> Row:
+    llm, decisions = subject.engine(case)
+    batch = llm.engine.config.max_num_seqs
+    count = batch
+    if args.benchmark == "throughput" and args.num_prompts is not None:
+        count = args.num_prompts
+    asked = _prompts(args, case, count)
+    running = min(batch, count)
+    for name, some in (
+        ("warm-up of a prompt", [(asked[0][0], min(2, asked[0][1]))]),
+        ("warm-up of a batch", [(prompt[:8], 4) for prompt, _ in asked[:running]]),
+    ):
+        run_requests(llm, some, name=name, batch=len(some))
+    for i in range(getattr(args, "num_iters_warmup", 0)):
+        run_requests(llm, asked, name=f"warm-up {i}", batch=running)
+    runs = [
+        run_requests(llm, asked, name=f"run {i}", batch=running, bar=True)
+        for i in range(args.num_iters)
+    ]
+    stats = llm.stats()
+    cost = ModelCost.of(subject.loaded.model, subject.description, stats.entry_bytes)
+    row: Row = {
+        "engine": "megatron-dmc, dense" if args.dense_baseline else "megatron-dmc",
+        "cr": case.cr, "batch_size": running, "input_len": case.input_len, "output_len": case.output_len,
+        **_summary(args, runs, [decode_figures(run, cost, ceilings) for run in runs]),
+        "measured_cr": runs[-1].measured_cr, "fragmentation": runs[-1].fragmentation,
+        "peak_pages": stats.peak_pages_in_use, "num_pages": stats.num_pages,
+        "page_bytes": stats.page_bytes, "num_preemptions": stats.num_preemptions,
+        "weight_bytes": cost.weight_bytes, "entry_bytes": cost.entry_bytes,
+    }  # fmt: skip
+    if decisions is not None and not args.dataset_path:
+        _check_cr(runs, decisions)
+    _print(row, case)
+    return row
+
+
+def _check_cr(runs: list[Run], decisions: ImposedDecisions) -> None:
+    """What was asked for must be what the cache held."""
+    for run in runs:
+        allowed = decisions.tolerance(len(run.outputs))
+        if abs(run.measured_cr / decisions.cr - 1) > allowed:
+            raise DMCError(
+                f"CR {run.measured_cr:.3f} was measured where {decisions.cr:g} was imposed, more than "
+                f"{100 * allowed:.1f} % off: the engine did not do as it was told"
+            )
+
+
+def _summary(args: argparse.Namespace, runs: list[Run], figures: list[Row]) -> Row:
+    """Medians over the repeats, and their spread."""
+    seconds = [run.seconds for run in runs]
+    elapsed = statistics.median(seconds)
+    num_in, num_out = runs[0].num_prompt_tokens, runs[0].num_generated
+    row: Row = {
+        "elapsed_time": elapsed,
+        "num_requests": len(runs[0].outputs),
         "total_num_tokens": num_in + num_out,
         "total_output_tokens": num_out,
-        "requests_per_second": len(outputs) / seconds,
-        "tokens_per_second": (num_in + num_out) / seconds,
-        "output_tokens_per_second": num_out / seconds,
+        "requests_per_second": len(runs[0].outputs) / elapsed,
+        "tokens_per_second": (num_in + num_out) / elapsed,
+        "output_tokens_per_second": num_out / elapsed,
+        "time_to_first_token": statistics.median(run.time_to_first_token for run in runs),
+        "repeats": len(runs),
+        "spread": spread(seconds),
     }
-    print(
-        f"{len(outputs)} requests, {num_in} prompt and {num_out} generated tokens in {seconds:.2f} s: "
-        f"{content['requests_per_second']:.2f} requests/s, {content['tokens_per_second']:.1f} tokens/s, "
-        f"{content['output_tokens_per_second']:.1f} generated tokens/s"
+    if all(figures):
+        row |= {key: statistics.median(f[key] for f in figures) for key in figures[0]}
+        row["decode_spread"] = spread([f["decode_tokens_per_second"] for f in figures])
+    if args.benchmark == "latency":
+        ordered = sorted(seconds)
+        row |= {
+            "avg_latency": statistics.fmean(seconds),
+            "latencies": seconds,
+            "percentiles": {f"{p}": percentile(ordered, p) for p in (10, 25, 50, 75, 90, 99)},
+        }
+    return row
+
+
+def _print(row: Row, case: Case) -> None:
+    cr = "as the model decides" if case.cr is None else f"{case.cr:g}"
+    text = (
+        f"CR {cr} (measured {row['measured_cr']:.3f}), {row['num_requests']} requests, "
+        f"{row['batch_size']} at a time, {case.input_len} + {case.output_len} tokens: "
+        f"{row['elapsed_time']:.2f} s, {row['tokens_per_second']:.1f} tokens/s, "
+        f"{row['output_tokens_per_second']:.1f} generated tokens/s"
     )
-    bars = [
-        ("prompt and generated", (num_in + num_out) / seconds, True),
-        ("generated", num_out / seconds, True),
-    ]
-    return content, [Panel("throughput", "tokens/s", bars)]
-
-
-def _latency(args: argparse.Namespace, llm: LLM) -> tuple[dict[str, Any], list[Panel]]:
-    if args.batch_size > args.max_num_seqs:
-        raise DMCError(
-            f"--batch-size {args.batch_size} is more than --max-num-seqs {args.max_num_seqs}; raise it"
+    if "decode_tokens_per_second" in row:
+        text += (
+            f"; decoding {row['decode_tokens_per_second']:.1f} tokens/s of "
+            f"{row['roofline_tokens_per_second']:.1f} by the roofline "
+            f"({100 * row['fraction_of_roofline']:.1f} %), {row['decode_step_ms']:.2f} ms a step, "
+            f"{row['step_bytes'] / 1e9:.3f} GB"
         )
-    asked = prompts(args, args.batch_size, seed=args.seed)
-    for _ in range(args.num_iters_warmup):
-        _generate(llm, asked, False)
-    latencies = sorted(_generate(llm, asked, False)[1] for _ in range(args.num_iters))
-    percentiles = {f"{p}": percentile(latencies, p) for p in (10, 25, 50, 75, 90, 99)}
-    average = statistics.fmean(latencies)
-    longest = max(num_new for _, num_new in asked)
-    content = {
-        "batch_size": args.batch_size,
-        "avg_latency": average,
-        "latencies": latencies,
-        "percentiles": percentiles,
-        "ms_per_token": 1e3 * average / longest,
-    }
-    print(
-        f"{args.num_iters} runs of {args.batch_size} requests: {average:.3f} s on average, "
-        f"{content['ms_per_token']:.1f} ms for each of {longest} tokens"
+    if row["repeats"] > 1:
+        text += f"; spread {100 * row['spread']:.1f} % of {row['repeats']} runs"
+    print(text, flush=True)
+
+
+def _compare(
+    args: argparse.Namespace, subject: Subject, cases: list[Case], settings: Settings
+) -> list[Row]:
+    """Another engine, on the cases at CR 1 (its cache does not compress)."""
+    asked = []
+    for input_len, output_len in dict.fromkeys((c.input_len, c.output_len) for c in cases):
+        ours = Case(1.0, cases[0].max_num_seqs, input_len, output_len)
+        count = args.num_prompts or ours.max_num_seqs or subject.largest_batch(ours, None)
+        asked.append((ours, _prompts(args, ours, count)))
+    description = subject.description
+    path = None if subject.is_random else Path(model_path(args))
+    subject.release()
+    _release_memory()
+    rows = []
+    for ours, given in asked:
+        cache_tokens = None if settings.on_gpu else len(given) * (ours.num_cached + 32)
+        row = transformers_row(description, given, settings, path=path, cache_tokens=cache_tokens)
+        rows.append({
+            "engine": "transformers", "cr": 1.0, "batch_size": len(given),
+            "input_len": ours.input_len, "output_len": ours.output_len, **row,
+        })  # fmt: skip
+        said = row.get("skipped") or f"{row['output_tokens_per_second']:.1f} generated tokens/s"
+        print(f"transformers, {len(given)} requests: {said}", flush=True)
+        _release_memory()
+    return rows
+
+
+def _prompts(args: argparse.Namespace, case: Case, count: int) -> list[tuple[Any, int]]:
+    given = argparse.Namespace(
+        input_len=case.input_len, output_len=case.output_len, dataset_path=args.dataset_path
     )
-    bars = [(f"p{name}", value, True) for name, value in percentiles.items() if value is not None]
-    return content, [Panel("latency of a batch", "s", bars)]
+    return prompts(given, count, seed=args.seed)
+
+
+def _label(row: Row) -> str:
+    cr = "" if row["cr"] is None else f"CR {row['cr']:g} "
+    return f"{row['engine']}, {cr}B={row['batch_size']} {row['input_len']}+{row['output_len']}"
+
+
+def _draw(rows: list[Row], folder: Path, name: str) -> None:
+    """Curves over whatever the sweep varied."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(rows, folder / f"{name}.csv")
+    for x, series in (
+        ("cr", ["engine", "input_len"]),
+        ("batch_size", ["engine", "cr", "input_len"]),
+        ("input_len", ["engine", "cr"]),
+    ):
+        curves(
+            rows, x=x, y="decode_tokens_per_second", series=series,
+            path=folder / f"{name}-{x}.png", title=name,
+        )  # fmt: skip

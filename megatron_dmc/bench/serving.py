@@ -1,7 +1,7 @@
 """`megatron-dmc bench serve|throughput|latency`: flags, named as vLLM's where it has them."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron_dmc.engine_flags import add_engine_arguments
@@ -50,29 +50,97 @@ def add_serving_benchmarks(names: "argparse._SubParsersAction[argparse.ArgumentP
     serve.add_argument("--output", metavar="FILE", help="also write the JSON here")
     serve.set_defaults(module="megatron_dmc.bench.load")
 
+    # resolve: the engine's --max-num-seqs is given again, as a list
     throughput = names.add_parser(
         "throughput",
         help="tokens per second of the engine, all requests given at once",
-        description="Tokens per second of the engine without a server. The last line printed is a "
-        "JSON document.",
+        description="Tokens per second of the engine without a server. Lists (1,2,4) make a sweep. The "
+        "last line printed is a JSON document.",
+        conflict_handler="resolve",
     )
-    throughput.add_argument("--num-prompts", type=int, default=64)
-    _add_prompts(throughput, "--input-len", "--output-len", 128, 128)
+    throughput.add_argument(
+        "--num-prompts", type=int, help="requests; default: as many as run at a time"
+    )
     latency = names.add_parser(
         "latency",
         help="seconds of one batch through the engine, from prompts to last tokens",
-        description="Latency of one batch through the engine. The last line printed is a JSON document.",
+        description="Latency of one batch through the engine. Lists (1,2,4) make a sweep. The last line "
+        "printed is a JSON document.",
+        conflict_handler="resolve",
     )
-    latency.add_argument("--batch-size", type=int, default=8)
-    latency.add_argument("--num-iters", type=int, default=5)
+    latency.add_argument(
+        "--batch-size", type=_list_of(int), default=[8], metavar="B,...", help="default: 8"
+    )
     latency.add_argument("--num-iters-warmup", type=int, default=1)
-    _add_prompts(latency, "--input-len", "--output-len", 32, 128)
-    for parser, name in ((throughput, "throughput"), (latency, "latency")):
-        parser.add_argument(
-            "--output", metavar="FOLDER", help="also write the JSON and a plot here"
-        )
+    for parser, name, default_lengths, repeats in (
+        (throughput, "throughput", (128, 128), 1),
+        (latency, "latency", (32, 128), 5),
+    ):
         add_engine_arguments(parser)
+        _add_sweep(parser, *default_lengths)
+        parser.add_argument(
+            "--num-iters", type=int, default=repeats, help=f"repeats (default: {repeats})"
+        )
         parser.set_defaults(module="megatron_dmc.bench.offline", benchmark=name)
+    throughput.add_argument(
+        "--max-num-seqs", type=_list_of(int, auto=True), default=[64], metavar="N,...",
+        help="requests that run at a time (default: 64); auto: as many as the cache holds",
+    )  # fmt: skip
+
+
+def _add_sweep(parser: argparse.ArgumentParser, num_in: int, num_out: int) -> None:
+    """What throughput and latency vary, and where their results go."""
+    group = parser.add_argument_group("benchmark")
+    group.add_argument(
+        "--load-format", choices=["auto", "dummy"], default="auto",
+        help="dummy: random weights; MODEL is then one of the names that plan knows (llama2-7b, "
+        "llama2-13b, llama2-70b, llama3-8b, qwen3-8b, ...), a folder or a config.json",
+    )  # fmt: skip
+    group.add_argument(
+        "--simulate-cr", type=_list_of(float), metavar="CR,...",
+        help="impose merge decisions that give this CR, total tokens / total entries; 1: the engine "
+        "without DMC (default: as the model decides)",
+    )  # fmt: skip
+    group.add_argument(
+        "--simulate-cr-profile", metavar="FILE",
+        help="JSON that megatron-dmc report wrote: how the CR spreads over layers and heads (default: "
+        "log-normal)",
+    )  # fmt: skip
+    group.add_argument(
+        "--tensor-parallel-slice", type=int, default=1, metavar="N",
+        help="run one rank's share of N on this device: its heads, its part of the MLP and of the "
+        "vocabulary; communication is left out",
+    )  # fmt: skip
+    group.add_argument(
+        "--dense-baseline", action="store_true",
+        help="dense attention over contiguous caches in the same engine, at CR 1",
+    )  # fmt: skip
+    group.add_argument(
+        "--compare", choices=["transformers"], help="then run another engine on the same requests"
+    )
+    _add_prompts(parser, "--input-len", "--output-len", num_in, num_out)
+    for flag, default in (("--input-len", num_in), ("--output-len", num_out)):
+        parser.add_argument(
+            flag, type=_list_of(int), default=[default], metavar="T,...",
+            help=f"tokens of a prompt, or to generate (default: {default})",
+        )  # fmt: skip
+    group.add_argument("--csv", metavar="FILE", help="also write the rows here")
+    group.add_argument(
+        "--output", metavar="FOLDER", help="also write JSON, CSV and plots into this folder"
+    )
+
+
+def _list_of(kind: type, *, auto: bool = False) -> Callable[[str], list[Any]]:
+    """The type of a flag that takes one number or several, separated by commas; all at least 1."""
+
+    def parse(text: str) -> list[Any]:
+        values = [None if auto and word == "auto" else kind(word) for word in text.split(",")]
+        if any(value is not None and not value >= 1 for value in values):
+            raise argparse.ArgumentTypeError(f"{text}: use numbers of 1 or more")
+        return values
+
+    parse.__name__ = f"list of {kind.__name__}"
+    return parse
 
 
 def _add_prompts(

@@ -4,7 +4,7 @@ Dimension letters: L layers, G key/value heads.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,8 @@ class LLMEngine:
         eos_id: end-of-text token; default: the tokenizer's.
         parallel: this rank of several; `model` has its share of the heads. Rank 0 is called as ever, the
             others call `follow`.
+        make_context: called like `PagedContext`; for benchmarks, whose contexts override
+            `begin_step` and `attend`.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class LLMEngine:
         enable_dmc: bool | None = None,
         eos_id: int | None = None,
         parallel: TensorParallel | None = None,
+        make_context: Callable[..., PagedContext] = PagedContext,
     ):
         num_ranks = 1 if parallel is None else parallel.size
         heads_per_rank = description.num_query_groups // num_ranks
@@ -92,7 +95,7 @@ class LLMEngine:
         self.eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
         counts = config.count_flipped_decisions
         self._counts_flips = not evicts and (dtype.itemsize <= 2 if counts is None else counts)
-        self.context = PagedContext(
+        self.context = make_context(
             num_layers=description.num_layers,
             num_kv_heads=heads_per_rank,
             head_dim=description.kv_channels,

@@ -1,12 +1,13 @@
 """`LLM(model=...).generate(prompts, params)`, in vLLM's manner."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_dmc.engine.config import EngineConfig, parse_kv_cache_dtype
+from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.engine import LLMEngine
 from megatron_dmc.engine.request import RequestOutput
 from megatron_dmc.engine.sampling_params import SamplingParams
@@ -58,6 +59,7 @@ class LLM:
         distributed_timeout_seconds: a process that takes longer over its part of a step is given up.
         seed: of requests without a seed.
         device: default: the GPU if there is one.
+        make_context: see `LLMEngine`.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class LLM:
         distributed_timeout_seconds: float = 60.0,
         seed: int = 0,
         device: str | torch.device | None = None,
+        make_context: Callable[..., PagedContext] = PagedContext,
     ):
         given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         if None not in (block_size, page_size) and block_size != page_size:
@@ -125,7 +128,7 @@ class LLM:
                 2 * page_size * entry_bytes(description.kv_channels, cache_dtype or model_dtype)
             )
             if num_pages is None:
-                num_pages = _num_pages(
+                num_pages = pages_in_memory(
                     page_bytes,
                     worst_case=_worst_case_pages(description, max_model_len, page_size)
                     // tensor_parallel_size
@@ -161,6 +164,7 @@ class LLM:
                 device=device,
                 enable_dmc=enable_dmc,
                 parallel=parallel,
+                make_context=make_context,
             )
         self._num_generated = 0
 
@@ -265,7 +269,7 @@ def _worst_case_pages(description: Any, num_tokens: int, page_size: int) -> int:
     return -(-num_tokens // page_size) * description.num_layers * description.num_query_groups
 
 
-def _num_pages(
+def pages_in_memory(
     page_bytes: int,
     *,
     worst_case: int,

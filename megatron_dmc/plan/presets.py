@@ -37,9 +37,29 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama3-70b": _preset(80, 8192, 28672, 64, 8, 128256, 8192, 500000),
     "mistral-7b": _preset(32, 4096, 14336, 32, 8, 32768, 32768, 1000000),  # v0.3: no window
     "qwen3-8b": _preset(
-        36, 4096, 12288, 32, 8, 151936, 40960, 1000000, layernorm_epsilon=1e-6, qk_layernorm=True
+        36,
+        4096,
+        12288,
+        32,
+        8,
+        151936,
+        40960,
+        1000000,
+        layernorm_epsilon=1e-6,
+        qk_layernorm=True,
+        model_type="qwen3",
     ),
     "qwen3-14b": _preset(
-        40, 5120, 17408, 40, 8, 151936, 40960, 1000000, layernorm_epsilon=1e-6, qk_layernorm=True
+        40,
+        5120,
+        17408,
+        40,
+        8,
+        151936,
+        40960,
+        1000000,
+        layernorm_epsilon=1e-6,
+        qk_layernorm=True,
+        model_type="qwen3",
     ),
 }

@@ -1,0 +1,267 @@
+"""K4 beside ours: libraries' decode attention with (request, KV head) folded into the batch.
+
+A library sees B x G sequences of one KV head with a group of query heads, each with its own length. Same data, same
+check against the specification, as many layers in one CUDA graph as ours. What a library cannot take as it is:
+flash-attn 2 has pages of 256 at least, so it gets a cache with such pages; PyTorch's variable-length attention
+knows no pages and gets entries that lie one after the other; its scaled-dot-product attention (what a CPU has)
+gets them padded to the longest. Making those copies is not timed, nor is FlashInfer's planning on the host,
+which is stated beside (`plan_ms`). What is not installed, or fails, is a row that says so.
+
+Dimension letters as in `ops.cache_ops`; X folded sequences, B x G.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_dmc.bench import decode_case
+from megatron_dmc.bench.decode_case import LayerCache
+from megatron_dmc.bench.measure import Settings, as_row, captured, measure_time
+from megatron_dmc.errors import DMCError
+
+logger = logging.getLogger(__name__)
+Attend = Callable[[], Tensor]
+Row = dict[str, Any]
+
+
+class Absent(Exception):
+    """Why a library does not run here."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library's attention.
+
+    Attributes:
+        make: (queries [B, N, D], cache, settings) -> a function that gives the outputs [B, N, D]; raises
+            `Absent`.
+        page_size: of the cache that it is given.
+    """
+
+    name: str
+    make: Callable[[Tensor, LayerCache, Settings], Attend]
+    page_size: int = 16
+
+
+def _folded(q_BND: Tensor, cache: LayerCache) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (X, group, D), lengths (X,) int32, block table (X, M)."""
+    num_kv_heads = cache.num_entries_RG.shape[1]
+    q = q_BND.unflatten(1, (num_kv_heads, -1)).flatten(0, 1)
+    return q, cache.num_entries_RG.flatten().int(), cache.block_table_RGM.flatten(0, 1)
+
+
+def _plain_pages(cache: LayerCache) -> tuple[Tensor, Tensor]:
+    """Pages with a dimension for their one KV head: (P, S, 1, D)."""
+    k, v = cache.k_pages_PSD, cache.v_pages_PSD
+    if not (isinstance(k, Tensor) and isinstance(v, Tensor)):
+        raise Absent("takes no 8-bit pages of ours")
+    return k.unsqueeze(2), v.unsqueeze(2)
+
+
+def _need_gpu(settings: Settings) -> None:
+    if not settings.on_gpu:
+        raise Absent("needs a GPU")
+
+
+def flashinfer(q_BND: Tensor, cache: LayerCache, settings: Settings) -> Attend:
+    """FlashInfer's batch decode over our own pages."""
+    try:
+        from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+    except ImportError as e:
+        raise Absent("not installed") from e
+    _need_gpu(settings)
+    q, lengths, table = _folded(q_BND, cache)
+    size = cache.k_pages_PSD.shape[1]
+    pages = (lengths + size - 1) // size
+    indptr = torch.cat([pages.new_zeros(1), pages.cumsum(0)]).int()
+    held = torch.arange(table.shape[1], device=table.device) < pages[:, None]
+    indices = table[held].int()
+    last = lengths - (pages - 1) * size
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(
+        torch.empty(256 << 20, dtype=torch.uint8, device=q.device), "NHD", use_cuda_graph=True,
+        use_tensor_cores=q.shape[1] >= 4, paged_kv_indptr_buffer=indptr.clone(),
+        paged_kv_indices_buffer=indices.clone(), paged_kv_last_page_len_buffer=last.clone(),
+    )  # fmt: skip
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    wrapper.plan(
+        indptr, indices, last, q.shape[1], 1, q.shape[2], size, q_data_type=q.dtype,
+        kv_data_type=q.dtype, sm_scale=q.shape[2] ** -0.5,
+    )  # fmt: skip
+    torch.cuda.synchronize()
+    plan_ms = 1e3 * (time.perf_counter() - began)
+    kv = _plain_pages(cache)
+
+    def attend() -> Tensor:
+        return wrapper.run(q, kv).view_as(q_BND)
+
+    attend.plan_ms = plan_ms  # type: ignore[attr-defined]
+    return attend
+
+
+def flash_attention_2(q_BND: Tensor, cache: LayerCache, settings: Settings) -> Attend:
+    """flash-attn 2's attention with a paged cache; a page has 256 slots or a multiple."""
+    try:
+        from flash_attn import flash_attn_with_kvcache
+    except ImportError as e:
+        raise Absent("not installed") from e
+    _need_gpu(settings)
+    q, lengths, table = _folded(q_BND, cache)
+    k, v = _plain_pages(cache)
+    table = table.clamp_min(0)
+
+    def attend() -> Tensor:
+        return flash_attn_with_kvcache(
+            q[:, None], k, v, cache_seqlens=lengths, block_table=table
+        ).view_as(q_BND)
+
+    return attend
+
+
+def flash_attention_3(q_BND: Tensor, cache: LayerCache, settings: Settings) -> Attend:
+    """flash-attn 3's, over our own pages."""
+    try:
+        from flash_attn_interface import flash_attn_with_kvcache
+    except ImportError as e:
+        raise Absent("not installed") from e
+    _need_gpu(settings)
+    q, lengths, table = _folded(q_BND, cache)
+    k, v = _plain_pages(cache)
+    table = table.clamp_min(0)
+
+    def attend() -> Tensor:
+        out = flash_attn_with_kvcache(q[:, None], k, v, cache_seqlens=lengths, page_table=table)
+        return (out[0] if isinstance(out, tuple) else out).view_as(q_BND)
+
+    return attend
+
+
+def torch_varlen(q_BND: Tensor, cache: LayerCache, settings: Settings) -> Attend:
+    """PyTorch's variable-length attention; the queries of a group are tokens that see everything."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as e:
+        raise Absent("not in this PyTorch") from e
+    _need_gpu(settings)
+    q, lengths, _ = _folded(q_BND, cache)
+    num_sequences, group, dim = q.shape
+    k, v = (x[:, None].contiguous() for x in cache.entries().to(q.dtype).split(dim, dim=1))
+    ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+    starts = torch.arange(num_sequences + 1, device=q.device, dtype=torch.int32) * group
+    packed = q.reshape(-1, 1, dim).contiguous()
+    longest = int(lengths.max())
+
+    def attend() -> Tensor:
+        out = varlen_attn(packed, k, v, starts, ends, group, longest, scale=dim**-0.5)
+        assert isinstance(out, Tensor)
+        return out.view_as(q_BND)
+
+    return attend
+
+
+def torch_sdpa(q_BND: Tensor, cache: LayerCache, settings: Settings) -> Attend:
+    """PyTorch's scaled-dot-product attention, padded to the longest; group as in `torch_varlen`."""
+    q, lengths, _ = _folded(q_BND, cache)
+    num_sequences, _, dim = q.shape
+    is_entry = torch.arange(int(lengths.max()), device=q.device) < lengths[:, None]
+    k, v = (
+        torch.zeros(num_sequences, 1, is_entry.shape[1], dim, dtype=q.dtype, device=q.device)
+        for _ in "kv"
+    )
+    k[:, 0][is_entry], v[:, 0][is_entry] = cache.entries().to(q.dtype).split(dim, dim=1)
+    mask = is_entry[:, None, None]
+
+    def attend() -> Tensor:
+        out = scaled_dot_product_attention(q[:, None], k, v, attn_mask=mask, scale=dim**-0.5)
+        return out.view_as(q_BND)
+
+    return attend
+
+
+LIBRARIES = [
+    Library("FlashInfer", flashinfer),
+    Library("flash-attn 3", flash_attention_3),
+    Library("flash-attn 2", flash_attention_2, page_size=256),
+    Library("torch varlen", torch_varlen),
+    Library("torch SDPA", torch_sdpa),
+]
+
+
+def measure(
+    settings: Settings, lengths_BG: Tensor, group: int, dim: int, *, num_layers: int,
+    bytes_needed: int, bandwidth: float, columns: Row,
+) -> list[Row]:  # fmt: skip
+    """A row for each library.
+
+    Args:
+        lengths_BG: entries of every head.
+        num_layers: caches that one run goes through.
+        bytes_needed: of one layer.
+        columns: of every row.
+    """
+    rows = []
+    for library in LIBRARIES:
+        head = {"op": "attention", "variant": library.name, **columns}
+        try:
+            row = _measure_one(library, settings, lengths_BG, group, dim, num_layers)
+        except Absent as e:
+            rows.append({**head, "skipped": str(e)})
+            continue
+        except (DMCError, RuntimeError, TypeError, ValueError, AssertionError) as e:
+            # another package's fault is a row, not the end of the run
+            logger.info("%s failed", library.name, exc_info=True)
+            reason = f"{type(e).__name__}: {e}".splitlines()[0]
+            rows.append({**head, "skipped": f"failed: {reason}"})
+            continue
+        achieved = bytes_needed / (row["median_ms"] / 1e3)
+        rows.append({
+            **head, **row, "layers": num_layers, "bytes_needed": bytes_needed,
+            "bytes_per_second": achieved, "fraction_of_copy": achieved / bandwidth,
+        })  # fmt: skip
+    return rows
+
+
+def _measure_one(
+    library: Library, settings: Settings, lengths_BG: Tensor, group: int, dim: int, num_layers: int
+) -> Row:
+    make: dict[str, Any] = dict(dtype=settings.dtype, device=settings.device)
+
+    def cache_of(lengths: Tensor, seed: int) -> LayerCache:
+        return decode_case.random_cache(
+            lengths, dim=dim, page_size=library.page_size, seed=seed, **make
+        )
+
+    def queries(lengths: Tensor) -> Tensor:
+        return decode_case.random_heads(
+            len(lengths), [lengths.shape[1] * group], dim, seed=1, **make
+        )[0]
+
+    few = lengths_BG[:4]
+    cache = cache_of(few, 0)
+    rows = torch.arange(len(few), device=settings.device)
+    error = decode_case.check_attention(
+        lambda q, *_, **__: library.make(q, cache, settings)(), queries(few), cache, rows,
+        softmax_scale=dim**-0.5,
+    )  # fmt: skip
+    q = queries(lengths_BG)
+    layers = [library.make(q, cache_of(lengths_BG, seed), settings) for seed in range(num_layers)]
+
+    def attend() -> None:
+        for layer in layers:
+            layer()
+
+    timing = measure_time(captured(attend, settings), settings.device, repeats=settings.repeats)
+    row = as_row(timing, errors={"attention": error})
+    for key in ("median_ms", "p10_ms", "p90_ms"):
+        row[key] /= num_layers
+    plans = [getattr(layer, "plan_ms", math.nan) for layer in layers]
+    if not math.isnan(plans[0]):
+        row["plan_ms"] = plans[-1]
+    return row

@@ -1,0 +1,213 @@
+"""What `bench throughput` and `bench latency` run: a model by path or by name, and engines around it.
+
+Dimension letters: L layers, G key/value heads.
+"""
+
+import argparse
+import functools
+import math
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from megatron_dmc.bench.dense import DenseContext
+from megatron_dmc.bench.imposed import (
+    ImposedDecisions,
+    ImposingContext,
+    profile_weights,
+    spread_weights,
+)
+from megatron_dmc.checkpoint.description import ModelDescription, parse_dtype
+from megatron_dmc.checkpoint.tokenizer import load_tokenizer
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.engine import LLM
+from megatron_dmc.engine.config import parse_kv_cache_dtype
+from megatron_dmc.engine.context import PagedContext
+from megatron_dmc.engine.llm import pages_in_memory
+from megatron_dmc.engine_flags import engine_options, given_tokenizer, model_path
+from megatron_dmc.errors import DMCError
+from megatron_dmc.models import LoadedModel, build_model, check_divisible, load_model
+from megatron_dmc.ops.kv_pages import entry_bytes
+from megatron_dmc.plan.model import find_model
+
+DEVIATIONS = 3.0
+"""Standard deviations of the pages that imposed decisions need, for which `--max-num-seqs auto` leaves room."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of a sweep."""
+
+    cr: float | None
+    """Imposed; 1: the engine without DMC; None: as the model itself decides."""
+    max_num_seqs: int | None
+    """None: the largest batch that fits."""
+    input_len: int
+    output_len: int
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens of a request that enter the cache: the last one never does."""
+        return self.input_len + self.output_len - 1
+
+
+def slice_of(description: Any, ranks: int) -> Any:
+    """One tensor-parallel rank's share: its heads, its part of the MLP and of the vocabulary.
+
+    Raises:
+        UnsupportedConfig: something does not divide.
+    """
+    check_divisible(description, ranks)
+    part = description.padded_vocab_size // ranks
+    return replace(
+        description,
+        num_attention_heads=description.num_attention_heads // ranks,
+        num_query_groups=description.num_query_groups // ranks,
+        ffn_hidden_size=description.ffn_hidden_size // ranks,
+        vocab_size=part,
+        padded_vocab_size=part,
+    )
+
+
+def random_model(description: Any, device: torch.device) -> LoadedModel:
+    """A model with random weights, drawn on the device: normal, 0.02."""
+    model = build_model(description, device=device, dtype=description.dtype)
+    generator = torch.Generator(device=device).manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0.0, 0.02, generator=generator)
+        else:
+            parameter.fill_(1.0)
+    return LoadedModel(model, description, None)
+
+
+class Subject:
+    """The model that the flags name, loaded once for all cases.
+
+    Raises:
+        DMCError: it cannot be had, or flags contradict each other.
+    """
+
+    def __init__(self, args: argparse.Namespace, longest: int):
+        if args.tensor_parallel_size > 1:
+            size = args.tensor_parallel_size
+            raise DMCError(
+                f"--tensor-parallel-size {size}: this benchmark uses one process; measure several with "
+                f"`serve --tensor-parallel-size {size}` and `bench serve`, or one rank's part with "
+                f"--tensor-parallel-slice {size} --load-format dummy"
+            )
+        self.args = args
+        self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = None if args.dtype == "auto" else parse_dtype(args.dtype)
+        self.is_random = args.load_format == "dummy"
+        if self.is_random:
+            found: Any = find_model(model_path(args))
+            if args.tensor_parallel_slice > 1:
+                found = slice_of(found, args.tensor_parallel_slice)
+            description = replace(
+                found,
+                dtype=dtype or found.dtype,
+                # random weights know no longest context
+                max_position_embeddings=max(found.max_position_embeddings, longest),
+            )
+            self.loaded = random_model(description, self.device)
+        elif args.tensor_parallel_slice > 1:
+            raise DMCError("--tensor-parallel-slice takes random weights: add --load-format dummy")
+        else:
+            self.loaded = load_model(model_path(args), device=self.device, dtype=dtype)
+            if (place := given_tokenizer(args)) is not None:
+                self.loaded = replace(self.loaded, tokenizer=load_tokenizer(place))
+
+    @property
+    def description(self) -> ModelDescription:
+        return self.loaded.description
+
+    def release(self) -> None:
+        """Let go of the weights."""
+        self.loaded = replace(self.loaded, model=None)
+
+    def decisions(self, case: Case) -> ImposedDecisions | None:
+        """What is imposed on the model; None: nothing."""
+        if case.cr is None or case.cr == 1:
+            return None
+        d, profile = self.description, self.args.simulate_cr_profile
+        shape = (d.num_layers, d.num_query_groups)
+        weights = spread_weights(*shape) if profile is None else profile_weights(profile, *shape)
+        shared = d.dmc is not None and d.dmc.shared_decisions
+        return ImposedDecisions.of(weights, case.cr, num_tokens=case.num_cached, shared=shared)
+
+    def engine(self, case: Case) -> tuple[LLM, ImposedDecisions | None]:
+        """An engine for the case, with nothing in it.
+
+        Raises:
+            DMCError: no request fits into the cache.
+        """
+        decisions = self.decisions(case)
+        options = engine_options(self.args)
+        batch = case.max_num_seqs
+        if batch is None:
+            batch = self.largest_batch(case, decisions)
+        if options["max_model_len"] is None and not self.args.dataset_path:
+            options["max_model_len"] = case.input_len + case.output_len
+        # every running request decodes one token, and a prompt needs room beside them
+        options["max_num_batched_tokens"] = max(options["max_num_batched_tokens"], batch + 1)
+        options["max_num_seqs"], options["device"] = batch, self.device
+        dmc = self.description.dmc
+        make_context: Any = PagedContext
+        if case.cr == 1:
+            dmc = None
+        elif decisions is not None:
+            if dmc is None or not dmc.compresses:
+                dmc = DMCConfig(stage="finetune", target_cr=decisions.cr)
+            make_context = functools.partial(
+                ImposingContext, decisions=decisions,
+                max_num_batched_tokens=options["max_num_batched_tokens"],
+            )  # fmt: skip
+        if self.args.dense_baseline:
+            if case.cr not in (None, 1) or dmc is not None:
+                raise DMCError("--dense-baseline is for CR 1: use --simulate-cr 1")
+            make_context = DenseContext
+        loaded = replace(self.loaded, description=replace(self.description, dmc=dmc))
+        return LLM(loaded, make_context=make_context, **options), decisions
+
+    def largest_batch(self, case: Case, decisions: ImposedDecisions | None) -> int:
+        """How many requests of this length the cache holds at their ends (`--max-num-seqs auto`).
+
+        Raises:
+            DMCError: none.
+        """
+        args, d = self.args, self.description
+        num_pages = args.num_pages
+        if num_pages is None:
+            dtype = parse_kv_cache_dtype(args.kv_cache_dtype) or d.dtype
+            num_pages = pages_in_memory(
+                2 * args.block_size * entry_bytes(d.kv_channels, dtype),
+                worst_case=sys.maxsize,
+                kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+                gpu_memory_utilization=args.gpu_memory_utilization,
+                device=self.device,
+            )
+        heads, size = d.num_layers * d.num_query_groups, args.block_size
+        if decisions is None:
+            per_request, deviation = float(heads * -(-case.num_cached // size)), 0.0
+        else:
+            # a step needs room for one more entry of every head; where a head stands within its last page
+            # is anybody's guess
+            rate, entries = decisions.rate_LG, decisions.expected_entries(case.num_cached)
+            per_request = (entries.sum().item() + heads) / size + heads * (1 - 1 / size) / 2
+            drawn = (rate * (1 - rate)).sum().item() * case.num_cached / size**2
+            deviation = math.sqrt(heads / 12 + drawn)
+        # batch * per_request + DEVIATIONS * sqrt(batch) * deviation = num_pages
+        half = DEVIATIONS * deviation / 2
+        root = (math.sqrt(half**2 + per_request * num_pages) - half) / per_request
+        batch = int(root**2 + 1e-9)
+        if args.num_prompts_is_given:
+            batch = min(batch, args.num_prompts)
+        if batch < 1:
+            raise DMCError(
+                f"--max-num-seqs auto: the cache of {num_pages} pages holds no request of "
+                f"{case.num_cached + 1} tokens, which needs {per_request:.0f}; give it more memory"
+            )
+        return batch
