@@ -25,7 +25,7 @@ BENCHMARKS = [
     Benchmark(
         "kernels",
         "megatron_dmc.bench.kernels",
-        "decode attention and append over ragged pages against their bytes",
+        "decode attention and append over ragged pages against their bytes, and prefill",
     ),
     Benchmark(
         "train-step",
@@ -70,6 +70,10 @@ def add_benchmarks(parser: argparse.ArgumentParser) -> None:
             sub.add_argument(
                 "--crs", type=float, nargs="+", metavar="CR",
                 help="tokens over entries (default: 1, 4 and 8, 1 and 4 on a CPU)",
+            )  # fmt: skip
+            sub.add_argument(
+                "--prompts", type=int, nargs="+", metavar="T",
+                help="tokens of a prompt that is prefilled (default: 4096 and 32768, 512 on a CPU)",
             )  # fmt: skip
         if benchmark.name == "decode":
             sub.add_argument("--layers", type=int, help="layers (default: 32, 2 on a CPU)")

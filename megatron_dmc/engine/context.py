@@ -28,6 +28,7 @@ from megatron_dmc.engine.request import Request
 from megatron_dmc.engine.scheduler import NO_PREFIX, CachedPrefix
 from megatron_dmc.ops import cache_ops, gates
 from megatron_dmc.ops.merge import num_kept
+from megatron_dmc.ops.prefill import Chunks, prefill
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,21 @@ class _Piece:
 
     row: int
     first: int
-    """Its first token within the packed tokens."""
+    """Its first token within the packed tokens, those of single tokens left out."""
     start: int
     num_tokens: int
     snapshot: Snapshot | None
+
+
+@dataclass
+class _Round:
+    """Pieces of different requests, prefilled in one call: of each the first that is not done yet."""
+
+    pieces: list[_Piece]
+    chunks: Chunks
+    tokens: slice | Tensor
+    """Their tokens within the packed tokens, those of single tokens left out."""
+    positions: Tensor
 
 
 class PagedContext(BaseInferenceContext):
@@ -149,7 +161,7 @@ class PagedContext(BaseInferenceContext):
         self._num_ranks, self._sum_over_ranks = num_ranks, sum_over_ranks
         self._backend = backend
         self._chunks: list[PackedChunk] = []
-        self._prefills: list[_Piece] = []
+        self._prefills: list[_Round] = []
         self._snapshots: list[Snapshot] = []
         self._rows_B = self._positions_B = torch.zeros(0, dtype=torch.int64, device=device)
         self._plans_L: list[Tensor | None] | None = None
@@ -240,16 +252,21 @@ class PagedContext(BaseInferenceContext):
         self.tables.begin_step([c.row for c in chunks], [c.num_tokens for c in chunks])
         self._chunks = list(chunks)
         self._is_merge_L, self._snapshots, self._prefills = [], [], []
+        rounds: list[list[_Piece]] = []
         first = 0
         for chunk in chunks:
-            # One token, with or without a past, is decoded; the rest is prefilled piece by piece.
+            # One token, with or without a past, is decoded; the rest is prefilled, all requests
+            # together, but for the cuts where snapshots are taken.
             pieces = self._pieces(chunk, first)
-            if chunk.num_tokens > 1:
-                self._prefills += pieces
-            else:
-                assert not self._prefills, "a single token behind a longer chunk"
             self._snapshots += [p.snapshot for p in pieces if p.snapshot is not None]
-            first += chunk.num_tokens
+            if chunk.num_tokens > 1:
+                rounds.extend([] for _ in range(len(pieces) - len(rounds)))
+                for of_round, piece in zip(rounds, pieces, strict=False):
+                    of_round.append(piece)
+                first += chunk.num_tokens
+            else:
+                assert not rounds, "a single token behind a longer chunk"
+        self._prefills = [self._round(of_round) for of_round in rounds]
 
     def set_decode(self, rows_B: Tensor, positions_B: Tensor) -> None:
         """The requests with one token in this run of the model, the first ones of the packed tokens.
@@ -258,6 +275,18 @@ class PagedContext(BaseInferenceContext):
             rows_B, positions_B: int64, on the device; row -1 is padding.
         """
         self._rows_B, self._positions_B, self._plans_L = rows_B, positions_B, None
+
+    def _round(self, pieces: list[_Piece]) -> _Round:
+        device = self.pool.k_pages_PSD.device
+        tokens = [t for p in pieces for t in range(p.first, p.first + p.num_tokens)]
+        positions = [t for p in pieces for t in range(p.start, p.start + p.num_tokens)]
+        first, end = tokens[0], tokens[-1] + 1
+        return _Round(
+            pieces,
+            Chunks.of([p.row for p in pieces], [p.num_tokens for p in pieces], device),
+            slice(first, end) if end - first == len(tokens) else torch.tensor(tokens).to(device),
+            torch.tensor(positions).to(device),
+        )
 
     def _pieces(self, chunk: PackedChunk, first: int) -> list[_Piece]:
         """Cut a chunk behind every token where a snapshot is to be taken."""
@@ -286,7 +315,7 @@ class PagedContext(BaseInferenceContext):
         """Keep the snapshots, and start to copy the counters, which `settle` reads."""
         late = []
         if self.prefixes is not None:
-            captured = {id(piece.snapshot) for piece in self._prefills}
+            captured = {id(piece.snapshot) for part in self._prefills for piece in part.pieces}
             for snapshot in self._snapshots:
                 if id(snapshot) not in captured:
                     self.prefixes.capture(snapshot, slice(None))
@@ -343,7 +372,7 @@ class PagedContext(BaseInferenceContext):
             out_TND.
         """
         num_singles = self._rows_B.shape[0]
-        num_prefilled = sum(piece.num_tokens for piece in self._prefills)
+        num_prefilled = sum(sum(part.chunks.num_tokens) for part in self._prefills)
         assert q_TND.shape[0] == num_singles + num_prefilled, "not this step's tokens"
         if not self._prefills:
             return self._decode(layer_index, q_TND, k_TGD, v_TGD, freqs_SF, softmax_scale)
@@ -353,29 +382,27 @@ class PagedContext(BaseInferenceContext):
             out[single] = self._decode(
                 layer_index, q_TND[single], k_TGD[single], v_TGD[single], freqs_SF, softmax_scale
             )
-        is_merge, omega = self._gates(q_TND[num_singles:], k_TGD[num_singles:])
+        q, k, v = (x[num_singles:] for x in (q_TND, k_TGD, v_TGD))
+        is_merge, omega = self._gates(q, k)
         if self._count_flips and is_merge is not None:
             self._is_merge_L.append(is_merge)
         tables, pool = self.tables, self.pool
         segments = None if self.segments is None else self.segments.state_LRGUA[layer_index]
-        for piece in self._prefills:
-            span = slice(piece.first, piece.first + piece.num_tokens)
-            gated = slice(span.start - num_singles, span.stop - num_singles)
-            positions = slice(piece.start, piece.start + piece.num_tokens)
-            out[span] = cache_ops.prefill(
-                q_TND[span], k_TGD[span], v_TGD[span],
-                None if is_merge is None else is_merge[gated],
-                None if omega is None else omega[gated],
-                None if freqs_SF is None else freqs_SF[positions],
-                pool.k_pages_PSD, pool.v_pages_PSD,
-                tables.page_ids_LRGM[layer_index, piece.row],
-                tables.num_entries_LRG[layer_index, piece.row],
-                None if segments is None else segments[piece.row],
+        for part in self._prefills:
+            at = part.tokens
+            out[num_singles:][at] = prefill(
+                q[at], k[at], v[at],
+                None if is_merge is None else is_merge[at],
+                None if omega is None else omega[at],
+                None if freqs_SF is None else freqs_SF[part.positions],
+                pool.k_pages_PSD, pool.v_pages_PSD, tables.page_ids_LRGM[layer_index],
+                tables.num_entries_LRG[layer_index], segments, part.chunks,
                 softmax_scale=softmax_scale, merge_window=self._window,
                 free_pages=pool.free_pages, backend=self._backend,
             )  # fmt: skip
-            if piece.snapshot is not None and self.prefixes is not None:
-                self.prefixes.capture(piece.snapshot, slice(layer_index, layer_index + 1))
+            for piece in part.pieces:
+                if piece.snapshot is not None and self.prefixes is not None:
+                    self.prefixes.capture(piece.snapshot, slice(layer_index, layer_index + 1))
         return out
 
     def _decode(
