@@ -6,7 +6,9 @@ import torch
 from test_cache_ops import SCALE, S, angles, entries_of, make_cache, make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_dmc.errors import OutOfPages
 from megatron_dmc.ops import cache_ops, prefill, reference
+from megatron_dmc.ops.cache_backend import FreePages
 from megatron_dmc.ops.prefill import Chunks
 
 LENGTHS = [150, 9, 31]
@@ -64,6 +66,47 @@ def test_requests_together_in_chunks_equal_the_reference(merge_window, cost, ste
             torch.testing.assert_close(keys, torch.stack(head.keys), rtol=0, atol=1e-12)
             torch.testing.assert_close(values, torch.stack(head.values), rtol=0, atol=1e-12)
     assert cache.num_entries[1].tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_pages_are_taken_for_new_entries_and_no_others(plain):
+    requests = requests_of(1)
+    cache = make_cache(4, 4, 40, 0)
+    page_ids = cache.block_table.flatten().clone()
+    free_pages = FreePages.of(page_ids)
+    cache.block_table.fill_(-1)
+    for spans in (
+        [slice(0, 7), slice(0, 4), slice(0, 30)],
+        [slice(7, 90), slice(4, 9), slice(30, 31)],
+    ):
+        packed = [
+            torch.cat([x[i][s] for x, s in zip(requests, spans, strict=True)]) for i in range(5)
+        ]
+        prefill.prefill(
+            *packed[:3], *([None, None] if plain else packed[3:]),
+            torch.cat([angles(150)[s] for s in spans]), cache.k_pages, cache.v_pages,
+            cache.block_table, cache.num_entries, None if plain else cache.segments,
+            Chunks.of(ROWS, [s.stop - s.start for s in spans], "cpu"), softmax_scale=SCALE,
+            free_pages=free_pages,
+        )  # fmt: skip
+        held = cache.block_table >= 0
+        assert torch.equal(held.sum(-1), (cache.num_entries + S - 1) // S)
+        assert held.long().diff(dim=-1).max() == 0  # from the first column on, without a gap
+        assert free_pages.taken() == held.sum()
+        taken = cache.block_table[held]
+        assert sorted(taken.tolist()) == sorted(page_ids[: len(taken)].tolist())
+    assert cache.num_entries.sum(-1)[1] == 0 and (cache.num_entries[ROWS] > 0).all()
+    if plain:
+        assert cache.num_entries[ROWS].tolist() == [[90] * 4, [9] * 4, [31] * 4]
+    with pytest.raises(OutOfPages):
+        q, k, v, is_merge, omega = requests[0]
+        few = FreePages.of(page_ids[:3])
+        prefill.prefill(
+            q, k, v, ~is_merge & False, omega, None, cache.k_pages, cache.v_pages,
+            torch.full_like(cache.block_table, -1), torch.zeros_like(cache.num_entries),
+            cache.segments, Chunks.of([1], [len(q)], "cpu"), softmax_scale=SCALE, free_pages=few,
+        )  # fmt: skip
+        few.taken()
 
 
 class Largest(TorchDispatchMode):

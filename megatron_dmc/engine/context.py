@@ -277,16 +277,17 @@ class PagedContext(BaseInferenceContext):
         self._rows_B, self._positions_B, self._plans_L = rows_B, positions_B, None
 
     def _round(self, pieces: list[_Piece]) -> _Round:
-        device = self.pool.k_pages_PSD.device
-        tokens = [t for p in pieces for t in range(p.first, p.first + p.num_tokens)]
-        positions = [t for p in pieces for t in range(p.start, p.start + p.num_tokens)]
-        first, end = tokens[0], tokens[-1] + 1
+        device, last = self.pool.k_pages_PSD.device, pieces[-1]
+        sizes = [p.num_tokens for p in pieces]
+        tokens: slice | Tensor = slice(pieces[0].first, last.first + last.num_tokens)
+        if tokens.stop - tokens.start > sum(sizes):  # others lie between them
+            parts = [torch.arange(p.first, p.first + p.num_tokens) for p in pieces]
+            tokens = torch.cat(parts).to(device)
+        positions = [torch.arange(p.start, p.start + p.num_tokens) for p in pieces]
         return _Round(
-            pieces,
-            Chunks.of([p.row for p in pieces], [p.num_tokens for p in pieces], device),
-            slice(first, end) if end - first == len(tokens) else torch.tensor(tokens).to(device),
-            torch.tensor(positions).to(device),
-        )
+            pieces, Chunks.of([p.row for p in pieces], sizes, device), tokens,
+            torch.cat(positions).to(device),
+        )  # fmt: skip
 
     def _pieces(self, chunk: PackedChunk, first: int) -> list[_Piece]:
         """Cut a chunk behind every token where a snapshot is to be taken."""
