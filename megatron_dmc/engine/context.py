@@ -279,8 +279,9 @@ class PagedContext(BaseInferenceContext):
     def _round(self, pieces: list[_Piece]) -> _Round:
         device, last = self.pool.k_pages_PSD.device, pieces[-1]
         sizes = [p.num_tokens for p in pieces]
-        tokens: slice | Tensor = slice(pieces[0].first, last.first + last.num_tokens)
-        if tokens.stop - tokens.start > sum(sizes):  # others lie between them
+        first, end = pieces[0].first, last.first + last.num_tokens
+        tokens: slice | Tensor = slice(first, end)
+        if end - first > sum(sizes):  # others lie between them
             parts = [torch.arange(p.first, p.first + p.num_tokens) for p in pieces]
             tokens = torch.cat(parts).to(device)
         positions = [torch.arange(p.start, p.start + p.num_tokens) for p in pieces]
