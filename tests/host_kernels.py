@@ -1,6 +1,7 @@
 """The CUDA kernels on the CPU: compiled by the host's compiler and run by tests/csrc/emulator.h.
 
-A stand-in for `megatron_dmc.ops.cuda.decode` with the same functions. Dimension letters as in
+A stand-in for `megatron_dmc.ops.cuda.decode` and, but for attention, `megatron_dmc.ops.cuda.prefill`, with
+the same functions. Dimension letters as in
 `ops.cache_ops`.
 """
 
@@ -37,7 +38,8 @@ def compile_library(target: Path) -> None:
 @cache
 def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(os.environ["DMC_HOST_LIBRARY"])
-    for which, struct in enumerate((AppendParams, AttentionParams, PlanParams, ReleaseParams)):
+    structs = (AppendParams, AttentionParams, PlanParams, ReleaseParams, PrefillParams)
+    for which, struct in enumerate(structs):
         assert loaded.sizes(which) == ctypes.sizeof(struct), struct.__name__
     loaded.set_lazy_copies(int(os.environ.get("DMC_LAZY_COPIES", "0")))
     return loaded
@@ -90,6 +92,16 @@ class ReleaseParams(ctypes.Structure):
         ("ids", ctypes.c_void_p),
         *fields("row_stride row_length num_ids", ctypes.c_int64),
         *fields("free_ids state extra_owners", ctypes.c_void_p),
+    ]
+
+
+class PrefillParams(ctypes.Structure):
+    _fields_ = [
+        ("kv", PagedKV),
+        *fields("k v own_k own_v cos sin is_merge omega chunks tiles starts", ctypes.c_void_p),
+        *fields("segments appends base sums entry", ctypes.c_void_p),
+        *fields("k_t k_g v_t v_g cos_t sin_t seg_r seg_g", ctypes.c_int64),
+        *fields("num_chunks num_tiles num_kv_heads half merge_window", ctypes.c_int),
     ]
 
 
@@ -169,3 +181,37 @@ def release_pages(page_ids_XY, free_page_ids, free_state, num_extra_owners_P):
         *map(address, (free_page_ids, free_state, num_extra_owners_P)),
     )  # fmt: skip
     call("release", params)
+
+
+def write_chunks(
+    k, v, is_merge, omega, cos, sin, k_pages, v_pages, table, entries, segments, chunks, *,
+    merge_window,
+):  # fmt: skip
+    tiles = chunks.tiles(32)
+    num_tiles, compress = len(tiles.table_X2), is_merge is not None
+    own_k, own_v = (torch.full(k.shape, float("nan"), dtype=k.dtype) for _ in range(2))
+    appends, base = (torch.full((num_tiles, k.shape[1]), -1).int() for _ in range(2))
+    if not compress:
+        base = entries[chunks.table_B3[:, 0].long()].int()
+    sums = torch.full((num_tiles, k.shape[1], 2 * k.shape[2] + 1), float("nan"))
+    entry = torch.full(k.shape[:2], -1).int()
+    call(
+        "prefill_write",
+        PrefillParams(
+            paged(k_pages, v_pages, table, entries),
+            *map(address, (k, v, own_k, own_v, cos, sin, is_merge, omega, chunks.table_B3)),
+            *map(address, (tiles.table_X2, tiles.starts_Y, segments if compress else None)),
+            *map(address, (appends, base, sums, entry)), *k.stride()[:2], *v.stride()[:2],
+            *(0 if x is None else x.stride(0) for x in (cos, sin)), *segments.stride()[:2],
+            len(chunks.rows), num_tiles, k.shape[1], 0 if cos is None else cos.shape[1] // 2,
+            merge_window if compress else 0,
+        ),
+        k.dtype,
+    )  # fmt: skip
+    return (own_k, own_v, entry) if compress else (None, None, entry)
+
+
+def prefill(*args, **options):
+    from megatron_dmc.ops.triton import prefill as triton_prefill
+
+    return triton_prefill.prefill(*args, **options, write=write_chunks)

@@ -50,10 +50,23 @@ def test_train_step(capsys):
 def test_kernels(capsys, tmp_path):
     result = run(
         capsys, "kernels", "--device", "cpu", "--dtype", "bfloat16", "--lengths", "40",
-        "--repeats", "1", "--batches", "3", "--crs", "4", "--output", str(tmp_path),
+        "--repeats", "1", "--batches", "3", "--crs", "4", "--prompts", "40", "--output",
+        str(tmp_path),
     )  # fmt: skip
     assert "say nothing about a GPU" in result["note"]
-    ours = [r for r in result["rows"] if r["variant"] == "torch"]
+    prefill = {(r["op"], r["group"], r["cr"]): r for r in result["rows"] if "prefill" in r["op"]}
+    assert set(prefill) == {
+        (op, group, cr)
+        for op in ("prefill", "prefill attention") for group in (1, 4) for cr in (None, 4.0)
+    }  # fmt: skip
+    for row in prefill.values():
+        assert row["time_over_plain"] > 0 and set(row["errors"]) == {"out", "entries", "segments"}
+    dense = prefill["prefill attention", 1, None]
+    # 4 heads of 64 channels: two products, each with 1 + 2 + ... + 40 keys
+    assert dense["operations"] == 4 * 64 * 4 * 40 * 41 // 2
+    assert prefill["prefill attention", 1, 4.0]["operations"] < 0.5 * dense["operations"]
+    assert dense["time_over_flash"] > 0
+    ours = [r for r in result["rows"] if r["variant"] == "torch" and "prefill" not in r["op"]]
     rows = {(r["op"], r["group"], r["skewed"]): r for r in ours}
     assert len(rows) == len(ours) == 8
     for row in rows.values():

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_dmc.ops import cache_ops, gates, reference
+from megatron_dmc.ops import cache_ops, gates, prefill, reference
 from megatron_dmc.ops.merge import num_kept
 
 NAN = float("nan")
@@ -54,13 +54,14 @@ def make_inputs(num_tokens, num_kv_heads, group, seed=0, dtype=torch.float64):
 
 
 def run_prefill(cache, row, q, k, v, is_merge, omega, freqs, merge_window, tokens):
-    return cache_ops.prefill(
+    chunks = prefill.Chunks.of([row], [len(q[tokens])], "cpu")
+    return prefill.prefill(
         q[tokens], k[tokens], v[tokens],
         None if is_merge is None else is_merge[tokens],
         None if omega is None else omega[tokens],
         None if freqs is None else freqs[tokens],
-        cache.k_pages, cache.v_pages, cache.block_table[row], cache.num_entries[row],
-        cache.segments[row], softmax_scale=SCALE, merge_window=merge_window,
+        cache.k_pages, cache.v_pages, cache.block_table, cache.num_entries, cache.segments, chunks,
+        softmax_scale=SCALE, merge_window=merge_window,
     )  # fmt: skip
 
 

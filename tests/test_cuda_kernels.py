@@ -54,10 +54,11 @@ def host_library(tmp_path_factory):
 @pytest.mark.parametrize("large", ["0", pytest.param("1", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("lazy", ["0", "1"])
 def test_kernels_in_an_emulated_warp(lazy, large, host_library):
-    """Asynchronous copies happen at once, or as late as the kernel's waits allow."""
-    pytest.importorskip("triton")  # shares Triton's file of cases
+    """Asynchronous copies happen at once, or as late as the kernel's waits allow. Prefill has none."""
+    pytest.importorskip("triton")  # shares Triton's files of cases
+    files = ("kernel_cases_decode.py", "kernel_cases_pages.py", "kernel_cases_prefill.py")
     run_cases(
-        "kernel_cases_decode.py", "kernel_cases_pages.py", TRITON_INTERPRET="1", DMC_TESTED_BACKEND="host",
+        *files[: 2 if lazy == "1" else 3], TRITON_INTERPRET="1", DMC_TESTED_BACKEND="host",
         DMC_LAZY_COPIES=lazy, DMC_LARGE_CASES=large, DMC_HOST_LIBRARY=host_library,
     )  # fmt: skip
 
@@ -95,20 +96,21 @@ def test_kernels_compile_without_spills(target, everything, tmp_path):
              "-o", tmp_path / f"{name}.cubin", CSRC / f"{name}.cu"],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
-        for name in ("append", "attention", "release")
+        for name in ("append", "attention", "prefill", "release")
     ]  # fmt: skip
     reports = [compiler.communicate(timeout=500)[0] for compiler in compilers]
-    assert [c.returncode for c in compilers] == [0, 0, 0], "\n".join(reports)
+    assert [c.returncode for c in compilers] == [0, 0, 0, 0], "\n".join(reports)
     found = list(resources("\n".join(reports)))
     for label, registers, shared, spilled in found:
         print(f"sm_{target} {label}: {registers} registers, {shared} bytes of static shared memory")
         assert spilled == 0, f"{label} for sm_{target} uses {spilled} bytes of local memory"
     kinds = {label.split()[0] for label, *_ in found}
-    assert kinds == {
-        "append_kernel", "attend_kernel", "join_kernel", "plan_kernel", "release_kernel"
-    }  # fmt: skip
+    prefill = {"tail_kernel", "carry_kernel", "write_kernel", "keep_kernel"}
+    decode = {"append_kernel", "attend_kernel", "join_kernel", "plan_kernel", "release_kernel"}
+    assert kinds == decode | prefill
+    # append and attend for each kind of page; prefill writes the model's dtype
     dtypes, stored = (2, 3) if everything else (1, 2)
-    assert len(found) == dtypes * (stored * (4 + 7) + 4) + 2
+    assert len(found) == dtypes * (stored * (4 + 7) + 4 + 16) + 2
 
 
 USE_EXTENSION = """
@@ -132,6 +134,11 @@ def tensors(device, dim=128, page=16, dtype=torch.bfloat16):
     entries = torch.zeros(3, 2, dtype=torch.int64, device=device)
     rows = torch.zeros(2, dtype=torch.int64, device=device)
     return q, pages, pages.clone(), table, entries, rows
+
+mutated = [a.name for a in ops.prefill_write.default._schema.arguments
+           if a.alias_info is not None and a.alias_info.is_write]
+assert mutated == ["k_pages", "v_pages", "num_entries", "segments", "appends", "base", "sums", "own_k",
+                   "own_v", "entry"], mutated
 
 with FakeTensorMode():
     q, *cache = tensors("cuda")

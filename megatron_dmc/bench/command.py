@@ -27,7 +27,7 @@ BENCHMARKS = [
     Benchmark(
         "kernels",
         "megatron_dmc.bench.kernels",
-        "decode attention and append over ragged pages against their bytes",
+        "decode attention and append over ragged pages against their bytes, and prefill",
     ),
     Benchmark(
         "train-step",
@@ -74,6 +74,10 @@ def add_benchmarks(parser: argparse.ArgumentParser) -> None:
                 help="tokens over entries (default: 1, 4 and 8, 1 and 4 on a CPU)",
             )  # fmt: skip
             add_kv_cache_dtype(sub)
+            sub.add_argument(
+                "--prompts", type=int, nargs="+", metavar="T",
+                help="tokens of a prompt that is prefilled (default: 4096 and 32768, 512 on a CPU)",
+            )  # fmt: skip
         if benchmark.name == "decode":
             sub.add_argument("--layers", type=int, help="layers (default: 32, 2 on a CPU)")
             sub.add_argument("--batch", type=int, default=4, help="requests (default: 4)")

@@ -1,4 +1,5 @@
-"""The kernels of decoding: attention over ragged pages (K4) and append (K5).
+"""The kernels of the cache: decode attention over ragged pages (K4), append (K5), and prefill (K6), which
+`bench.prefill_kernels` describes.
 
 Regime: one decode step of a layer, page 16, D = 128, 32 query heads (on a CPU less), caches that a
 request of T tokens has at a given CR; heads equally long, or spread as exp(0.6 x), x normal, with the
@@ -32,13 +33,18 @@ from megatron_dmc.bench.measure import (
     finish,
     measure_time,
 )
+from megatron_dmc.bench.prefill_kernels import (
+    PAGE_SIZE,
+    matrix_product_rate,
+    prefill_panel,
+    prefill_rows,
+)
 from megatron_dmc.engine.config import parse_kv_cache_dtype
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import cache_ops
 from megatron_dmc.ops.cache_backend import refusal
 from megatron_dmc.ops.kv_pages import entry_bytes
 
-PAGE_SIZE = 16
 SPREAD = 0.6
 BYTES_OF_LAYERS = 256 << 20
 """What the layers of one measurement hold together at least: several times a chip's cache."""
@@ -218,8 +224,8 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings.from_args(args, gpu=(4096,), cpu=(256,))
     batches = args.batches or ([1, 16, 64, 256] if settings.on_gpu else [2])
     crs = args.crs or ([1.0, 4.0, 8.0] if settings.on_gpu else [1.0, 4.0])
-    if min(batches) < 1 or min(crs) < 1:
-        raise DMCError("--batches and --crs must be at least 1")
+    if min(batches) < 1 or min(crs) < 1 or min(args.prompts or [1]) < 1:
+        raise DMCError("--batches, --crs and --prompts must be at least 1")
     cache_dtype = parse_kv_cache_dtype(args.kv_cache_dtype) or settings.dtype
     heads, dim = (32, 128) if settings.on_gpu else (4, 64)
     bandwidth = copy_bandwidth(settings)
@@ -240,8 +246,18 @@ def run(args: argparse.Namespace) -> int:
                 settings, lengths, group, dim, num_layers=layers_of(settings, needed),
                 bytes_needed=needed, bandwidth=bandwidth, columns=columns,
             )  # fmt: skip
+    prompts = args.prompts or ([4096, 32768] if settings.on_gpu else [512])
+    prefill_crs = args.crs or [1.0, 2.0, 4.0, 8.0]
+    rate = matrix_product_rate(settings)
+    prefilled = []
+    if cache_dtype == settings.dtype:  # 8-bit pages are prefilled by PyTorch
+        prefilled = prefill_rows(
+            settings, prompts, prefill_crs, heads, dim, groups, backends(settings, dim), rate
+        )
     result = document(
-        "kernels", settings, copy_bytes_per_second=bandwidth, lengths=settings.lengths,
-        page_size=PAGE_SIZE, spread=SPREAD, kv_cache_dtype=args.kv_cache_dtype, rows=rows,
+        "kernels", settings, copy_bytes_per_second=bandwidth, product_per_second=rate,
+        lengths=settings.lengths, prompts=prompts, page_size=PAGE_SIZE, spread=SPREAD,
+        kv_cache_dtype=args.kv_cache_dtype, rows=rows + prefilled,
     )  # fmt: skip
-    return finish(result, panels(rows, bandwidth), settings)
+    drawn = [*panels(rows, bandwidth), *([prefill_panel(prefilled)] if prefilled else [])]
+    return finish(result, drawn, settings)

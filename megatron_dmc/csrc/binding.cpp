@@ -7,131 +7,10 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <initializer_list>
-#include <optional>
-
+#include "checks.h"
 #include "kernels.h"
 
 namespace {
-
-using at::ScalarType;
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-constexpr int64_t kAny = -1;
-
-void check_shape(const Tensor& x, const char* name, std::initializer_list<int64_t> sizes) {
-  bool fits = x.dim() == int64_t(sizes.size());
-  int i = 0;
-  for (int64_t size : sizes) {
-    fits = fits && (size == kAny || x.size(i) == size);
-    ++i;
-  }
-  TORCH_CHECK_VALUE(fits, name, " has shape ", x.sizes(), ", expected ",
-                    c10::IntArrayRef(sizes.begin(), sizes.size()), " (-1: any)");
-}
-
-void check_dtype(const Tensor& x, const char* name, ScalarType dtype) {
-  TORCH_CHECK_VALUE(x.scalar_type() == dtype, name, " is ", x.scalar_type(), ", expected ", dtype);
-}
-
-void check_last_dense(const Tensor& x, const char* name) {
-  TORCH_CHECK_VALUE(x.size(-1) <= 1 || x.stride(-1) == 1, name,
-                    ": the last dimension must be dense; call contiguous()");
-}
-
-void check_dense(const Tensor& x, const char* name) {
-  TORCH_CHECK_VALUE(x.is_contiguous(), name, " must be contiguous");
-}
-
-void check_device(const Tensor& x, const char* name, const Tensor& like) {
-  TORCH_CHECK_VALUE(x.is_cuda() && x.device() == like.device(), name, " is on ", x.device(),
-                    "; all tensors must be on one GPU");
-}
-
-void check_indices(const Tensor& x, const char* name, int64_t size) {
-  check_shape(x, name, {size});
-  check_dtype(x, name, ScalarType::Long);
-  check_dense(x, name);
-}
-
-void check_head_dim(int64_t dim) {
-  TORCH_CHECK_VALUE(dim == 64 || dim == 96 || dim == 128 || dim == 256, "head_dim=", dim,
-                    "; the kernels are built for 64, 96, 128 and 256");
-}
-
-dmc::Stored stored_as(const Tensor& pages) {
-  switch (pages.scalar_type()) {
-    case ScalarType::Float8_e4m3fn: return dmc::kE4m3;
-    case ScalarType::Char: return dmc::kInt8;
-    default: return dmc::kNumbers;
-  }
-}
-
-// Checks everything about a layer's cache that the kernels rely on.
-void check_cache(const Tensor& k_pages, const Tensor& v_pages, const OptionalTensor& k_scales,
-                 const OptionalTensor& v_scales, const Tensor& table, const Tensor& entries,
-                 ScalarType dtype, int64_t heads, int64_t dim) {
-  TORCH_CHECK_VALUE(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "dtype ", dtype,
-                    "; the kernels take bfloat16 and float16");
-  check_head_dim(dim);
-  check_shape(k_pages, "k_pages", {kAny, kAny, dim});
-  check_shape(v_pages, "v_pages", {k_pages.size(0), k_pages.size(1), dim});
-  const bool is_8bit = stored_as(k_pages) != dmc::kNumbers;
-  if (!is_8bit) check_dtype(k_pages, "k_pages", dtype);
-  check_dtype(v_pages, "v_pages", k_pages.scalar_type());
-  for (const OptionalTensor* scales : {&k_scales, &v_scales}) {
-    TORCH_CHECK_VALUE(scales->has_value() == is_8bit,
-                      "k_scales, v_scales: given with pages of 8 bits and only with them");
-    if (!is_8bit) continue;
-    check_shape(**scales, "k_scales, v_scales", {k_pages.size(0), k_pages.size(1)});
-    check_dtype(**scales, "k_scales, v_scales", ScalarType::Float);
-    check_dense(**scales, "k_scales, v_scales");
-    check_device(**scales, "k_scales, v_scales", k_pages);
-  }
-  check_dense(k_pages, "k_pages");
-  check_dense(v_pages, "v_pages");
-  const int64_t page = k_pages.size(1);
-  TORCH_CHECK_VALUE(page == 8 || page == 16 || page == 32 || page == 64, "page_size=", page,
-                    "; the kernels take 8, 16, 32 and 64");
-  check_shape(table, "block_table", {kAny, heads, kAny});
-  check_dtype(table, "block_table", ScalarType::Int);
-  check_last_dense(table, "block_table");
-  check_shape(entries, "num_entries", {table.size(0), heads});
-  check_dtype(entries, "num_entries", ScalarType::Long);
-}
-
-template <class T>
-T* data(const Tensor& x) {
-  return static_cast<T*>(x.data_ptr());
-}
-template <class T>
-T* data(const OptionalTensor& x) {
-  return x ? static_cast<T*>(x->data_ptr()) : nullptr;
-}
-
-void copy_strides(int64_t (&to)[2], const Tensor& x) {
-  to[0] = x.stride(0);
-  to[1] = x.stride(1);
-}
-
-dmc::PagedKV paged(const Tensor& k_pages, const Tensor& v_pages, const OptionalTensor& k_scales,
-                   const OptionalTensor& v_scales, const Tensor& table, const Tensor& entries) {
-  return {k_pages.data_ptr(),
-          v_pages.data_ptr(),
-          data<float>(k_scales),
-          data<float>(v_scales),
-          data<int32_t>(table),
-          data<int64_t>(entries),
-          table.stride(0),
-          table.stride(1),
-          entries.stride(0),
-          entries.stride(1),
-          __builtin_ctzll(k_pages.size(1)),
-          int(k_pages.size(2)),
-          int(table.size(2)),
-          stored_as(k_pages)};
-}
 
 void decode_append(const OptionalTensor& q, const Tensor& k, const Tensor& v,
                    const OptionalTensor& is_merge, const OptionalTensor& omega,
@@ -173,26 +52,10 @@ void decode_append(const OptionalTensor& q, const Tensor& k, const Tensor& v,
     check_dense(*omega, "omega");
   }
   TORCH_CHECK_VALUE(!compress || q || is_merge, "gates need q, or is_merge and omega");
-  TORCH_CHECK_VALUE(cos.has_value() == sin.has_value(), "cos and sin go together");
-  if (cos) {
-    check_shape(*cos, "cos", {kAny, kAny});
-    check_shape(*sin, "sin", {cos->size(0), cos->size(1)});
-    TORCH_CHECK_VALUE(cos->size(1) % 2 == 0 && cos->size(1) <= dim, "cos has ", cos->size(1),
-                      " channels; expected an even number up to ", dim);
-    check_dtype(*cos, "cos", dtype);
-    check_dtype(*sin, "sin", dtype);
-    check_last_dense(*cos, "cos");
-    check_last_dense(*sin, "sin");
-  }
+  check_angles(cos, sin, dtype, dim);
   TORCH_CHECK_VALUE(merge_window >= 0, "merge_window=", merge_window, " is negative");
   TORCH_CHECK_VALUE(!compress || segments, "segments are needed when compressing");
-  if (compress) {
-    check_shape(*segments, "segments",
-                {table.size(0), heads, merge_window ? merge_window : 1, 2 * dim + 1});
-    check_dtype(*segments, "segments", ScalarType::Float);
-    TORCH_CHECK_VALUE(segments->stride(3) == 1 && segments->stride(2) == 2 * dim + 1,
-                      "segments: the last two dimensions must be dense");
-  }
+  if (compress) check_segments(*segments, table.size(0), heads, merge_window, dim);
   TORCH_CHECK_VALUE(free_ids.has_value() == free_state.has_value(),
                     "free_page_ids and free_state go together");
   if (free_ids) {
@@ -374,6 +237,117 @@ void release_pages(const Tensor& ids, const Tensor& free_ids, const Tensor& free
   C10_CUDA_CHECK(dmc::launch_release(p, c10::cuda::getCurrentCUDAStream()));
 }
 
+void prefill_write(const Tensor& k, const Tensor& v, const OptionalTensor& is_merge,
+                   const OptionalTensor& omega, const OptionalTensor& cos, const OptionalTensor& sin,
+                   const Tensor& k_pages, const Tensor& v_pages, const Tensor& table,
+                   const Tensor& entries, const OptionalTensor& segments, const Tensor& chunks,
+                   const Tensor& tiles, const Tensor& tile_starts, const OptionalTensor& appends,
+                   const Tensor& base, const OptionalTensor& sums, const OptionalTensor& own_k,
+                   const OptionalTensor& own_v, const Tensor& entry, int64_t merge_window) {
+  check_shape(k, "k", {kAny, kAny, kAny});
+  const int64_t tokens = k.size(0), heads = k.size(1), dim = k.size(2);
+  const ScalarType dtype = k.scalar_type();
+  check_cache(k_pages, v_pages, {}, {}, table, entries, dtype, heads, dim);
+  check_shape(v, "v", {tokens, heads, dim});
+  check_dtype(v, "v", dtype);
+  check_last_dense(k, "k");
+  check_last_dense(v, "v");
+  TORCH_CHECK_VALUE(merge_window >= 0, "merge_window=", merge_window, " is negative");
+  const int64_t num_chunks = chunks.size(0), num_tiles = tiles.size(0);
+  const bool compress = is_merge.has_value();
+  const auto check_ints = [](const Tensor& x, const char* name,
+                             std::initializer_list<int64_t> sizes) {
+    check_shape(x, name, sizes);
+    check_dtype(x, name, ScalarType::Int);
+    check_dense(x, name);
+  };
+  check_ints(chunks, "chunks", {kAny, 3});
+  check_ints(tiles, "tiles", {kAny, 2});
+  check_ints(tile_starts, "tile_starts", {num_chunks + 1});
+  check_ints(base, "base", {compress ? num_tiles : num_chunks, heads});
+  check_ints(entry, "entry", {tokens, heads});
+  TORCH_CHECK_VALUE(compress == omega.has_value() && compress == segments.has_value() &&
+                        compress == appends.has_value() && compress == sums.has_value() &&
+                        compress == own_k.has_value() && compress == own_v.has_value(),
+                    "is_merge, omega, segments, appends, sums, own_k and own_v go together");
+  if (compress) {
+    check_shape(*is_merge, "is_merge", {tokens, heads});
+    check_dtype(*is_merge, "is_merge", ScalarType::Bool);
+    check_dense(*is_merge, "is_merge");
+    check_shape(*omega, "omega", {tokens, heads});
+    check_dtype(*omega, "omega", ScalarType::Float);
+    check_dense(*omega, "omega");
+    check_segments(*segments, table.size(0), heads, merge_window, dim);
+    check_ints(*appends, "appends", {num_tiles, heads});
+    check_shape(*sums, "sums", {merge_window ? kAny : num_tiles, heads, 2 * dim + 1});
+    check_dtype(*sums, "sums", ScalarType::Float);
+    check_dense(*sums, "sums");
+    for (const OptionalTensor* x : {&own_k, &own_v}) {
+      check_shape(**x, "own_k, own_v", {tokens, heads, dim});
+      check_dtype(**x, "own_k, own_v", dtype);
+      check_dense(**x, "own_k, own_v");
+    }
+  }
+  check_angles(cos, sin, dtype, dim);
+  if (cos) check_shape(*cos, "cos", {tokens, kAny});
+  const Tensor* all[] = {&k,      &v,      &k_pages, &v_pages,     &table, &entries,
+                         &chunks, &tiles,  &tile_starts, &base, &entry};
+  const char* names[] = {"k",      "v",     "k_pages",     "v_pages", "block_table", "num_entries",
+                         "chunks", "tiles", "tile_starts", "base",    "entry"};
+  for (int i = 0; i < 11; ++i) check_device(*all[i], names[i], k);
+  const OptionalTensor* optional[] = {&is_merge, &omega, &cos,   &sin,  &segments,
+                                      &appends,  &sums,  &own_k, &own_v};
+  const char* optional_names[] = {"is_merge", "omega", "cos",   "sin",  "segments",
+                                  "appends",  "sums",  "own_k", "own_v"};
+  for (int i = 0; i < 9; ++i) {
+    if (*optional[i]) check_device(**optional[i], optional_names[i], k);
+  }
+
+  const auto launch = [&](auto type) {
+    using T = decltype(type);
+    dmc::PrefillParams<T> p{};
+    p.kv = paged(k_pages, v_pages, {}, {}, table, entries);
+    p.k_TGD = data<T>(k);
+    p.v_TGD = data<T>(v);
+    p.own_k_TGD = data<T>(own_k);
+    p.own_v_TGD = data<T>(own_v);
+    p.cos_TF = data<T>(cos);
+    p.sin_TF = data<T>(sin);
+    p.is_merge_TG = data<uint8_t>(is_merge);
+    p.omega_TG = data<float>(omega);
+    p.chunks_B3 = data<int32_t>(chunks);
+    p.tiles_X2 = data<int32_t>(tiles);
+    p.starts_Y = data<int32_t>(tile_starts);
+    p.segments_RGUA = data<float>(segments);
+    p.appends_XG = data<int32_t>(appends);
+    p.base_XG = data<int32_t>(base);
+    p.sums_XGA = data<float>(sums);
+    p.entry_TG = data<int32_t>(entry);
+    copy_strides(p.k_stride, k);
+    copy_strides(p.v_stride, v);
+    if (cos) {
+      p.cos_stride = cos->stride(0);
+      p.sin_stride = sin->stride(0);
+      p.half = int(cos->size(1) / 2);
+    }
+    if (compress) {
+      p.segments_row_stride = segments->stride(0);
+      p.segments_head_stride = segments->stride(1);
+    }
+    p.num_chunks = int(num_chunks);
+    p.num_tiles = int(num_tiles);
+    p.num_kv_heads = int(heads);
+    p.merge_window = int(merge_window);
+    C10_CUDA_CHECK(dmc::launch_prefill_write(p, c10::cuda::getCurrentCUDAStream()));
+  };
+  const c10::cuda::CUDAGuard guard(k.device());
+  if (dtype == ScalarType::BFloat16) {
+    launch(dmc::bf16{});
+  } else {
+    launch(dmc::fp16{});
+  }
+}
+
 int64_t count_workers(int64_t head_dim, const Tensor& pages) {
   check_head_dim(head_dim);
   int count = 0;
@@ -390,6 +364,12 @@ TORCH_LIBRARY(megatron_dmc, m) {
       "Tensor(h!)? k_scales, Tensor(i!)? v_scales, Tensor(c!) block_table, Tensor(d!) num_entries, Tensor(e!)? segments, Tensor rows, "
       "Tensor? free_page_ids, Tensor(f!)? free_state, Tensor(g!)? q_out, bool compress, "
       "bool may_merge, float alpha_offset, int merge_window) -> ()");
+  m.def(
+      "prefill_write(Tensor k, Tensor v, Tensor? is_merge, Tensor? omega, Tensor? cos, Tensor? sin, "
+      "Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor block_table, Tensor(c!) num_entries, "
+      "Tensor(d!)? segments, Tensor chunks, Tensor tiles, Tensor tile_starts, Tensor(e!)? appends, "
+      "Tensor(f!) base, Tensor(g!)? sums, Tensor(h!)? own_k, Tensor(i!)? own_v, Tensor(j!) entry, "
+      "int merge_window) -> ()");
   m.def("plan(Tensor num_entries, Tensor rows, Tensor(a!) plan, int ahead) -> ()");
   m.def(
       "paged_decode_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor? k_scales, "
@@ -404,6 +384,7 @@ TORCH_LIBRARY(megatron_dmc, m) {
 // For every device, so that a wrong one is refused in words.
 TORCH_LIBRARY_IMPL(megatron_dmc, CompositeExplicitAutograd, m) {
   m.impl("decode_append", &decode_append);
+  m.impl("prefill_write", &prefill_write);
   m.impl("plan", &plan);
   m.impl("count_workers", &count_workers);
   m.impl("paged_decode_attention", &paged_decode_attention);

@@ -5,6 +5,7 @@
 
 #include "dmc/append.h"
 #include "dmc/attention.h"
+#include "dmc/prefill.h"
 #include "dmc/release.h"
 
 namespace dmc {
@@ -12,6 +13,10 @@ namespace dmc {
 // head_dim is 64, 96, 128 or 256.
 template <class T>
 cudaError_t launch_append(const AppendParams<T>& p, cudaStream_t stream);
+
+// As many launches as kernels; head_dim as above.
+template <class T>
+cudaError_t launch_prefill_write(const PrefillParams<T>& p, cudaStream_t stream);
 
 cudaError_t launch_plan(const PlanParams& p, cudaStream_t stream);
 

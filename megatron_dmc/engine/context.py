@@ -29,6 +29,7 @@ from megatron_dmc.engine.request import Request
 from megatron_dmc.engine.scheduler import NO_PREFIX, CachedPrefix
 from megatron_dmc.ops import cache_ops, eviction_cache, gates
 from megatron_dmc.ops.merge import num_kept
+from megatron_dmc.ops.prefill import Chunks, prefill
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,21 @@ class _Piece:
 
     row: int
     first: int
-    """Its first token within the packed tokens."""
+    """Its first token within the packed tokens, those of single tokens left out."""
     start: int
     num_tokens: int
     snapshot: Snapshot | None
+
+
+@dataclass
+class _Round:
+    """Pieces of different requests, prefilled in one call: of each the first that is not done yet."""
+
+    pieces: list[_Piece]
+    chunks: Chunks
+    tokens: slice | Tensor
+    """Their tokens within the packed tokens, those of single tokens left out."""
+    positions: Tensor
 
 
 class PagedContext(BaseInferenceContext):
@@ -168,13 +180,14 @@ class PagedContext(BaseInferenceContext):
             )  # fmt: skip
         self.num_queried_tokens = self.num_hit_tokens = 0
         self.num_repeated_decisions = self.num_flipped_decisions = 0
-        self._count_flips = count_flips and self.segments is not None and rule.may_merge
+        merges = rule is not None and rule.eviction_delay is None and rule.may_merge
+        self._count_flips = count_flips and merges
         self._is_merge_L: list[Tensor] = []
         self._angles: tuple[Tensor, Tensor, Tensor] | None = None
         self._num_ranks, self._sum_over_ranks = num_ranks, sum_over_ranks
         self._backend = backend
         self._chunks: list[PackedChunk] = []
-        self._prefills: list[_Piece] = []
+        self._prefills: list[_Round] = []
         self._snapshots: list[Snapshot] = []
         self._like = torch.empty(0, head_dim, dtype=dtype, device=device)
         self._rows_B = self._positions_B = torch.zeros(0, dtype=torch.int64, device=device)
@@ -279,16 +292,21 @@ class PagedContext(BaseInferenceContext):
         self.tables.begin_step([c.row for c in chunks], [c.num_tokens for c in chunks])
         self._chunks = list(chunks)
         self._is_merge_L, self._snapshots, self._prefills = [], [], []
+        rounds: list[list[_Piece]] = []
         first = 0
         for chunk in chunks:
-            # One token, with or without a past, is decoded; the rest is prefilled piece by piece.
+            # One token, with or without a past, is decoded; the rest is prefilled, all requests
+            # together, but for the cuts where snapshots are taken.
             pieces = self._pieces(chunk, first)
-            if chunk.num_tokens > 1:
-                self._prefills += pieces
-            else:
-                assert not self._prefills, "a single token behind a longer chunk"
             self._snapshots += [p.snapshot for p in pieces if p.snapshot is not None]
-            first += chunk.num_tokens
+            if chunk.num_tokens > 1:
+                rounds.extend([] for _ in range(len(pieces) - len(rounds)))
+                for of_round, piece in zip(rounds, pieces, strict=False):
+                    of_round.append(piece)
+                first += chunk.num_tokens
+            else:
+                assert not rounds, "a single token behind a longer chunk"
+        self._prefills = [self._round(of_round) for of_round in rounds]
 
     def set_decode(self, rows_B: Tensor, positions_B: Tensor) -> None:
         """The requests with one token in this run of the model, the first ones of the packed tokens.
@@ -297,6 +315,20 @@ class PagedContext(BaseInferenceContext):
             rows_B, positions_B: int64, on the device; row -1 is padding.
         """
         self._rows_B, self._positions_B, self._plans_L = rows_B, positions_B, None
+
+    def _round(self, pieces: list[_Piece]) -> _Round:
+        device, last = self.tables.num_entries_LRG.device, pieces[-1]
+        sizes = [p.num_tokens for p in pieces]
+        first, end = pieces[0].first, last.first + last.num_tokens
+        tokens: slice | Tensor = slice(first, end)
+        if end - first > sum(sizes):  # others lie between them
+            parts = [torch.arange(p.first, p.first + p.num_tokens) for p in pieces]
+            tokens = torch.cat(parts).to(device)
+        positions = [torch.arange(p.start, p.start + p.num_tokens) for p in pieces]
+        return _Round(
+            pieces, Chunks.of([p.row for p in pieces], sizes, device), tokens,
+            torch.cat(positions).to(device),
+        )  # fmt: skip
 
     def _pieces(self, chunk: PackedChunk, first: int) -> list[_Piece]:
         """Cut a chunk behind every token where a snapshot is to be taken."""
@@ -325,7 +357,7 @@ class PagedContext(BaseInferenceContext):
         """Keep the snapshots, and start to copy the counters, which `settle` reads."""
         late = []
         if self.prefixes is not None:
-            captured = {id(piece.snapshot) for piece in self._prefills}
+            captured = {id(piece.snapshot) for part in self._prefills for piece in part.pieces}
             for snapshot in self._snapshots:
                 if id(snapshot) not in captured:
                     self.prefixes.capture(snapshot, slice(None))
@@ -384,7 +416,7 @@ class PagedContext(BaseInferenceContext):
         if self._evicting is not None:
             return self._evict(layer_index, q_TND, k_TGD, v_TGD, freqs_SF, softmax_scale)
         num_singles = self._rows_B.shape[0]
-        num_prefilled = sum(piece.num_tokens for piece in self._prefills)
+        num_prefilled = sum(sum(part.chunks.num_tokens) for part in self._prefills)
         assert q_TND.shape[0] == num_singles + num_prefilled, "not this step's tokens"
         if self.rings is not None:
             return self._attend_evicting(layer_index, q_TND, k_TGD, v_TGD, freqs_SF, softmax_scale)
@@ -396,29 +428,27 @@ class PagedContext(BaseInferenceContext):
             out[single] = self._decode(
                 layer_index, q_TND[single], k_TGD[single], v_TGD[single], freqs_SF, softmax_scale
             )
-        is_merge, omega = self._gates(q_TND[num_singles:], k_TGD[num_singles:])
+        q, k, v = (x[num_singles:] for x in (q_TND, k_TGD, v_TGD))
+        is_merge, omega = self._gates(q, k)
         if self._count_flips and is_merge is not None:
             self._is_merge_L.append(is_merge)
         tables, pool = self.tables, self.pool
         segments = None if self.segments is None else self.segments.state_LRGUA[layer_index]
-        for piece in self._prefills:
-            span = slice(piece.first, piece.first + piece.num_tokens)
-            gated = slice(span.start - num_singles, span.stop - num_singles)
-            positions = slice(piece.start, piece.start + piece.num_tokens)
-            out[span] = cache_ops.prefill(
-                q_TND[span], k_TGD[span], v_TGD[span],
-                None if is_merge is None else is_merge[gated],
-                None if omega is None else omega[gated],
-                None if freqs_SF is None else freqs_SF[positions],
-                pool.k_pages_PSD, pool.v_pages_PSD,
-                tables.page_ids_LRGM[layer_index, piece.row],
-                tables.num_entries_LRG[layer_index, piece.row],
-                None if segments is None else segments[piece.row],
+        for part in self._prefills:
+            at = part.tokens
+            out[num_singles:][at] = prefill(
+                q[at], k[at], v[at],
+                None if is_merge is None else is_merge[at],
+                None if omega is None else omega[at],
+                None if freqs_SF is None else freqs_SF[part.positions],
+                pool.k_pages_PSD, pool.v_pages_PSD, tables.page_ids_LRGM[layer_index],
+                tables.num_entries_LRG[layer_index], segments, part.chunks,
                 softmax_scale=softmax_scale, merge_window=self._window,
                 free_pages=pool.free_pages, backend=self._backend,
             )  # fmt: skip
-            if piece.snapshot is not None and self.prefixes is not None:
-                self.prefixes.capture(piece.snapshot, slice(layer_index, layer_index + 1))
+            for piece in part.pieces:
+                if piece.snapshot is not None and self.prefixes is not None:
+                    self.prefixes.capture(piece.snapshot, slice(layer_index, layer_index + 1))
         return out
 
     def _evict(
@@ -513,8 +543,9 @@ class PagedContext(BaseInferenceContext):
                 cache_ops.rotate_query(q_TND[single], freqs_BF, compress=True), *pages, table_RGM,
                 num_entries_RG, softmax_scale=softmax_scale, rows_B=rows_B, backend=self._backend,
             )  # fmt: skip
-        for piece in self._prefills:
-            span = slice(piece.first, piece.first + piece.num_tokens)
+        for piece in (piece for part in self._prefills for piece in part.pieces):
+            first = num_singles + piece.first
+            span = slice(first, first + piece.num_tokens)
             freqs_TF = None
             if freqs_SF is not None:
                 freqs_TF = freqs_SF[piece.start : piece.start + piece.num_tokens]

@@ -289,3 +289,56 @@ def masked_attention(
     kernel = choose_kernel(q, k, v, causal=False)
     out, lse, _ = kernel.forward(q, k, v, softmax_scale, False)
     return out[0].transpose(0, 1), lse[0].T.to(acc)
+
+
+_QUERY_BLOCK = 128
+
+
+def compacted_attention(
+    q_TND: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    k_GED: Tensor,
+    v_GED: Tensor,
+    entry_TG: Tensor,
+    *,
+    softmax_scale: float,
+) -> Tensor:
+    """Every query attends to the entries below its own one, and to its own state in place of that.
+
+    The entries alone are keys: E of them where `chunk_attention` has T states. Memory is that of a block
+    of queries' scores, so linear in E.
+
+    Args:
+        q_TND: rotated queries, the borrowed channel zero.
+        k_TGD, v_TGD: each token's state: rotated merged keys, merged values.
+        k_GED, v_GED: entries; finite everywhere. E is at least the largest of `entry_TG`.
+        entry_TG: int64, the entry that the token's segment is, not falling with T.
+
+    Returns:
+        out_TND in the queries' dtype, computed in float32 (float64).
+    """
+    num_tokens, num_kv_heads = entry_TG.shape
+    acc = torch.float64 if q_TND.dtype == torch.float64 else torch.float32
+    keys_GDE, values = k_GED.to(acc).transpose(1, 2), v_GED.to(acc)
+    indices = torch.arange(keys_GDE.shape[2], device=q_TND.device)
+    out = torch.empty_like(q_TND)
+    for first in range(0, num_tokens, _QUERY_BLOCK):
+        at = slice(first, first + _QUERY_BLOCK)
+        entry = entry_TG[at]
+        # all queries of the block see the entries below `low`, none those from `high` on
+        low, high = int(entry[0].min()), int(entry[-1].max())
+        q = softmax_scale * q_TND[at].unflatten(1, (num_kv_heads, -1)).to(acc)
+        own = (q * k_TGD[at, :, None].to(acc)).sum(-1).transpose(0, 1)
+        q = q.transpose(0, 1)  # (G, T, R, D)
+        scores = (q.flatten(1, 2) @ keys_GDE[..., :high]).unflatten(1, q.shape[1:3])
+        hidden = indices[low:high] >= entry.T[..., None]
+        scores[..., low:].masked_fill_(hidden[:, :, None], float("-inf"))
+        most = own if high == 0 else torch.maximum(own, scores.amax(-1))
+        weights = scores.sub_(most[..., None]).exp_()
+        own = torch.exp(own - most)
+        total = own + weights.sum(-1)
+        attended = (weights.flatten(1, 2) @ values[:, :high]).unflatten(1, q.shape[1:3])
+        attended += own[..., None] * v_TGD[at].to(acc).transpose(0, 1)[:, :, None]
+        out[at] = (attended / total[..., None]).transpose(0, 1).flatten(1, 2)
+    return out

@@ -144,7 +144,7 @@ def choose_page_backend(backend: str | None, x: Tensor) -> Backend:
     return "triton" if importlib.util.find_spec("triton") else "torch"
 
 
-def kernels(backend: Backend) -> ModuleType:
-    """The module with a backend's `decode_append`, `plan`, `paged_decode_attention` and
-    `release_pages`."""
-    return importlib.import_module(f"megatron_dmc.ops.{backend}.decode")
+def kernels(backend: Backend, of: Literal["decode", "prefill"] = "decode") -> ModuleType:
+    """A backend's module of decoding, with `decode_append`, `plan`, `paged_decode_attention` and
+    `release_pages`, or of prefill, with `prefill`, `write_chunks` and `attend_chunks`."""
+    return importlib.import_module(f"megatron_dmc.ops.{backend}.{of}")

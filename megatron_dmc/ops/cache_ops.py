@@ -1,4 +1,5 @@
-"""What attention does with a paged cache: decode and prefill. docs/method.md, section 6.
+"""What attention does with a paged cache in decoding; `ops.prefill` has the rest. docs/method.md,
+section 6.
 
 Dimension letters: T tokens of a chunk, B requests that decode together, R rows of per-request
 storage (request slots), N query heads, G key/value heads, D head dim, E cache entries, P pages,
@@ -16,10 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops import gates, page_ops
-from megatron_dmc.ops.attention import chunk_attention, join_by_lse, masked_attention
 from megatron_dmc.ops.cache_backend import FreePages, choose_backend, kernels
-from megatron_dmc.ops.kv_pages import Pages, as_stored, load, store
-from megatron_dmc.ops.merge import continue_merge
+from megatron_dmc.ops.kv_pages import Pages, load, store
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -376,92 +375,3 @@ def paged_decode_attention(
     scores = scores.masked_fill(~is_entry[:, None], torch.finfo(acc).min)
     out = scores.softmax(-1) @ v
     return out.unflatten(0, (batch, num_kv_heads)).flatten(1, 2).to(q_BND.dtype)
-
-
-def prefill(
-    q_TND: Tensor,
-    k_TGD: Tensor,
-    v_TGD: Tensor,
-    is_merge_TG: Tensor | None,
-    omega_TG: Tensor | None,
-    freqs_TF: Tensor | None,
-    k_pages_PSD: Pages,
-    v_pages_PSD: Pages,
-    block_table_GM: Tensor,
-    num_entries_G: Tensor,
-    segments_GUA: Tensor | None,
-    *,
-    softmax_scale: float,
-    merge_window: int = 0,
-    free_pages: FreePages | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """A chunk of one request's tokens in parallel, continuing from what the cache holds: any chunking
-    gives what decoding the tokens one at a time gives, with 8-bit pages too: a token sees its chunk's
-    states as a cache would give them back. Only the last state of each segment is written.
-
-    Mutates `k_pages_PSD, v_pages_PSD`, `num_entries_G` and `segments_GUA` (views of the request's
-    rows); with `free_pages` also `block_table_GM` (pages for new entries) and `free_pages.state`.
-
-    Args:
-        q_TND, k_TGD: unrotated; the borrowed channel is ignored when compressing. v_TGD: values.
-        is_merge_TG: bool; the first row is ignored where a head has no entry yet. None: plain cache.
-        omega_TG: importances; None with `is_merge_TG`.
-        freqs_TF: RoPE angles of the tokens' positions, or None.
-        block_table_GM: without `free_pages` it holds a page for every entry that the chunk may write.
-        num_entries_G, segments_GUA: the state before the chunk; `segments` may be None in plain mode.
-        merge_window: W; 0 is unlimited.
-
-    Returns:
-        out_TND in the queries' dtype.
-    """
-    choose_backend(backend, q_TND, k_pages_PSD.shape[1])  # so far all run the same PyTorch
-    num_tokens, num_kv_heads = k_TGD.shape[:2]
-    if num_tokens == 0:
-        return torch.zeros_like(q_TND)
-    page_size = k_pages_PSD.shape[1]
-    num_cached = num_entries_G.clone()
-    if is_merge_TG is None:
-        is_merge = None
-        k, v = apply_rope(k_TGD, freqs_TF), v_TGD
-        num_visible = num_cached
-        is_append = torch.ones(num_tokens, num_kv_heads, dtype=torch.bool, device=k.device)
-    else:
-        assert segments_GUA is not None and omega_TG is not None
-        starts = is_merge_TG[:1] & (num_cached > 0)
-        is_merge = torch.cat([starts, is_merge_TG[1:]])
-        k, v, segment = continue_merge(
-            zero_borrowed_channel(k_TGD), v_TGD, is_merge, omega_TG, segments_GUA,
-            merge_window=merge_window,
-        )  # fmt: skip
-        segments_GUA.copy_(segment)
-        k = zero_borrowed_channel(apply_rope(k, freqs_TF))
-        # the open entry is superseded by the chunk's first state if that merged into it
-        num_visible = num_cached - starts[0].to(num_cached.dtype)
-        is_append = ~is_merge
-
-    q = rotate_query(q_TND, freqs_TF, compress=is_merge is not None)
-    out, lse = chunk_attention(
-        q, as_stored(k, k_pages_PSD), as_stored(v, v_pages_PSD), is_merge,
-        softmax_scale=softmax_scale,
-    )  # fmt: skip
-    old_k, old_v, is_entry = read_entries(
-        k_pages_PSD, v_pages_PSD, block_table_GM, num_visible, q.dtype
-    )
-    if old_k.shape[1]:
-        # a plain cache is equally long in every head: nothing to hide
-        assert is_merge is not None or bool(is_entry.all())
-        old_out, old_lse = masked_attention(
-            q, old_k, old_v, None if is_merge is None else is_entry, softmax_scale=softmax_scale
-        )
-        out, _ = join_by_lse(out, lse, old_out, old_lse)
-
-    entry_TG = num_cached + is_append.cumsum(0) - 1
-    is_last = torch.cat([is_append[1:], torch.ones_like(is_append[:1])])
-    if free_pages is not None:
-        page_ops.take_for_entries(block_table_GM, entry_TG[-1] + 1, page_size, free_pages)
-    slots_GT = slots_of_entries(block_table_GM, entry_TG.T, page_size)
-    slots_TG = torch.where(is_last, slots_GT.T, -1)
-    write_entries(k_pages_PSD, v_pages_PSD, slots_TG.flatten(), k.flatten(0, 1), v.flatten(0, 1))
-    num_entries_G.copy_(entry_TG[-1] + 1)
-    return out

@@ -5,6 +5,7 @@
 
 #include "dmc/append.h"
 #include "dmc/attention.h"
+#include "dmc/prefill.h"
 #include "dmc/release.h"
 
 namespace {
@@ -62,6 +63,35 @@ int append_any(const dmc::AppendParams<T>& p) {
   }
 }
 
+template <class T, int kHeadDim>
+void prefill_write(const dmc::PrefillParams<T>& p) {
+  const int tiles = p.num_tiles * p.num_kv_heads, heads = p.num_chunks * p.num_kv_heads;
+  if (p.is_merge_TG) {
+    emulator::launch(tiles, dmc::kWarp,
+                     [&] { dmc::sum_tail<T, kHeadDim>(p, dmc::block_index()); });
+    const int parts =
+        p.merge_window ? 1 : (2 * kHeadDim + dmc::kCarryThreads) / dmc::kCarryThreads;
+    emulator::launch(heads * parts, dmc::kCarryThreads, [&] { dmc::carry_sums<T, kHeadDim>(p); });
+  }
+  emulator::launch(tiles, dmc::kWarp,
+                   [&] { dmc::write_tile<T, kHeadDim>(p, dmc::block_index()); });
+  if (p.is_merge_TG && p.merge_window) {
+    emulator::launch(heads, dmc::kWarp,
+                     [&] { dmc::keep_latest<T, kHeadDim>(p, dmc::block_index()); });
+  }
+}
+
+template <class T>
+int prefill_write_any(const dmc::PrefillParams<T>& p) {
+  switch (p.kv.head_dim) {
+    case 64: prefill_write<T, 64>(p); return 0;
+    case 96: prefill_write<T, 96>(p); return 0;
+    case 128: prefill_write<T, 128>(p); return 0;
+    case 256: prefill_write<T, 256>(p); return 0;
+    default: return 1;
+  }
+}
+
 template <class T>
 int append_any(const dmc::AppendParams<T>& p) {
   switch (p.kv.stored) {
@@ -101,6 +131,8 @@ int append_bf16(const dmc::AppendParams<dmc::bf16>* p) { return append_any(*p); 
 int append_fp16(const dmc::AppendParams<dmc::fp16>* p) { return append_any(*p); }
 int attend_bf16(const dmc::AttentionParams<dmc::bf16>* p) { return attend_any(*p); }
 int attend_fp16(const dmc::AttentionParams<dmc::fp16>* p) { return attend_any(*p); }
+int prefill_write_bf16(const dmc::PrefillParams<dmc::bf16>* p) { return prefill_write_any(*p); }
+int prefill_write_fp16(const dmc::PrefillParams<dmc::fp16>* p) { return prefill_write_any(*p); }
 int plan(const dmc::PlanParams* p) {
   int shared[8];
   emulator::launch(p->num_layers, 64, [&] { dmc::plan_layer(*p, shared); });
@@ -117,7 +149,7 @@ void set_lazy_copies(int lazy) { emulator::lazy_copies = lazy != 0; }
 int sizes(int which) {
   const size_t all[] = {sizeof(dmc::AppendParams<dmc::bf16>),
                         sizeof(dmc::AttentionParams<dmc::bf16>), sizeof(dmc::PlanParams),
-                        sizeof(dmc::ReleaseParams)};
+                        sizeof(dmc::ReleaseParams), sizeof(dmc::PrefillParams<dmc::bf16>)};
   return int(all[which]);
 }
 }

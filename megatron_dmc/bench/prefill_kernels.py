@@ -1,0 +1,187 @@
+"""The kernels of prefill (K6): attention alone, and the whole op with merge scan and page write.
+
+Regime: one request's prompt of T tokens in one chunk, page 16, D = 128, 32 query heads (on a CPU less),
+decisions drawn at random at a given CR, the same in every head. Metric: median milliseconds, over the
+same op without DMC (a plain cache) and over a dense causal flash kernel on contiguous tensors; the
+products that attention cannot do without per second, over those of a large matrix product in this run.
+The op is compared with the specification before it is timed.
+
+Dimension letters as in `ops.prefill`.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_dmc.bench import decode_case, prefill_case
+from megatron_dmc.bench.measure import Panel, Settings, as_row, measure_time
+from megatron_dmc.ops import cache_ops, prefill
+from megatron_dmc.ops.attention import causal_attention
+from megatron_dmc.ops.cache_backend import kernels
+from megatron_dmc.ops.prefill import Chunks
+
+CHECKED_TOKENS = 600
+PAGE_SIZE = 16
+
+
+def matrix_product_rate(settings: Settings) -> float:
+    """Floating-point operations per second of a large matrix product in the settings' dtype."""
+    size = 8192 if settings.on_gpu else 512
+    a, b = (torch.randn(size, size, device=settings.device, dtype=settings.dtype) for _ in range(2))
+    timing = measure_time(lambda: a @ b, settings.device, repeats=max(settings.repeats, 5))
+    return 2 * size**3 / (timing.median_ms / 1e3)
+
+
+class _Prompt:
+    """One request's prompt, and an empty cache with the pages that it needs."""
+
+    def __init__(
+        self, settings: Settings, num_tokens: int, num_kv_heads: int, group: int, dim: int,
+        cr: float | None, seed: int = 0,
+    ):  # fmt: skip
+        make: dict[str, Any] = dict(dtype=settings.dtype, device=settings.device)
+        self.chunks = Chunks.of([0], [num_tokens], settings.device)
+        self.q, self.k, self.v = decode_case.random_heads(
+            num_tokens, [num_kv_heads * group, num_kv_heads, num_kv_heads], dim, seed=seed, **make
+        )
+        self.is_merge = self.omega = None
+        if cr is not None:
+            self.is_merge, self.omega = prefill_case.random_decisions(
+                num_tokens, [1 - 1 / cr] * num_kv_heads, device=settings.device, seed=seed
+            )
+        frequency = 10000.0 ** (-torch.arange(dim // 2, device=settings.device) / (dim / 2))
+        half = torch.arange(num_tokens, device=settings.device)[:, None] * frequency
+        self.freqs = torch.cat([half, half], dim=-1)
+        width = -(-num_tokens // PAGE_SIZE)
+        self.cache = decode_case.random_cache(
+            torch.zeros(1, num_kv_heads, dtype=torch.int64), dim=dim, page_size=PAGE_SIZE,
+            room=width, num_free=width * num_kv_heads, seed=seed, **make,
+        )  # fmt: skip
+        self.scale = dim**-0.5
+
+    def check(self, backend: str) -> dict[str, float]:
+        """Errors of the op; see `prefill_case.check_prefill`."""
+
+        def run(*args: Any, **options: Any) -> Tensor:
+            return prefill.prefill(*args, **options, backend=backend)
+
+        return prefill_case.check_prefill(
+            run, [self.q, self.k, self.v], self.is_merge, self.omega, self.freqs, self.cache, self.chunks,
+            softmax_scale=self.scale,
+        )  # fmt: skip
+
+    def whole(self, backend: str) -> Callable[[], Tensor]:
+        """The op on the empty cache."""
+        cache = self.cache
+        new_BG = prefill.new_entries(self.is_merge, cache.num_entries_RG, self.chunks)
+        prefill_case.give_pages(cache, new_BG, self.chunks)
+
+        def run() -> Tensor:
+            cache.num_entries_RG.zero_()
+            return prefill.prefill(
+                self.q, self.k, self.v, self.is_merge, self.omega, self.freqs, cache.k_pages_PSD,
+                cache.v_pages_PSD, cache.block_table_RGM, cache.num_entries_RG,
+                cache.segments_RGUA, self.chunks, softmax_scale=self.scale, backend=backend,
+            )  # fmt: skip
+
+        return run
+
+    def attention(self, backend: str) -> tuple[Callable[[], Tensor], int]:
+        """Attention alone, after the write, for which `whole` has given the pages; and the operations
+        of its products."""
+        q, k, v = self.q, self.k, self.v
+        cache, dim = self.cache, q.shape[2]
+        cache.num_entries_RG.zero_()
+        pages = (cache.k_pages_PSD, cache.v_pages_PSD)
+        if backend == "torch":
+            written = prefill.write_chunk(
+                k, v, self.is_merge, self.omega, self.freqs, *pages, cache.block_table_RGM[0],
+                cache.num_entries_RG[0], cache.segments_RGUA[0], merge_window=0,
+            )  # fmt: skip
+            entry_TG = written.entry_TG
+
+            def run() -> Tensor:
+                return prefill.attend_chunk(
+                    q, written, self.freqs, *pages, cache.block_table_RGM[0],
+                    softmax_scale=self.scale,
+                )  # fmt: skip
+        else:
+            cos, sin = cache_ops.cosine_and_sine(self.freqs, q.dtype)
+            module = kernels(backend, "prefill")  # type: ignore[arg-type]
+            own_k, own_v, entry_TG = module.write_chunks(
+                k, v, self.is_merge, self.omega, cos, sin, *pages, cache.block_table_RGM,
+                cache.num_entries_RG, cache.segments_RGUA, self.chunks, merge_window=0,
+            )  # fmt: skip
+
+            def run() -> Tensor:
+                attended: Tensor = module.attend_chunks(
+                    q, own_k, own_v, entry_TG, cos, sin, *pages, cache.block_table_RGM, self.chunks,
+                    softmax_scale=self.scale,
+                )  # fmt: skip
+                return attended
+
+        group = q.shape[1] // k.shape[1]
+        return run, 4 * dim * group * int((entry_TG.long() + 1).sum())
+
+
+def _flash(prompt: _Prompt) -> Callable[[], Tensor]:
+    q, k, v = (x[:, None] for x in (prompt.q, prompt.k, prompt.v))
+    return lambda: causal_attention(q, k, v)
+
+
+def prefill_rows(
+    settings: Settings, lengths: list[int], crs: list[float], heads: int, dim: int,
+    groups: tuple[int, ...], backends: list[str], rate: float,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows of the table for every length, group and backend: without DMC, and at each CR."""
+    rows: list[dict[str, Any]] = []
+    cases = list(itertools.product(lengths, groups, backends))
+    for num_tokens, group, backend in tqdm(cases, disable=None, leave=False):
+        shape = (heads // group, group, dim)
+        plain: dict[str, float] = {}
+        flash = None
+        for cr in (None, *crs):
+            checked = _Prompt(settings, min(num_tokens, CHECKED_TOKENS), *shape, cr, seed=1)
+            errors = checked.check(backend)
+            prompt = _Prompt(settings, num_tokens, *shape, cr)
+            if flash is None:
+                flash = measure_time(_flash(prompt), settings.device, repeats=settings.repeats)
+            whole = prompt.whole(backend)
+            attention, operations = prompt.attention(backend)
+            for op, function in (("prefill attention", attention), ("prefill", whole)):
+                timing = measure_time(function, settings.device, repeats=settings.repeats)
+                row = as_row(
+                    timing, op=op, variant=backend, tokens=num_tokens, cr=cr, group=group,
+                    head_dim=dim, errors=errors,
+                )  # fmt: skip
+                if cr is None:
+                    plain[op] = timing.median_ms
+                row["time_over_plain"] = timing.median_ms / plain[op]
+                if op == "prefill attention":
+                    achieved = operations / (timing.median_ms / 1e3)
+                    row |= {
+                        "operations": operations,
+                        "operations_per_second": achieved,
+                        "fraction_of_product": achieved / rate,
+                        "time_over_flash": timing.median_ms / flash.median_ms,
+                    }
+                rows.append(row)
+    return rows
+
+
+def prefill_panel(rows: list[dict[str, Any]]) -> Panel:
+    """One bar for each measurement."""
+    bars = [
+        (
+            f"{r['op']} T={r['tokens']} {r['group']}:1 {r['variant']} "
+            + ("without DMC" if r["cr"] is None else f"CR {r['cr']:g}"),
+            r["median_ms"],
+            r["cr"] is not None,
+        )
+        for r in rows
+    ]
+    return Panel("Prefill of one prompt, one layer", "ms", bars)

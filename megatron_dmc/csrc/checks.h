@@ -1,0 +1,156 @@
+// What operators check about tensors, and how they hand them to kernels. For binding.cpp alone.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <initializer_list>
+#include <optional>
+
+#include "dmc/paged_kv.h"
+
+namespace {
+
+using at::ScalarType;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kAny = -1;
+
+void check_shape(const Tensor& x, const char* name, std::initializer_list<int64_t> sizes) {
+  bool fits = x.dim() == int64_t(sizes.size());
+  int i = 0;
+  for (int64_t size : sizes) {
+    fits = fits && (size == kAny || x.size(i) == size);
+    ++i;
+  }
+  TORCH_CHECK_VALUE(fits, name, " has shape ", x.sizes(), ", expected ",
+                    c10::IntArrayRef(sizes.begin(), sizes.size()), " (-1: any)");
+}
+
+void check_dtype(const Tensor& x, const char* name, ScalarType dtype) {
+  TORCH_CHECK_VALUE(x.scalar_type() == dtype, name, " is ", x.scalar_type(), ", expected ", dtype);
+}
+
+void check_last_dense(const Tensor& x, const char* name) {
+  TORCH_CHECK_VALUE(x.size(-1) <= 1 || x.stride(-1) == 1, name,
+                    ": the last dimension must be dense; call contiguous()");
+}
+
+void check_dense(const Tensor& x, const char* name) {
+  TORCH_CHECK_VALUE(x.is_contiguous(), name, " must be contiguous");
+}
+
+void check_device(const Tensor& x, const char* name, const Tensor& like) {
+  TORCH_CHECK_VALUE(x.is_cuda() && x.device() == like.device(), name, " is on ", x.device(),
+                    "; all tensors must be on one GPU");
+}
+
+void check_indices(const Tensor& x, const char* name, int64_t size) {
+  check_shape(x, name, {size});
+  check_dtype(x, name, ScalarType::Long);
+  check_dense(x, name);
+}
+
+void check_head_dim(int64_t dim) {
+  TORCH_CHECK_VALUE(dim == 64 || dim == 96 || dim == 128 || dim == 256, "head_dim=", dim,
+                    "; the kernels are built for 64, 96, 128 and 256");
+}
+
+dmc::Stored stored_as(const Tensor& pages) {
+  switch (pages.scalar_type()) {
+    case ScalarType::Float8_e4m3fn: return dmc::kE4m3;
+    case ScalarType::Char: return dmc::kInt8;
+    default: return dmc::kNumbers;
+  }
+}
+
+// Checks everything about a layer's cache that the kernels rely on.
+void check_cache(const Tensor& k_pages, const Tensor& v_pages, const OptionalTensor& k_scales,
+                 const OptionalTensor& v_scales, const Tensor& table, const Tensor& entries,
+                 ScalarType dtype, int64_t heads, int64_t dim) {
+  TORCH_CHECK_VALUE(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "dtype ", dtype,
+                    "; the kernels take bfloat16 and float16");
+  check_head_dim(dim);
+  check_shape(k_pages, "k_pages", {kAny, kAny, dim});
+  check_shape(v_pages, "v_pages", {k_pages.size(0), k_pages.size(1), dim});
+  const bool is_8bit = stored_as(k_pages) != dmc::kNumbers;
+  if (!is_8bit) check_dtype(k_pages, "k_pages", dtype);
+  check_dtype(v_pages, "v_pages", k_pages.scalar_type());
+  for (const OptionalTensor* scales : {&k_scales, &v_scales}) {
+    TORCH_CHECK_VALUE(scales->has_value() == is_8bit,
+                      "k_scales, v_scales: given with pages of 8 bits and only with them");
+    if (!is_8bit) continue;
+    check_shape(**scales, "k_scales, v_scales", {k_pages.size(0), k_pages.size(1)});
+    check_dtype(**scales, "k_scales, v_scales", ScalarType::Float);
+    check_dense(**scales, "k_scales, v_scales");
+    check_device(**scales, "k_scales, v_scales", k_pages);
+  }
+  check_dense(k_pages, "k_pages");
+  check_dense(v_pages, "v_pages");
+  const int64_t page = k_pages.size(1);
+  TORCH_CHECK_VALUE(page == 8 || page == 16 || page == 32 || page == 64, "page_size=", page,
+                    "; the kernels take 8, 16, 32 and 64");
+  check_shape(table, "block_table", {kAny, heads, kAny});
+  check_dtype(table, "block_table", ScalarType::Int);
+  check_last_dense(table, "block_table");
+  check_shape(entries, "num_entries", {table.size(0), heads});
+  check_dtype(entries, "num_entries", ScalarType::Long);
+}
+
+void check_angles(const OptionalTensor& cos, const OptionalTensor& sin, ScalarType dtype,
+                  int64_t dim) {
+  TORCH_CHECK_VALUE(cos.has_value() == sin.has_value(), "cos and sin go together");
+  if (cos) {
+    check_shape(*cos, "cos", {kAny, kAny});
+    check_shape(*sin, "sin", {cos->size(0), cos->size(1)});
+    TORCH_CHECK_VALUE(cos->size(1) % 2 == 0 && cos->size(1) <= dim, "cos has ", cos->size(1),
+                      " channels; expected an even number up to ", dim);
+    check_dtype(*cos, "cos", dtype);
+    check_dtype(*sin, "sin", dtype);
+    check_last_dense(*cos, "cos");
+    check_last_dense(*sin, "sin");
+  }
+}
+
+void check_segments(const Tensor& segments, int64_t rows, int64_t heads, int64_t merge_window,
+                    int64_t dim) {
+  check_shape(segments, "segments", {rows, heads, merge_window ? merge_window : 1, 2 * dim + 1});
+  check_dtype(segments, "segments", ScalarType::Float);
+  TORCH_CHECK_VALUE(segments.stride(3) == 1 && segments.stride(2) == 2 * dim + 1,
+                    "segments: the last two dimensions must be dense");
+}
+
+template <class T>
+T* data(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
+template <class T>
+T* data(const OptionalTensor& x) {
+  return x ? static_cast<T*>(x->data_ptr()) : nullptr;
+}
+
+void copy_strides(int64_t (&to)[2], const Tensor& x) {
+  to[0] = x.stride(0);
+  to[1] = x.stride(1);
+}
+
+dmc::PagedKV paged(const Tensor& k_pages, const Tensor& v_pages, const OptionalTensor& k_scales,
+                   const OptionalTensor& v_scales, const Tensor& table, const Tensor& entries) {
+  return {k_pages.data_ptr(),
+          v_pages.data_ptr(),
+          data<float>(k_scales),
+          data<float>(v_scales),
+          data<int32_t>(table),
+          data<int64_t>(entries),
+          table.stride(0),
+          table.stride(1),
+          entries.stride(0),
+          entries.stride(1),
+          __builtin_ctzll(k_pages.size(1)),
+          int(k_pages.size(2)),
+          int(table.size(2)),
+          stored_as(k_pages)};
+}
+
+}  // namespace
