@@ -244,8 +244,12 @@ def move_to_fake_gpu(model):
                 setattr(module, name, fake(value))
 
 
-@pytest.mark.parametrize("rule", [{}, {"merge_window": 4}, {"shared_decisions": True}], ids=str)
-def test_a_decode_step_asks_the_device_nothing(rule, monkeypatch):
+@pytest.mark.parametrize(
+    "rule, stored",
+    [({}, None), ({}, torch.int8), ({"merge_window": 4}, None), ({"shared_decisions": True}, None)],
+    ids=str,
+)
+def test_a_decode_step_asks_the_device_nothing(rule, stored, monkeypatch):
     """Megatron's model and the cache on a GPU that computes nothing (fake tensors), with the CUDA
     kernels' host side: no value is read, no shape depends on one."""
     called = []
@@ -255,7 +259,7 @@ def test_a_decode_step_asks_the_device_nothing(rule, monkeypatch):
             return lambda *args: called.append(name)
 
     monkeypatch.setattr(cuda_kernels, "_operators", Operators)
-    monkeypatch.setattr(cuda_kernels, "_num_workers", lambda device, head_dim: 4)
+    monkeypatch.setattr(cuda_kernels, "_num_workers", lambda *args: 4)
     for module, chooser in ((cache_ops, "choose_backend"), (page_ops, "choose_page_backend")):
         monkeypatch.setattr(module, chooser, lambda *args: "cuda")
         monkeypatch.setattr(module, "kernels", lambda backend: cuda_kernels)
@@ -265,7 +269,7 @@ def test_a_decode_step_asks_the_device_nothing(rule, monkeypatch):
         context = PagedContext(
             num_layers=3, num_kv_heads=2, head_dim=64, num_pages=64, page_size=16, max_num_seqs=8,
             max_model_len=128, dtype=torch.bfloat16, device="cuda", backend="cuda",
-            rule=CompressionRule(alpha_offset=5.0, **rule), count_flips=True,
+            rule=CompressionRule(alpha_offset=5.0, **rule), count_flips=True, cache_dtype=stored,
         )  # fmt: skip
         runner = ModelRunner(model, context, vocab_size=VOCAB, device="cuda")
         inputs = [torch.zeros(5, dtype=torch.int64, device="cuda") for _ in range(3)]

@@ -75,7 +75,9 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("size, mode", [(2, "plenty"), (2, "short-int8"), (2, "cached"), (4, "short")])
+@pytest.mark.parametrize(
+    "size, mode", [(2, "plenty"), (2, "short-int8"), (2, "cached"), (4, "short")]
+)
 def test_ranks_together_do_what_one_process_does(saved, size, mode):
     folder, alone = saved
     tokens, stats = alone["int8" if "int8" in mode else "auto"]
