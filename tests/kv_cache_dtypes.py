@@ -11,18 +11,22 @@ Dimension letters: T tokens, V vocabulary.
 
 import argparse
 import copy
+import functools
 import itertools
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_dmc import SamplingParams
-from megatron_dmc.bench.decode import ImposedDecisions, _ImposingModel
+from megatron_dmc.bench.decode import impose
+from megatron_dmc.bench.imposed import ImposingContext
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.engine import EngineConfig, LLMEngine
+from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.request import Request
 from megatron_dmc.engine.scheduler import ScheduledChunk
 from megatron_dmc.models import load_model
@@ -58,10 +62,13 @@ def logits_of(loaded, windows, *, kv_cache_dtype, cr, num_decoded) -> tuple[Tens
     description = copy.copy(loaded.description)
     model = loaded.model
     length = len(windows[0]) - 1
+    make_context: Any = PagedContext
     if cr > 1:
         description.dmc = DMCConfig(stage="finetune", target_cr=cr)
-        decisions = ImposedDecisions(description.num_layers, description.num_query_groups, cr)
-        model = _ImposingModel(model, decisions)
+        make_context = functools.partial(
+            ImposingContext, max_num_batched_tokens=length + 1,
+            decisions=impose(description.num_layers, description.num_query_groups, cr, length),
+        )  # fmt: skip
     heads = description.num_layers * description.num_query_groups
     engine = LLMEngine(
         model, description, None,
@@ -69,7 +76,7 @@ def logits_of(loaded, windows, *, kv_cache_dtype, cr, num_decoded) -> tuple[Tens
             max_model_len=length + 1, num_pages=heads * -(-(length + 1) // 16), max_num_seqs=1,
             kv_cache_dtype=kv_cache_dtype, count_flipped_decisions=False, poison=True,
         ),
-        dtype=next(model.parameters()).dtype,
+        dtype=next(model.parameters()).dtype, make_context=make_context,
     )  # fmt: skip
     rows, num_entries = [], 0
     for i, window in enumerate(windows):
