@@ -23,9 +23,10 @@ from megatron_dmc import LLM, SamplingParams
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.engine import EngineConfig
-from megatron_dmc.engine.context import CompressionRule, PagedContext
+from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.decode_graphs import Captured, DecodeGraphs, default_sizes
 from megatron_dmc.engine.model_runner import ModelRunner
+from megatron_dmc.engine.rule import CompressionRule
 from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.models import build_model
 from megatron_dmc.ops import cache_ops, page_ops

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_dmc.engine.context import PackedChunk, PagedContext
+from megatron_dmc.engine.chunks import PackedChunk
+from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import page_ops
 from megatron_dmc.ops.cache_ops import apply_rope

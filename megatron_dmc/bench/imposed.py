@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dmc.engine.context import PackedChunk, PagedContext
+from megatron_dmc.engine.chunks import PackedChunk
+from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops.gates import DECISION_CHANNEL, IMPORTANCE_CHANNEL
 

@@ -6,7 +6,6 @@ A components of an accumulator, M block-table width.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,68 +24,13 @@ from megatron_dmc.cache import (
     extend_keys,
 )
 from megatron_dmc.cache.block_tables import Exchange
+from megatron_dmc.engine.chunks import PackedChunk, Piece, Round
 from megatron_dmc.engine.request import Request
+from megatron_dmc.engine.rule import CompressionRule
 from megatron_dmc.engine.scheduler import NO_PREFIX, CachedPrefix
 from megatron_dmc.ops import cache_ops, eviction_cache, gates
 from megatron_dmc.ops.merge import num_kept
-from megatron_dmc.ops.prefill import Chunks, prefill
-
-
-@dataclass(frozen=True)
-class CompressionRule:
-    """What the cache does with the borrowed channel; a plain model has no rule."""
-
-    alpha_offset: float
-    merge_window: int = 0
-    shared_decisions: bool = False
-    """The heads of a layer decide together (DMC-C)."""
-    may_merge: bool = True
-    """False: every token is appended (and none evicted), though the borrowed channel still carries no
-    content."""
-    eviction_delay: int | None = None
-    """Tokens are not merged but leave the cache (DMS), when so many later ones have come."""
-
-
-@dataclass
-class PackedChunk:
-    """Tokens of one request within a step's packed tokens."""
-
-    request: Request
-    start: int
-    """Position of the first token in its sequence."""
-    num_tokens: int
-
-    @property
-    def end(self) -> int:
-        return self.start + self.num_tokens
-
-    @property
-    def row(self) -> int:
-        assert self.request.row is not None
-        return self.request.row
-
-
-@dataclass
-class _Piece:
-    """A part of a chunk that is computed at once, and the snapshot to take after it."""
-
-    row: int
-    first: int
-    """Its first token within the packed tokens, those of single tokens left out."""
-    start: int
-    num_tokens: int
-    snapshot: Snapshot | None
-
-
-@dataclass
-class _Round:
-    """Pieces of different requests, prefilled in one call: of each the first that is not done yet."""
-
-    pieces: list[_Piece]
-    chunks: Chunks
-    tokens: slice | Tensor
-    """Their tokens within the packed tokens, those of single tokens left out."""
-    positions: Tensor
+from megatron_dmc.ops.prefill import prefill
 
 
 class PagedContext(BaseInferenceContext):
@@ -187,7 +131,7 @@ class PagedContext(BaseInferenceContext):
         self._num_ranks, self._sum_over_ranks = num_ranks, sum_over_ranks
         self._backend = backend
         self._chunks: list[PackedChunk] = []
-        self._prefills: list[_Round] = []
+        self._prefills: list[Round] = []
         self._snapshots: list[Snapshot] = []
         self._like = torch.empty(0, head_dim, dtype=dtype, device=device)
         self._rows_B = self._positions_B = torch.zeros(0, dtype=torch.int64, device=device)
@@ -292,7 +236,7 @@ class PagedContext(BaseInferenceContext):
         self.tables.begin_step([c.row for c in chunks], [c.num_tokens for c in chunks])
         self._chunks = list(chunks)
         self._is_merge_L, self._snapshots, self._prefills = [], [], []
-        rounds: list[list[_Piece]] = []
+        rounds: list[list[Piece]] = []
         first = 0
         for chunk in chunks:
             # One token, with or without a past, is decoded; the rest is prefilled, all requests
@@ -306,7 +250,9 @@ class PagedContext(BaseInferenceContext):
                 first += chunk.num_tokens
             else:
                 assert not rounds, "a single token behind a longer chunk"
-        self._prefills = [self._round(of_round) for of_round in rounds]
+        self._prefills = [
+            Round.of(of_round, self.tables.num_entries_LRG.device) for of_round in rounds
+        ]
 
     def set_decode(self, rows_B: Tensor, positions_B: Tensor) -> None:
         """The requests with one token in this run of the model, the first ones of the packed tokens.
@@ -316,21 +262,7 @@ class PagedContext(BaseInferenceContext):
         """
         self._rows_B, self._positions_B, self._plans_L = rows_B, positions_B, None
 
-    def _round(self, pieces: list[_Piece]) -> _Round:
-        device, last = self.tables.num_entries_LRG.device, pieces[-1]
-        sizes = [p.num_tokens for p in pieces]
-        first, end = pieces[0].first, last.first + last.num_tokens
-        tokens: slice | Tensor = slice(first, end)
-        if end - first > sum(sizes):  # others lie between them
-            parts = [torch.arange(p.first, p.first + p.num_tokens) for p in pieces]
-            tokens = torch.cat(parts).to(device)
-        positions = [torch.arange(p.start, p.start + p.num_tokens) for p in pieces]
-        return _Round(
-            pieces, Chunks.of([p.row for p in pieces], sizes, device), tokens,
-            torch.cat(positions).to(device),
-        )  # fmt: skip
-
-    def _pieces(self, chunk: PackedChunk, first: int) -> list[_Piece]:
+    def _pieces(self, chunk: PackedChunk, first: int) -> list[Piece]:
         """Cut a chunk behind every token where a snapshot is to be taken."""
         cuts: list[tuple[int, Snapshot | None]] = []
         end = chunk.end
@@ -348,7 +280,7 @@ class PagedContext(BaseInferenceContext):
         pieces, start = [], chunk.start
         for at, snapshot in cuts:
             pieces.append(
-                _Piece(chunk.row, first + start - chunk.start, start, at - start, snapshot)
+                Piece(chunk.row, first + start - chunk.start, start, at - start, snapshot)
             )
             start = at
         return pieces

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.engine.config import EngineConfig, parse_kv_cache_dtype
-from megatron_dmc.engine.context import CompressionRule, PagedContext
+from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.decision_record import DecisionRecord
 from megatron_dmc.engine.detokenizer import IncrementalDetokenizer, find_stop
 from megatron_dmc.engine.logit_rules import bad_words_token_ids, check_token_ids
 from megatron_dmc.engine.model_runner import ModelRunner
+from megatron_dmc.engine.outputs import output_of
 from megatron_dmc.engine.prompts import read_prompt
-from megatron_dmc.engine.request import CompletionOutput, Request, RequestOutput, RequestStatus
+from megatron_dmc.engine.request import Request, RequestOutput, RequestStatus
+from megatron_dmc.engine.rule import check_combinations, compression_rule
 from megatron_dmc.engine.sampler import SampledToken, Sampler, token_logprobs
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.engine.scheduler import ScheduledChunk, Scheduler
@@ -73,23 +75,9 @@ class LLMEngine:
                 f"max_model_len={config.max_model_len} is more than the model's "
                 f"{description.max_position_embeddings} positions; lower it"
             )
-        rule = _compression_rule(description.dmc, enable_dmc)
+        rule = compression_rule(description.dmc, enable_dmc)
+        check_combinations(config, rule, num_ranks)
         evicts = rule is not None and rule.eviction_delay is not None
-        if evicts and config.enable_prefix_caching:
-            raise UnsupportedConfig(
-                "enable_prefix_caching=True: this model evicts tokens (--dmc-policy evict), and a page "
-                "whose slots are written again cannot be shared; switch it off"
-            )
-        if config.cache_policy is not None and parallel is not None:
-            raise UnsupportedConfig(
-                f"cache_policy={config.cache_policy!r} with tensor parallelism is not supported; use one "
-                "process"
-            )
-        if config.cache_policy is not None and rule is not None:
-            raise UnsupportedConfig(
-                f"cache_policy={config.cache_policy!r} with a DMC model: it merges instead; use the base "
-                "model"
-            )
         self.config, self.description, self.tokenizer = config, description, tokenizer
         self.parallel, self._dtype = parallel, dtype
         self.eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
@@ -448,39 +436,7 @@ class LLMEngine:
 
     def _output(self, request: Request) -> RequestOutput:
         self._measure(request)
-        detokenizer = self._detokenizers.get(request.request_id)
-        wants_logprobs = request.params.logprobs is not None
-        wants_prompt = request.params.prompt_logprobs is not None
-        completion = CompletionOutput(
-            index=0,
-            text=self._visible_text(request, detokenizer),
-            num_tokens=len(request.output_token_ids),
-            request_token_ids=request.output_token_ids,
-            cumulative_logprob=request.cumulative_logprob if wants_logprobs else None,
-            request_logprobs=request.logprobs if wants_logprobs else None,
-            finish_reason=request.finish_reason,
-            stop_reason=request.stop_reason,
-        )
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_token_ids,
-            prompt_logprobs=request.prompt_logprobs if wants_prompt else None,
-            outputs=[completion],
-            finished=request.is_finished,
-            metrics=request.metrics,
-            cr=request.metrics.measured_cr,
-        )
-
-    def _visible_text(self, request: Request, detokenizer: IncrementalDetokenizer | None) -> str:
-        """The text so far, without what may yet turn out to begin a stop text."""
-        if detokenizer is None:
-            return ""
-        params = request.params
-        if request.is_finished or not params.stop or params.include_stop_str_in_output:
-            return detokenizer.text
-        held = max(len(stop) for stop in params.stop) - 1
-        return detokenizer.text[: max(0, len(detokenizer.text) - held)]
+        return output_of(request, self._detokenizers.get(request.request_id))
 
     # Figures.
 
@@ -548,19 +504,3 @@ class LLMEngine:
     @property
     def _pages_in_use(self) -> int:
         return self.context.tables.num_pages_in_use
-
-
-def _compression_rule(dmc: Any | None, enable_dmc: bool | None) -> CompressionRule | None:
-    """What the model's DMC settings mean for its cache."""
-    merges = dmc is not None and dmc.compresses
-    if enable_dmc and not merges:
-        raise UnsupportedConfig("enable_dmc=True: the model was not retrofitted; leave it at None")
-    if dmc is None or dmc.stage == "off":
-        return None
-    return CompressionRule(
-        alpha_offset=dmc.alpha_offset,
-        shared_decisions=dmc.shared_decisions,
-        merge_window=dmc.merge_window,
-        eviction_delay=dmc.eviction_delay if dmc.policy == "evict" else None,
-        may_merge=merges and enable_dmc is not False,
-    )

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dmc.engine.context import PackedChunk, PagedContext
+from megatron_dmc.engine.chunks import PackedChunk
+from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.decode_graphs import Capture, CudaGraphs, DecodeGraphs
 from megatron_dmc.engine.scheduler import ScheduledChunk
 

@@ -1,0 +1,62 @@
+"""What the cache does with a model's tokens, and what cannot be combined."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dmc.engine.config import EngineConfig
+from megatron_dmc.errors import UnsupportedConfig
+
+
+@dataclass(frozen=True)
+class CompressionRule:
+    """What the cache does with the borrowed channel; a plain model has no rule."""
+
+    alpha_offset: float
+    merge_window: int = 0
+    shared_decisions: bool = False
+    """The heads of a layer decide together (DMC-C)."""
+    may_merge: bool = True
+    """False: every token is appended (and none evicted), though the borrowed channel still carries no
+    content."""
+    eviction_delay: int | None = None
+    """Tokens are not merged but leave the cache (DMS), when so many later ones have come."""
+
+
+def compression_rule(dmc: Any | None, enable_dmc: bool | None) -> CompressionRule | None:
+    """What the model's DMC settings mean for its cache."""
+    merges = dmc is not None and dmc.compresses
+    if enable_dmc and not merges:
+        raise UnsupportedConfig("enable_dmc=True: the model was not retrofitted; leave it at None")
+    if dmc is None or dmc.stage == "off":
+        return None
+    return CompressionRule(
+        alpha_offset=dmc.alpha_offset,
+        shared_decisions=dmc.shared_decisions,
+        merge_window=dmc.merge_window,
+        eviction_delay=dmc.eviction_delay if dmc.policy == "evict" else None,
+        may_merge=merges and enable_dmc is not False,
+    )
+
+
+def check_combinations(config: EngineConfig, rule: CompressionRule | None, num_ranks: int) -> None:
+    """Refuse settings that contradict the model or one another.
+
+    Raises:
+        UnsupportedConfig: names the setting and the remedy.
+    """
+    if rule is not None and rule.eviction_delay is not None and config.enable_prefix_caching:
+        raise UnsupportedConfig(
+            "enable_prefix_caching=True: this model evicts tokens (--dmc-policy evict), and a page "
+            "whose slots are written again cannot be shared; switch it off"
+        )
+    if config.cache_policy is None:
+        return
+    policy = f"cache_policy={config.cache_policy!r}"
+    if num_ranks > 1:
+        raise UnsupportedConfig(
+            f"{policy} with tensor parallelism is not supported; use one process"
+        )
+    if rule is not None:
+        raise UnsupportedConfig(
+            f"{policy} with a DMC model: it compresses by itself; use the base model"
+        )
