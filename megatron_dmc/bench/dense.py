@@ -50,8 +50,9 @@ class DenseContext(PagedContext):
             options["num_kv_heads"], options["head_dim"],
         )  # fmt: skip
         device = torch.device(options.get("device", "cpu"))
+        # zeros: a masked value that is NaN would still be NaN times no weight
         self.k_LRSGD, self.v_LRSGD = (
-            torch.empty(shape, dtype=options["dtype"], device=device) for _ in "kv"
+            torch.zeros(shape, dtype=options["dtype"], device=device) for _ in "kv"
         )
         self._flash = _flash_with_cache(device)
         self._now: list[PackedChunk] = []
