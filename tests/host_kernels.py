@@ -1,8 +1,7 @@
 """The CUDA kernels on the CPU: compiled by the host's compiler and run by tests/csrc/emulator.h.
 
-A stand-in for `megatron_dmc.ops.cuda.decode` and, but for attention, `megatron_dmc.ops.cuda.prefill`, with
-the same functions. Dimension letters as in
-`ops.cache_ops`.
+A stand-in for `megatron_dmc.ops.cuda.decode` and `megatron_dmc.ops.cuda.prefill`, with the same functions.
+Dimension letters as in `ops.cache_ops`.
 """
 
 import ctypes
@@ -38,7 +37,9 @@ def compile_library(target: Path) -> None:
 @cache
 def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(os.environ["DMC_HOST_LIBRARY"])
-    structs = (AppendParams, AttentionParams, PlanParams, ReleaseParams, PrefillParams)
+    structs = (
+        AppendParams, AttentionParams, PlanParams, ReleaseParams, PrefillParams, PrefillAttentionParams
+    )  # fmt: skip
     for which, struct in enumerate(structs):
         assert loaded.sizes(which) == ctypes.sizeof(struct), struct.__name__
     loaded.set_lazy_copies(int(os.environ.get("DMC_LAZY_COPIES", "0")))
@@ -105,6 +106,16 @@ class PrefillParams(ctypes.Structure):
     ]
 
 
+class PrefillAttentionParams(ctypes.Structure):
+    _fields_ = [
+        ("kv", PagedKV),
+        *fields("q out own_k own_v cos sin entry chunks tiles", ctypes.c_void_p),
+        *fields("q_t q_n o_t o_n cos_t sin_t", ctypes.c_int64),
+        *fields("num_tiles tile_tokens num_kv_heads group half", ctypes.c_int),
+        ("scale", ctypes.c_float),
+    ]
+
+
 def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
@@ -113,7 +124,8 @@ def paged(k_pages, v_pages, table, entries) -> PagedKV:
     (k, *k_scales), (v, *v_scales) = tensors_of(k_pages), tensors_of(v_pages)
     scales = (*k_scales, *v_scales) or (None, None)
     return PagedKV(
-        *map(address, (k, v, *scales, table, entries)), *table.stride()[:2], *entries.stride(),
+        *map(address, (k, v, *scales, table, entries)), *table.stride()[:2],
+        *((0, 0) if entries is None else entries.stride()),
         k.shape[1].bit_length() - 1, k.shape[2], table.shape[2],
         {torch.float8_e4m3fn: 1, torch.int8: 2}.get(k.dtype, 0),
     )  # fmt: skip
@@ -211,7 +223,37 @@ def write_chunks(
     return (own_k, own_v, entry) if compress else (None, None, entry)
 
 
-def prefill(*args, **options):
-    from megatron_dmc.ops.triton import prefill as triton_prefill
+def attend_chunks(
+    q, own_k, own_v, entry, cos, sin, k_pages, v_pages, table, chunks, *, softmax_scale
+):  # fmt: skip
+    from megatron_dmc.ops.cuda.prefill import rows_of
 
-    return triton_prefill.prefill(*args, **options, write=write_chunks)
+    group = q.shape[1] // table.shape[1]
+    tile_tokens = rows_of(q.shape[2]) // group
+    tiles = chunks.tiles(tile_tokens, latest_first=True).table_X2
+    out = torch.full(q.shape, float("nan"), dtype=q.dtype)
+    call(
+        "prefill_attend",
+        PrefillAttentionParams(
+            paged(k_pages, v_pages, table, None),
+            *map(address, (q, out, own_k, own_v, cos, sin, entry, chunks.table_B3, tiles)),
+            *q.stride()[:2], *out.stride()[:2],
+            *(0 if x is None else x.stride(0) for x in (cos, sin)), len(tiles), tile_tokens,
+            table.shape[1], group, 0 if cos is None else cos.shape[1] // 2,
+            softmax_scale * 1.4426950408889634,
+        ),
+        q.dtype,
+    )  # fmt: skip
+    return out
+
+
+def prefill(
+    q, k, v, is_merge, omega, cos, sin, k_pages, v_pages, table, entries, segments, chunks, *,
+    softmax_scale, merge_window,
+):  # fmt: skip
+    cache = (k_pages, v_pages, table)
+    own = write_chunks(
+        k, v, is_merge, omega, cos, sin, *cache, entries, segments, chunks,
+        merge_window=merge_window,
+    )  # fmt: skip
+    return attend_chunks(q, *own, cos, sin, *cache, chunks, softmax_scale=softmax_scale)

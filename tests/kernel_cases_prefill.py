@@ -8,15 +8,13 @@ import math
 
 import pytest
 import torch
-from kernel_cases_decode import BACKEND, LARGE, kernels  # patches Triton
+from kernel_cases_decode import BACKEND, HALF, LARGE, kernels  # patches Triton
 from kernel_cases_merge import DEVICE
 
 from megatron_dmc.bench import decode_case, prefill_case
 from megatron_dmc.ops import prefill
 from megatron_dmc.ops.prefill import Chunks
 
-# attention is Triton's in all of them, and the interpreter cuts bfloat16 off instead of rounding it
-HALF = torch.float16 if DEVICE == "cpu" else torch.bfloat16
 if BACKEND == "host":
     prefill.choose_backend = lambda backend, x, page_size: backend
     prefill.kernels = lambda backend, of: {"prefill": kernels}[of]
@@ -77,6 +75,10 @@ CASES = [
     (THREE, [1, 3], [3, 2], 8, 96, 8, HALF, 4, None, False),
     (THREE, [0, 3], [18, 33], 2, 96, 16, torch.float32, 0, 0, False),
     (torch.tensor([[0, 0], [9, 9]]), [1, 0], [20, 35], 3, 64, 8, HALF, 0, None, True),
+    (torch.tensor([[150, 33]]), [0], [20], 4, 128, 32, torch.float16, 0, None, False),
+    (torch.tensor([[3, 100]]), [0], [9], 8, 256, 16, HALF, 0, 64, False),
+    # more entries than all stages of a pipeline hold
+    (torch.tensor([[290, 290]]), [0], [37], 2, 64, 64, HALF, 0, None, True),
 ]
 CASES_LARGE = [
     (

@@ -54,11 +54,11 @@ def host_library(tmp_path_factory):
 @pytest.mark.parametrize("large", ["0", pytest.param("1", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("lazy", ["0", "1"])
 def test_kernels_in_an_emulated_warp(lazy, large, host_library):
-    """Asynchronous copies happen at once, or as late as the kernel's waits allow. Prefill has none."""
+    """Asynchronous copies happen at once, or as late as the kernel's waits allow."""
     pytest.importorskip("triton")  # shares Triton's files of cases
     files = ("kernel_cases_decode.py", "kernel_cases_pages.py", "kernel_cases_prefill.py")
     run_cases(
-        *files[: 2 if lazy == "1" else 3], TRITON_INTERPRET="1", DMC_TESTED_BACKEND="host",
+        *files, TRITON_INTERPRET="1", DMC_TESTED_BACKEND="host",
         DMC_LAZY_COPIES=lazy, DMC_LARGE_CASES=large, DMC_HOST_LIBRARY=host_library,
     )  # fmt: skip
 
@@ -96,21 +96,21 @@ def test_kernels_compile_without_spills(target, everything, tmp_path):
              "-o", tmp_path / f"{name}.cubin", CSRC / f"{name}.cu"],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
-        for name in ("append", "attention", "prefill", "release")
+        for name in ("append", "attention", "prefill", "prefill_attention", "release")
     ]  # fmt: skip
     reports = [compiler.communicate(timeout=500)[0] for compiler in compilers]
-    assert [c.returncode for c in compilers] == [0, 0, 0, 0], "\n".join(reports)
+    assert [c.returncode for c in compilers] == [0] * 5, "\n".join(reports)
     found = list(resources("\n".join(reports)))
     for label, registers, shared, spilled in found:
         print(f"sm_{target} {label}: {registers} registers, {shared} bytes of static shared memory")
         assert spilled == 0, f"{label} for sm_{target} uses {spilled} bytes of local memory"
     kinds = {label.split()[0] for label, *_ in found}
-    prefill = {"tail_kernel", "carry_kernel", "write_kernel", "keep_kernel"}
+    prefill = {"tail_kernel", "carry_kernel", "write_kernel", "keep_kernel", "prefill_kernel"}
     decode = {"append_kernel", "attend_kernel", "join_kernel", "plan_kernel", "release_kernel"}
     assert kinds == decode | prefill
     # append and attend for each kind of page; prefill writes the model's dtype
     dtypes, stored = (2, 3) if everything else (1, 2)
-    assert len(found) == dtypes * (stored * (4 + 7) + 4 + 16) + 2
+    assert len(found) == dtypes * (stored * (4 + 7) + 4 + 20) + 2
 
 
 USE_EXTENSION = """
@@ -118,7 +118,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 from megatron_dmc.ops import cuda, kv_pages
 assert cuda.absence() == "", cuda.absence()
-from megatron_dmc.ops.cuda import decode
+from megatron_dmc.ops.cuda import decode, prefill as cuda_prefill
+from megatron_dmc.ops.prefill import Chunks
 
 ops = torch.ops.megatron_dmc
 mutated = [a.name for a in ops.decode_append.default._schema.arguments
@@ -139,6 +140,9 @@ mutated = [a.name for a in ops.prefill_write.default._schema.arguments
            if a.alias_info is not None and a.alias_info.is_write]
 assert mutated == ["k_pages", "v_pages", "num_entries", "segments", "appends", "base", "sums", "own_k",
                    "own_v", "entry"], mutated
+mutated = [a.name for a in ops.prefill_attention.default._schema.arguments
+           if a.alias_info is not None and a.alias_info.is_write]
+assert mutated == ["out"], mutated
 
 with FakeTensorMode():
     q, *cache = tensors("cuda")
@@ -153,6 +157,13 @@ with FakeTensorMode():
             q, k, k, None, None, None, None, rows, pages, pages, table, entries, segments, rows,
             None, None, compress=True, may_merge=True, alpha_offset=5.0, merge_window=0)
         assert out.shape == q.shape
+    own = k.contiguous()
+    cos = torch.zeros(2, 128, dtype=q.dtype, device="cuda")
+    entry = torch.zeros(2, 2, dtype=torch.int32, device="cuda")
+    chunks = Chunks.of([1], [2], "cuda")
+    out = cuda_prefill.attend_chunks(q, own, own, entry, cos, cos, k_pages, v_pages, table, chunks,
+                                     softmax_scale=1.0)
+    assert out.shape == q.shape and out.dtype == q.dtype and out.device.type == "cuda"
     pages = torch.zeros(6, dtype=torch.int32, device="cuda")
     decode.release_pages(table[:, 0], pages, pages[:2], pages)
 
@@ -187,6 +198,31 @@ for got, wanted in (
      "k_scales, v_scales: given with pages of 8 bits and only with them"),
     (message(put(3, lambda t: t.long())), "block_table is Long, expected Int"),
     (message(put(4, lambda e: e[:2])), "num_entries has shape [2, 2], expected [3, 2]"),
+):
+    assert wanted in got, (wanted, got)
+def prefill_message(change=lambda x: x, own=(), tile_tokens=32, scale=1.0, **options):
+    q, k_pages, v_pages, table, *_ = change(list(tensors("cpu", **options)))
+    ints = [torch.zeros(2, n, dtype=torch.int32) for n in (2, 3, 2)]
+    try:
+        ops.prefill_attention(q, *(own or (None, None)), ints[0], None, None, k_pages, v_pages, table,
+                              *ints[1:], torch.zeros_like(q), tile_tokens, scale)
+    except ValueError as error:
+        return str(error).splitlines()[0]
+    raise SystemExit("no error")
+
+wrong = torch.zeros(2, 1, 128, dtype=torch.bfloat16)
+for got, wanted in (
+    (prefill_message(), "q is on cpu; all tensors must be on one GPU"),
+    (prefill_message(dim=80), "head_dim=80; the kernels are built for 64, 96, 128 and 256"),
+    (prefill_message(put(0, lambda q: q[:, :7])), "q has 7 heads, not a multiple of the 2"),
+    (prefill_message(tile_tokens=33),
+     "tile_tokens=33 with 4 query heads for each key/value head; their product must be 1 to 128"),
+    (prefill_message(dim=256), "their product must be 1 to 64"),
+    (prefill_message(scale=0.0), "softmax_scale=0; expected above 0"),
+    (prefill_message(own=(wrong, None)), "own_k and own_v go together"),
+    (prefill_message(own=(wrong, wrong)), "own_k, own_v has shape [2, 1, 128], expected [2, 2, 128]"),
+    (prefill_message(lambda x: put(1, torch.Tensor.char)(put(2, torch.Tensor.char)(x))),
+     "k_scales, v_scales: given with pages of 8 bits and only with them"),
 ):
     assert wanted in got, (wanted, got)
 ids = torch.zeros(6, dtype=torch.int32)

@@ -164,10 +164,7 @@ void paged_decode_attention(const Tensor& q, const Tensor& k_pages, const Tensor
   const int64_t group = q.size(1) / heads;
   TORCH_CHECK_VALUE(group <= (dim == 256 ? 8 : 16), group, " query heads for each key/value head; "
                     "the kernels take 16, with head_dim 256 8");
-  check_last_dense(q, "q");
-  TORCH_CHECK_VALUE(q.stride(0) % 2 == 0 && q.stride(1) % 2 == 0 &&
-                        reinterpret_cast<uintptr_t>(q.data_ptr()) % 4 == 0,
-                    "q: heads must be aligned to 4 bytes; call contiguous()");
+  check_pairs(q, "q");
   check_indices(rows, "rows", batch);
   check_shape(plan, "plan", {batch * heads + 1});
   check_dtype(plan, "plan", ScalarType::Int);
@@ -255,12 +252,6 @@ void prefill_write(const Tensor& k, const Tensor& v, const OptionalTensor& is_me
   TORCH_CHECK_VALUE(merge_window >= 0, "merge_window=", merge_window, " is negative");
   const int64_t num_chunks = chunks.size(0), num_tiles = tiles.size(0);
   const bool compress = is_merge.has_value();
-  const auto check_ints = [](const Tensor& x, const char* name,
-                             std::initializer_list<int64_t> sizes) {
-    check_shape(x, name, sizes);
-    check_dtype(x, name, ScalarType::Int);
-    check_dense(x, name);
-  };
   check_ints(chunks, "chunks", {kAny, 3});
   check_ints(tiles, "tiles", {kAny, 2});
   check_ints(tile_starts, "tile_starts", {num_chunks + 1});
@@ -348,6 +339,86 @@ void prefill_write(const Tensor& k, const Tensor& v, const OptionalTensor& is_me
   }
 }
 
+void prefill_attention(const Tensor& q, const OptionalTensor& own_k, const OptionalTensor& own_v,
+                       const Tensor& entry, const OptionalTensor& cos, const OptionalTensor& sin,
+                       const Tensor& k_pages, const Tensor& v_pages, const Tensor& table,
+                       const Tensor& chunks, const Tensor& tiles, const Tensor& out,
+                       int64_t tile_tokens, double softmax_scale) {
+  check_shape(q, "q", {kAny, kAny, kAny});
+  check_shape(table, "block_table", {kAny, kAny, kAny});
+  const int64_t tokens = q.size(0), dim = q.size(2), heads = table.size(1);
+  const ScalarType dtype = q.scalar_type();
+  check_pages(k_pages, v_pages, {}, {}, table, dtype, heads, dim);
+  TORCH_CHECK_VALUE(heads > 0 && q.size(1) % heads == 0, "q has ", q.size(1),
+                    " heads, not a multiple of the ", heads, " key/value heads");
+  const int64_t group = q.size(1) / heads;
+  TORCH_CHECK_VALUE(tile_tokens > 0 && tile_tokens * group <= dmc::prefill_rows(int(dim)),
+                    "tile_tokens=", tile_tokens, " with ", group,
+                    " query heads for each key/value head; their product must be 1 to ",
+                    dmc::prefill_rows(int(dim)));
+  TORCH_CHECK_VALUE(softmax_scale > 0, "softmax_scale=", softmax_scale, "; expected above 0");
+  check_last_dense(q, "q");
+  check_shape(out, "out", {tokens, q.size(1), dim});
+  check_dtype(out, "out", dtype);
+  check_pairs(out, "out");
+  TORCH_CHECK_VALUE(own_k.has_value() == own_v.has_value(), "own_k and own_v go together");
+  if (own_k) {
+    for (const OptionalTensor* x : {&own_k, &own_v}) {
+      check_shape(**x, "own_k, own_v", {tokens, heads, dim});
+      check_dtype(**x, "own_k, own_v", dtype);
+      check_dense(**x, "own_k, own_v");
+      check_device(**x, "own_k, own_v", q);
+    }
+  }
+  check_ints(entry, "entry", {tokens, heads});
+  check_ints(chunks, "chunks", {kAny, 3});
+  check_ints(tiles, "tiles", {kAny, 2});
+  check_angles(cos, sin, dtype, dim);
+  if (cos) {
+    check_shape(*cos, "cos", {tokens, kAny});
+    check_device(*cos, "cos", q);
+    check_device(*sin, "sin", q);
+  }
+  const Tensor* all[] = {&q, &entry, &k_pages, &v_pages, &table, &chunks, &tiles, &out};
+  const char* names[] = {"q",           "entry",  "k_pages", "v_pages",
+                         "block_table", "chunks", "tiles",   "out"};
+  for (int i = 0; i < 8; ++i) check_device(*all[i], names[i], q);
+
+  const auto launch = [&](auto type) {
+    using T = decltype(type);
+    dmc::PrefillAttentionParams<T> p{};
+    p.kv = paged(k_pages, v_pages, {}, {}, table, {});
+    p.q_TND = data<T>(q);
+    p.out_TND = data<T>(out);
+    p.own_k_TGD = data<T>(own_k);
+    p.own_v_TGD = data<T>(own_v);
+    p.cos_TF = data<T>(cos);
+    p.sin_TF = data<T>(sin);
+    p.entry_TG = data<int32_t>(entry);
+    p.chunks_B3 = data<int32_t>(chunks);
+    p.tiles_X2 = data<int32_t>(tiles);
+    copy_strides(p.q_stride, q);
+    copy_strides(p.out_stride, out);
+    if (cos) {
+      p.cos_stride = cos->stride(0);
+      p.sin_stride = sin->stride(0);
+      p.half = int(cos->size(1) / 2);
+    }
+    p.num_tiles = int(tiles.size(0));
+    p.tile_tokens = int(tile_tokens);
+    p.num_kv_heads = int(heads);
+    p.group = int(group);
+    p.scale = float(softmax_scale * 1.4426950408889634);
+    C10_CUDA_CHECK(dmc::launch_prefill_attention(p, c10::cuda::getCurrentCUDAStream()));
+  };
+  const c10::cuda::CUDAGuard guard(q.device());
+  if (dtype == ScalarType::BFloat16) {
+    launch(dmc::bf16{});
+  } else {
+    launch(dmc::fp16{});
+  }
+}
+
 int64_t count_workers(int64_t head_dim, const Tensor& pages) {
   check_head_dim(head_dim);
   int count = 0;
@@ -370,6 +441,10 @@ TORCH_LIBRARY(megatron_dmc, m) {
       "Tensor(d!)? segments, Tensor chunks, Tensor tiles, Tensor tile_starts, Tensor(e!)? appends, "
       "Tensor(f!) base, Tensor(g!)? sums, Tensor(h!)? own_k, Tensor(i!)? own_v, Tensor(j!) entry, "
       "int merge_window) -> ()");
+  m.def(
+      "prefill_attention(Tensor q, Tensor? own_k, Tensor? own_v, Tensor entry, Tensor? cos, "
+      "Tensor? sin, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor chunks, "
+      "Tensor tiles, Tensor(a!) out, int tile_tokens, float softmax_scale) -> ()");
   m.def("plan(Tensor num_entries, Tensor rows, Tensor(a!) plan, int ahead) -> ()");
   m.def(
       "paged_decode_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor? k_scales, "
@@ -385,6 +460,7 @@ TORCH_LIBRARY(megatron_dmc, m) {
 TORCH_LIBRARY_IMPL(megatron_dmc, CompositeExplicitAutograd, m) {
   m.impl("decode_append", &decode_append);
   m.impl("prefill_write", &prefill_write);
+  m.impl("prefill_attention", &prefill_attention);
   m.impl("plan", &plan);
   m.impl("count_workers", &count_workers);
   m.impl("paged_decode_attention", &paged_decode_attention);

@@ -65,10 +65,10 @@ dmc::Stored stored_as(const Tensor& pages) {
   }
 }
 
-// Checks everything about a layer's cache that the kernels rely on.
-void check_cache(const Tensor& k_pages, const Tensor& v_pages, const OptionalTensor& k_scales,
-                 const OptionalTensor& v_scales, const Tensor& table, const Tensor& entries,
-                 ScalarType dtype, int64_t heads, int64_t dim) {
+// Checks everything about a layer's pages and block table that the kernels rely on.
+void check_pages(const Tensor& k_pages, const Tensor& v_pages, const OptionalTensor& k_scales,
+                 const OptionalTensor& v_scales, const Tensor& table, ScalarType dtype,
+                 int64_t heads, int64_t dim) {
   TORCH_CHECK_VALUE(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "dtype ", dtype,
                     "; the kernels take bfloat16 and float16");
   check_head_dim(dim);
@@ -94,6 +94,12 @@ void check_cache(const Tensor& k_pages, const Tensor& v_pages, const OptionalTen
   check_shape(table, "block_table", {kAny, heads, kAny});
   check_dtype(table, "block_table", ScalarType::Int);
   check_last_dense(table, "block_table");
+}
+
+void check_cache(const Tensor& k_pages, const Tensor& v_pages, const OptionalTensor& k_scales,
+                 const OptionalTensor& v_scales, const Tensor& table, const Tensor& entries,
+                 ScalarType dtype, int64_t heads, int64_t dim) {
+  check_pages(k_pages, v_pages, k_scales, v_scales, table, dtype, heads, dim);
   check_shape(entries, "num_entries", {table.size(0), heads});
   check_dtype(entries, "num_entries", ScalarType::Long);
 }
@@ -130,13 +136,28 @@ T* data(const OptionalTensor& x) {
   return x ? static_cast<T*>(x->data_ptr()) : nullptr;
 }
 
+void check_ints(const Tensor& x, const char* name, std::initializer_list<int64_t> sizes) {
+  check_shape(x, name, sizes);
+  check_dtype(x, name, ScalarType::Int);
+  check_dense(x, name);
+}
+
+// Queries or outputs of which kernels move pairs of channels.
+void check_pairs(const Tensor& x, const char* name) {
+  check_last_dense(x, name);
+  TORCH_CHECK_VALUE(x.stride(0) % 2 == 0 && x.stride(1) % 2 == 0 &&
+                        reinterpret_cast<uintptr_t>(x.data_ptr()) % 4 == 0,
+                    name, ": heads must be aligned to 4 bytes; call contiguous()");
+}
+
 void copy_strides(int64_t (&to)[2], const Tensor& x) {
   to[0] = x.stride(0);
   to[1] = x.stride(1);
 }
 
 dmc::PagedKV paged(const Tensor& k_pages, const Tensor& v_pages, const OptionalTensor& k_scales,
-                   const OptionalTensor& v_scales, const Tensor& table, const Tensor& entries) {
+                   const OptionalTensor& v_scales, const Tensor& table,
+                   const OptionalTensor& entries) {
   return {k_pages.data_ptr(),
           v_pages.data_ptr(),
           data<float>(k_scales),
@@ -145,8 +166,8 @@ dmc::PagedKV paged(const Tensor& k_pages, const Tensor& v_pages, const OptionalT
           data<int64_t>(entries),
           table.stride(0),
           table.stride(1),
-          entries.stride(0),
-          entries.stride(1),
+          entries ? entries->stride(0) : 0,
+          entries ? entries->stride(1) : 0,
           __builtin_ctzll(k_pages.size(1)),
           int(k_pages.size(2)),
           int(table.size(2)),

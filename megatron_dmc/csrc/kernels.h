@@ -6,6 +6,7 @@
 #include "dmc/append.h"
 #include "dmc/attention.h"
 #include "dmc/prefill.h"
+#include "dmc/prefill_attention.h"
 #include "dmc/release.h"
 
 namespace dmc {
@@ -17,6 +18,10 @@ cudaError_t launch_append(const AppendParams<T>& p, cudaStream_t stream);
 // As many launches as kernels; head_dim as above.
 template <class T>
 cudaError_t launch_prefill_write(const PrefillParams<T>& p, cudaStream_t stream);
+
+// tile_tokens times the group at most prefill_rows(head_dim); head_dim as above.
+template <class T>
+cudaError_t launch_prefill_attention(const PrefillAttentionParams<T>& p, cudaStream_t stream);
 
 cudaError_t launch_plan(const PlanParams& p, cudaStream_t stream);
 

@@ -6,6 +6,7 @@
 #include "dmc/append.h"
 #include "dmc/attention.h"
 #include "dmc/prefill.h"
+#include "dmc/prefill_attention.h"
 #include "dmc/release.h"
 
 namespace {
@@ -81,6 +82,25 @@ void prefill_write(const dmc::PrefillParams<T>& p) {
   }
 }
 
+template <class T, int kHeadDim>
+void prefill_attend(const dmc::PrefillAttentionParams<T>& p) {
+  using Sizes = dmc::PrefillSizes<kHeadDim>;
+  auto memory = nan_memory(Sizes::kBytes);
+  emulator::launch(p.num_tiles * p.num_kv_heads, Sizes::kThreads,
+                   [&] { dmc::attend_tile<T, kHeadDim>(p, aligned(memory)); });
+}
+
+template <class T>
+int prefill_attend_any(const dmc::PrefillAttentionParams<T>& p) {
+  switch (p.kv.head_dim) {
+    case 64: prefill_attend<T, 64>(p); return 0;
+    case 96: prefill_attend<T, 96>(p); return 0;
+    case 128: prefill_attend<T, 128>(p); return 0;
+    case 256: prefill_attend<T, 256>(p); return 0;
+    default: return 1;
+  }
+}
+
 template <class T>
 int prefill_write_any(const dmc::PrefillParams<T>& p) {
   switch (p.kv.head_dim) {
@@ -133,6 +153,12 @@ int attend_bf16(const dmc::AttentionParams<dmc::bf16>* p) { return attend_any(*p
 int attend_fp16(const dmc::AttentionParams<dmc::fp16>* p) { return attend_any(*p); }
 int prefill_write_bf16(const dmc::PrefillParams<dmc::bf16>* p) { return prefill_write_any(*p); }
 int prefill_write_fp16(const dmc::PrefillParams<dmc::fp16>* p) { return prefill_write_any(*p); }
+int prefill_attend_bf16(const dmc::PrefillAttentionParams<dmc::bf16>* p) {
+  return prefill_attend_any(*p);
+}
+int prefill_attend_fp16(const dmc::PrefillAttentionParams<dmc::fp16>* p) {
+  return prefill_attend_any(*p);
+}
 int plan(const dmc::PlanParams* p) {
   int shared[8];
   emulator::launch(p->num_layers, 64, [&] { dmc::plan_layer(*p, shared); });
@@ -149,7 +175,8 @@ void set_lazy_copies(int lazy) { emulator::lazy_copies = lazy != 0; }
 int sizes(int which) {
   const size_t all[] = {sizeof(dmc::AppendParams<dmc::bf16>),
                         sizeof(dmc::AttentionParams<dmc::bf16>), sizeof(dmc::PlanParams),
-                        sizeof(dmc::ReleaseParams), sizeof(dmc::PrefillParams<dmc::bf16>)};
+                        sizeof(dmc::ReleaseParams), sizeof(dmc::PrefillParams<dmc::bf16>),
+                        sizeof(dmc::PrefillAttentionParams<dmc::bf16>)};
   return int(all[which]);
 }
 }

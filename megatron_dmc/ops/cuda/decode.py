@@ -17,7 +17,10 @@ from megatron_dmc.ops.kv_pages import Pages, tensors_of
 def _operators():
     """`torch.ops.megatron_dmc`, with versions without data for torch.compile: operators return nothing."""
     assert not absence(), absence()
-    names = ("decode_append", "plan", "paged_decode_attention", "prefill_write", "release_pages")
+    names = (
+        "decode_append", "plan", "paged_decode_attention", "prefill_write", "prefill_attention",
+        "release_pages",
+    )  # fmt: skip
     for name in names:
         torch.library.register_fake(f"megatron_dmc::{name}", lambda *args, **kwargs: None)
     return torch.ops.megatron_dmc

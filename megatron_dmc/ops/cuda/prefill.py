@@ -1,6 +1,6 @@
 """Prefill with the CUDA extension, under the name that `megatron_dmc.ops.cache_backend.kernels` promises.
 
-The chunks are written by CUDA kernels; attention is Triton's. Dimension letters as in `ops.prefill`.
+Dimension letters as in `ops.prefill`.
 """
 
 import functools
@@ -9,10 +9,6 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops.cuda.decode import _operators, _rows
-from megatron_dmc.ops.triton import prefill as triton_prefill
-from megatron_dmc.ops.triton.prefill_attention import attend_chunks
-
-__all__ = ["attend_chunks", "prefill", "write_chunks"]
 
 TILE = 32
 """Tokens of a tile, one for each lane of a warp."""
@@ -60,4 +56,48 @@ def write_chunks(
     return own_k, own_v, entry
 
 
-prefill = functools.partial(triton_prefill.prefill, write=write_chunks)
+def rows_of(head_dim: int) -> int:
+    """Queries of a block of the attention kernel: tokens of a tile times query heads of a key/value head."""
+    return 128 if head_dim <= 128 else 64
+
+
+def attend_chunks(
+    q_TND: Tensor,
+    own_k_TGD: Tensor | None,
+    own_v_TGD: Tensor | None,
+    entry_TG: Tensor,
+    cos_TF: Tensor | None,
+    sin_TF: Tensor | None,
+    k_pages_PSD: Tensor,
+    v_pages_PSD: Tensor,
+    block_table_RGM: Tensor,
+    chunks,
+    *,
+    softmax_scale: float,
+) -> Tensor:
+    """As `megatron_dmc.ops.triton.prefill_attention.attend_chunks`; at most `rows_of(D)` query heads for
+    each key/value head, and a `softmax_scale` above 0."""
+    q = _rows(q_TND)
+    tile_tokens = max(1, rows_of(q.shape[2]) // (q.shape[1] // entry_TG.shape[1]))
+    tiles = chunks.tiles(tile_tokens, latest_first=True)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _operators().prefill_attention(
+        q, own_k_TGD, own_v_TGD, entry_TG, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD, block_table_RGM,
+        chunks.table_B3, tiles.table_X2, out, tile_tokens, softmax_scale,
+    )  # fmt: skip
+    return out
+
+
+def prefill(
+    q_TND, k_TGD, v_TGD, is_merge_TG, omega_TG, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD,
+    block_table_RGM, num_entries_RG, segments_RGUA, chunks, *, softmax_scale, merge_window,
+) -> Tensor:  # fmt: skip
+    """`megatron_dmc.ops.prefill.prefill`, with cosines and sines for angles."""
+    own_k, own_v, entry = write_chunks(
+        k_TGD, v_TGD, is_merge_TG, omega_TG, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD,
+        block_table_RGM, num_entries_RG, segments_RGUA, chunks, merge_window=merge_window,
+    )  # fmt: skip
+    return attend_chunks(
+        q_TND, own_k, own_v, entry, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD, block_table_RGM,
+        chunks, softmax_scale=softmax_scale,
+    )  # fmt: skip

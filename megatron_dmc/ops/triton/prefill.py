@@ -11,14 +11,9 @@ __all__ = ["attend_chunks", "prefill", "write_chunks"]
 def prefill(
     q_TND, k_TGD, v_TGD, is_merge_TG, omega_TG, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD,
     block_table_RGM, num_entries_RG, segments_RGUA, chunks, *, softmax_scale, merge_window,
-    write=write_chunks,
 ) -> Tensor:  # fmt: skip
-    """`megatron_dmc.ops.prefill.prefill`, with cosines and sines for angles.
-
-    Args:
-        write: another backend's `write_chunks`.
-    """
-    own_k, own_v, entry = write(
+    """`megatron_dmc.ops.prefill.prefill`, with cosines and sines for angles."""
+    own_k, own_v, entry = write_chunks(
         k_TGD, v_TGD, is_merge_TG, omega_TG, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD,
         block_table_RGM, num_entries_RG, segments_RGUA, chunks, merge_window=merge_window,
     )  # fmt: skip

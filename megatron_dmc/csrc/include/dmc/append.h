@@ -105,6 +105,17 @@ struct Pairs {
       store(x, to);
     }
   }
+  // Of a position's rotary channels; pairs that pass keep their angle of 0.
+  template <class T>
+  DMC_DEVICE void load_angles(float (&cos)[kOwn], float (&sin)[kOwn], const T* cos_F,
+                              const T* sin_F) const {
+    DMC_UNROLL
+    for (int i = 0; i < kOwn; ++i) {
+      const bool turns = pair(i) < half;
+      cos[i] = turns ? to_float(cos_F[pair(i)]) : 1.0f;
+      sin[i] = turns ? to_float(sin_F[pair(i)]) : 0.0f;
+    }
+  }
   // RoPE, half-split; afterwards the borrowed channel is 0 again.
   DMC_DEVICE void turn(float (&x)[2 * kOwn], const float (&cos)[kOwn], const float (&sin)[kOwn],
                        bool compress) const {
@@ -133,12 +144,7 @@ DMC_DEVICE void append_token(const AppendParams<T>& p, int index) {
 
   float cos[Own::kOwn], sin[Own::kOwn];
   const int64_t position = p.positions_B[b];
-  DMC_UNROLL
-  for (int i = 0; i < Own::kOwn; ++i) {
-    const bool turns = own.pair(i) < p.half;
-    cos[i] = turns ? to_float(p.cos_XF[position * p.cos_stride + own.pair(i)]) : 1.0f;
-    sin[i] = turns ? to_float(p.sin_XF[position * p.sin_stride + own.pair(i)]) : 0.0f;
-  }
+  own.load_angles(cos, sin, p.cos_XF + position * p.cos_stride, p.sin_XF + position * p.sin_stride);
 
   float logit = 0.0f;
   for (int r = 0; q_ND && r < p.group; ++r) {

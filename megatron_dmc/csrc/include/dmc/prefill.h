@@ -219,12 +219,8 @@ DMC_DEVICE void write_tile(const PrefillParams<T>& p, int index) {
       own.load(v, at.v(t), false);
     }
     float cos[Tile::Own::kOwn], sin[Tile::Own::kOwn];
-    DMC_UNROLL
-    for (int j = 0; j < Tile::Own::kOwn; ++j) {
-      const bool turns = own.pair(j) < p.half;
-      cos[j] = turns ? to_float(p.cos_TF[(at.start + t) * p.cos_stride + own.pair(j)]) : 1.0f;
-      sin[j] = turns ? to_float(p.sin_TF[(at.start + t) * p.sin_stride + own.pair(j)]) : 0.0f;
-    }
+    own.load_angles(cos, sin, p.cos_TF + (at.start + t) * p.cos_stride,
+                    p.sin_TF + (at.start + t) * p.sin_stride);
     own.turn(k, cos, sin, compress);
     if (compress) {
       own.store(k, p.own_k_TGD + at.index(t) * kHeadDim);

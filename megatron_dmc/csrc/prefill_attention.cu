@@ -1,0 +1,44 @@
+#include "kernels.h"
+
+namespace dmc {
+namespace {
+
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(PrefillSizes<kHeadDim>::kThreads, PrefillSizes<kHeadDim>::kBlocks)
+    prefill_kernel(__grid_constant__ const PrefillAttentionParams<T> p) {
+  extern __shared__ __align__(16) char shared_memory[];
+  attend_tile<T, kHeadDim>(p, shared_memory);
+}
+
+template <class T, int kHeadDim>
+cudaError_t launch(const PrefillAttentionParams<T>& p, cudaStream_t stream) {
+  using Sizes = PrefillSizes<kHeadDim>;
+  static_assert(Sizes::kRows == prefill_rows(kHeadDim));
+  const auto kernel = prefill_kernel<T, kHeadDim>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Sizes::kBytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<p.num_tiles * p.num_kv_heads, Sizes::kThreads, Sizes::kBytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+template <class T>
+cudaError_t launch_prefill_attention(const PrefillAttentionParams<T>& p, cudaStream_t stream) {
+  if (p.num_tiles == 0) return cudaSuccess;
+  switch (p.kv.head_dim) {
+    case 64: return launch<T, 64>(p, stream);
+    case 96: return launch<T, 96>(p, stream);
+    case 128: return launch<T, 128>(p, stream);
+    case 256: return launch<T, 256>(p, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+template cudaError_t launch_prefill_attention(const PrefillAttentionParams<bf16>&, cudaStream_t);
+#ifndef DMC_HOT_KERNELS_ONLY  // a test of registers looks at one dtype
+template cudaError_t launch_prefill_attention(const PrefillAttentionParams<fp16>&, cudaStream_t);
+#endif
+
+}  // namespace dmc
