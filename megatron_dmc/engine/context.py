@@ -346,7 +346,9 @@ class PagedContext(BaseInferenceContext):
             out_TND.
         """
         if self._evicting is not None:
-            return self._evict(layer_index, q_TND, k_TGD, v_TGD, freqs_SF, softmax_scale)
+            return self._attend_within_budget(
+                layer_index, q_TND, k_TGD, v_TGD, freqs_SF, softmax_scale
+            )
         num_singles = self._rows_B.shape[0]
         num_prefilled = sum(sum(part.chunks.num_tokens) for part in self._prefills)
         assert q_TND.shape[0] == num_singles + num_prefilled, "not this step's tokens"
@@ -383,7 +385,7 @@ class PagedContext(BaseInferenceContext):
                     self.prefixes.capture(piece.snapshot, slice(layer_index, layer_index + 1))
         return out
 
-    def _evict(
+    def _attend_within_budget(
         self,
         layer_index: int,
         q_TND: Tensor,
