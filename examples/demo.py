@@ -37,6 +37,8 @@ MODEL = ROOT / "examples" / "models" / "stdlib-llama-3m"
 SEQ_LENGTH = 256
 BATCH = 8
 SPLITS = ("train", "validation", "heldout")
+STAGES = ("zero-out", "retrofit", "finetune", "plain")
+"""The last is training without DMC, which only the experiments have."""
 
 
 @dataclass
@@ -141,22 +143,26 @@ def dmc_flags(stage: str, plan: Plan) -> list[str]:
     ]  # fmt: skip
 
 
-def train(stage: str, steps: int, plan: Plan, work: Path, previous: Path, flags: list[str]) -> None:
+def train(
+    stage: str, steps: int, plan: Plan, work: Path, previous: Path | None, flags: list[str]
+) -> None:
     """One stage through torchrun, with a progress bar; resumes from its own newest checkpoint.
 
     Args:
-        flags: Megatron's and DMC's.
+        previous: the checkpoint to start from; None: random weights.
+        flags: Megatron's and DMC's; they win over the stage's own.
     """
     from tqdm import tqdm
 
     folder = work / stage
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1",
-        f"--master-port={free_port()}", "pretrain_dmc.py", *flags,
-        "--seed", str(plan.seed + list(plan.stages).index(stage)),  # another order of the data
+        f"--master-port={free_port()}", "pretrain_dmc.py",
+        "--seed", str(plan.seed + STAGES.index(stage)),  # another order of the data
         "--train-iters", str(steps), *learning_rate(stage, steps, plan),
-        "--pretrained-checkpoint", str(previous), "--load", str(folder), "--save", str(folder),
+        "--load", str(folder), "--save", str(folder),
         "--save-interval", str(max(2, steps // 4)), "--tensorboard-dir", str(folder / "tensorboard"),
+        *(["--pretrained-checkpoint", str(previous)] if previous else []), *flags,
     ]  # fmt: skip
     log = work / f"{stage}.log"
     with open(log, "ab") as out, tqdm(total=steps, desc=f"{stage:9}", unit="step") as bar:
@@ -187,7 +193,7 @@ def learning_rate(stage: str, steps: int, plan: Plan) -> list[str]:
     if stage == "zero-out":
         return ["--lr", str(plan.lr), "--lr-decay-style", "constant",
                 "--lr-warmup-iters", str(max(1, steps // 3))]  # fmt: skip
-    if stage == "retrofit":
+    if stage in ("retrofit", "plain"):
         return ["--lr", str(plan.lr), "--lr-decay-style", "constant"]
     return ["--lr", str(plan.lr), "--min-lr", "0", "--lr-decay-style", "linear",
             "--lr-decay-iters", str(steps)]  # fmt: skip

@@ -1,6 +1,6 @@
-"""The comparisons of docs/results.md: run the arms of arms.toml, then table and plot what they gave.
+"""The comparisons of docs/results.md: run the arms of arms.toml, then table what they gave.
 
-    python examples/experiments/run.py [--arm NAME ...] [--seed N ...] [--output experiments]
+    python examples/experiments/run.py [--arm NAME ...] [--seed N ...] [--jobs 2] [--output experiments]
     python examples/experiments/run.py --table
 
 Each arm and seed has a folder with config.json, the stages' logs and checkpoints, and metrics.json, which
@@ -10,12 +10,17 @@ about as long as `make demo`.
 
 import argparse
 import json
+import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(EXAMPLES))
@@ -25,16 +30,26 @@ from megatron_dmc.cli import silence_optional_packages
 
 import demo
 
+type Arm = dict[str, Any]
+
 PLAN_KEYS = {field.name for field in fields(demo.Plan)}
+OWN_KEYS = {"name", "group", "kind", "seeds", "lengths", "kv_heads", "seq_length", "plain_steps",
+            "from_scratch"}  # fmt: skip
+"""Keys of an arm that are neither the plan's nor flags `--dmc-*`."""
+CURVE_WINDOWS = 64
+"""Held-out windows that the checkpoints on the way are measured on."""
 
 
-def read_arms(file: Path) -> tuple[dict[str, dict], list[int], list[int]]:
-    """Arms by name, seeds, evaluation lengths."""
+def read_arms(file: Path) -> dict[str, Arm]:
+    """Arms by name, each with the settings of its group in it."""
     config = tomllib.loads(file.read_text())
-    return {arm["name"]: arm for arm in config["arm"]}, config["seeds"], config["lengths"]
+    return {
+        arm["name"]: config["defaults"] | config["group"][arm["group"]] | arm
+        for arm in config["arm"]
+    }
 
 
-def plan_of(arm: dict, seed: int, short: bool) -> demo.Plan:
+def plan_of(arm: Arm, seed: int, short: bool) -> demo.Plan:
     """The demo's settings with what the arm changes."""
     settings = {key: value for key, value in arm.items() if key in PLAN_KEYS}
     if short:
@@ -42,49 +57,80 @@ def plan_of(arm: dict, seed: int, short: bool) -> demo.Plan:
     return demo.Plan(**settings | {"seed": 1000 * seed + 234})
 
 
-def stage_flags(arm: dict, stage: str, plan: demo.Plan) -> list[str]:
-    if arm["kind"] == "plain":
+def stages_of(arm: Arm, plan: demo.Plan, short: bool) -> dict[str, int]:
+    """Steps of the stages that the arm has, in order."""
+    plain = arm.get("plain_steps", 0)
+    stages = {"plain": 2 if short and plain else plain, **plan.stages}
+    return {stage: steps for stage, steps in stages.items() if steps}
+
+
+def stage_flags(arm: Arm, stage: str, plan: demo.Plan) -> list[str]:
+    """`--dmc-*` of a stage."""
+    if arm["kind"] == "plain" or stage == "plain":
         return ["--dmc-stage", "off"]
     extra = []
     for key, value in arm.items():
-        if key in PLAN_KEYS or key in ("name", "kind"):
+        if key in PLAN_KEYS | OWN_KEYS:
             continue
         flag = "--dmc-" + key.replace("_", "-")
         extra += [flag] if value is True else [flag, str(value)]
     return [*demo.dmc_flags(stage, plan), *extra]
 
 
-def train(arm: dict, seed: int, folder: Path, short: bool) -> Path:
-    """Run the arm's stages; returns the last checkpoint."""
+def shape_flags(arm: Arm) -> list[str]:
+    """The arm's KV heads and sequence length, to stand behind the demo's flags; a step keeps its tokens."""
+    flags = []
+    if "kv_heads" in arm:
+        flags += ["--group-query-attention", "--num-query-groups", str(arm["kv_heads"])]
+    if "seq_length" in arm:
+        batch = str(demo.BATCH * demo.SEQ_LENGTH // arm["seq_length"])
+        flags += ["--seq-length", str(arm["seq_length"]),
+                  "--micro-batch-size", batch, "--global-batch-size", batch]  # fmt: skip
+    return flags
+
+
+def train(arm: Arm, seed: int, folder: Path, short: bool) -> list[Path]:
+    """Run the arm's stages; returns their folders."""
     plan = plan_of(arm, seed, short)
     data = demo.prepare_data(folder.parent, demo.MODEL / "tokenizer.model")
     source = demo.MODEL
-    base = folder / "base"
-    if not (base / "latest_checkpointed_iteration.txt").is_file():
+    previous = None if arm.get("from_scratch") else folder / "base"
+    if previous and not (previous / "latest_checkpointed_iteration.txt").is_file():
         command = ["convert", "--to", "megatron", "--force"]
         if "kv_heads" in arm:
             command += ["--kv-heads", str(arm["kv_heads"])]
-        if cli([*command, str(source), str(base)]):
+        if cli([*command, str(source), str(previous)]):
             sys.exit(2)
-    flags = demo.megatron_flags(source, data, folder.parent, source / "tokenizer.model")
-    if "kv_heads" in arm:
-        at = flags.index("--num-query-groups")
-        flags[at + 1] = str(arm["kv_heads"])
-    previous = base
-    for stage, steps in plan.stages.items():
-        if steps:
-            marker = folder / f"{stage}.done"
-            if not marker.is_file():
-                demo.train(
-                    stage, steps, plan, folder, previous, [*flags, *stage_flags(arm, stage, plan)]
-                )
-                marker.touch()
-            previous = folder / stage
-    return previous
+    # the index of the data's samples is the run's own: two runs would write it at the same time
+    flags = demo.megatron_flags(source, data, folder, source / "tokenizer.model")
+    flags += shape_flags(arm)
+    folders = []
+    for stage, steps in stages_of(arm, plan, short).items():
+        marker = folder / f"{stage}.done"
+        warm_up = ["--lr-warmup-iters", str(max(1, steps // 10))] if previous is None else []
+        if not marker.is_file():
+            demo.train(
+                stage, steps, plan, folder, previous,
+                [*flags, *stage_flags(arm, stage, plan), *warm_up],
+            )  # fmt: skip
+            marker.touch()
+        previous = folder / stage
+        folders.append(previous)
+    return folders
 
 
-def measure(arm: dict, checkpoint: Path, data: Path, lengths: list[int], limit: int | None) -> dict:
-    """Held-out perplexity and measured CR at each length."""
+def checkpoints_on_the_way(folders: list[Path]) -> Iterator[tuple[int, Path]]:
+    """(steps so far, iteration folder) of all that the stages saved."""
+    before = 0
+    for folder in folders:
+        iterations = sorted(folder.glob("iter_*"))
+        for iteration in iterations:
+            yield before + int(iteration.name[5:]), iteration
+        before += int(iterations[-1].name[5:])
+
+
+def measure(arm: Arm, folders: list[Path], data: Path, short: bool) -> dict:
+    """Held-out perplexity and measured CR: at each length, and on the way through training."""
     import torch
 
     from megatron_dmc.evaluation import evaluate, read_tokens
@@ -92,22 +138,32 @@ def measure(arm: dict, checkpoint: Path, data: Path, lengths: list[int], limit: 
     from megatron_dmc.report.measure import environment
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load_model(checkpoint, device=device, dtype=torch.float32 if device == "cpu" else None)
     tokens = read_tokens(data)
-    results = {}
-    for length in lengths:
-        evaluation = evaluate(
-            loaded, tokens, length=length, limit=limit, label=f"{arm['name']} {length}"
+
+    def result(checkpoint: Path, length: int, limit: int | None) -> dict:
+        loaded = load_model(
+            checkpoint, device=device, dtype=torch.float32 if device == "cpu" else None
         )
-        results[str(length)] = {
+        evaluation = evaluate(
+            loaded, tokens, length=length, limit=4 if short else limit, progress=False
+        )
+        return {
             "perplexity": evaluation.perplexity,
             "measured_cr": evaluation.measured_cr,
             "measured_cr_per_layer_head": evaluation.measured_cr_LG,
         }
-    return {"lengths": results, "environment": environment()}
+
+    at = arm.get("seq_length", demo.SEQ_LENGTH)
+    curve = {
+        str(steps): result(checkpoint, at, CURVE_WINDOWS)
+        for steps, checkpoint in checkpoints_on_the_way(folders)
+    }
+    lengths = {str(length): result(folders[-1], length, None) for length in arm["lengths"]}
+    return {"lengths": lengths, "curve": curve, "environment": environment()}
 
 
-def run(arm: dict, seed: int, lengths: list[int], output: Path, short: bool) -> None:
+def run(arm: Arm, seed: int, output: Path, short: bool) -> None:
+    """An arm with a seed, as far as it is not done."""
     folder = output / f"{arm['name']}-seed{seed}"
     metrics = folder / "metrics.json"
     if metrics.is_file():
@@ -117,13 +173,45 @@ def run(arm: dict, seed: int, lengths: list[int], output: Path, short: bool) -> 
     if (folder / "config.json").is_file() and (folder / "config.json").read_text() != config:
         sys.exit(f"{folder} was begun with other settings; remove it or choose another --output")
     (folder / "config.json").write_text(config)
-    checkpoint = train(arm, seed, folder, short)
-    heldout = output / "data" / "heldout_text_document"
-    result = measure(arm, checkpoint, heldout, lengths, 8 if short else None)
+    folders = train(arm, seed, folder, short)
+    result = measure(arm, folders, output / "data" / "heldout_text_document", short)
     metrics.write_text(json.dumps({"arm": arm, "seed": seed, **result}, indent=1) + "\n")
-    for stage in ("base", "zero-out", "retrofit"):  # the last checkpoint stays
-        if folder / stage != checkpoint:
-            shutil.rmtree(folder / stage, ignore_errors=True)
+    for used in (folder / "base", folder / "cache", *folders[:-1]):
+        shutil.rmtree(used, ignore_errors=True)
+    for iteration in sorted(folders[-1].glob("iter_*"))[:-1]:
+        shutil.rmtree(iteration)
+
+
+def run_side_by_side(
+    wanted: list[tuple[Arm, int]], output: Path, short: bool, arms: Path, jobs: int
+) -> None:
+    """Each arm and seed as a process of its own, `jobs` at a time, which share the cores.
+
+    A run that fails is named at the end, and the others go on.
+    """
+    from tqdm import tqdm
+
+    demo.prepare_data(output, demo.MODEL / "tokenizer.model")
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+
+    def one(arm: Arm, seed: int) -> str:
+        name = f"{arm['name']}-seed{seed}"
+        command = [sys.executable, __file__, "--arms", str(arms), "--arm", arm["name"],
+                   "--seed", str(seed), "--output", str(output)]  # fmt: skip
+        with open(output / f"{name}.log", "ab") as log:
+            code = subprocess.run(
+                [*command, *(["--short"] if short else [])],
+                stdout=log, stderr=subprocess.STDOUT, check=False,
+                env=dict(os.environ, OMP_NUM_THREADS=str(threads)),
+            ).returncode  # fmt: skip
+        return f"{name} (its output: {log.name})" if code else ""
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(one, arm, seed) for arm, seed in wanted]
+        done = tqdm(as_completed(futures), total=len(futures), unit="run")
+        failed = [future.result() for future in done if future.result()]
+    if failed:
+        sys.exit("failed: " + ", ".join(failed))
 
 
 def table(output: Path) -> str:
@@ -138,16 +226,15 @@ def table(output: Path) -> str:
     lines = ["| arm | seeds | " + " | ".join(f"CR at {n} | perplexity at {n}" for n in lengths) + " |",
              "| --- | --- |" + " --- | --- |" * len(lengths)]  # fmt: skip
 
-    def spread(values: list[float]) -> str:
+    def spread(rows: list[dict], length: int, key: str) -> str:
+        values = [row["lengths"][str(length)][key] for row in rows if str(length) in row["lengths"]]
+        if not values:
+            return ""
         deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.3f}{deviation}"
 
     for name, rows in runs.items():
-        cells = [
-            spread([row["lengths"][str(n)][key] for row in rows])
-            for n in lengths
-            for key in ("measured_cr", "perplexity")
-        ]
+        cells = [spread(rows, n, key) for n in lengths for key in ("measured_cr", "perplexity")]
         lines.append(f"| {name} | {len(rows)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -156,21 +243,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arms", type=Path, default=Path(__file__).with_name("arms.toml"))
     parser.add_argument("--arm", nargs="+", help="only these; default: all")
-    parser.add_argument("--seed", type=int, nargs="+", help="default: those of the file")
+    parser.add_argument("--group", nargs="+", help="only these groups of arms; default: all")
+    parser.add_argument("--seed", type=int, nargs="+", help="only these; default: those of the arm")
     parser.add_argument("--output", type=Path, default=EXAMPLES.parent / "demo" / "experiments")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)"
+    )
     parser.add_argument("--short", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--table", action="store_true", help="only print the results so far")
     args = parser.parse_args()
+    output = args.output.resolve()
     if not args.table:
         silence_optional_packages()
-        arms, seeds, lengths = read_arms(args.arms)
-        unknown = set(args.arm or []) - set(arms)
-        if unknown:
-            parser.error(f"--arm {' '.join(sorted(unknown))}: not in {args.arms}")
-        for seed in args.seed or seeds:
-            for name in args.arm or arms:
-                run(arms[name], seed, lengths, args.output.resolve(), args.short)
-    print(table(args.output.resolve()))
+        arms = read_arms(args.arms)
+        groups = {arm["group"] for arm in arms.values()}
+        for flag, given, known in (("--arm", args.arm, set(arms)), ("--group", args.group, groups)):
+            if unknown := set(given or []) - known:
+                parser.error(f"{flag} {' '.join(sorted(unknown))}: not in {args.arms}")
+        wanted = [
+            (arm, seed)
+            for seed in sorted({seed for arm in arms.values() for seed in arm["seeds"]})
+            for name, arm in arms.items()
+            if seed in arm["seeds"]
+            and name in (args.arm or arms)
+            and arm["group"] in (args.group or groups)
+            and seed in (args.seed or arm["seeds"])
+        ]
+        if not wanted:
+            parser.error(f"no arm of {args.arms} has the seeds {args.seed} in that choice")
+        if args.jobs > 1:
+            run_side_by_side(wanted, output, args.short, args.arms, args.jobs)
+        else:
+            for arm, seed in wanted:
+                run(arm, seed, output, args.short)
+    print(table(output))
 
 
 if __name__ == "__main__":
