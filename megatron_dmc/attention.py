@@ -93,6 +93,11 @@ class DMCSelfAttention(SelfAttention):
         recorder: where the training loop reads the decisions; None reports nothing.
 
     In training and evaluation the attention mask must be None or a `GateKey` tensor.
+
+    Attributes:
+        relaxed_gates: True for training's relaxed gates (with noise, where there is a `GateKey`),
+            False for hard decisions; None, the default: as the mode is, `train()` or `eval()`.
+            Without effect in the engine, whose decisions are hard.
     """
 
     config: DMCTransformerConfig
@@ -113,6 +118,7 @@ class DMCSelfAttention(SelfAttention):
         self.recorder = recorder
         self.layer_index = layer_number - 1
         self.softmax_scale = config.softmax_scale or self.hidden_size_per_attention_head**-0.5
+        self.relaxed_gates: bool | None = None
         self._faded = False
         self.linear_qkv.register_state_dict_pre_hook(self._zero_faded_rows)
 
@@ -142,6 +148,9 @@ class DMCSelfAttention(SelfAttention):
             raise UnsupportedConfig("DMC attention takes no attention bias: the kernel has none")
         context = inference_context if inference_context is not None else inference_params
         q_TBND, k_TBGD, v_TBGD = self.get_query_key_value_tensors(hidden_states)
+        if self.config.dmc.compresses and self.config.dmc.importance == "constant":
+            # a logit of 0 for every token, in the engine's kernels too; the rows get no gradient
+            q_TBND = _scale_channel(q_TBND, gates.IMPORTANCE_CHANNEL, 0.0)
         if isinstance(rotary_pos_emb, tuple):
             rotary_pos_emb = rotary_pos_emb[0]
         if context is not None:
@@ -237,7 +246,8 @@ class DMCSelfAttention(SelfAttention):
                 logit_TBG, self.config.num_query_groups, self._sum_over_ranks
             )
         starts_TB = layout.starts_TB(k.shape[0])
-        if self.training:
+        relaxed = self.training if self.relaxed_gates is None else self.relaxed_gates
+        if relaxed:
             noise = None if key is None or not dmc.noise_scale else self._noise(logit_TBG, key)
             alpha, log_keep, alpha_hat = gates.soft_gate(
                 logit_TBG, noise, temperature=dmc.temperature, starts_TB=starts_TB
@@ -245,13 +255,16 @@ class DMCSelfAttention(SelfAttention):
         else:
             alpha, log_keep, alpha_hat = gates.hard_gate(logit_TBG, starts_TB=starts_TB)
         k = _scale_channel(k, gates.DECISION_CHANNEL, 0.0)
+        if dmc.pool_after_rope:
+            k = _scale_channel(self._rotate(k, angles.whole), gates.DECISION_CHANNEL, 0.0)
         if merges:
             k, v = merge(k, v, alpha, omega_TBG, merge_window=dmc.merge_window)
             attention = training_attention
         else:
             attention = partial(eviction_attention, delay=dmc.eviction_delay)
-        # what RoPE mixed into the borrowed channel is ignored there
-        k = self._rotate(k, angles.whole)
+        if not dmc.pool_after_rope:
+            # what RoPE mixed into the borrowed channel is ignored there
+            k = self._rotate(k, angles.whole)
         out = layout.attend(attention, q, k, v, log_keep, softmax_scale=self.softmax_scale)
         if self.recorder is not None and key is not None:
             out = self.recorder.report(out, layout.own(alpha_hat), key, self.layer_index)

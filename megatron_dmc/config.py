@@ -30,13 +30,17 @@ class DMCConfig:
 
     stage: Literal["off", "zero-out", "retrofit", "finetune"] = "off"
     """Stage of the retrofit. off: plain attention. zero-out: DMC off, the borrowed channels fade to
-    zero. retrofit: the target CR rises linearly from 1. finetune: constant target CR."""
+    zero. retrofit: the target CR rises from 1. finetune: constant target CR."""
 
     target_cr: float = 4.0
     """Compression ratio (tokens / cache entries) to reach, at least 1."""
 
     ramp_steps: int | None = None
     """Steps over which the retrofit stage raises the target CR. Default: all steps of the stage."""
+
+    cr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the retrofit stage raises the target CR. cosine: half a cosine, slow at both ends. constant:
+    not at all, the stage has its target from the first step."""
 
     zero_out_steps: int | None = None
     """Length of the zero-out stage in steps. Default: all steps of the stage."""
@@ -54,6 +58,10 @@ class DMCConfig:
     """Factor on the noise of the decisions in training; 1 is the paper's. 0: decisions as in inference,
     with the relaxed gate's gradient."""
 
+    importance: Literal["learned", "constant"] = "learned"
+    """Weight of a token in its entry. learned: read from the queries. constant: the same for all, so
+    that an entry is the plain mean of its tokens."""
+
     shared_decisions: bool = False
     """The KV heads of a layer decide together, by the mean of their logits, so that their cache
     lengths agree (DMC-C of the paper). Each head keeps its own importances."""
@@ -67,6 +75,14 @@ class DMCConfig:
 
     merge_window: int = 0
     """Only the latest tokens of a segment, this many, contribute to its entry. 0: all of them."""
+
+    pool_after_rope: bool = False
+    """An entry's key is the mean of keys that are already rotated, each at its own position. Training
+    and full-sequence evaluation only; the inference engine has no such entries."""
+
+    hinge: Literal["sequence", "batch", "none"] = "sequence"
+    """Where the compression loss stops at 0. sequence: for every sequence that has reached the target
+    CR. batch: for microbatches that have, by their mean. none: nowhere, merging more always lowers it."""
 
     loss_weight: float = 1.0
     """Weight of the compression loss beside the language-model loss per token."""
@@ -87,6 +103,16 @@ class DMCConfig:
         self._require("policy", self.policy in ("merge", "evict"), "choose merge or evict")
         self._require("merge_window", self.merge_window == 0 or self.policy == "merge",
                       "nothing merges with --dmc-policy evict; leave it at 0")  # fmt: skip
+        self._require("pool_after_rope", not self.pool_after_rope or self.policy == "merge",
+                      "nothing merges with --dmc-policy evict; leave it out")  # fmt: skip
+        self._require("cr_schedule", self.cr_schedule in ("linear", "cosine", "constant"),
+                      "choose linear, cosine or constant")  # fmt: skip
+        self._require("importance", self.importance in ("learned", "constant"),
+                      "choose learned or constant")  # fmt: skip
+        self._require("importance", self.importance == "learned" or self.policy == "merge",
+                      "nothing merges with --dmc-policy evict; leave it out")  # fmt: skip
+        self._require("hinge", self.hinge in ("sequence", "batch", "none"),
+                      "choose sequence, batch or none")  # fmt: skip
         self._require("eviction_delay", self.eviction_delay >= 0, "it must not be negative")
         self._require("loss_weight", self.loss_weight >= 0, "it must not be negative")
         self._require("zero_out_fraction", 0 <= self.zero_out_fraction <= 1, "use 0 to 1")

@@ -4,9 +4,10 @@ Dimension letters: T tokens, B batch, G key/value heads, L layers, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,10 +43,39 @@ class DecisionTrace:
 
 
 @torch.no_grad()
-def traced_forward(loaded: LoadedModel, input_ids: Tensor, trace: DecisionTrace) -> Tensor:
-    """`full_forward` that leaves its decisions in `trace`; logits (B, T, padded V)."""
+def traced_forward(
+    loaded: LoadedModel,
+    input_ids: Tensor,
+    trace: DecisionTrace,
+    key: GateKey | None = None,
+) -> Tensor:
+    """`full_forward` that leaves its decisions in `trace`; logits (B, T, padded V).
+
+    Args:
+        key: of the noise that relaxed gates have.
+    """
+    key = key or GateKey(0, 0, 0, 0)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    return loaded.model(input_ids, positions, GateKey(0, 0, 0, 0).to_tensor())
+    return loaded.model(input_ids, positions, key.to_tensor())
+
+
+@contextmanager
+def gates_of(model: Any, kind: Literal["hard", "soft"]) -> Iterator[None]:
+    """Within, the model's layers decide as `evaluate` says of `kind`; the model's mode stays.
+
+    Raises:
+        ValueError: for another kind.
+    """
+    if kind not in ("hard", "soft"):
+        raise ValueError(f"gates={kind!r}: choose hard or soft")
+    layers = [layer.self_attention for layer in model.decoder.layers]
+    for layer in layers:
+        layer.relaxed_gates = kind == "soft"
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.relaxed_gates = None
 
 
 @dataclass
@@ -112,14 +142,20 @@ def evaluate(
     limit: int | None = None,
     progress: bool = True,
     label: str = "Evaluating",
+    gates: Literal["hard", "soft"] = "hard",
+    seed: int = 0,
 ) -> Evaluation:
-    """Perplexity with hard decisions over consecutive windows, as a full forward.
+    """Perplexity over consecutive windows, as a full forward.
 
     Args:
         loaded: the model; its recorder is replaced.
         tokens: int64 (num_tokens,).
         length: T of a window; every window starts with an empty cache.
         limit: most windows; None: all.
+        gates: hard: the decisions of inference. soft: training's relaxed gates, with the noise and
+            temperature of the model's settings; entries are then counted by the hard decision of
+            the noisy gate, as training's measured CR is. The model may be in `eval()` for both.
+        seed: of the soft gates' noise, which also depends on the window's index, but not on `batch`.
     """
     d = loaded.description
     trace = DecisionTrace(loaded.model)
@@ -127,9 +163,11 @@ def evaluate(
     nll, predicted, total = 0.0, 0, 0
     entries_LG = np.zeros((d.num_layers, d.num_query_groups), dtype=np.int64)
     batches = list(windows(tokens, length, batch, limit))
-    for rows in tqdm(batches, desc=label, unit="batch", disable=not progress):
+    for index, rows in enumerate(tqdm(batches, desc=label, unit="batch", disable=not progress)):
         rows = rows.to(device)
-        logits = traced_forward(loaded, rows[:, :-1], trace)[..., : d.vocab_size]
+        key = GateKey(seed, 0, index, index * batch)
+        with gates_of(loaded.model, gates):
+            logits = traced_forward(loaded, rows[:, :-1], trace, key)[..., : d.vocab_size]
         loss = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), rows[:, 1:].flatten(), reduction="sum"
         )

@@ -3,15 +3,31 @@
 Steps count from 0: step s is the (s + 1)-th optimizer step of the stage. No torch.
 """
 
+import math
+from typing import Literal
 
-def target_cr(step: int, *, ramp_steps: int, target: float) -> float:
-    """Target CR of a step: rises linearly from 1 to `target` over `ramp_steps`, then stays.
+
+def target_cr(
+    step: int,
+    *,
+    ramp_steps: int,
+    target: float,
+    schedule: Literal["linear", "cosine", "constant"] = "linear",
+) -> float:
+    """Target CR of a step: rises from 1 to `target` over `ramp_steps`, then stays.
 
     `ramp_steps = 0` is the constant target of the finetune stage.
+
+    Args:
+        schedule: linear; cosine: `1 + (target - 1) (1 - cos(pi step / ramp_steps)) / 2`; constant:
+            `target` at every step.
     """
-    if ramp_steps <= 0 or step >= ramp_steps:
+    if schedule == "constant" or ramp_steps <= 0 or step >= ramp_steps:
         return float(target)
-    return 1.0 + (target - 1.0) * max(step, 0) / ramp_steps
+    done = max(step, 0)
+    if schedule == "cosine":
+        return 1.0 + (target - 1.0) * 0.5 * (1.0 - math.cos(math.pi * done / ramp_steps))
+    return 1.0 + (target - 1.0) * done / ramp_steps
 
 
 def target_merge_rate(cr: float) -> float:

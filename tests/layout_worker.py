@@ -87,6 +87,8 @@ def parse(flags: list[str]) -> Namespace:
     parser.add_argument("--merge-window", type=int, default=0)
     parser.add_argument("--shared-decisions", action="store_true", help="DMC-C")
     parser.add_argument("--evict", action="store_true", help="DMS")
+    parser.add_argument("--pool-after-rope", action="store_true")
+    parser.add_argument("--importance", default="learned")
     parser.add_argument("--stage", default="finetune")
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--qk-norm", action="store_true")
@@ -134,6 +136,7 @@ def config_of(options: Namespace) -> DMCTransformerConfig:
         dmc=DMCConfig(stage=options.stage, target_cr=4.0, alpha_offset=0.5, temperature=0.5,
                       merge_window=options.merge_window, zero_out_steps=20,
                       shared_decisions=options.shared_decisions,
+                      pool_after_rope=options.pool_after_rope, importance=options.importance,
                       policy="evict" if options.evict else "merge", eviction_delay=3),
         **moe,
     )  # fmt: skip

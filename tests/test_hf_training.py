@@ -18,10 +18,14 @@ from megatron_dmc.training.loss import compression_loss
 
 def test_settings_are_those_of_the_package():
     package = DMCConfig().to_dict()
-    others = modeling_dmc.OF_OTHER_POLICIES
+    others = {*modeling_dmc.NOT_HERE, "eviction_delay"}
     assert {k: v for k, v in package.items() if k not in others} == modeling_dmc.DEFAULTS
-    with pytest.raises(ValueError, match="policy 'evict'"):
-        modeling_dmc.complete_settings({"policy": "evict"})
+    assert {k: package[k] for k in modeling_dmc.NOT_HERE} == modeling_dmc.NOT_HERE
+    for refused in ({"policy": "evict"}, {"pool_after_rope": True}, {"hinge": "token"},
+                    {"importance": "random"}):  # fmt: skip
+        ((name, value),) = refused.items()
+        with pytest.raises(ValueError, match=f"dmc {name} {value!r}"):
+            modeling_dmc.complete_settings(refused)
 
 
 def random_case(num_tokens=37, num_heads=4):
@@ -121,9 +125,10 @@ def test_loss_and_gradients_are_those_of_the_packages_ops(merge_window, shared):
     assert float(output.compression_loss.detach()) > 0.01
 
 
-def test_training_is_that_of_megatrons_model(tmp_path):
+@pytest.mark.parametrize("importance", ["learned", "constant"])
+def test_training_is_that_of_megatrons_model(tmp_path, importance):
     """Relaxed gates in the whole model, without noise: transformers' logits are Megatron's."""
-    model = model_of(noise_scale=0.0)
+    model = model_of(noise_scale=0.0, importance=importance)
     save_with_code(model, tmp_path / "dmc")
     loaded = load_model(tmp_path / "dmc", dtype=torch.float32)
     ids = tokens(2, 40)
@@ -152,6 +157,11 @@ def test_compression_loss_is_the_packages_and_part_of_the_loss():
     assert float(output.measured_cr) == pytest.approx(
         3 * 40 * 6 / (3 * 40 * 6 - float(merges_B.sum()))
     )
+    for hinge in ("batch", "none"):
+        model.set_dmc(hinge=hinge)
+        expected = 1.5 * compression_loss(rate_B, target_cr=4.0, hinge=hinge)
+        torch.testing.assert_close(model(ids, labels=ids).compression_loss, expected)
+    model.set_dmc(hinge="sequence")
     lm = float(output.loss - output.compression_loss)
     assert lm == pytest.approx(
         float(

@@ -38,6 +38,8 @@ LAYOUTS: dict[str, tuple[int, list[str], list[str]]] = {
     "cp2-evict": (2, ["--cp=2"], ["--evict"]),
     "tp2-sp-evict-packed": (2, ["--tp=2", "--sp"], ["--evict", "--packed"]),
     "cp2-packed": (2, ["--cp=2"], ["--packed"]),
+    "cp2-packed-after-rope-constant-importance": (
+        2, ["--cp=2"], ["--packed", "--pool-after-rope", "--importance=constant"]),
     "pp2-packed-window": (2, ["--pp=2"], ["--packed", *MHA_WINDOW]),
     "tp2-sp-moe": (2, ["--tp=2", "--sp"], ["--moe"]),
     "tp2-sp-qk-norm-partial-rotary": (

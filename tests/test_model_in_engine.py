@@ -39,9 +39,10 @@ def random_model(kv_heads=2, *, dmc=None, dtype=torch.float64) -> LoadedModel:
     return LoadedModel(model, description, None)
 
 
-def retrofitted(merge_window=0) -> DMCConfig:
+def retrofitted(merge_window=0, **settings) -> DMCConfig:
     # a small offset: about half of the tokens merge in a random model
-    return DMCConfig(stage="finetune", target_cr=2.0, alpha_offset=0.3, merge_window=merge_window)
+    return DMCConfig(stage="finetune", target_cr=2.0, alpha_offset=0.3, merge_window=merge_window,
+                     **settings)  # fmt: skip
 
 
 CASES = [(None, 2), (0, 4), (0, 2), (0, 1), (3, 2), (12, 4)]

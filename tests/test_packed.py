@@ -18,9 +18,13 @@ def alone(model, tokens, lengths) -> torch.Tensor:
     return torch.cat([full_forward(model, part[None]) for part in parts], dim=1)[0]
 
 
-@pytest.fixture(params=[None, 0, 3], ids=["off", "unlimited", "window3"])
+CASES = {"off": None, "unlimited": {}, "window3": {"merge_window": 3},
+         "after-rope": {"pool_after_rope": True}}  # fmt: skip
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES)
 def model(request):
-    dmc = None if request.param is None else retrofitted(request.param)
+    dmc = None if request.param is None else retrofitted(**request.param)
     return random_model(dmc=dmc).model.eval()
 
 

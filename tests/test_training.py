@@ -13,6 +13,8 @@ import torch
 from megatron_dmc.config import DMCConfig, DMCTransformerConfig
 from megatron_dmc.errors import DMCError, UnsupportedConfig
 from megatron_dmc.schedule import target_cr, target_merge_rate, zero_out_scale
+from megatron_dmc.training.loss import compression_loss
+from megatron_dmc.training.step import CompressionLoss
 
 ROOT = Path(__file__).parents[1]
 HEADS, KV_HEADS, DIM, LAYERS = 4, 2, 16, 2
@@ -182,6 +184,11 @@ def test_wrong_flags_end_with_one_line(flags, message):
         ({"noise_scale": 1.5}, "--dmc-noise-scale=1.5"),
         ({"merge_window": -1}, "--dmc-merge-window=-1"),
         ({"zero_out_fraction": 1.5}, "--dmc-zero-out-fraction"),
+        ({"cr_schedule": "step"}, "--dmc-cr-schedule=step: choose linear, cosine or constant"),
+        ({"importance": "random"}, "--dmc-importance=random: choose learned or constant"),
+        ({"hinge": "token"}, "--dmc-hinge=token: choose sequence, batch or none"),
+        ({"policy": "evict", "pool_after_rope": True}, "--dmc-pool-after-rope.*nothing merges"),
+        ({"policy": "evict", "importance": "constant"}, "--dmc-importance.*nothing merges"),
     ],
 )
 def test_config_names_flag_and_value(values, message):
@@ -249,6 +256,31 @@ def test_layer_specs_that_dmc_cannot_serve_are_refused():
 def test_schedule():
     assert [target_cr(s, ramp_steps=4, target=3.0) for s in range(6)] == [1, 1.5, 2, 2.5, 3, 3]
     assert target_cr(0, ramp_steps=0, target=4.0) == 4.0
+    cosine = [target_cr(s, ramp_steps=4, target=3.0, schedule="cosine") for s in range(6)]
+    half = 0.5**0.5
+    assert cosine == pytest.approx([1, 2 - half, 2, 2 + half, 3, 3])
+    constant = [target_cr(s, ramp_steps=4, target=3.0, schedule="constant") for s in range(3)]
+    assert constant == [3, 3, 3]
+    step = CompressionLoss(DMCConfig(target_cr=3.0, ramp_steps=4, cr_schedule="cosine"), None)
+    assert step.target_cr(1) == cosine[1]
+
+
+def test_hinge_forms():
+    """Half of the sequences have too few merges, half too many; the target rate is 0.75."""
+    rates = torch.tensor([0.25, 1.0], dtype=torch.float64, requires_grad=True)
+
+    def of(hinge, rate_B=rates):
+        loss = compression_loss(rate_B, target_cr=4.0, hinge=hinge)
+        return loss.item(), torch.autograd.grad(loss, rate_B)[0].tolist()
+
+    assert of("sequence") == (0.25, [-0.5, 0.0])
+    assert of("batch") == (0.125, [-0.5, -0.5])
+    assert of("none") == (0.125, [-0.5, -0.5])
+    beyond = torch.tensor([0.5, 1.25], dtype=torch.float64, requires_grad=True)
+    assert of("sequence", beyond) == (0.125, [-0.5, 0.0])
+    assert of("batch", beyond) == (0.0, [0.0, 0.0])
+    assert of("none", beyond) == (-0.125, [-0.5, -0.5])
+    assert compression_loss(rates, target_cr=4.0) == 0.25
     assert target_merge_rate(4.0) == 0.75
     assert [zero_out_scale(s, steps=10, fraction=0.8) for s in (0, 4, 8, 9)] == [1, 0.5, 0, 0]
 

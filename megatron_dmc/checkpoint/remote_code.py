@@ -53,7 +53,9 @@ def dmc_config(config: dict[str, Any]) -> dict[str, Any]:
         "model_type": _TYPE + config["model_type"],
     }
     family = FAMILIES.get(architecture)
-    if family and config.get("dmc", {}).get("policy", "merge") == "merge":
+    dmc = config.get("dmc", {})
+    merges_before_rope = dmc.get("policy", "merge") == "merge" and not dmc.get("pool_after_rope")
+    if family and merges_before_rope:
         prefix = f"modeling_dmc_{family}.{_CLASS}{architecture.removesuffix('ForCausalLM')}"
         named["auto_map"] = {
             "AutoConfig": f"{prefix}Config",
@@ -122,6 +124,8 @@ def write_remote_code(
 def _method(dmc: DMCConfig) -> str:
     parts = [
         "one decision per layer" if dmc.shared_decisions else "every KV head decides for itself",
+        *(["an entry is the plain mean of its tokens"] if dmc.importance == "constant" else []),
+        *(["keys are merged after RoPE"] if dmc.pool_after_rope else []),
         f"the latest {dmc.merge_window} tokens of a segment count"
         if dmc.merge_window
         else "all tokens of a segment count",
@@ -171,7 +175,11 @@ print(outputs.past_key_values.compression_ratio())
 transformers 5 and torch. In training mode the model decides with noise and adds the compression loss
 to `loss`."""
     else:
-        usage = "There is no code for this model in transformers; megatron-dmc runs it."
+        usage = "There is no code for this model in transformers; megatron-dmc " + (
+            "trains and evaluates it, but its engine does not run it."
+            if dmc.pool_after_rope
+            else "runs it."
+        )
     return f"""---
 library_name: transformers
 tags: [dynamic-memory-compression, kv-cache, megatron-dmc]

@@ -29,6 +29,12 @@ def compression_rule(dmc: Any | None, enable_dmc: bool | None) -> CompressionRul
         raise UnsupportedConfig("enable_dmc=True: the model was not retrofitted; leave it at None")
     if dmc is None or dmc.stage == "off":
         return None
+    if dmc.pool_after_rope and merges and enable_dmc is not False:
+        raise UnsupportedConfig(
+            "the model was trained with --dmc-pool-after-rope, and the engine's open segments hold "
+            "unrotated keys; evaluate it with megatron_dmc.evaluation.evaluate, or run it without "
+            "merging (enable_dmc=False)"
+        )
     return CompressionRule(
         alpha_offset=dmc.alpha_offset,
         shared_decisions=dmc.shared_decisions,

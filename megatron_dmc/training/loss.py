@@ -3,6 +3,8 @@
 Dimension letters: B batch, L layers of the whole model.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -30,9 +32,28 @@ def merge_rate(
     return counts_LB.sum(0) / (counts_LB.shape[0] * num_kv_heads * mergeable_B)
 
 
-def compression_loss(merge_rate_B: Tensor, *, target_cr: float) -> Tensor:
-    """`mean over sequences of max(0, (1 - 1 / target_cr) - merge_rate)`, a scalar."""
-    return torch.relu(target_merge_rate(target_cr) - merge_rate_B).mean()
+def compression_loss(
+    merge_rate_B: Tensor,
+    *,
+    target_cr: float,
+    hinge: Literal["sequence", "batch", "none"] = "sequence",
+) -> Tensor:
+    """What the merge rates lack of their target, a scalar. With `target = 1 - 1 / target_cr`:
+
+        sequence    mean over sequences of max(0, target - merge_rate)
+        batch       max(0, target - mean over sequences of merge_rate)
+        none        mean over sequences of target - merge_rate; negative beyond the target
+
+    Args:
+        hinge: "batch" is over the sequences given. Training gives those of one microbatch on one
+            data-parallel rank, so the loss depends on `--micro-batch-size` and the data-parallel
+            size; that of the other two does not.
+    """
+    target = target_merge_rate(target_cr)
+    if hinge == "batch":
+        return torch.relu(target - merge_rate_B.mean())
+    short_B = target - merge_rate_B
+    return (short_B if hinge == "none" else torch.relu(short_B)).mean()
 
 
 def measured_cr(counts_LB: Tensor, *, num_tokens: int, num_kv_heads: int) -> tuple[Tensor, Tensor]:

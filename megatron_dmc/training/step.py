@@ -138,7 +138,10 @@ class CompressionLoss:
 
     def target_cr(self, step: int) -> float:
         """Target CR of a training step of this stage."""
-        return target_cr(step, ramp_steps=self.dmc.ramp_steps or 0, target=self.dmc.target_cr)
+        dmc = self.dmc
+        return target_cr(
+            step, ramp_steps=dmc.ramp_steps or 0, target=dmc.target_cr, schedule=dmc.cr_schedule
+        )
 
     def _next_key(self, args: Namespace, chunk: int, *, training: bool) -> GateKey:
         step = getattr(args, "curr_iteration", 0)
@@ -177,7 +180,7 @@ class CompressionLoss:
         rate_B = merge_rate(
             counts_LB, num_tokens=length, num_kv_heads=num_kv_heads, num_documents_B=documents_B
         )
-        hinge = compression_loss(rate_B, target_cr=target)
+        hinge = compression_loss(rate_B, target_cr=target, hinge=self.dmc.hinge)
         loss = loss + self.dmc.loss_weight * hinge * self._hinge_tokens(num_tokens, config)
         batch = float(rate_B.numel())
         tokens, entries = measured_cr(counts_LB, num_tokens=length, num_kv_heads=num_kv_heads)

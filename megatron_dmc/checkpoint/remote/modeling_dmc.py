@@ -31,38 +31,48 @@ DEFAULTS: dict[str, Any] = {
     "stage": "off",  # off, zero-out, retrofit, finetune; tokens merge in the last two
     "target_cr": 4.0,  # tokens / cache entries to reach
     "ramp_steps": None,  # of the training run; not used here
+    "cr_schedule": "linear",  # likewise
     "zero_out_steps": None,  # likewise
     "zero_out_fraction": 0.8,  # likewise
     "alpha_offset": 5.0,  # a zeroed channel means: append
     "temperature": 0.1,  # of the relaxed decisions in training
     "noise_scale": 1.0,  # factor on their noise
+    "importance": "learned",  # constant: an entry is the plain mean of its tokens
     "shared_decisions": False,  # the heads of a layer decide together
     "merge_window": 0,  # only the latest tokens of a segment count; 0: all
+    "hinge": "sequence",  # where the compression loss stops at 0: per row, by their mean, nowhere
     "loss_weight": 1.0,  # of the compression loss beside the language-model loss
 }
-OF_OTHER_POLICIES = {"policy", "eviction_delay"}
-STAGES = ("off", "zero-out", "retrofit", "finetune")
+CHOICES = {
+    "stage": ("off", "zero-out", "retrofit", "finetune"),
+    "importance": ("learned", "constant"),
+    "hinge": ("sequence", "batch", "none"),
+}
+NOT_HERE = {"policy": "merge", "pool_after_rope": False}
+"""Settings that this code knows only one value of."""
 
 
 def complete_settings(dmc: dict[str, Any] | None) -> dict[str, Any]:
     """The `dmc` of a config.json with defaults filled in.
 
     Raises:
-        ValueError: a setting is unknown, or the stage is, or tokens are not merged but evicted.
+        ValueError: a setting or its value is unknown, or this code has no form of it.
     """
-    policy = (dmc or {}).get("policy", "merge")
-    if policy != "merge":
-        raise ValueError(
-            f"dmc policy {policy!r}: this code merges tokens; run it with megatron-dmc"
-        )
-    unknown = set(dmc or {}) - set(DEFAULTS) - OF_OTHER_POLICIES
+    for name, only in NOT_HERE.items():
+        value = (dmc or {}).get(name, only)
+        if value != only:
+            raise ValueError(
+                f"dmc {name} {value!r}: this code knows only {only!r}; use megatron-dmc"
+            )
+    unknown = set(dmc or {}) - set(DEFAULTS) - set(NOT_HERE) - {"eviction_delay"}
     if unknown:
         raise ValueError(
             f"config.json: unknown dmc settings {sorted(unknown)}; known: {', '.join(DEFAULTS)}"
         )
     settings = DEFAULTS | (dmc or {})
-    if settings["stage"] not in STAGES:
-        raise ValueError(f"dmc stage {settings['stage']!r}: choose one of {', '.join(STAGES)}")
+    for name, choices in CHOICES.items():
+        if settings[name] not in choices:
+            raise ValueError(f"dmc {name} {settings[name]!r}: choose one of {', '.join(choices)}")
     return settings
 
 
@@ -197,6 +207,10 @@ class DMCAttention(nn.Module):
 
     def _compressed(self, q, k, v, dmc, angles, cache, decisions):
         first, offset = decisions.first_TB, dmc["alpha_offset"]
+        without = torch.ones_like(q[0, 0, 0])
+        without[-1] = 0
+        if dmc["importance"] == "constant":
+            q = q * without
         omega = importance(q, k.shape[2], alpha_offset=offset)
         logit = decision_logit(k, alpha_offset=offset)
         if dmc["shared_decisions"]:
@@ -213,8 +227,6 @@ class DMCAttention(nn.Module):
         else:
             alpha, log_keep, alpha_hat = hard_gate(logit, first)
         decisions.report(self.layer_idx, alpha_hat)
-        without = torch.ones_like(q[0, 0, 0])
-        without[-1] = 0
         q, k = rotate(q * without, angles) * without, k * without
         if cache is None:
             k, v = (self.ops.merge if self.training and self.ops else merge)(
@@ -442,8 +454,9 @@ class DMCForCausalLM(nn.Module):
         if not self.training:
             return outputs
         target = self.current_target_cr or dmc["target_cr"]
-        hinge = ((1 - 1 / target) - rate_B).clamp_min(0).mean()
-        outputs.compression_loss = dmc["loss_weight"] * hinge
+        short_B = (1 - 1 / target) - (rate_B.mean() if dmc["hinge"] == "batch" else rate_B)
+        hinge = short_B if dmc["hinge"] == "none" else short_B.clamp_min(0)
+        outputs.compression_loss = dmc["loss_weight"] * hinge.mean()
         if outputs.loss is not None:
             share = 1.0
             if (total := kwargs.get("num_items_in_batch")) is not None:
