@@ -181,7 +181,7 @@ def teacher_of(options: Namespace, config, args, groups, chunk) -> Teacher:
     heads = config.num_query_groups if options.teacher == "same" else config.num_attention_heads
     folder = f"{options.weights}/teacher"
     args = Namespace(
-        **vars(args), **dict.fromkeys(SAME), vocab_size=None, dmc_teacher=folder,
+        **dict.fromkeys(SAME) | vars(args), vocab_size=None, dmc_teacher=folder,
         dmc_teacher_weight=options.teacher_weight,
     )  # fmt: skip
     if options.make_weights:
@@ -189,10 +189,9 @@ def teacher_of(options: Namespace, config, args, groups, chunk) -> Teacher:
             plain = copy.copy(config)
             plain.dmc, plain.num_query_groups = DMCConfig(), heads
             chunk = build_model(args, plain, DecisionRecorder(4), pg_collection=groups).double()
-        saved = Namespace(
-            padded_vocab_size=VOCAB, vocab_size=None, group_query_attention=True,
-            num_query_groups=heads,
-        )  # fmt: skip
+        else:
+            chunk = chunk.module
+        saved = Namespace(**vars(args), group_query_attention=True, num_query_groups=heads)
         Path(folder).mkdir()
         dist_checkpointing.save({"model": chunk.sharded_state_dict(), "args": saved}, folder)
     return load_teacher(args, config)

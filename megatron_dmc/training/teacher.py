@@ -127,7 +127,10 @@ def load_teacher(args: Namespace, config: DMCTransformerConfig) -> Teacher:
             {"model": model.sharded_state_dict(metadata=metadata)}, str(folder)
         )
         found = model.load_state_dict(state["model"], strict=False)
-    except (Exception, CheckpointException) as e:  # the latter is a BaseException
+    except CheckpointException as e:  # a BaseException, with all ranks' tracebacks in its text
+        cause = next(iter(e.failures.values()))[0]
+        raise CheckpointError(f"--dmc-teacher {folder}: cannot be loaded ({cause})") from e
+    except Exception as e:
         raise CheckpointError(f"--dmc-teacher {folder}: cannot be loaded ({e})") from e
     missing = [name for name in found.missing_keys if "_extra_state" not in name]
     if missing:
@@ -143,12 +146,15 @@ def _check_model(args: Namespace, saved: Namespace) -> None:
             f"{name}: was trained with --dmc-stage {saved.dmc_stage}; a teacher is a plain model, "
             "such as the one that the retrofit starts from"
         )
-    # the padded size depends on the layout; where a run has no --vocab-size, its tokenizer's counts
+    # how far a vocabulary is padded depends on the layout too
     vocab = "vocab_size" if args.vocab_size and saved.vocab_size else "padded_vocab_size"
     for setting in (vocab, *SAME):
         theirs, ours = getattr(saved, setting, None), getattr(args, setting)
         if (theirs or ours) and theirs != ours:
+            hint = (
+                "; is it the padding alone, give --vocab-size" if setting.startswith("pad") else ""
+            )
             raise CheckpointError(
-                f"{name}: {setting} is {theirs}, and this run's {ours}; the teacher has the model's "
-                "architecture and vocabulary (KV heads may differ)"
+                f"{name}: {setting} is {theirs}, and this run's {ours}; the teacher must have the "
+                f"model's architecture and vocabulary (KV heads may differ){hint}"
             )
