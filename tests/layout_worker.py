@@ -10,6 +10,7 @@ where a rank fails, its traceback goes to the same name with `.error` behind it.
 """
 
 import argparse
+import copy
 import json
 import os
 import socket
@@ -35,6 +36,7 @@ from megatron_dmc.decisions import DecisionRecorder
 from megatron_dmc.training import cpu_adapter
 from megatron_dmc.training.model import CarryingCommunicator, build_model
 from megatron_dmc.training.step import CompressionLoss, ForwardStep
+from megatron_dmc.training.teacher import SAME, Teacher, load_teacher
 
 LENGTH, MICRO_BATCH, BATCH, VOCAB = 24, 2, 8, 128
 
@@ -95,6 +97,10 @@ def parse(flags: list[str]) -> Namespace:
     parser.add_argument("--moe", action="store_true")
     parser.add_argument("--rotary-percent", type=float, default=1.0)
     parser.add_argument("--rope-scaling", action="store_true")
+    parser.add_argument(
+        "--teacher", choices=["same", "other"], help="the student's own weights, or another model's"
+    )
+    parser.add_argument("--teacher-weight", type=float, default=1.0)
     parser.add_argument("--packed", action="store_true", help="several documents in a sequence")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--weights", required=True)
@@ -173,6 +179,27 @@ def build_chunks(options: Namespace, config, args, recorder, groups) -> list:
     ]
 
 
+def teacher_of(options: Namespace, config, args, groups, chunk) -> Teacher:
+    """The student's weights, or random ones of a model with a KV head for every query head."""
+    heads = config.num_query_groups if options.teacher == "same" else config.num_attention_heads
+    folder = f"{options.weights}/teacher"
+    args = Namespace(
+        **dict.fromkeys(SAME) | vars(args), vocab_size=None, dmc_teacher=folder,
+        dmc_teacher_weight=options.teacher_weight,
+    )  # fmt: skip
+    if options.make_weights:
+        if options.teacher == "other":
+            plain = copy.copy(config)
+            plain.dmc, plain.num_query_groups = DMCConfig(), heads
+            chunk = build_model(args, plain, DecisionRecorder(4), pg_collection=groups).double()
+        else:
+            chunk = chunk.module
+        saved = Namespace(**vars(args), group_query_attention=True, num_query_groups=heads)
+        Path(folder).mkdir()
+        dist_checkpointing.save({"model": chunk.sharded_state_dict(), "args": saved}, folder)
+    return load_teacher(args, config)
+
+
 def run_rank(rank: int, processes: int, port: int, flags: list[str]) -> None:
     """One rank of a job, in a process of its own."""
     options = parse(flags)
@@ -203,6 +230,7 @@ def run_rank(rank: int, processes: int, port: int, flags: list[str]) -> None:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     recorder = DecisionRecorder(config.num_layers)
     chunks = build_chunks(options, config, args, recorder, groups)
+    teacher = teacher_of(options, config, args, groups, chunks[0]) if options.teacher else None
     config.finalize_model_grads_func = finalize_model_grads
     if options.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
@@ -210,6 +238,10 @@ def run_rank(rank: int, processes: int, port: int, flags: list[str]) -> None:
 
     generator = torch.Generator().manual_seed(5)
     samples = torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=generator)
+
+    loss_mask = torch.ones(BATCH, LENGTH)
+    if options.teacher:
+        loss_mask[:, ::6] = 0  # as many on every context-parallel rank
 
     # documents of 1 to 17 tokens, other ones in every sequence
     starts = torch.rand(BATCH, LENGTH, generator=generator) < (0.2 if options.packed else 0.0)
@@ -224,14 +256,14 @@ def run_rank(rank: int, processes: int, port: int, flags: list[str]) -> None:
             yield {
                 "tokens": batch[:, :-1],
                 "labels": batch[:, 1:],
-                "loss_mask": torch.ones(MICRO_BATCH, LENGTH),
+                "loss_mask": loss_mask[first : first + MICRO_BATCH],
                 "position_ids": positions[first : first + MICRO_BATCH],
             }
 
     communicator = CarryingCommunicator(groups.pp, config) if options.pp > 1 else None
     data = [batches() for _ in chunks]
     reports = get_forward_backward_func(pp_size=options.pp, vp_size=options.vp)(
-        forward_step_func=ForwardStep(CompressionLoss(config.dmc, recorder)),
+        forward_step_func=ForwardStep(CompressionLoss(config.dmc, recorder), teacher),
         data_iterator=data if options.vp else data[0],
         model=chunks if options.vp else chunks[0],
         num_microbatches=micro_batches,

@@ -48,6 +48,19 @@ def test_every_arm_is_a_valid_setting(driver):
         assert max(totals) - min(totals) <= 20, (group, "arms of equal steps (but for zero-out)")
 
 
+def test_the_teacher_is_the_base_before_pooling(driver, tmp_path, monkeypatch):
+    conversions = []
+    monkeypatch.setattr(driver, "cli", lambda command: conversions.append(command) and 0)
+    arms = driver.read_arms(ROOT / "examples/experiments/arms.toml")
+    base, flags = driver.start_of(arms["distill-dmc-4x"], tmp_path)
+    assert base == tmp_path / "base" and flags == ["--dmc-teacher", str(base)]
+    assert [Path(c[-1]).name for c in conversions] == ["base"]
+    base, flags = driver.start_of(arms["distill-gqa-4x"], tmp_path)
+    assert base == tmp_path / "base" and flags == ["--dmc-teacher", str(tmp_path / "teacher")]
+    assert ["--kv-heads" in c for c in conversions[1:]] == [True, False]
+    assert driver.start_of(arms["gqa-4x"], tmp_path)[1] == []
+
+
 def test_table_is_over_seeds(driver, tmp_path):
     for seed, perplexity in ((1, 6.0), (2, 6.5)):
         folder = tmp_path / f"dmc-4x-seed{seed}"

@@ -20,6 +20,9 @@ WORKER = Path(__file__).with_name("layout_worker.py")
 MHA_WINDOW = ["--kv-heads=4", "--merge-window=3"]
 TIED = ["--tied"]
 BF16 = ["--bf16"]
+TEACHER = ["--teacher=other"]
+
+OWN_TEACHER = "tp2-teacher-same"
 
 # name: processes, flags of the layout, flags of the model
 LAYOUTS: dict[str, tuple[int, list[str], list[str]]] = {
@@ -46,6 +49,10 @@ LAYOUTS: dict[str, tuple[int, list[str], list[str]]] = {
         2, ["--tp=2", "--sp"], ["--qk-norm", "--rotary-percent=0.5"]),
     "pp2-rope-scaling-one-kv-head": (2, ["--pp=2"], ["--rope-scaling", "--kv-heads=1"]),
     "tp2-shared-decisions": (2, ["--tp=2"], ["--shared-decisions"]),
+    "tp2-sp-teacher": (2, ["--tp=2", "--sp"], TEACHER),
+    "cp2-teacher-recompute": (2, ["--cp=2", "--recompute=full"], [*TEACHER, "--teacher-weight=0.5"]),
+    "dp2-teacher-off": (2, ["--distributed-optimizer"], [*TEACHER, "--stage=off"]),
+    OWN_TEACHER: (2, ["--tp=2"], ["--teacher=same", "--stage=off"]),
     # Only layouts that keep every product and sum of a token: those of tensor parallelism are rounded
     # elsewhere, and in bfloat16 that flips decisions.
     "pp2-vp2-recompute-bf16": (2, ["--pp=2", "--vp=2", "--recompute=full"], BF16),
@@ -102,15 +109,16 @@ def read(results: Path, name: str) -> dict:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != OWN_TEACHER])
 def test_layout_equals_one_process(results, layout, record_property):
     variant = LAYOUTS[layout][2]
     expected, got = read(results, name_of(variant)), read(results, layout)
-    compresses = "--stage=zero-out" not in variant
+    compresses = not {"--stage=zero-out", "--stage=off"} & set(variant)
     if compresses:
         assert expected["reports"]["compression loss"] > 0, "the hinge must be active"
         assert expected["reports"]["measured cr"] > 1
     assert ("compression loss" in got["reports"]) == compresses
+    assert ("distillation loss" in got["reports"]) == (TEACHER[0] in variant)
     assert set(got["reports"]) == set(expected["reports"])
     reports = max(abs(got["reports"][k] / v - 1) for k, v in expected["reports"].items())
     assert set(got["gradients"]) == set(expected["gradients"])
@@ -124,3 +132,13 @@ def test_layout_equals_one_process(results, layout, record_property):
     record_property("layout", f"{layout:36} losses, CR {reports:.1e}   gradients {gradients:.1e}")
     assert reports < BOUND
     assert gradients < BOUND
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", [OWN_TEACHER])
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(results, layout):
+    got = read(results, layout)
+    assert got["reports"]["lm loss"] > 1
+    assert abs(got["reports"]["distillation loss"]) < 1e-12
+    assert got["gradients"]
+    assert all(gradient.abs().max() < 1e-12 for gradient in got["gradients"].values())

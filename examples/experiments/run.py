@@ -34,7 +34,7 @@ type Arm = dict[str, Any]
 
 PLAN_KEYS = {field.name for field in fields(demo.Plan)}
 OWN_KEYS = {"name", "group", "kind", "seeds", "lengths", "kv_heads", "seq_length", "plain_steps",
-            "from_scratch"}  # fmt: skip
+            "from_scratch", "teacher"}  # fmt: skip
 """Keys of an arm that are neither the plan's nor flags `--dmc-*`."""
 CURVE_WINDOWS = 64
 """Held-out windows that the checkpoints on the way are measured on."""
@@ -89,21 +89,33 @@ def shape_flags(arm: Arm) -> list[str]:
     return flags
 
 
+def converted(folder: Path, *flags: str) -> Path:
+    """The demo's model in Megatron's format, in `folder`."""
+    command = ["convert", "--to", "megatron", "--force", *flags, str(demo.MODEL), str(folder)]
+    if not (folder / "latest_checkpointed_iteration.txt").is_file() and cli(command):
+        sys.exit(2)
+    return folder
+
+
+def start_of(arm: Arm, folder: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint that the first stage starts from (None: random weights), and the teacher's flags."""
+    pool = ["--kv-heads", str(arm["kv_heads"])] if "kv_heads" in arm else []
+    base = None if arm.get("from_scratch") else converted(folder / "base", *pool)
+    if not arm.get("teacher"):
+        return base, []
+    teacher = base if base and not pool else converted(folder / "teacher")
+    return base, ["--dmc-teacher", str(teacher)]
+
+
 def train(arm: Arm, seed: int, folder: Path, short: bool) -> list[Path]:
     """Run the arm's stages; returns their folders."""
     plan = plan_of(arm, seed, short)
     data = demo.prepare_data(folder.parent, demo.MODEL / "tokenizer.model")
     source = demo.MODEL
-    previous = None if arm.get("from_scratch") else folder / "base"
-    if previous and not (previous / "latest_checkpointed_iteration.txt").is_file():
-        command = ["convert", "--to", "megatron", "--force"]
-        if "kv_heads" in arm:
-            command += ["--kv-heads", str(arm["kv_heads"])]
-        if cli([*command, str(source), str(previous)]):
-            sys.exit(2)
+    previous, teacher_flags = start_of(arm, folder)
     # the index of the data's samples is the run's own: two runs would write it at the same time
     flags = demo.megatron_flags(source, data, folder, source / "tokenizer.model")
-    flags += shape_flags(arm)
+    flags += shape_flags(arm) + teacher_flags
     folders = []
     for stage, steps in stages_of(arm, plan, short).items():
         marker = folder / f"{stage}.done"
@@ -176,7 +188,7 @@ def run(arm: Arm, seed: int, output: Path, short: bool) -> None:
     folders = train(arm, seed, folder, short)
     result = measure(arm, folders, output / "data" / "heldout_text_document", short)
     metrics.write_text(json.dumps({"arm": arm, "seed": seed, **result}, indent=1) + "\n")
-    for used in (folder / "base", folder / "cache", *folders[:-1]):
+    for used in (folder / "base", folder / "teacher", folder / "cache", *folders[:-1]):
         shutil.rmtree(used, ignore_errors=True)
     for iteration in sorted(folders[-1].glob("iter_*"))[:-1]:
         shutil.rmtree(iteration)

@@ -12,11 +12,12 @@ from megatron.training.argument_utils import ArgumentGroupFactory, core_transfor
 from megatron_dmc.checkpoint.torch_dist import (
     TRACKER_FILE,
     check_whole,
+    is_checkpoint,
     iteration_folder,
     older_usable_iteration,
 )
 from megatron_dmc.config import DMCConfig, DMCTransformerConfig, Stage
-from megatron_dmc.errors import DMCError
+from megatron_dmc.errors import DMCError, UnsupportedConfig
 
 
 class _PrefixedGroup(ArgumentGroupFactory):
@@ -34,8 +35,18 @@ class _PrefixedGroup(ArgumentGroupFactory):
 
 
 def add_dmc_args(parser: ArgumentParser) -> ArgumentParser:
-    """Megatron's `extra_args_provider`: the flags of `DMCConfig`."""
+    """Megatron's `extra_args_provider`: the flags of `DMCConfig`, and the teacher's."""
     _PrefixedGroup(DMCConfig).build_group(parser, title="dynamic memory compression")
+    group = parser.add_argument_group("distillation")
+    group.add_argument(
+        "--dmc-teacher", metavar="CHECKPOINT",
+        help="the plain model (torch_dist) whose distribution over the vocabulary is learned, by "
+        "KL(teacher || student), in place of the data's next tokens",
+    )  # fmt: skip
+    group.add_argument(
+        "--dmc-teacher-weight", type=float, default=1.0,
+        help="part of the KL in the loss; the language-model loss has the rest (default: 1.0)",
+    )  # fmt: skip
     return parser
 
 
@@ -83,6 +94,26 @@ def check_paths(args: Namespace) -> None:
                     f"--{flag.replace('_', '-')} {item}: {item}.idx does not exist; build it with "
                     "tools/preprocess_data.py"
                 )
+
+
+def check_teacher(args: Namespace) -> None:
+    """Refuse what a teacher cannot be combined with. What its checkpoint holds, `load_teacher` looks at.
+
+    Raises:
+        DMCError: no checkpoint there, pipeline stages, or a weight that is no part.
+    """
+    if not args.dmc_teacher:
+        return
+    if not is_checkpoint(args.dmc_teacher):
+        raise _no_checkpoint("--dmc-teacher", args.dmc_teacher)
+    if args.pipeline_model_parallel_size > 1:
+        raise UnsupportedConfig(
+            f"--dmc-teacher with --pipeline-model-parallel-size {args.pipeline_model_parallel_size}: "
+            "the teacher's logits are needed where the student's are, and the teacher is not cut "
+            "into stages; use tensor, context and data parallelism"
+        )
+    if not 0 <= args.dmc_teacher_weight <= 1:
+        raise UnsupportedConfig(f"--dmc-teacher-weight={args.dmc_teacher_weight}: use 0 to 1")
 
 
 def pass_over_damaged(args: Namespace) -> None:

@@ -1,12 +1,13 @@
-"""The compression loss. docs/method.md, section 4.
+"""The compression loss (docs/method.md, section 4), and the distillation loss.
 
-Dimension letters: B batch, L layers of the whole model.
+Dimension letters: T tokens, B batch, L layers of the whole model, V vocabulary of this rank.
 """
 
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_dmc.schedule import target_merge_rate
 
@@ -66,3 +67,57 @@ def measured_cr(counts_LB: Tensor, *, num_tokens: int, num_kv_heads: int) -> tup
         float(num_tokens * num_kv_heads * counts_LB.numel()), device=counts_LB.device
     )
     return tokens, tokens - counts_LB.detach().sum()
+
+
+def vocab_parallel_kl(
+    student_TBV: Tensor,
+    teacher_TBV: Tensor,
+    tensor_group: torch.distributed.ProcessGroup | None = None,
+) -> Tensor:
+    """`KL(teacher || student) = sum over v of p_v (log p_v - log q_v)` of every token, without gathering.
+
+    p and q are the softmax over all columns of all ranks. Those that pad the vocabulary are among
+    them, as in Megatron's cross entropy. Its gradient with respect to the student's logits is q - p.
+
+    Args:
+        student_TBV: this rank's columns, any floating-point dtype; with gradient.
+        teacher_TBV: the same columns; gets no gradient.
+        tensor_group: over whose ranks the columns are spread; None: one rank has them all.
+
+    Returns:
+        kl_TB, at least float32 (computed in that), on every rank the same.
+    """
+    return _VocabParallelKL.apply(student_TBV, teacher_TBV, tensor_group)
+
+
+def _log_softmax(logits_TBV: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
+    """Over all ranks' columns, as a new tensor of at least float32."""
+    x = logits_TBV.to(torch.promote_types(logits_TBV.dtype, torch.float32))
+    log_sum = x.logsumexp(-1, keepdim=True)
+    if group is not None and group.size() > 1:
+        largest = log_sum.clone()
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
+        total = (log_sum - largest).exp()
+        torch.distributed.all_reduce(total, group=group)
+        log_sum = largest + total.log()
+    return x - log_sum
+
+
+class _VocabParallelKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student_TBV, teacher_TBV, group):
+        log_q, log_p = _log_softmax(student_TBV, group), _log_softmax(teacher_TBV, group)
+        p = log_p.exp()
+        kl_TB = log_p.sub_(log_q).mul_(p).sum(-1)
+        if group is not None and group.size() > 1:
+            torch.distributed.all_reduce(kl_TB, group=group)
+        ctx.save_for_backward(log_q.exp_().sub_(p))
+        ctx.dtype = student_TBV.dtype
+        return kl_TB
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TB):
+        (difference,) = ctx.saved_tensors
+        # in place, like Megatron's cross entropy: one tensor of the logits' size less at the peak
+        return difference.mul_(grad_TB.unsqueeze(-1)).to(ctx.dtype), None, None

@@ -27,6 +27,7 @@ from megatron_dmc.training import cpu_adapter, repairs
 from megatron_dmc.training.arguments import (
     add_dmc_args,
     check_paths,
+    check_teacher,
     exit_with,
     pass_over_damaged,
     transformer_config_from_args,
@@ -34,6 +35,7 @@ from megatron_dmc.training.arguments import (
 from megatron_dmc.training.data import dataset_provider
 from megatron_dmc.training.model import CarryingCommunicator, build_model
 from megatron_dmc.training.step import CompressionLoss, ForwardStep
+from megatron_dmc.training.teacher import load_teacher
 
 
 def save_with_checksums() -> None:
@@ -111,6 +113,7 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, DMCTransformerConfi
     sys.argv = [sys.argv[0], *argv]
     args = parse_and_validate_args(extra_args_provider=add_dmc_args)
     check_paths(args)
+    check_teacher(args)
     return args, transformer_config_from_args(args)
 
 
@@ -119,6 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args, config = parse(argv)
         pipeline = prepare_pipeline(config)
+        teacher = load_teacher(args, config) if args.dmc_teacher else None
     except DMCError as error:
         exit_with(error)
         return
@@ -136,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
             pretrain_cfg_container_from_args(args),
             dataset_provider,
             ModelType.encoder_or_decoder,
-            ForwardStep(CompressionLoss(config.dmc, recorder)),
+            ForwardStep(CompressionLoss(config.dmc, recorder), teacher),
             model_provider=model_provider,
             **pipeline,
         )

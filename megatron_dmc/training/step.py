@@ -25,6 +25,7 @@ from megatron_dmc.sequence_layout import SequenceLayout
 from megatron_dmc.training.data import keeps_documents_apart
 from megatron_dmc.training.loss import compression_loss, measured_cr, merge_rate
 from megatron_dmc.training.model import DMCGPTModel
+from megatron_dmc.training.teacher import Teacher
 
 type Finish = Callable[
     [Tensor, Tensor, dict[str, Tensor]], tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -258,10 +259,12 @@ class ForwardStep:
 
     Args:
         compression: shared with the model through its recorder.
+        teacher: whose distribution over the vocabulary the model is to have; None: the data is learned.
     """
 
-    def __init__(self, compression: CompressionLoss):
+    def __init__(self, compression: CompressionLoss, teacher: Teacher | None = None):
         self.compression = compression
+        self.teacher = teacher
 
     def __call__(self, data_iterator, model, *unused):
         """Returns the model's output and the loss function, as Megatron's schedules expect."""
@@ -270,16 +273,30 @@ class ForwardStep:
             data_iterator, first_stage=core.pre_process, last_stage=core.post_process
         )
         mask = self.compression.begin(model, starts)
-        output = model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"])
+        options = {}
+        if self.teacher is not None:
+            options["output_processor"] = self.teacher.losses(
+                batch["tokens"], batch["position_ids"], mask
+            )
+        output = model(
+            batch["tokens"], batch["position_ids"], mask, labels=batch["labels"], **options
+        )
         finish = self.compression.end(model)
         if finish is None:
             return output, None
         return output, functools.partial(self._loss, batch["loss_mask"], finish)
 
-    @staticmethod
-    def _loss(loss_mask_BT: Tensor, finish: Finish, losses_BT: Tensor):
+    def _loss(self, loss_mask_BT: Tensor, finish: Finish, losses: Tensor):
+        """Args:
+        losses: of every token: the language model's losses_BT or, with a teacher, `Teacher.losses`.
+        """
         mask = loss_mask_BT.view(-1).float()
         num_tokens = mask.sum().to(torch.int)
-        lm_sum = (losses_BT.float().view(-1) * mask).sum()
-        report = {"lm loss": torch.stack([lm_sum.detach(), num_tokens.float()])}
-        return finish(lm_sum, num_tokens, report)
+        names = ("lm loss",) if self.teacher is None else ("lm loss", "distillation loss")
+        sums = (losses.float().view(len(names), -1) * mask).sum(1)
+        report = {
+            name: torch.stack([value, num_tokens.float()])
+            for name, value in zip(names, sums.detach(), strict=True)
+        }
+        loss = sums[0] if self.teacher is None else self.teacher.combine(sums[0], sums[1])
+        return finish(loss, num_tokens, report)
