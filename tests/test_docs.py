@@ -1,0 +1,45 @@
+"""README and tutorials: links lead somewhere, badges are true, blocks of commands are shell that names files of ours.
+
+That the tutorials' commands do what they say is shown by `run_tutorials.py`."""
+
+import re
+import subprocess
+import tomllib
+
+import pytest
+from run_tutorials import ROOT, TUTORIALS, blocks, script
+
+README = (ROOT / "README.md").read_text()
+PAGES = sorted(page.stem for page in TUTORIALS.glob("*.md"))
+
+
+def test_links_of_the_readme():
+    targets = re.findall(r"\]\(([^)#]+)", README)
+    local = [target for target in targets if not target.startswith("https://")]
+    assert len(local) > 10
+    assert not [target for target in local if not (ROOT / target).exists()]
+
+
+def test_badges():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    said = dict(
+        re.findall(r"badge/([\w-]+?)-((?:[^-)]|--)+)-\w+\)", README.replace("megatron--", ""))
+    )
+    assert said["license"].replace("--", "-") == project["license"]
+    requires = dict(re.findall(r"^(torch|megatron-core)==([\d.]+?)(?:\.\*)?$",
+                               "\n".join(project["dependencies"]), flags=re.MULTILINE))  # fmt: skip
+    assert said["torch"] == requires["torch"] and said["core"] == requires["megatron-core"]
+    pythons = [c.rsplit(" ", 1)[1] for c in project["classifiers"] if ":: Python :: " in c]
+    assert said["python"] == "%20%7C%20".join(pythons)
+    status = next(c for c in project["classifiers"] if c.startswith("Development Status"))
+    assert said["status"] == status.rsplit(" ", 1)[1].lower()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tutorial_is_shell(page):
+    assert len(blocks(TUTORIALS / f"{page}.md")) >= 5
+    text = script(TUTORIALS / f"{page}.md")
+    checked = subprocess.run(["bash", "-n", "-c", text], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+    named = set(re.findall(r"\b(?:tools|examples|tests|megatron_dmc)/[\w/.-]+", text))
+    assert named and not [name for name in named if not (ROOT / name).exists()]
