@@ -146,5 +146,5 @@ def choose_page_backend(backend: str | None, x: Tensor) -> Backend:
 
 def kernels(backend: Backend, of: Literal["decode", "prefill"] = "decode") -> ModuleType:
     """A backend's module of decoding, with `decode_append`, `plan`, `paged_decode_attention` and
-    `release_pages`, or of prefill, with `prefill`, `write_chunks` and `attend_chunks`."""
+    `release_pages`, or of prefill, with `write_chunks` and `attend_chunks`."""
     return importlib.import_module(f"megatron_dmc.ops.{backend}.{of}")

@@ -158,10 +158,14 @@ def prefill(
     )
     if chosen != "torch":
         cos_TF, sin_TF = cache_ops.cosine_and_sine(freqs_TF, q_TND.dtype)
-        attended: Tensor = kernels(chosen, "prefill").prefill(
-            q_TND, k_TGD, v_TGD, is_merge_TG, omega_TG, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD,
-            block_table_RGM, num_entries_RG, segments_RGUA, chunks, softmax_scale=softmax_scale,
-            merge_window=merge_window,
+        module = kernels(chosen, "prefill")
+        own_k_TGD, own_v_TGD, entry_TG = module.write_chunks(
+            k_TGD, v_TGD, is_merge_TG, omega_TG, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD,
+            block_table_RGM, num_entries_RG, segments_RGUA, chunks, merge_window=merge_window,
+        )  # fmt: skip
+        attended: Tensor = module.attend_chunks(
+            q_TND, own_k_TGD, own_v_TGD, entry_TG, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD,
+            block_table_RGM, chunks, softmax_scale=softmax_scale,
         )  # fmt: skip
         return attended
 

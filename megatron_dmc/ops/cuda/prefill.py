@@ -1,4 +1,4 @@
-"""Prefill with the CUDA extension, under the name that `megatron_dmc.ops.cache_backend.kernels` promises.
+"""Prefill's CUDA kernels, under the names that `megatron_dmc.ops.cache_backend.kernels` promises.
 
 Dimension letters as in `ops.prefill`.
 """
@@ -86,18 +86,3 @@ def attend_chunks(
         chunks.table_B3, tiles.table_X2, out, tile_tokens, softmax_scale,
     )  # fmt: skip
     return out
-
-
-def prefill(
-    q_TND, k_TGD, v_TGD, is_merge_TG, omega_TG, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD,
-    block_table_RGM, num_entries_RG, segments_RGUA, chunks, *, softmax_scale, merge_window,
-) -> Tensor:  # fmt: skip
-    """`megatron_dmc.ops.prefill.prefill`, with cosines and sines for angles."""
-    own_k, own_v, entry = write_chunks(
-        k_TGD, v_TGD, is_merge_TG, omega_TG, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD,
-        block_table_RGM, num_entries_RG, segments_RGUA, chunks, merge_window=merge_window,
-    )  # fmt: skip
-    return attend_chunks(
-        q_TND, own_k, own_v, entry, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD, block_table_RGM,
-        chunks, softmax_scale=softmax_scale,
-    )  # fmt: skip
