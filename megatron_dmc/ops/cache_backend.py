@@ -60,7 +60,7 @@ def refusal(backend: str, x: Tensor, page_size: int) -> str:
     dtypes: tuple[torch.dtype, ...]
     if backend == "triton":
         try:
-            from megatron_dmc.ops.triton.merge import INTERPRETED
+            from megatron_dmc.ops.triton.launch import INTERPRETED
         except ImportError:
             return "Triton is not installed"
         dtypes = (torch.float32, torch.bfloat16, torch.float16)

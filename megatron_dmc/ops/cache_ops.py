@@ -19,11 +19,7 @@ from torch import Tensor
 from megatron_dmc.ops import gates, page_ops
 from megatron_dmc.ops.cache_backend import FreePages, choose_backend, kernels
 from megatron_dmc.ops.kv_pages import Pages, load, store
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Sums are kept in float32, for a float64 model in float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from megatron_dmc.ops.tensors import accumulator_dtype
 
 
 def apply_rope(x_XHD: Tensor, freqs_XF: Tensor | None) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_dmc.ops.tensors import accumulator_dtype
+
 _CHUNK = 16
 
 
@@ -220,7 +222,7 @@ def merge(
         from megatron_dmc.ops.triton.merge import merge as triton_merge
 
         return triton_merge(k_TBGD, v_TBGD, alpha_TBG, omega_TBG, merge_window=merge_window)
-    acc = torch.float64 if k_TBGD.dtype == torch.float64 else torch.float32
+    acc = accumulator_dtype(k_TBGD.dtype)
     kv = torch.cat([k_TBGD.to(acc), v_TBGD.to(acc)], dim=-1)
     alpha = alpha_TBG.to(acc)
     if alpha.shape[0] > 0:
