@@ -371,7 +371,7 @@ class PagedContext(BaseInferenceContext):
         assert self._evicting is not None
         chunks = [EvictingChunk(c.row, c.start, c.num_tokens) for c in self._chunks]
         if freqs_SF is not None:
-            freqs_TF = torch.cat([freqs_SF[c.start : c.start + c.num_tokens] for c in chunks])
+            freqs_TF = torch.cat([freqs_SF[c.start : c.end] for c in self._chunks])
             q_TND, k_TGD = (cache_ops.apply_rope(x, freqs_TF) for x in (q_TND, k_TGD))
         return self._evicting.attend(
             layer_index, q_TND, k_TGD, v_TGD, chunks, softmax_scale=softmax_scale
