@@ -31,14 +31,10 @@ from megatron_dmc.bench.measure import (
     copy_bandwidth,
     document,
     finish,
+    matrix_product_rate,
     measure_time,
 )
-from megatron_dmc.bench.prefill_kernels import (
-    PAGE_SIZE,
-    matrix_product_rate,
-    prefill_panel,
-    prefill_rows,
-)
+from megatron_dmc.bench.prefill_kernels import PAGE_SIZE, prefill_panel, prefill_rows
 from megatron_dmc.engine.config import parse_kv_cache_dtype
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import cache_ops

@@ -138,6 +138,14 @@ def copy_bandwidth(settings: Settings) -> float:
     return 2 * size / (timing.median_ms / 1e3)
 
 
+def matrix_product_rate(settings: Settings) -> float:
+    """Floating-point operations per second of a large square matrix product in the settings' dtype."""
+    size = 8192 if settings.on_gpu else 512
+    a, b = (torch.randn(size, size, device=settings.device, dtype=settings.dtype) for _ in range(2))
+    timing = measure_time(lambda: a @ b, settings.device, repeats=max(settings.repeats, 5))
+    return 2 * size**3 / (timing.median_ms / 1e3)
+
+
 def errors_within_twice_the_yardstick(
     names: Sequence[str],
     ours: Sequence[Tensor],

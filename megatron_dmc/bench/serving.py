@@ -72,6 +72,7 @@ def add_serving_benchmarks(names: "argparse._SubParsersAction[argparse.ArgumentP
         "--batch-size", type=_list_of(int), default=[8], metavar="B,...", help="default: 8"
     )
     latency.add_argument("--num-iters-warmup", type=int, default=1)
+    latency.set_defaults(num_prompts=None)  # one batch
     for parser, name, default_lengths, repeats in (
         (throughput, "throughput", (128, 128), 1),
         (latency, "latency", (32, 128), 5),
