@@ -220,8 +220,9 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings.from_args(args, gpu=(4096,), cpu=(256,))
     batches = args.batches or ([1, 16, 64, 256] if settings.on_gpu else [2])
     crs = args.crs or ([1.0, 4.0, 8.0] if settings.on_gpu else [1.0, 4.0])
-    if min(batches) < 1 or min(crs) < 1 or min(args.prompts or [1]) < 1:
-        raise DMCError("--batches, --crs and --prompts must be at least 1")
+    for name, values in (("batches", batches), ("crs", crs), ("prompts", args.prompts or [1])):
+        if min(values) < 1:
+            raise DMCError(f"--{name} {min(values):g}: use 1 or more")
     cache_dtype = parse_kv_cache_dtype(args.kv_cache_dtype) or settings.dtype
     heads, dim = (32, 128) if settings.on_gpu else (4, 64)
     bandwidth = copy_bandwidth(settings)

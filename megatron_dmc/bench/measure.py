@@ -53,8 +53,10 @@ class Settings:
         on_gpu = device.type == "cuda"
         lengths = tuple(args.lengths or (gpu if on_gpu else cpu))
         repeats = args.repeats or (50 if on_gpu else 5)
-        if min(lengths) < 2 or repeats < 1:
-            raise DMCError("--lengths must be at least 2 and --repeats at least 1")
+        if min(lengths) < 2:
+            raise DMCError(f"--lengths {min(lengths)}: use 2 or more")
+        if repeats < 1:
+            raise DMCError(f"--repeats {repeats}: use 1 or more")
         output = Path(args.output) if args.output else None
         return cls(device, getattr(torch, args.dtype), lengths, repeats, output)
 
