@@ -26,6 +26,7 @@ from megatron_dmc.engine.chunks import PackedChunk
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops.gates import DECISION_CHANNEL, IMPORTANCE_CHANNEL
+from megatron_dmc.ops.tensors import to_device
 
 SPREAD = 0.6
 MARGIN = 8.0
@@ -194,10 +195,7 @@ class ImposingContext(PagedContext):
             [x for c in chunks for x in range(c.start, c.end)],
             [c.request.number for c in chunks for _ in range(c.num_tokens)],
         ]
-        on_host = torch.tensor(rows, dtype=torch.int64)
-        if self._salt_L1G.is_cuda:
-            on_host = on_host.pin_memory()
-        positions_T, seeds_T = on_host.to(self._salt_L1G.device, non_blocking=True)
+        positions_T, seeds_T = to_device(rows, self._salt_L1G.device)
         self._decide(positions_T, seeds_T)
 
     def _decide(self, positions_T: Tensor, seeds_T: Tensor) -> None:

@@ -14,6 +14,9 @@ from torch import Tensor
 from megatron_dmc.ops.tensors import accumulator_dtype
 
 _CHUNK = 16
+MAX_MERGE_WINDOW = 16
+"""Longest window that kernels take, but for one over a whole sequence of training. Longer ones would need
+tiles that no longer fit into registers."""
 
 
 def linear_scan(decay_TX: Tensor, x_TXD: Tensor, initial_XD: Tensor | None = None) -> Tensor:

@@ -30,13 +30,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_dmc.ops.merge import MAX_MERGE_WINDOW
 from megatron_dmc.ops.tensors import dense_channels
 from megatron_dmc.ops.triton.launch import INTERPRETED, capability, on_device
 from megatron_dmc.ops.triton.scan import last_row, products, weighted_sum
-
-MAX_MERGE_WINDOW = 16
-"""Longest window that the kernels take, unless it covers the whole sequence. Longer ones would need
-tiles that no longer fit into registers."""
 
 
 @dataclass(frozen=True)
