@@ -147,7 +147,7 @@ def measure(
 
     def attend() -> None:
         plans = cache_ops.plan_decode_attention(
-            entries_LRG, rows, like=q, page_size=PAGE_SIZE, ahead=1, backend=backend
+            entries_LRG, rows, like=q, page_size=PAGE_SIZE, group=group, ahead=1, backend=backend
         )
         for cache, plan in zip(caches, plans, strict=True):
             cache_ops.paged_decode_attention(

@@ -127,7 +127,7 @@ class PagedContext(BaseInferenceContext):
         self.flips = FlipCounter() if count_flips and merges else None
         self._angles: tuple[Tensor, Tensor, Tensor] | None = None
         self._num_ranks, self._sum_over_ranks = num_ranks, sum_over_ranks or (lambda x: x)
-        self._backend = backend
+        self._backend, self._window = backend, 0 if rule is None else rule.merge_window
         self._chunks: list[PackedChunk] = []
         self._prefills: list[Round] = []
         self._snapshots: list[Snapshot] = []
@@ -390,8 +390,8 @@ class PagedContext(BaseInferenceContext):
         rule, rows_B, free_pages = self.rule, self._rows_B, self.pool.free_pages
         if self._plans_L is None:
             self._plans_L = cache_ops.plan_decode_attention(
-                self.tables.num_entries_LRG, rows_B, like=k_BGD, page_size=self.page_size, ahead=1,
-                backend=self._backend,
+                self.tables.num_entries_LRG, rows_B, like=k_BGD, page_size=self.page_size,
+                group=q_BND.shape[1] // k_BGD.shape[1], ahead=1, backend=self._backend,
             )  # fmt: skip
         layer, segments = self._layer(layer_index), self._segments_of(layer_index)
         if rule is not None and rule.shared_decisions:
@@ -480,10 +480,6 @@ class PagedContext(BaseInferenceContext):
             # held on to, so that no other tensor comes to lie there
             self._angles = (freqs_SF, cos, sin)
         return self._angles[1], self._angles[2]
-
-    @property
-    def _window(self) -> int:
-        return 0 if self.rule is None else self.rule.merge_window
 
     def _gates(self, q_TND: Tensor, k_TGD: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Decisions and importances; a sequence's first token never merges (the ops see to it)."""

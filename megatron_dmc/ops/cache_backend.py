@@ -55,7 +55,7 @@ class FreePages:
         return asked
 
 
-def refusal(backend: str, x: Tensor, page_size: int) -> str:
+def refusal(backend: str, x: Tensor, page_size: int, group: int = 1) -> str:
     """What a backend's kernels do not take about these tensors; empty if they take them."""
     dtypes: tuple[torch.dtype, ...]
     if backend == "triton":
@@ -78,6 +78,8 @@ def refusal(backend: str, x: Tensor, page_size: int) -> str:
             return f"head_dim={x.shape[-1]}; they are built for {cuda.HEAD_DIMS}"
         if page_size not in cuda.PAGE_SIZES:
             return f"page_size={page_size}; they are built for {cuda.PAGE_SIZES}"
+        if group > (most := cuda.largest_group(x.shape[-1])):
+            return f"{group} query heads for each KV head; they take up to {most}"
     if x.dtype not in dtypes:
         return f"dtype {x.dtype}"
     if x.shape[-1] > 256:
@@ -92,30 +94,35 @@ def _say_once(message: str) -> None:
     logger.info(message)
 
 
-def choose_backend(backend: str | None, x: Tensor, page_size: int) -> Backend:
+def _check_name(backend: str | None) -> None:
+    if backend not in (None, "torch", "triton", "cuda"):
+        raise ValueError(
+            f"backend={backend!r} does not exist; use 'cuda', 'triton', 'torch' or None"
+        )
+
+
+def choose_backend(backend: str | None, x: Tensor, page_size: int, group: int = 1) -> Backend:
     """The one place that picks the default backend of the cache ops.
 
     Args:
         backend: "torch", "triton" or "cuda"; None: PyTorch on a CPU, on a GPU the CUDA extension,
             else Triton, else PyTorch, the reasons logged once.
         x: queries or keys (..., D).
+        group: query heads for each KV head, where attention is computed.
 
     Raises:
         ValueError: for a backend that does not exist or does not take these tensors.
     """
-    if backend not in (None, "torch", "triton", "cuda"):
-        raise ValueError(
-            f"backend={backend!r} does not exist; use 'cuda', 'triton', 'torch' or None"
-        )
+    _check_name(backend)
     if backend == "torch" or (backend is None and not x.is_cuda):
         return "torch"
     if backend in ("triton", "cuda"):
-        if reason := refusal(backend, x, page_size):
+        if reason := refusal(backend, x, page_size, group):
             raise ValueError(f"backend={backend!r} does not take {reason}; use None or 'torch'")
         return backend  # type: ignore[return-value]
     reasons: list[str] = []
     for name in ("cuda", "triton"):
-        reason = refusal(name, x, page_size)
+        reason = refusal(name, x, page_size, group)
         if not reason:
             if reasons:
                 _say_once(f"cache ops run in {name}: {'; '.join(reasons)}")
@@ -131,10 +138,7 @@ def choose_page_backend(backend: str | None, x: Tensor) -> Backend:
     Raises:
         ValueError: for a backend that does not exist.
     """
-    if backend not in (None, "torch", "triton", "cuda"):
-        raise ValueError(
-            f"backend={backend!r} does not exist; use 'cuda', 'triton', 'torch' or None"
-        )
+    _check_name(backend)
     if backend is not None or not x.is_cuda:
         return backend or "torch"  # type: ignore[return-value]
     from megatron_dmc.ops import cuda
