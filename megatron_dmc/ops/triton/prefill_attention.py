@@ -62,7 +62,7 @@ def _attend(
 
 @triton.jit
 def attend_kernel(
-    p_q, p_cos, p_sin, p_self_k, p_self_v, p_entry, p_k_pages, p_v_pages, p_table, p_chunks,
+    p_q, p_cos, p_sin, p_own_k, p_own_v, p_entry, p_k_pages, p_v_pages, p_table, p_chunks,
     p_tiles, p_out,
     G, scale,
     s_qt, s_qn, s_ct, s_nt, s_tr, s_tg, s_ot, s_on,
@@ -117,11 +117,11 @@ def attend_kernel(
 
     if COMPRESS:
         o_own = (o_t * G + i_g)[:, None] * D + o_d[None, :]
-        b_own = tl.load(p_self_k + o_own, mask=m_qd, other=0.0).to(tl.float32)
+        b_own = tl.load(p_own_k + o_own, mask=m_qd, other=0.0).to(tl.float32)
         # [Q]
         b_max = tl.sum(b_q.to(tl.float32) * b_own, axis=1) * scale
         b_sum = tl.full([Q], 1.0, tl.float32)
-        b_out = tl.load(p_self_v + o_own, mask=m_qd, other=0.0).to(tl.float32)
+        b_out = tl.load(p_own_v + o_own, mask=m_qd, other=0.0).to(tl.float32)
     else:
         b_max = tl.full([Q], float("-inf"), tl.float32)
         b_sum = tl.zeros([Q], tl.float32)

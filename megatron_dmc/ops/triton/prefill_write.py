@@ -134,7 +134,7 @@ def carry_kernel(
 @triton.jit
 def write_kernel(
     p_k, p_v, p_is_merge, p_omega, p_cos, p_sin, p_chunks, p_tiles, p_base, p_carry, p_segments,
-    p_k_pages, p_v_pages, p_table, p_entries, p_self_k, p_self_v, p_entry,
+    p_k_pages, p_v_pages, p_table, p_entries, p_own_k, p_own_v, p_entry,
     M,
     s_kt, s_kg, s_vt, s_vg, s_mt, s_mg, s_ot, s_og, s_ct, s_nt, s_tr, s_tg, s_er, s_eg, s_sr, s_sg,
     D: tl.constexpr, I: tl.constexpr, W: tl.constexpr, F: tl.constexpr, S: tl.constexpr,
@@ -239,8 +239,8 @@ def write_kernel(
     o_tg = (start + o_t) * num_groups + i_g
     if COMPRESS:
         m_own_d = m_own[:, None] & m_d[None, :]
-        tl.store(p_self_k + o_tg[:, None] * D + o_d[None, :], b_k, mask=m_own_d)
-        tl.store(p_self_v + o_tg[:, None] * D + o_d[None, :], b_v, mask=m_own_d)
+        tl.store(p_own_k + o_tg[:, None] * D + o_d[None, :], b_k, mask=m_own_d)
+        tl.store(p_own_v + o_tg[:, None] * D + o_d[None, :], b_v, mask=m_own_d)
     b_column = b_entry // S
     p_page = p_table + row * s_tr + i_g * s_tg + b_column
     b_page = tl.load(p_page, mask=m_last & (b_column < M), other=-1).to(tl.int64)
