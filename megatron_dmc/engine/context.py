@@ -397,15 +397,16 @@ class PagedContext(BaseInferenceContext):
         if rule is not None and rule.shared_decisions:
             # the heads' logits have to meet first
             freqs_BF = None if freqs_SF is None else freqs_SF[self._positions_B]
+            is_merge_BG, omega_BG = self._gates(q_BND, k_BGD)
             cache_ops.decode_append(
-                k_BGD, v_BGD, *self._gates(q_BND, k_BGD), freqs_BF, *layer, segments, rows_B,
+                k_BGD, v_BGD, is_merge_BG, omega_BG, freqs_BF, *layer, segments, rows_B,
                 merge_window=self._window, free_pages=free_pages, backend=self._backend,
             )  # fmt: skip
             q_BND = cache_ops.rotate_query(q_BND, freqs_BF, compress=True)
         else:
+            cos_SF, sin_SF = self._cosine_and_sine(freqs_SF, q_BND.dtype)
             q_BND = cache_ops.gate_and_append(
-                q_BND, k_BGD, v_BGD, *self._cosine_and_sine(freqs_SF, q_BND.dtype),
-                self._positions_B, *layer, segments, rows_B,
+                q_BND, k_BGD, v_BGD, cos_SF, sin_SF, self._positions_B, *layer, segments, rows_B,
                 alpha_offset=0.0 if rule is None else rule.alpha_offset,
                 compress=rule is not None, may_merge=rule is not None and rule.may_merge,
                 merge_window=self._window, free_pages=free_pages, backend=self._backend,
