@@ -62,7 +62,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], Settings]:
     ceilings = Ceilings.measure(settings)
     rows = []
     for case in cases:
-        rows.append(_measure_case(args, subject, case, settings, ceilings))
+        rows.append(_measure_case(args, subject, case, ceilings))
         _release_memory()
     if args.compare:
         rows += _compare(args, subject, cases, settings)
@@ -107,7 +107,7 @@ def _release_memory() -> None:
 
 
 def _measure_case(
-    args: argparse.Namespace, subject: Subject, case: Case, settings: Settings, ceilings: Ceilings
+    args: argparse.Namespace, subject: Subject, case: Case, ceilings: Ceilings
 ) -> Row:
     llm, decisions = subject.engine(case)
     batch = llm.engine.config.max_num_seqs
