@@ -13,9 +13,9 @@ from torch import Tensor
 from megatron_dmc.bench.measure import errors_within_twice_the_yardstick
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import cache_ops, gates, kv_pages, reference
-from megatron_dmc.ops.cache_backend import FreePages
 from megatron_dmc.ops.kv_pages import Pages, ScaledPages
 from megatron_dmc.ops.merge import num_kept
+from megatron_dmc.ops.page_ops import FreePages
 from megatron_dmc.ops.tensors import accumulator_dtype
 
 NAN = float("nan")

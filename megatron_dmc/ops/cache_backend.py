@@ -1,58 +1,18 @@
-"""Which implementation runs the cache ops, and the page list that kernels take pages from.
-
-Dimension letters as in `ops.cache_ops`.
-"""
+"""Which implementation runs the cache ops."""
 
 import functools
 import importlib
 import importlib.util
 import logging
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_dmc.errors import OutOfPages
-
 Backend = Literal["torch", "triton", "cuda"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class FreePages:
-    """A stack of free pages, used without asking the host (`ops.page_ops`).
-
-    Attributes:
-        page_ids: int32, one dimension; taken in order. Those at index `state[0]` and following are free.
-        state: int32 (2,): how many are taken (asked for beyond `page_ids` if they ran out), and 1 once
-            a head found none. Such a head is left as it was: the token is not in its cache.
-    """
-
-    page_ids: Tensor
-    state: Tensor
-
-    @classmethod
-    def of(cls, page_ids: Tensor) -> "FreePages":
-        """A fresh list of these pages."""
-        page_ids = page_ids.to(torch.int32).contiguous()
-        return cls(page_ids, torch.zeros(2, dtype=torch.int32, device=page_ids.device))
-
-    def taken(self) -> int:
-        """How many pages are taken; waits for the device.
-
-        Raises:
-            OutOfPages: if a head found none. The step has to be done again.
-        """
-        asked, ran_out = self.state.tolist()
-        if ran_out:
-            raise OutOfPages(
-                f"{asked} pages wanted by decoding, {self.page_ids.numel()} free; give the cache "
-                "more memory (num_pages, kv_cache_memory_bytes) or run fewer sequences (max_num_seqs)"
-            )
-        return asked
 
 
 def refusal(backend: str, x: Tensor, page_size: int, group: int = 1) -> str:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops import gates, page_ops
-from megatron_dmc.ops.cache_backend import FreePages, choose_backend, kernels
+from megatron_dmc.ops.cache_backend import choose_backend, kernels
 from megatron_dmc.ops.kv_pages import Pages, load, store
+from megatron_dmc.ops.page_ops import FreePages
 from megatron_dmc.ops.tensors import accumulator_dtype
 
 

@@ -23,9 +23,10 @@ from megatron_dmc.ops.attention import (
     join_by_lse,
     masked_attention,
 )
-from megatron_dmc.ops.cache_backend import Backend, FreePages, choose_backend, kernels
+from megatron_dmc.ops.cache_backend import Backend, choose_backend, kernels
 from megatron_dmc.ops.kv_pages import Pages, ScaledPages, as_stored
 from megatron_dmc.ops.merge import MAX_MERGE_WINDOW, continue_merge
+from megatron_dmc.ops.page_ops import FreePages
 from megatron_dmc.ops.tensors import to_device
 
 _COMPACTED_COST = 1.5
