@@ -245,15 +245,3 @@ def attend_chunks(
         q.dtype,
     )  # fmt: skip
     return out
-
-
-def prefill(
-    q, k, v, is_merge, omega, cos, sin, k_pages, v_pages, table, entries, segments, chunks, *,
-    softmax_scale, merge_window,
-):  # fmt: skip
-    cache = (k_pages, v_pages, table)
-    own = write_chunks(
-        k, v, is_merge, omega, cos, sin, *cache, entries, segments, chunks,
-        merge_window=merge_window,
-    )  # fmt: skip
-    return attend_chunks(q, *own, cos, sin, *cache, chunks, softmax_scale=softmax_scale)

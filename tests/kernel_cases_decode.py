@@ -21,7 +21,7 @@ kernels = decode
 if BACKEND == "host":
     import host_kernels as kernels
 
-    cache_ops.choose_backend = lambda backend, x, page_size: backend
+    cache_ops.choose_backend = lambda backend, x, page_size, group=1: backend
     cache_ops.kernels = lambda backend: kernels if backend == "host" else None
 LARGE = os.environ.get("DMC_LARGE_CASES") == "1"
 FP8, INT8 = torch.float8_e4m3fn, torch.int8

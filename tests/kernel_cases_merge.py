@@ -42,8 +42,9 @@ if triton.knobs.runtime.interpret:
     interpreter._patch_lang = _patch_once
 
 from megatron_dmc.ops.triton import merge as kernels
+from megatron_dmc.ops.triton.launch import INTERPRETED
 
-DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
+DEVICE = "cpu" if INTERPRETED else "cuda"
 NAMES = ("merged k", "merged v", "grad k", "grad v", "grad alpha", "grad omega")
 
 

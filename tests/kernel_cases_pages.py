@@ -10,7 +10,7 @@ from tiny_gpt import TinyGPT, dmc_config, drain, greedy_params, make_engine, mak
 
 from megatron_dmc.engine.decode_graphs import Captured
 from megatron_dmc.ops import page_ops
-from megatron_dmc.ops.cache_backend import FreePages
+from megatron_dmc.ops.page_ops import FreePages
 
 if BACKEND == "host":
     import host_kernels

@@ -234,6 +234,23 @@ def test_transformers_beside_ours(shape, capsys):
     assert theirs["output_tokens_per_second"] > 0 and theirs["decode_tokens_per_second"] > 0
 
 
+def test_a_batch_beside_another_engine(shape, capsys, monkeypatch):
+    given = []
+
+    def row(description, asked, settings, **options):
+        given.append(asked)
+        return {"skipped": "not here"}
+
+    monkeypatch.setattr(offline, "transformers_row", row)
+    result = bench(
+        capsys, "latency", *shape, "--simulate-cr", "1", "--batch-size", "2", "--num-iters", "1",
+        "--num-iters-warmup", "0", "--input-len", "9", "--output-len", "3", "--compare", "transformers",
+    )  # fmt: skip
+    ours, theirs = result["rows"]
+    assert (ours["engine"], theirs["engine"]) == ("megatron-dmc", "transformers")
+    assert ours["batch_size"] == theirs["batch_size"] == len(given[0]) == 2
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

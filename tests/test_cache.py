@@ -11,7 +11,7 @@ from megatron_dmc.cache import BlockTables, OpenSegments, PagePool
 from megatron_dmc.cache.page_counts import PageCounts
 from megatron_dmc.errors import OutOfPages
 from megatron_dmc.ops import page_ops
-from megatron_dmc.ops.cache_backend import FreePages
+from megatron_dmc.ops.page_ops import FreePages
 
 NUM_PAGES, PAGE_SIZE, LAYERS, ROWS, HEADS, MAX_ENTRIES = 40, 4, 2, 3, 2, 24
 

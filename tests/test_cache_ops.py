@@ -11,6 +11,7 @@ import torch
 
 from megatron_dmc.ops import cache_ops, gates, prefill, reference
 from megatron_dmc.ops.merge import num_kept
+from megatron_dmc.ops.tensors import accumulator_dtype
 
 NAN = float("nan")
 D, S = 8, 4
@@ -33,7 +34,7 @@ def make_cache(num_rows, num_kv_heads, num_pages_each, merge_window, dtype=torch
     """One layer's storage, NaN everywhere, pages dealt out in a shuffled order."""
     needed = num_rows * num_kv_heads * num_pages_each
     pages = torch.randperm(needed + 3, generator=torch.Generator().manual_seed(5))[:needed]
-    acc = cache_ops.accumulator_dtype(dtype)
+    acc = accumulator_dtype(dtype)
     return SimpleNamespace(
         k_pages=torch.full((needed + 3, S, D), NAN, dtype=dtype),
         v_pages=torch.full((needed + 3, S, D), NAN, dtype=dtype),

@@ -259,7 +259,7 @@ def test_a_decode_step_asks_the_device_nothing(rule, stored, monkeypatch):
         def __getattr__(self, name):
             return lambda *args: called.append(name)
 
-    monkeypatch.setattr(cuda_kernels, "_operators", Operators)
+    monkeypatch.setattr(cuda_kernels, "operators", Operators)
     monkeypatch.setattr(cuda_kernels, "_num_workers", lambda *args: 4)
     for module, chooser in ((cache_ops, "choose_backend"), (page_ops, "choose_page_backend")):
         monkeypatch.setattr(module, chooser, lambda *args: "cuda")

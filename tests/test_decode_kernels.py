@@ -4,8 +4,9 @@ without one; and which backend runs."""
 import pytest
 import torch
 from kernel_tools import compile_for, resource_usage, run_cases
+from torch._subclasses import FakeTensorMode
 
-from megatron_dmc.ops import cache_backend, cache_ops
+from megatron_dmc.ops import cache_backend, cache_ops, cuda
 
 pytest.importorskip("triton")
 
@@ -120,3 +121,9 @@ def test_backend_is_picked_in_one_place(monkeypatch):
     entries = torch.tensor([[[3, 5]]])
     plan = cache_ops.plan_decode_attention(entries, torch.tensor([0]), like=x, page_size=16)
     assert plan == [None]
+    monkeypatch.setattr(cuda, "absence", lambda: "")
+    with FakeTensorMode():
+        for dim, most in ((128, 16), (256, 8)):
+            on_gpu = torch.empty(1, dim, dtype=torch.bfloat16, device="cuda")
+            reason = cache_backend.refusal("cuda", on_gpu, 16, most + 1)
+            assert reason == f"{most + 1} query heads for each KV head; they take up to {most}"

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dmc.errors import OutOfPages
 from megatron_dmc.ops import cache_ops, prefill, reference
-from megatron_dmc.ops.cache_backend import FreePages
+from megatron_dmc.ops.page_ops import FreePages
 from megatron_dmc.ops.prefill import Chunks
 
 LENGTHS = [150, 9, 31]

@@ -20,12 +20,8 @@ from megatron_dmc.baselines.policy import EvictionPolicy
 from megatron_dmc.cache import BlockTables
 from megatron_dmc.ops import page_ops
 from megatron_dmc.ops.budget_attention import WorkingCache, attend_and_evict
-from megatron_dmc.ops.cache_ops import (
-    accumulator_dtype,
-    read_entries,
-    slots_of_entries,
-    write_entries,
-)
+from megatron_dmc.ops.cache_ops import read_entries, slots_of_entries, write_entries
+from megatron_dmc.ops.tensors import accumulator_dtype
 
 
 @dataclass(frozen=True)

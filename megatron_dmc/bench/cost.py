@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_dmc.bench.measure import Settings, measure_time
+from megatron_dmc.bench.measure import Settings, copy_bandwidth, matrix_product_rate
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,9 @@ class Ceilings:
     """A large square matrix product in the model's dtype."""
 
     @classmethod
-    def measure(cls, settings: Settings, copy_bytes_per_second: float) -> "Ceilings":
-        """Time the matrix product."""
-        size = 8192 if settings.on_gpu else 512
-        a = torch.randn(size, size, device=settings.device).to(settings.dtype)
-        timing = measure_time(lambda: a @ a, settings.device, repeats=max(settings.repeats, 5))
-        return cls(copy_bytes_per_second, 2 * size**3 / (timing.median_ms / 1e3))
+    def measure(cls, settings: Settings) -> "Ceilings":
+        """Time the copy and the product."""
+        return cls(copy_bandwidth(settings), matrix_product_rate(settings))
 
     def floor(self, cost: ModelCost, num_requests: int, live_entries: float) -> dict[str, float]:
         """Seconds that a decode step takes at least: `memory`, `arithmetic`, and the longer, `roofline`."""

@@ -153,8 +153,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the benchmark."""
     settings = Settings.from_args(args, gpu=(4096,), cpu=(8192,))
     crs = sorted(set(args.crs) | {1.0})
-    if crs[0] < 1 or args.batch < 1:
-        raise DMCError("--crs must be at least 1 and --batch positive")
+    if crs[0] < 1:
+        raise DMCError(f"--crs {crs[0]:g}: use 1 or more")
+    if args.batch < 1:
+        raise DMCError(f"--batch {args.batch}: use 1 or more")
     bandwidth = copy_bandwidth(settings)
     num_steps = settings.repeats + WARMUP
     rows: list[dict[str, Any]] = []

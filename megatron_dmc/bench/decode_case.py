@@ -13,9 +13,10 @@ from torch import Tensor
 from megatron_dmc.bench.measure import errors_within_twice_the_yardstick
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import cache_ops, gates, kv_pages, reference
-from megatron_dmc.ops.cache_backend import FreePages
 from megatron_dmc.ops.kv_pages import Pages, ScaledPages
 from megatron_dmc.ops.merge import num_kept
+from megatron_dmc.ops.page_ops import FreePages
+from megatron_dmc.ops.tensors import accumulator_dtype
 
 NAN = float("nan")
 
@@ -39,7 +40,7 @@ class LayerCache:
             _clone(self.v_pages_PSD, dtype),
             self.block_table_RGM.clone(),
             self.num_entries_RG.clone(),
-            self.segments_RGUA.to(cache_ops.accumulator_dtype(dtype), copy=True),
+            self.segments_RGUA.to(accumulator_dtype(dtype), copy=True),
             FreePages(self.free_pages.page_ids.clone(), self.free_pages.state.clone()),
         )
 

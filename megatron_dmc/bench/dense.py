@@ -55,7 +55,6 @@ class DenseContext(PagedContext):
             torch.zeros(shape, dtype=options["dtype"], device=device) for _ in "kv"
         )
         self._flash = _flash_with_cache(device)
-        self._now: list[PackedChunk] = []
         self._longest = 1
 
     @property
@@ -63,33 +62,27 @@ class DenseContext(PagedContext):
         """Whether CUDA graphs can hold decode steps: PyTorch's attention has shapes of the step's lengths."""
         return self._flash is not None
 
-    def begin_step(self, chunks: Sequence[PackedChunk], *args: Any, **kwargs: Any) -> Any:
+    def begin_step(self, chunks: Sequence[PackedChunk]) -> None:
         """As `PagedContext.begin_step`."""
-        result = super().begin_step(chunks, *args, **kwargs)
-        self._now = list(chunks)
-        singles = [chunk.start for chunk in chunks if chunk.num_tokens == 1]
-        self._longest = 1 + max(singles, default=0)
-        return result
+        super().begin_step(chunks)
+        self._longest = max((chunk.end for chunk in chunks if chunk.num_tokens == 1), default=1)
 
-    def set_decode(self, rows_B: Tensor, positions_B: Tensor) -> None:
-        """As `PagedContext.set_decode`."""
-        super().set_decode(rows_B, positions_B)
-        self._at_B = (rows_B, positions_B)
-
-    def end_step(self, *args: Any, **kwargs: Any) -> Any:
+    def end_step(self) -> None:
         """As `PagedContext.end_step`; every token is an entry, with a page that stays empty."""
-        rows = [chunk.row for chunk in self._now]
-        sizes = torch.tensor([chunk.num_tokens for chunk in self._now], device=self.k_LRSGD.device)
+        rows = [chunk.row for chunk in self._chunks]
+        sizes = torch.tensor(
+            [chunk.num_tokens for chunk in self._chunks], device=self.k_LRSGD.device
+        )
         entries_LRG = self.tables.num_entries_LRG
         entries_LRG[:, rows] += sizes[None, :, None]
-        for chunk in self._now:
+        for chunk in self._chunks:
             full, rest = divmod(chunk.start, self.page_size)
-            if chunk.start + chunk.num_tokens > (full + (rest > 0)) * self.page_size:
+            if chunk.end > (full + (rest > 0)) * self.page_size:
                 page_ops.take_for_entries(
                     self.tables.page_ids_LRGM[:, chunk.row], entries_LRG[:, chunk.row],
                     self.page_size, self.pool.free_pages,
                 )  # fmt: skip
-        return super().end_step(*args, **kwargs)
+        super().end_step()
 
     def attend(
         self,
@@ -104,7 +97,7 @@ class DenseContext(PagedContext):
         """As `PagedContext.attend`."""
         k_RSGD, v_RSGD = self.k_LRSGD[layer_index], self.v_LRSGD[layer_index]
         out = torch.empty_like(q_TND)
-        rows_B, positions_B = self._at_B
+        rows_B, positions_B = self._rows_B, self._positions_B
         first = len(rows_B)
         if first:
             freqs = None if freqs_SF is None else freqs_SF[positions_B]
@@ -112,10 +105,9 @@ class DenseContext(PagedContext):
             v_RSGD[rows_B, positions_B] = v_TGD[:first]
             q = apply_rope(q_TND[:first], freqs)
             out[:first] = self._attend_to_row(q, k_RSGD, v_RSGD, softmax_scale)
-        for chunk in self._now:
+        for chunk in self._chunks:
             if chunk.num_tokens > 1:
-                span = slice(first, first + chunk.num_tokens)
-                end = chunk.start + chunk.num_tokens
+                span, end = slice(first, first + chunk.num_tokens), chunk.end
                 freqs = None if freqs_SF is None else freqs_SF[chunk.start : end]
                 k_RSGD[chunk.row, chunk.start : end] = apply_rope(k_TGD[span], freqs)
                 v_RSGD[chunk.row, chunk.start : end] = v_TGD[span]
@@ -129,8 +121,7 @@ class DenseContext(PagedContext):
     def _attend_to_row(
         self, q_BND: Tensor, k_RSGD: Tensor, v_RSGD: Tensor, softmax_scale: float
     ) -> Tensor:
-        rows_B, positions_B = self._at_B
-        lengths_B = positions_B + 1
+        rows_B, lengths_B = self._rows_B, self._positions_B + 1
         if self._flash is not None:
             rows = torch.where(rows_B < 0, k_RSGD.shape[0] - 1, rows_B)
             return self._flash(

@@ -26,6 +26,7 @@ from megatron_dmc.engine.chunks import PackedChunk
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops.gates import DECISION_CHANNEL, IMPORTANCE_CHANNEL
+from megatron_dmc.ops.tensors import to_device
 
 SPREAD = 0.6
 MARGIN = 8.0
@@ -187,19 +188,15 @@ class ImposingContext(PagedContext):
         # decision logits, then importance logits, as the channels hold them
         self._channels = [torch.zeros(shape, dtype=others["dtype"], device=device) for _ in "kq"]
 
-    def begin_step(self, chunks: Sequence[PackedChunk], *args: Any, **kwargs: Any) -> Any:
+    def begin_step(self, chunks: Sequence[PackedChunk]) -> None:
         """As `PagedContext.begin_step`; also decides about the step's tokens."""
-        result = super().begin_step(chunks, *args, **kwargs)
+        super().begin_step(chunks)
         rows = [
-            [x for c in chunks for x in range(c.start, c.start + c.num_tokens)],
+            [x for c in chunks for x in range(c.start, c.end)],
             [c.request.number for c in chunks for _ in range(c.num_tokens)],
         ]
-        on_host = torch.tensor(rows, dtype=torch.int64)
-        if self._salt_L1G.is_cuda:
-            on_host = on_host.pin_memory()
-        positions_T, seeds_T = on_host.to(self._salt_L1G.device, non_blocking=True)
+        positions_T, seeds_T = to_device(rows, self._salt_L1G.device)
         self._decide(positions_T, seeds_T)
-        return result
 
     def _decide(self, positions_T: Tensor, seeds_T: Tensor) -> None:
         assert self.rule is not None

@@ -31,14 +31,10 @@ from megatron_dmc.bench.measure import (
     copy_bandwidth,
     document,
     finish,
+    matrix_product_rate,
     measure_time,
 )
-from megatron_dmc.bench.prefill_kernels import (
-    PAGE_SIZE,
-    matrix_product_rate,
-    prefill_panel,
-    prefill_rows,
-)
+from megatron_dmc.bench.prefill_kernels import PAGE_SIZE, prefill_panel, prefill_rows
 from megatron_dmc.engine.config import parse_kv_cache_dtype
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import cache_ops
@@ -151,7 +147,7 @@ def measure(
 
     def attend() -> None:
         plans = cache_ops.plan_decode_attention(
-            entries_LRG, rows, like=q, page_size=PAGE_SIZE, ahead=1, backend=backend
+            entries_LRG, rows, like=q, page_size=PAGE_SIZE, group=group, ahead=1, backend=backend
         )
         for cache, plan in zip(caches, plans, strict=True):
             cache_ops.paged_decode_attention(
@@ -224,8 +220,9 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings.from_args(args, gpu=(4096,), cpu=(256,))
     batches = args.batches or ([1, 16, 64, 256] if settings.on_gpu else [2])
     crs = args.crs or ([1.0, 4.0, 8.0] if settings.on_gpu else [1.0, 4.0])
-    if min(batches) < 1 or min(crs) < 1 or min(args.prompts or [1]) < 1:
-        raise DMCError("--batches, --crs and --prompts must be at least 1")
+    for name, values in (("batches", batches), ("crs", crs), ("prompts", args.prompts or [1])):
+        if min(values) < 1:
+            raise DMCError(f"--{name} {min(values):g}: use 1 or more")
     cache_dtype = parse_kv_cache_dtype(args.kv_cache_dtype) or settings.dtype
     heads, dim = (32, 128) if settings.on_gpu else (4, 64)
     bandwidth = copy_bandwidth(settings)

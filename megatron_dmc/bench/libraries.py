@@ -10,6 +10,7 @@ which is stated beside (`plan_ms`). What is not installed, or fails, is a row th
 Dimension letters as in `ops.cache_ops`; X folded sequences, B x G.
 """
 
+import importlib
 import logging
 import math
 import time
@@ -24,11 +25,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from megatron_dmc.bench import decode_case
 from megatron_dmc.bench.decode_case import LayerCache
 from megatron_dmc.bench.measure import Settings, as_row, captured, measure_time
+from megatron_dmc.bench.tables import Row
 from megatron_dmc.errors import DMCError
 
 logger = logging.getLogger(__name__)
 Attend = Callable[[], Tensor]
-Row = dict[str, Any]
 
 
 class Absent(Exception):
@@ -106,41 +107,31 @@ def flashinfer(q_BND: Tensor, cache: LayerCache, settings: Settings) -> Attend:
     return attend
 
 
-def flash_attention_2(q_BND: Tensor, cache: LayerCache, settings: Settings) -> Attend:
-    """flash-attn 2's attention with a paged cache; a page has 256 slots or a multiple."""
-    try:
-        from flash_attn import flash_attn_with_kvcache
-    except ImportError as e:
-        raise Absent("not installed") from e
-    _need_gpu(settings)
-    q, lengths, table = _folded(q_BND, cache)
-    k, v = _plain_pages(cache)
-    table = table.clamp_min(0)
+def flash_attention(module: str, name_of_table: str) -> Callable[..., Attend]:
+    """`Library.make` of flash-attn's attention with a paged cache.
 
-    def attend() -> Tensor:
-        return flash_attn_with_kvcache(
-            q[:, None], k, v, cache_seqlens=lengths, block_table=table
-        ).view_as(q_BND)
+    Args:
+        module: what has `flash_attn_with_kvcache`.
+        name_of_table: its argument for the block table.
+    """
 
-    return attend
+    def make(q_BND: Tensor, cache: LayerCache, settings: Settings) -> Attend:
+        try:
+            attention = importlib.import_module(module).flash_attn_with_kvcache
+        except (ImportError, AttributeError) as e:
+            raise Absent("not installed") from e
+        _need_gpu(settings)
+        q, lengths, table = _folded(q_BND, cache)
+        k, v = _plain_pages(cache)
+        tables = {name_of_table: table.clamp_min(0)}
 
+        def attend() -> Tensor:
+            out = attention(q[:, None], k, v, cache_seqlens=lengths, **tables)
+            return (out[0] if isinstance(out, tuple) else out).view_as(q_BND)
 
-def flash_attention_3(q_BND: Tensor, cache: LayerCache, settings: Settings) -> Attend:
-    """flash-attn 3's, over our own pages."""
-    try:
-        from flash_attn_interface import flash_attn_with_kvcache
-    except ImportError as e:
-        raise Absent("not installed") from e
-    _need_gpu(settings)
-    q, lengths, table = _folded(q_BND, cache)
-    k, v = _plain_pages(cache)
-    table = table.clamp_min(0)
+        return attend
 
-    def attend() -> Tensor:
-        out = flash_attn_with_kvcache(q[:, None], k, v, cache_seqlens=lengths, page_table=table)
-        return (out[0] if isinstance(out, tuple) else out).view_as(q_BND)
-
-    return attend
+    return make
 
 
 def torch_varlen(q_BND: Tensor, cache: LayerCache, settings: Settings) -> Attend:
@@ -187,8 +178,8 @@ def torch_sdpa(q_BND: Tensor, cache: LayerCache, settings: Settings) -> Attend:
 
 LIBRARIES = [
     Library("FlashInfer", flashinfer),
-    Library("flash-attn 3", flash_attention_3),
-    Library("flash-attn 2", flash_attention_2, page_size=256),
+    Library("flash-attn 3", flash_attention("flash_attn_interface", "page_table")),
+    Library("flash-attn 2", flash_attention("flash_attn", "block_table"), page_size=256),
     Library("torch varlen", torch_varlen),
     Library("torch SDPA", torch_sdpa),
 ]

@@ -60,8 +60,10 @@ def run(args: argparse.Namespace) -> int:
         import aiohttp  # noqa: F401
     except ModuleNotFoundError as e:
         raise DMCError("aiohttp is not installed: pip install 'megatron-dmc[serve]'") from e
-    if not args.request_rate > 0 or not args.burstiness > 0:
-        raise DMCError("--request-rate and --burstiness must be above 0")
+    for name in ("request_rate", "burstiness"):
+        if not getattr(args, name) > 0:
+            flag = f"--{name.replace('_', '-')}"
+            raise DMCError(f"{flag} {getattr(args, name):g}: use a number above 0")
     if args.max_concurrency is not None and args.max_concurrency < 1:
         raise DMCError(f"--max-concurrency {args.max_concurrency}: use 1 or more")
     limits = _parse_goodput(args.goodput)

@@ -53,8 +53,10 @@ class Settings:
         on_gpu = device.type == "cuda"
         lengths = tuple(args.lengths or (gpu if on_gpu else cpu))
         repeats = args.repeats or (50 if on_gpu else 5)
-        if min(lengths) < 2 or repeats < 1:
-            raise DMCError("--lengths must be at least 2 and --repeats at least 1")
+        if min(lengths) < 2:
+            raise DMCError(f"--lengths {min(lengths)}: use 2 or more")
+        if repeats < 1:
+            raise DMCError(f"--repeats {repeats}: use 1 or more")
         output = Path(args.output) if args.output else None
         return cls(device, getattr(torch, args.dtype), lengths, repeats, output)
 
@@ -136,6 +138,14 @@ def copy_bandwidth(settings: Settings) -> float:
         lambda: target.copy_(source), settings.device, repeats=max(settings.repeats, 5)
     )
     return 2 * size / (timing.median_ms / 1e3)
+
+
+def matrix_product_rate(settings: Settings) -> float:
+    """Floating-point operations per second of a large square matrix product in the settings' dtype."""
+    size = 8192 if settings.on_gpu else 512
+    a, b = (torch.randn(size, size, device=settings.device, dtype=settings.dtype) for _ in range(2))
+    timing = measure_time(lambda: a @ b, settings.device, repeats=max(settings.repeats, 5))
+    return 2 * size**3 / (timing.median_ms / 1e3)
 
 
 def errors_within_twice_the_yardstick(

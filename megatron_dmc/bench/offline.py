@@ -22,7 +22,7 @@ from megatron_dmc.bench.cost import Ceilings, ModelCost
 from megatron_dmc.bench.engine_run import Run, decode_figures, run_requests, spread
 from megatron_dmc.bench.imposed import ImposedDecisions
 from megatron_dmc.bench.load import percentile
-from megatron_dmc.bench.measure import Panel, Settings, copy_bandwidth, document, finish
+from megatron_dmc.bench.measure import Panel, Settings, document, finish
 from megatron_dmc.bench.serving import prompts
 from megatron_dmc.bench.subject import Case, Subject
 from megatron_dmc.bench.tables import Row, curves, write_csv
@@ -59,10 +59,10 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], Settings]:
         subject.device, subject.description.dtype, (), args.num_iters,
         Path(args.output) if args.output else None,
     )  # fmt: skip
-    ceilings = Ceilings.measure(settings, copy_bandwidth(settings))
+    ceilings = Ceilings.measure(settings)
     rows = []
     for case in cases:
-        rows.append(_measure_case(args, subject, case, settings, ceilings))
+        rows.append(_measure_case(args, subject, case, ceilings))
         _release_memory()
     if args.compare:
         rows += _compare(args, subject, cases, settings)
@@ -82,14 +82,10 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], Settings]:
 
 def _cases(args: argparse.Namespace) -> list[Case]:
     for name in ("num_prompts", "num_iters"):
-        value = getattr(args, name, None)
+        value = getattr(args, name)
         if value is not None and value < 1:
             raise DMCError(f"--{name.replace('_', '-')} {value}: use 1 or more")
-    args.num_prompts_is_given = getattr(args, "num_prompts", None) is not None
-    if args.benchmark == "latency":
-        batches = args.batch_size
-    else:
-        batches = args.max_num_seqs
+    batches = args.batch_size if args.benchmark == "latency" else args.max_num_seqs
     if len(args.output_len) not in (1, len(args.input_len)):
         raise DMCError(
             f"{len(args.output_len)} of --output-len for {len(args.input_len)} of --input-len: give one, "
@@ -111,13 +107,11 @@ def _release_memory() -> None:
 
 
 def _measure_case(
-    args: argparse.Namespace, subject: Subject, case: Case, settings: Settings, ceilings: Ceilings
+    args: argparse.Namespace, subject: Subject, case: Case, ceilings: Ceilings
 ) -> Row:
     llm, decisions = subject.engine(case)
     batch = llm.engine.config.max_num_seqs
-    count = batch
-    if args.benchmark == "throughput" and args.num_prompts is not None:
-        count = args.num_prompts
+    count = args.num_prompts or batch
     asked = _prompts(args, case, count)
     running = min(batch, count)
     for name, some in (

@@ -28,14 +28,6 @@ CHECKED_TOKENS = 600
 PAGE_SIZE = 16
 
 
-def matrix_product_rate(settings: Settings) -> float:
-    """Floating-point operations per second of a large matrix product in the settings' dtype."""
-    size = 8192 if settings.on_gpu else 512
-    a, b = (torch.randn(size, size, device=settings.device, dtype=settings.dtype) for _ in range(2))
-    timing = measure_time(lambda: a @ b, settings.device, repeats=max(settings.repeats, 5))
-    return 2 * size**3 / (timing.median_ms / 1e3)
-
-
 class _Prompt:
     """One request's prompt, and an empty cache with the pages that it needs."""
 

@@ -72,6 +72,7 @@ def add_serving_benchmarks(names: "argparse._SubParsersAction[argparse.ArgumentP
         "--batch-size", type=_list_of(int), default=[8], metavar="B,...", help="default: 8"
     )
     latency.add_argument("--num-iters-warmup", type=int, default=1)
+    latency.set_defaults(num_prompts=None)  # one batch
     for parser, name, default_lengths, repeats in (
         (throughput, "throughput", (128, 128), 1),
         (latency, "latency", (32, 128), 5),
@@ -171,10 +172,13 @@ def prompts(
 
     from megatron_dmc.errors import DMCError
 
-    if min(args.input_len, args.output_len, count) < 1 or not 0 <= range_ratio < 1:
+    if min(args.input_len, args.output_len, count) < 1:
         raise DMCError(
-            "lengths and the number of prompts must be 1 or more, the range ratio in [0, 1)"
+            f"{count} prompts of {args.input_len} tokens, {args.output_len} to generate: all three must "
+            "be 1 or more"
         )
+    if not 0 <= range_ratio < 1:
+        raise DMCError(f"--random-range-ratio {range_ratio:g}: use 0 or more, less than 1")
     if args.dataset_path is not None:
         rows = list(_read(args.dataset_path))
         return [

@@ -19,13 +19,13 @@ from megatron_dmc.bench.imposed import (
     profile_weights,
     spread_weights,
 )
-from megatron_dmc.checkpoint.description import ModelDescription, parse_dtype
+from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.tokenizer import load_tokenizer
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.engine import LLM
 from megatron_dmc.engine.config import parse_kv_cache_dtype
 from megatron_dmc.engine.context import PagedContext
-from megatron_dmc.engine.llm import pages_in_memory
+from megatron_dmc.engine.llm import pages_in_memory, parse_dtype
 from megatron_dmc.engine_flags import engine_options, given_tokenizer, model_path
 from megatron_dmc.errors import DMCError
 from megatron_dmc.models import LoadedModel, build_model, check_divisible, load_model
@@ -100,7 +100,7 @@ class Subject:
             )
         self.args = args
         self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = None if args.dtype == "auto" else parse_dtype(args.dtype)
+        dtype = parse_dtype(args.dtype)
         self.is_random = args.load_format == "dummy"
         if self.is_random:
             found: Any = find_model(model_path(args))
@@ -203,7 +203,7 @@ class Subject:
         half = DEVIATIONS * deviation / 2
         root = (math.sqrt(half**2 + per_request * num_pages) - half) / per_request
         batch = int(root**2 + 1e-9)
-        if args.num_prompts_is_given:
+        if args.num_prompts is not None:
             batch = min(batch, args.num_prompts)
         if batch < 1:
             raise DMCError(

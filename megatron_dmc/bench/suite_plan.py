@@ -3,9 +3,8 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-Row = dict[str, Any]
+from megatron_dmc.bench.tables import Row
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,7 @@ def markdown(rows: Sequence[Row], columns: dict[str, str]) -> str:
         if value is None:
             return "-"
         if isinstance(value, float):
-            digits = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-            return digits
+            return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
         return str(value).replace("|", "\\|")
 
     lines = [list(columns.values()), ["---"] * len(columns)]

@@ -17,6 +17,7 @@ from megatron_dmc.cache.page_counts import PageCounts, Run
 from megatron_dmc.cache.page_pool import PagePool
 from megatron_dmc.errors import OutOfPages
 from megatron_dmc.ops import page_ops
+from megatron_dmc.ops.tensors import accumulator_dtype
 
 Exchange = Callable[[np.ndarray], np.ndarray]
 """Counters of this rank's heads, int64 (L, B, G), to those of all ranks, (K, L, B, G)."""
@@ -41,10 +42,8 @@ class OpenSegments:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ):
-        acc = torch.float64 if dtype == torch.float64 else torch.float32
-        self.state_LRGUA = torch.zeros(
-            num_layers, num_rows, num_kv_heads, num_kept, 2 * head_dim + 1, dtype=acc, device=device
-        )
+        shape = (num_layers, num_rows, num_kv_heads, num_kept, 2 * head_dim + 1)
+        self.state_LRGUA = torch.zeros(shape, dtype=accumulator_dtype(dtype), device=device)
 
     def clear(self, row: int) -> None:
         """Forget a row's segments."""

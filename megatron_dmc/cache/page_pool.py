@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops import kv_pages, page_ops
-from megatron_dmc.ops.cache_backend import FreePages
+from megatron_dmc.ops.page_ops import FreePages
 
 
 class PagePool:

@@ -1,3 +1,4 @@
+#include "dispatch.h"
 #include "kernels.h"
 
 namespace dmc {
@@ -43,15 +44,13 @@ cudaError_t launch(const AttentionParams<T>& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <class T, class S>
-cudaError_t launch_any(const AttentionParams<T>& p, cudaStream_t stream) {
-  const bool one_block = p.group <= 8;
-  switch (p.kv.head_dim) {
-    case 64: return one_block ? launch<T, S, 64, 1>(p, stream) : launch<T, S, 64, 2>(p, stream);
-    case 96: return one_block ? launch<T, S, 96, 1>(p, stream) : launch<T, S, 96, 2>(p, stream);
-    case 128: return one_block ? launch<T, S, 128, 1>(p, stream) : launch<T, S, 128, 2>(p, stream);
-    case 256: return one_block ? launch<T, S, 256, 1>(p, stream) : cudaErrorInvalidValue;
-    default: return cudaErrorInvalidValue;
+template <class T, class S, int kHeadDim>
+cudaError_t launch_group(const AttentionParams<T>& p, cudaStream_t stream) {
+  if (p.group <= 8) return launch<T, S, kHeadDim, 1>(p, stream);
+  if constexpr (kHeadDim <= 128) {
+    return launch<T, S, kHeadDim, 2>(p, stream);
+  } else {
+    return cudaErrorInvalidValue;
   }
 }
 
@@ -72,17 +71,6 @@ cudaError_t workers(int* count) {
   return error;
 }
 
-template <class S>
-cudaError_t workers_any(int head_dim, int* count) {
-  switch (head_dim) {
-    case 64: return workers<S, 64>(count);
-    case 96: return workers<S, 96>(count);
-    case 128: return workers<S, 128>(count);
-    case 256: return workers<S, 256>(count);
-    default: return cudaErrorInvalidValue;
-  }
-}
-
 }  // namespace
 
 cudaError_t launch_plan(const PlanParams& p, cudaStream_t stream) {
@@ -94,14 +82,11 @@ cudaError_t launch_plan(const PlanParams& p, cudaStream_t stream) {
 template <class T>
 cudaError_t launch_attention(const AttentionParams<T>& p, cudaStream_t stream) {
   if (p.num_requests == 0) return cudaSuccess;
-  switch (p.kv.stored) {
-    case kNumbers: return launch_any<T, T>(p, stream);
-    case kE4m3: return launch_any<T, e4m3>(p, stream);
-#ifndef DMC_HOT_KERNELS_ONLY  // a test of registers looks at one dtype
-    case kInt8: return launch_any<T, int8>(p, stream);
-#endif
-    default: return cudaErrorInvalidValue;
-  }
+  return with_stored<T>(p.kv.stored, [&](auto stored) {
+    return with_head_dim(p.kv.head_dim, [&](auto head_dim) {
+      return launch_group<T, decltype(stored), decltype(head_dim)::value>(p, stream);
+    });
+  });
 }
 
 template cudaError_t launch_attention(const AttentionParams<bf16>&, cudaStream_t);
@@ -110,14 +95,11 @@ template cudaError_t launch_attention(const AttentionParams<fp16>&, cudaStream_t
 #endif
 
 cudaError_t count_workers(int head_dim, Stored stored, int* count) {
-  switch (stored) {
-    case kNumbers: return workers_any<bf16>(head_dim, count);
-    case kE4m3: return workers_any<e4m3>(head_dim, count);
-#ifndef DMC_HOT_KERNELS_ONLY
-    case kInt8: return workers_any<int8>(head_dim, count);
-#endif
-    default: return cudaErrorInvalidValue;
-  }
+  return with_stored<bf16>(stored, [&](auto kind) {
+    return with_head_dim(head_dim, [&](auto dim) {
+      return workers<decltype(kind), decltype(dim)::value>(count);
+    });
+  });
 }
 
 }  // namespace dmc

@@ -12,6 +12,17 @@
 
 namespace {
 
+// On the device of `like`, launch(T{}) for its dtype; check_pages has refused others.
+template <class Launch>
+void launch_for(const Tensor& like, Launch launch) {
+  const c10::cuda::CUDAGuard guard(like.device());
+  if (like.scalar_type() == ScalarType::BFloat16) {
+    launch(dmc::bf16{});
+  } else {
+    launch(dmc::fp16{});
+  }
+}
+
 void decode_append(const OptionalTensor& q, const Tensor& k, const Tensor& v,
                    const OptionalTensor& is_merge, const OptionalTensor& omega,
                    const OptionalTensor& cos, const OptionalTensor& sin, const Tensor& positions,
@@ -32,10 +43,10 @@ void decode_append(const OptionalTensor& q, const Tensor& k, const Tensor& v,
   check_indices(positions, "positions", batch);
   check_indices(rows, "rows", batch);
   TORCH_CHECK_VALUE(q.has_value() == q_out.has_value(), "q and q_out go together");
+  int64_t group = 1;
   if (q) {
     check_shape(*q, "q", {batch, kAny, dim});
-    TORCH_CHECK_VALUE(q->size(1) % heads == 0, "q has ", q->size(1), " heads, not a multiple of the ",
-                      heads, " key/value heads");
+    group = checked_group(*q, heads);
     check_dtype(*q, "q", dtype);
     check_last_dense(*q, "q");
     check_shape(*q_out, "q_out", {batch, q->size(1), dim});
@@ -66,19 +77,13 @@ void decode_append(const OptionalTensor& q, const Tensor& k, const Tensor& v,
     check_dtype(*free_state, "free_state", ScalarType::Int);
     check_dense(*free_state, "free_state");
   }
-  const Tensor* all[] = {&k, &v, &positions, &k_pages, &v_pages, &table, &entries, &rows};
-  const char* names[] = {"k", "v", "positions", "k_pages", "v_pages", "block_table", "num_entries",
-                         "rows"};
-  for (int i = 0; i < 8; ++i) check_device(*all[i], names[i], k);
-  const OptionalTensor* optional[] = {&q,   &is_merge, &omega,    &cos,       &sin,
-                                      &segments, &free_ids, &free_state, &q_out};
-  const char* optional_names[] = {"q",        "is_merge",      "omega",      "cos",  "sin",
-                                  "segments", "free_page_ids", "free_state", "q_out"};
-  for (int i = 0; i < 9; ++i) {
-    if (*optional[i]) check_device(**optional[i], optional_names[i], k);
-  }
+  check_devices({{"k", k}, {"v", v}, {"positions", positions}, {"k_pages", k_pages},
+                 {"v_pages", v_pages}, {"block_table", table}, {"num_entries", entries},
+                 {"rows", rows}, {"q", q}, {"is_merge", is_merge}, {"omega", omega}, {"cos", cos},
+                 {"sin", sin}, {"segments", segments}, {"free_page_ids", free_ids},
+                 {"free_state", free_state}, {"q_out", q_out}});
 
-  const auto launch = [&](auto type) {
+  launch_for(k, [&](auto type) {
     using T = decltype(type);
     dmc::AppendParams<T> p{};
     p.kv = paged(k_pages, v_pages, k_scales, v_scales, table, entries);
@@ -96,17 +101,12 @@ void decode_append(const OptionalTensor& q, const Tensor& k, const Tensor& v,
     p.free_state = data<int32_t>(free_state);
     copy_strides(p.k_stride, k);
     copy_strides(p.v_stride, v);
-    p.group = 1;
+    p.group = int(group);
     if (q) {
       copy_strides(p.q_stride, *q);
       copy_strides(p.q_out_stride, *q_out);
-      p.group = int(q->size(1) / heads);
     }
-    if (cos) {
-      p.cos_stride = cos->stride(0);
-      p.sin_stride = sin->stride(0);
-      p.half = int(cos->size(1) / 2);
-    }
+    copy_angles(p, cos, sin);
     if (compress) {
       p.segments_RGUA = data<float>(segments);
       p.segments_row_stride = segments->stride(0);
@@ -121,13 +121,7 @@ void decode_append(const OptionalTensor& q, const Tensor& k, const Tensor& v,
     p.compress = compress;
     p.may_merge = may_merge;
     C10_CUDA_CHECK(dmc::launch_append(p, c10::cuda::getCurrentCUDAStream()));
-  };
-  const c10::cuda::CUDAGuard guard(k.device());
-  if (dtype == ScalarType::BFloat16) {
-    launch(dmc::bf16{});
-  } else {
-    launch(dmc::fp16{});
-  }
+  });
 }
 
 void plan(const Tensor& entries, const Tensor& rows, const Tensor& out, int64_t ahead) {
@@ -138,9 +132,7 @@ void plan(const Tensor& entries, const Tensor& rows, const Tensor& out, int64_t 
   check_shape(out, "plan", {entries.size(0), batch * entries.size(2) + 1});
   check_dtype(out, "plan", ScalarType::Int);
   check_dense(out, "plan");
-  check_device(rows, "rows", entries);
-  check_device(entries, "num_entries", entries);
-  check_device(out, "plan", entries);
+  check_devices({{"num_entries", entries}, {"rows", rows}, {"plan", out}});
   const dmc::PlanParams p{data<int64_t>(entries), data<int64_t>(rows),    data<int32_t>(out),
                           entries.stride(0),      entries.stride(1),      entries.stride(2),
                           int(entries.size(0)),   int(batch),             int(entries.size(2)),
@@ -159,9 +151,7 @@ void paged_decode_attention(const Tensor& q, const Tensor& k_pages, const Tensor
   const int64_t batch = q.size(0), dim = q.size(2), heads = table.size(1);
   const ScalarType dtype = q.scalar_type();
   check_cache(k_pages, v_pages, k_scales, v_scales, table, entries, dtype, heads, dim);
-  TORCH_CHECK_VALUE(heads > 0 && q.size(1) % heads == 0, "q has ", q.size(1),
-                    " heads, not a multiple of the ", heads, " key/value heads");
-  const int64_t group = q.size(1) / heads;
+  const int64_t group = checked_group(q, heads);
   TORCH_CHECK_VALUE(group <= (dim == 256 ? 8 : 16), group, " query heads for each key/value head; "
                     "the kernels take 16, with head_dim 256 8");
   check_pairs(q, "q");
@@ -179,13 +169,11 @@ void paged_decode_attention(const Tensor& q, const Tensor& k_pages, const Tensor
     check_dtype(*x, "part, part_lse", ScalarType::Float);
     check_dense(*x, "part, part_lse");
   }
-  const Tensor* all[] = {&q, &k_pages, &v_pages, &table, &entries, &rows, &plan, &out, &part,
-                         &part_lse};
-  const char* names[] = {"q",    "k_pages", "v_pages", "block_table", "num_entries",
-                         "rows", "plan",    "out",     "part",        "part_lse"};
-  for (int i = 0; i < 10; ++i) check_device(*all[i], names[i], q);
+  check_devices({{"q", q}, {"k_pages", k_pages}, {"v_pages", v_pages}, {"block_table", table},
+                 {"num_entries", entries}, {"rows", rows}, {"plan", plan}, {"out", out},
+                 {"part", part}, {"part_lse", part_lse}});
 
-  const auto launch = [&](auto type) {
+  launch_for(q, [&](auto type) {
     using T = decltype(type);
     dmc::AttentionParams<T> p{};
     p.kv = paged(k_pages, v_pages, k_scales, v_scales, table, entries);
@@ -203,13 +191,7 @@ void paged_decode_attention(const Tensor& q, const Tensor& k_pages, const Tensor
     p.num_workers = int(part.size(0));
     p.scale = float(softmax_scale * 1.4426950408889634);
     C10_CUDA_CHECK(dmc::launch_attention(p, c10::cuda::getCurrentCUDAStream()));
-  };
-  const c10::cuda::CUDAGuard guard(q.device());
-  if (dtype == ScalarType::BFloat16) {
-    launch(dmc::bf16{});
-  } else {
-    launch(dmc::fp16{});
-  }
+  });
 }
 
 void release_pages(const Tensor& ids, const Tensor& free_ids, const Tensor& free_state,
@@ -281,20 +263,14 @@ void prefill_write(const Tensor& k, const Tensor& v, const OptionalTensor& is_me
   }
   check_angles(cos, sin, dtype, dim);
   if (cos) check_shape(*cos, "cos", {tokens, kAny});
-  const Tensor* all[] = {&k,      &v,      &k_pages, &v_pages,     &table, &entries,
-                         &chunks, &tiles,  &tile_starts, &base, &entry};
-  const char* names[] = {"k",      "v",     "k_pages",     "v_pages", "block_table", "num_entries",
-                         "chunks", "tiles", "tile_starts", "base",    "entry"};
-  for (int i = 0; i < 11; ++i) check_device(*all[i], names[i], k);
-  const OptionalTensor* optional[] = {&is_merge, &omega, &cos,   &sin,  &segments,
-                                      &appends,  &sums,  &own_k, &own_v};
-  const char* optional_names[] = {"is_merge", "omega", "cos",   "sin",  "segments",
-                                  "appends",  "sums",  "own_k", "own_v"};
-  for (int i = 0; i < 9; ++i) {
-    if (*optional[i]) check_device(**optional[i], optional_names[i], k);
-  }
+  check_devices({{"k", k}, {"v", v}, {"k_pages", k_pages}, {"v_pages", v_pages},
+                 {"block_table", table}, {"num_entries", entries}, {"chunks", chunks},
+                 {"tiles", tiles}, {"tile_starts", tile_starts}, {"base", base}, {"entry", entry},
+                 {"is_merge", is_merge}, {"omega", omega}, {"cos", cos}, {"sin", sin},
+                 {"segments", segments}, {"appends", appends}, {"sums", sums}, {"own_k", own_k},
+                 {"own_v", own_v}});
 
-  const auto launch = [&](auto type) {
+  launch_for(k, [&](auto type) {
     using T = decltype(type);
     dmc::PrefillParams<T> p{};
     p.kv = paged(k_pages, v_pages, {}, {}, table, entries);
@@ -316,11 +292,7 @@ void prefill_write(const Tensor& k, const Tensor& v, const OptionalTensor& is_me
     p.entry_TG = data<int32_t>(entry);
     copy_strides(p.k_stride, k);
     copy_strides(p.v_stride, v);
-    if (cos) {
-      p.cos_stride = cos->stride(0);
-      p.sin_stride = sin->stride(0);
-      p.half = int(cos->size(1) / 2);
-    }
+    copy_angles(p, cos, sin);
     if (compress) {
       p.segments_row_stride = segments->stride(0);
       p.segments_head_stride = segments->stride(1);
@@ -330,13 +302,7 @@ void prefill_write(const Tensor& k, const Tensor& v, const OptionalTensor& is_me
     p.num_kv_heads = int(heads);
     p.merge_window = int(merge_window);
     C10_CUDA_CHECK(dmc::launch_prefill_write(p, c10::cuda::getCurrentCUDAStream()));
-  };
-  const c10::cuda::CUDAGuard guard(k.device());
-  if (dtype == ScalarType::BFloat16) {
-    launch(dmc::bf16{});
-  } else {
-    launch(dmc::fp16{});
-  }
+  });
 }
 
 void prefill_attention(const Tensor& q, const OptionalTensor& own_k, const OptionalTensor& own_v,
@@ -349,9 +315,7 @@ void prefill_attention(const Tensor& q, const OptionalTensor& own_k, const Optio
   const int64_t tokens = q.size(0), dim = q.size(2), heads = table.size(1);
   const ScalarType dtype = q.scalar_type();
   check_pages(k_pages, v_pages, {}, {}, table, dtype, heads, dim);
-  TORCH_CHECK_VALUE(heads > 0 && q.size(1) % heads == 0, "q has ", q.size(1),
-                    " heads, not a multiple of the ", heads, " key/value heads");
-  const int64_t group = q.size(1) / heads;
+  const int64_t group = checked_group(q, heads);
   TORCH_CHECK_VALUE(tile_tokens > 0 && tile_tokens * group <= dmc::prefill_rows(int(dim)),
                     "tile_tokens=", tile_tokens, " with ", group,
                     " query heads for each key/value head; their product must be 1 to ",
@@ -367,24 +331,18 @@ void prefill_attention(const Tensor& q, const OptionalTensor& own_k, const Optio
       check_shape(**x, "own_k, own_v", {tokens, heads, dim});
       check_dtype(**x, "own_k, own_v", dtype);
       check_dense(**x, "own_k, own_v");
-      check_device(**x, "own_k, own_v", q);
     }
   }
   check_ints(entry, "entry", {tokens, heads});
   check_ints(chunks, "chunks", {kAny, 3});
   check_ints(tiles, "tiles", {kAny, 2});
   check_angles(cos, sin, dtype, dim);
-  if (cos) {
-    check_shape(*cos, "cos", {tokens, kAny});
-    check_device(*cos, "cos", q);
-    check_device(*sin, "sin", q);
-  }
-  const Tensor* all[] = {&q, &entry, &k_pages, &v_pages, &table, &chunks, &tiles, &out};
-  const char* names[] = {"q",           "entry",  "k_pages", "v_pages",
-                         "block_table", "chunks", "tiles",   "out"};
-  for (int i = 0; i < 8; ++i) check_device(*all[i], names[i], q);
+  if (cos) check_shape(*cos, "cos", {tokens, kAny});
+  check_devices({{"q", q}, {"entry", entry}, {"k_pages", k_pages}, {"v_pages", v_pages},
+                 {"block_table", table}, {"chunks", chunks}, {"tiles", tiles}, {"out", out},
+                 {"own_k", own_k}, {"own_v", own_v}, {"cos", cos}, {"sin", sin}});
 
-  const auto launch = [&](auto type) {
+  launch_for(q, [&](auto type) {
     using T = decltype(type);
     dmc::PrefillAttentionParams<T> p{};
     p.kv = paged(k_pages, v_pages, {}, {}, table, {});
@@ -399,24 +357,14 @@ void prefill_attention(const Tensor& q, const OptionalTensor& own_k, const Optio
     p.tiles_X2 = data<int32_t>(tiles);
     copy_strides(p.q_stride, q);
     copy_strides(p.out_stride, out);
-    if (cos) {
-      p.cos_stride = cos->stride(0);
-      p.sin_stride = sin->stride(0);
-      p.half = int(cos->size(1) / 2);
-    }
+    copy_angles(p, cos, sin);
     p.num_tiles = int(tiles.size(0));
     p.tile_tokens = int(tile_tokens);
     p.num_kv_heads = int(heads);
     p.group = int(group);
     p.scale = float(softmax_scale * 1.4426950408889634);
     C10_CUDA_CHECK(dmc::launch_prefill_attention(p, c10::cuda::getCurrentCUDAStream()));
-  };
-  const c10::cuda::CUDAGuard guard(q.device());
-  if (dtype == ScalarType::BFloat16) {
-    launch(dmc::bf16{});
-  } else {
-    launch(dmc::fp16{});
-  }
+  });
 }
 
 int64_t count_workers(int64_t head_dim, const Tensor& pages) {

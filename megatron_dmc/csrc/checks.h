@@ -46,6 +46,21 @@ void check_device(const Tensor& x, const char* name, const Tensor& like) {
                     "; all tensors must be on one GPU");
 }
 
+// A tensor by its name, or an optional one, which may be missing.
+struct Argument {
+  const char* name;
+  const Tensor* tensor;
+  Argument(const char* name, const Tensor& x) : name(name), tensor(&x) {}
+  Argument(const char* name, const OptionalTensor& x) : name(name), tensor(x ? &*x : nullptr) {}
+};
+
+// Those that are there must be on one GPU: that of the first, which is never missing.
+void check_devices(std::initializer_list<Argument> all) {
+  for (const Argument& x : all) {
+    if (x.tensor) check_device(*x.tensor, x.name, *all.begin()->tensor);
+  }
+}
+
 void check_indices(const Tensor& x, const char* name, int64_t size) {
   check_shape(x, name, {size});
   check_dtype(x, name, ScalarType::Long);
@@ -119,6 +134,13 @@ void check_angles(const OptionalTensor& cos, const OptionalTensor& sin, ScalarTy
   }
 }
 
+// Query heads of each key/value head.
+int64_t checked_group(const Tensor& q, int64_t heads) {
+  TORCH_CHECK_VALUE(heads > 0 && q.size(1) % heads == 0, "q has ", q.size(1),
+                    " heads, not a multiple of the ", heads, " key/value heads");
+  return q.size(1) / heads;
+}
+
 void check_segments(const Tensor& segments, int64_t rows, int64_t heads, int64_t merge_window,
                     int64_t dim) {
   check_shape(segments, "segments", {rows, heads, merge_window ? merge_window : 1, 2 * dim + 1});
@@ -153,6 +175,15 @@ void check_pairs(const Tensor& x, const char* name) {
 void copy_strides(int64_t (&to)[2], const Tensor& x) {
   to[0] = x.stride(0);
   to[1] = x.stride(1);
+}
+
+// Into the parameters of a kernel: strides of the tables of angles, and how many channels turn.
+template <class Params>
+void copy_angles(Params& p, const OptionalTensor& cos, const OptionalTensor& sin) {
+  if (!cos) return;
+  p.cos_stride = cos->stride(0);
+  p.sin_stride = sin->stride(0);
+  p.half = int(cos->size(1) / 2);
 }
 
 dmc::PagedKV paged(const Tensor& k_pages, const Tensor& v_pages, const OptionalTensor& k_scales,

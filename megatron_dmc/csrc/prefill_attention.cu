@@ -1,3 +1,4 @@
+#include "dispatch.h"
 #include "kernels.h"
 
 namespace dmc {
@@ -27,17 +28,13 @@ cudaError_t launch(const PrefillAttentionParams<T>& p, cudaStream_t stream) {
 template <class T>
 cudaError_t launch_prefill_attention(const PrefillAttentionParams<T>& p, cudaStream_t stream) {
   if (p.num_tiles == 0) return cudaSuccess;
-  switch (p.kv.head_dim) {
-    case 64: return launch<T, 64>(p, stream);
-    case 96: return launch<T, 96>(p, stream);
-    case 128: return launch<T, 128>(p, stream);
-    case 256: return launch<T, 256>(p, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return with_head_dim(p.kv.head_dim, [&](auto head_dim) {
+    return launch<T, decltype(head_dim)::value>(p, stream);
+  });
 }
 
 template cudaError_t launch_prefill_attention(const PrefillAttentionParams<bf16>&, cudaStream_t);
-#ifndef DMC_HOT_KERNELS_ONLY  // a test of registers looks at one dtype
+#ifndef DMC_HOT_KERNELS_ONLY
 template cudaError_t launch_prefill_attention(const PrefillAttentionParams<fp16>&, cudaStream_t);
 #endif
 

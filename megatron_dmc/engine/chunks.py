@@ -8,6 +8,7 @@ from torch import Tensor
 from megatron_dmc.cache import Snapshot
 from megatron_dmc.engine.request import Request
 from megatron_dmc.ops.prefill import Chunks
+from megatron_dmc.ops.tensors import to_device
 
 
 @dataclass
@@ -59,9 +60,9 @@ class Round:
         tokens: slice | Tensor = slice(first, end)
         if end - first > sum(sizes):  # others lie between them
             parts = [torch.arange(p.first, p.first + p.num_tokens) for p in pieces]
-            tokens = torch.cat(parts).to(device)
+            tokens = to_device(torch.cat(parts), device)
         positions = [torch.arange(p.start, p.start + p.num_tokens) for p in pieces]
         return cls(
             pieces, Chunks.of([p.row for p in pieces], sizes, device), tokens,
-            torch.cat(positions).to(device),
+            to_device(torch.cat(positions), device),
         )  # fmt: skip

@@ -7,7 +7,6 @@ A components of an accumulator, M block-table width.
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from megatron.core.inference.config import InferenceConfig
 from megatron.core.inference.contexts.base_context import BaseInferenceContext
@@ -16,7 +15,6 @@ from torch import Tensor
 from megatron_dmc.baselines import EvictingCache, EvictingChunk, EvictionRule, make_policy
 from megatron_dmc.cache import (
     BlockTables,
-    LateCopy,
     OpenSegments,
     PagePool,
     PrefixCache,
@@ -25,10 +23,12 @@ from megatron_dmc.cache import (
 )
 from megatron_dmc.cache.block_tables import Exchange
 from megatron_dmc.engine.chunks import PackedChunk, Piece, Round
+from megatron_dmc.engine.flips import FlipCounter
 from megatron_dmc.engine.request import Request
 from megatron_dmc.engine.rule import CompressionRule
 from megatron_dmc.engine.scheduler import NO_PREFIX, CachedPrefix
 from megatron_dmc.ops import cache_ops, eviction_cache, gates
+from megatron_dmc.ops.kv_pages import Pages
 from megatron_dmc.ops.merge import num_kept
 from megatron_dmc.ops.prefill import prefill
 
@@ -43,6 +43,9 @@ class PagedContext(BaseInferenceContext):
 
     Attributes:
         max_sequence_length: longest sequence, and number of positions that get RoPE angles.
+        flips: where decisions are compared with earlier ones.
+        num_queried_tokens, num_hit_tokens: prompt tokens of started requests, and those that cached
+            prefixes spared.
     """
 
     def __init__(
@@ -74,6 +77,8 @@ class PagedContext(BaseInferenceContext):
             num_kv_heads: of this tensor-parallel rank.
             dtype: the model's; `cache_dtype`: the pages', None: the model's.
             prefix_block_size: tokens between cached prefixes; None: none are cached.
+            backend: of the cache ops; None: as `ops.cache_backend.choose_backend` picks.
+            poison: fill free pages with NaN, for tests.
             count_flips: compare decisions that are made a second time.
             exchange, num_ranks, rank: tensor parallelism, see `BlockTables`.
             sum_over_ranks: of decision logits, for heads that decide together.
@@ -104,14 +109,9 @@ class PagedContext(BaseInferenceContext):
             )
         elif rule is not None:
             self.segments = OpenSegments(
-                num_layers,
-                max_num_seqs,
-                num_kv_heads,
-                head_dim,
-                num_kept=num_kept(rule.merge_window),
-                dtype=dtype,
-                device=device,
-            )
+                num_layers, max_num_seqs, num_kv_heads, head_dim,
+                num_kept=num_kept(rule.merge_window), dtype=dtype, device=device,
+            )  # fmt: skip
         self.prefixes: PrefixCache | None = None
         if prefix_block_size is not None:
             self.prefixes = PrefixCache(self.tables, self.segments, block_size=prefix_block_size)
@@ -123,13 +123,11 @@ class PagedContext(BaseInferenceContext):
                 most_entries=min(eviction.budget(max_model_len), max_model_len), dtype=dtype,
             )  # fmt: skip
         self.num_queried_tokens = self.num_hit_tokens = 0
-        self.num_repeated_decisions = self.num_flipped_decisions = 0
         merges = rule is not None and rule.eviction_delay is None and rule.may_merge
-        self._count_flips = count_flips and merges
-        self._is_merge_L: list[Tensor] = []
+        self.flips = FlipCounter() if count_flips and merges else None
         self._angles: tuple[Tensor, Tensor, Tensor] | None = None
-        self._num_ranks, self._sum_over_ranks = num_ranks, sum_over_ranks
-        self._backend = backend
+        self._num_ranks, self._sum_over_ranks = num_ranks, sum_over_ranks or (lambda x: x)
+        self._backend, self._window = backend, 0 if rule is None else rule.merge_window
         self._chunks: list[PackedChunk] = []
         self._prefills: list[Round] = []
         self._snapshots: list[Snapshot] = []
@@ -235,7 +233,7 @@ class PagedContext(BaseInferenceContext):
         """
         self.tables.begin_step([c.row for c in chunks], [c.num_tokens for c in chunks])
         self._chunks = list(chunks)
-        self._is_merge_L, self._snapshots, self._prefills = [], [], []
+        self._snapshots, self._prefills = [], []
         rounds: list[list[Piece]] = []
         first = 0
         for chunk in chunks:
@@ -295,35 +293,13 @@ class PagedContext(BaseInferenceContext):
                     self.prefixes.capture(snapshot, slice(None))
                 if (counts := self.prefixes.finish(snapshot)) is not None:
                     late.append(counts)
-        compare = self._comparison() if self._count_flips else None
+        compare = None if self.flips is None else self.flips.end_step(self._chunks)
         self.tables.end_step([c.row for c in self._chunks], late, compare)
         self._chunks = []
 
     def settle(self) -> None:
         """Wait for the last step's counters and take them in; on all ranks at one point."""
         self.tables.settle()
-
-    def _comparison(self) -> Callable[[np.ndarray], None]:
-        """What compares this step's decisions with earlier ones, given how the rows have grown."""
-        chunks = self._chunks
-        prefilled = LateCopy([torch.stack(self._is_merge_L)]) if self._is_merge_L else None
-
-        def compare(growth_LBG: np.ndarray) -> None:
-            is_merge_LTG = None if prefilled is None else prefilled.read()[0]
-            first = 0
-            for b, chunk in enumerate(chunks):
-                if chunk.num_tokens == 1:
-                    decided = growth_LBG[:, b : b + 1] == 0
-                else:
-                    assert is_merge_LTG is not None
-                    decided = is_merge_LTG[:, first : first + chunk.num_tokens]
-                    first += chunk.num_tokens
-                if chunk.request.decisions is not None:
-                    repeated, flipped = chunk.request.decisions.add(chunk.start, decided)
-                    self.num_repeated_decisions += repeated
-                    self.num_flipped_decisions += flipped
-
-        return compare
 
     def attend(
         self,
@@ -364,10 +340,9 @@ class PagedContext(BaseInferenceContext):
             )
         q, k, v = (x[num_singles:] for x in (q_TND, k_TGD, v_TGD))
         is_merge, omega = self._gates(q, k)
-        if self._count_flips and is_merge is not None:
-            self._is_merge_L.append(is_merge)
-        tables, pool = self.tables, self.pool
-        segments = None if self.segments is None else self.segments.state_LRGUA[layer_index]
+        if self.flips is not None and is_merge is not None:
+            self.flips.prefilled(is_merge)
+        layer, segments = self._layer(layer_index), self._segments_of(layer_index)
         for part in self._prefills:
             at = part.tokens
             out[num_singles:][at] = prefill(
@@ -375,10 +350,8 @@ class PagedContext(BaseInferenceContext):
                 None if is_merge is None else is_merge[at],
                 None if omega is None else omega[at],
                 None if freqs_SF is None else freqs_SF[part.positions],
-                pool.k_pages_PSD, pool.v_pages_PSD, tables.page_ids_LRGM[layer_index],
-                tables.num_entries_LRG[layer_index], segments, part.chunks,
-                softmax_scale=softmax_scale, merge_window=self._window,
-                free_pages=pool.free_pages, backend=self._backend,
+                *layer, segments, part.chunks, softmax_scale=softmax_scale,
+                merge_window=self._window, free_pages=self.pool.free_pages, backend=self._backend,
             )  # fmt: skip
             for piece in part.pieces:
                 if piece.snapshot is not None and self.prefixes is not None:
@@ -398,7 +371,7 @@ class PagedContext(BaseInferenceContext):
         assert self._evicting is not None
         chunks = [EvictingChunk(c.row, c.start, c.num_tokens) for c in self._chunks]
         if freqs_SF is not None:
-            freqs_TF = torch.cat([freqs_SF[c.start : c.start + c.num_tokens] for c in chunks])
+            freqs_TF = torch.cat([freqs_SF[c.start : c.end] for c in self._chunks])
             q_TND, k_TGD = (cache_ops.apply_rope(x, freqs_TF) for x in (q_TND, k_TGD))
         return self._evicting.attend(
             layer_index, q_TND, k_TGD, v_TGD, chunks, softmax_scale=softmax_scale
@@ -414,36 +387,32 @@ class PagedContext(BaseInferenceContext):
         softmax_scale: float,
     ) -> Tensor:
         """One token of each request: on a GPU three launches, and one more a step for the plans."""
-        tables, pool, rule, rows_B = self.tables, self.pool, self.rule, self._rows_B
+        rule, rows_B, free_pages = self.rule, self._rows_B, self.pool.free_pages
         if self._plans_L is None:
             self._plans_L = cache_ops.plan_decode_attention(
-                tables.num_entries_LRG, rows_B, like=k_BGD, page_size=self.page_size, ahead=1,
-                backend=self._backend,
+                self.tables.num_entries_LRG, rows_B, like=k_BGD, page_size=self.page_size,
+                group=q_BND.shape[1] // k_BGD.shape[1], ahead=1, backend=self._backend,
             )  # fmt: skip
-        pages = (pool.k_pages_PSD, pool.v_pages_PSD)
-        table_RGM, entries_RG = (
-            tables.page_ids_LRGM[layer_index], tables.num_entries_LRG[layer_index],
-        )  # fmt: skip
-        segments = None if self.segments is None else self.segments.state_LRGUA[layer_index]
+        layer, segments = self._layer(layer_index), self._segments_of(layer_index)
         if rule is not None and rule.shared_decisions:
             # the heads' logits have to meet first
             freqs_BF = None if freqs_SF is None else freqs_SF[self._positions_B]
+            is_merge_BG, omega_BG = self._gates(q_BND, k_BGD)
             cache_ops.decode_append(
-                k_BGD, v_BGD, *self._gates(q_BND, k_BGD), freqs_BF, *pages, table_RGM, entries_RG,
-                segments, rows_B, merge_window=self._window, free_pages=pool.free_pages,
-                backend=self._backend,
+                k_BGD, v_BGD, is_merge_BG, omega_BG, freqs_BF, *layer, segments, rows_B,
+                merge_window=self._window, free_pages=free_pages, backend=self._backend,
             )  # fmt: skip
             q_BND = cache_ops.rotate_query(q_BND, freqs_BF, compress=True)
         else:
+            cos_SF, sin_SF = self._cosine_and_sine(freqs_SF, q_BND.dtype)
             q_BND = cache_ops.gate_and_append(
-                q_BND, k_BGD, v_BGD, *self._cosine_and_sine(freqs_SF, q_BND.dtype),
-                self._positions_B, *pages, table_RGM, entries_RG, segments, rows_B,
+                q_BND, k_BGD, v_BGD, cos_SF, sin_SF, self._positions_B, *layer, segments, rows_B,
                 alpha_offset=0.0 if rule is None else rule.alpha_offset,
                 compress=rule is not None, may_merge=rule is not None and rule.may_merge,
-                merge_window=self._window, free_pages=pool.free_pages, backend=self._backend,
+                merge_window=self._window, free_pages=free_pages, backend=self._backend,
             )  # fmt: skip
         return cache_ops.paged_decode_attention(
-            q_BND, *pages, table_RGM, entries_RG, softmax_scale=softmax_scale, rows_B=rows_B,
+            q_BND, *layer, softmax_scale=softmax_scale, rows_B=rows_B,
             plan_Y=self._plans_L[layer_index], backend=self._backend,
         )  # fmt: skip
 
@@ -458,10 +427,8 @@ class PagedContext(BaseInferenceContext):
     ) -> Tensor:
         """`attend` where tokens leave the cache instead of merging. PyTorch, but for decode attention."""
         assert self.rings is not None
-        tables, pool, rows_B = self.tables, self.pool, self._rows_B
-        pages = pool.k_pages_PSD, pool.v_pages_PSD
-        table_RGM = tables.page_ids_LRGM[layer_index]
-        num_entries_RG = tables.num_entries_LRG[layer_index]
+        layer, rows_B, free_pages = self._layer(layer_index), self._rows_B, self.pool.free_pages
+        k_pages, v_pages, table_RGM, num_entries_RG = layer
         rings, num_singles = self.rings[layer_index], rows_B.shape[0]
         is_evict_TG, _ = self._gates(q_TND, k_TGD)
         assert is_evict_TG is not None
@@ -471,11 +438,11 @@ class PagedContext(BaseInferenceContext):
             freqs_BF = None if freqs_SF is None else freqs_SF[self._positions_B]
             eviction_cache.decode_evict(
                 k_TGD[single], v_TGD[single], is_evict_TG[single], freqs_BF, self._positions_B,
-                *pages, table_RGM, num_entries_RG, rings, rows_B, free_pages=pool.free_pages,
+                *layer, rings, rows_B, free_pages=free_pages,
             )  # fmt: skip
             out[single] = cache_ops.paged_decode_attention(
-                cache_ops.rotate_query(q_TND[single], freqs_BF, compress=True), *pages, table_RGM,
-                num_entries_RG, softmax_scale=softmax_scale, rows_B=rows_B, backend=self._backend,
+                cache_ops.rotate_query(q_TND[single], freqs_BF, compress=True), *layer,
+                softmax_scale=softmax_scale, rows_B=rows_B, backend=self._backend,
             )  # fmt: skip
         for piece in (piece for part in self._prefills for piece in part.pieces):
             first = num_singles + piece.first
@@ -485,10 +452,22 @@ class PagedContext(BaseInferenceContext):
                 freqs_TF = freqs_SF[piece.start : piece.start + piece.num_tokens]
             out[span] = eviction_cache.prefill_evict(
                 q_TND[span], k_TGD[span], v_TGD[span], is_evict_TG[span], freqs_TF, piece.start,
-                *pages, table_RGM[piece.row], num_entries_RG[piece.row], rings[piece.row],
-                softmax_scale=softmax_scale, free_pages=pool.free_pages,
+                k_pages, v_pages, table_RGM[piece.row], num_entries_RG[piece.row], rings[piece.row],
+                softmax_scale=softmax_scale, free_pages=free_pages,
             )  # fmt: skip
         return out
+
+    def _layer(self, layer_index: int) -> tuple[Pages, Pages, Tensor, Tensor]:
+        """What the ops take of a layer: pages of keys and of values, block_table_RGM, num_entries_RG."""
+        pool, tables = self.pool, self.tables
+        return (
+            pool.k_pages_PSD, pool.v_pages_PSD, tables.page_ids_LRGM[layer_index],
+            tables.num_entries_LRG[layer_index],
+        )  # fmt: skip
+
+    def _segments_of(self, layer_index: int) -> Tensor | None:
+        """A layer's segments_RGUA; None where nothing merges."""
+        return None if self.segments is None else self.segments.state_LRGUA[layer_index]
 
     def _cosine_and_sine(
         self, freqs_SF: Tensor | None, dtype: torch.dtype
@@ -503,10 +482,6 @@ class PagedContext(BaseInferenceContext):
             self._angles = (freqs_SF, cos, sin)
         return self._angles[1], self._angles[2]
 
-    @property
-    def _window(self) -> int:
-        return 0 if self.rule is None else self.rule.merge_window
-
     def _gates(self, q_TND: Tensor, k_TGD: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Decisions and importances; a sequence's first token never merges (the ops see to it)."""
         if self.rule is None:
@@ -514,10 +489,7 @@ class PagedContext(BaseInferenceContext):
         logit_TG = gates.decision_logit(k_TGD, alpha_offset=self.rule.alpha_offset)
         if self.rule.shared_decisions:
             num_heads = logit_TG.shape[-1] * self._num_ranks
-            if self._sum_over_ranks is None:
-                logit_TG = gates.share_decisions(logit_TG, num_heads)
-            else:
-                logit_TG = gates.share_decisions(logit_TG, num_heads, self._sum_over_ranks)
+            logit_TG = gates.share_decisions(logit_TG, num_heads, self._sum_over_ranks)
         is_merge_TG = gates.hard_decisions(logit_TG)
         if not self.rule.may_merge:
             is_merge_TG = torch.zeros_like(is_merge_TG)

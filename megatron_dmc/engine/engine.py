@@ -238,27 +238,12 @@ class LLMEngine:
             return []
         sizes = [chunk.num_tokens for chunk in schedule.chunks]
         self._counters.scheduled(schedule.chunks)
-        logits, wanted = self._run(schedule.chunks)
+        wanted = [chunk.logit_offsets for chunk in schedule.chunks]
+        logits = self.runner.run(schedule.chunks, wanted)
         changed = self._postprocess(schedule.chunks, logits, wanted)
         outputs = self._collect(changed)
         self._counters.computed(sizes, time.perf_counter() - began)
         return outputs
-
-    def _run(self, chunks: list[ScheduledChunk]) -> tuple[Tensor, list[list[int]]]:
-        wanted = []
-        for chunk in chunks:
-            request = chunk.request
-            if request.params.prompt_logprobs is not None:
-                # position p tells of token p + 1
-                first = max(chunk.start, request.params.prompt_logprobs_start - 1)
-                last = min(chunk.end, request.num_prompt_tokens - 1)
-                offsets = list(range(first - chunk.start, last - chunk.start))
-            else:
-                offsets = []
-            if chunk.samples:
-                offsets.append(chunk.num_tokens - 1)
-            wanted.append(offsets)
-        return self.runner.run(chunks, wanted), wanted
 
     def _postprocess(
         self, chunks: list[ScheduledChunk], logits_XV: Tensor, wanted: list[list[int]]
@@ -468,7 +453,7 @@ class LLMEngine:
             running_LG += self._entries_of(request)
             if request.metrics.measured_cr is not None:
                 crs[request.request_id] = request.metrics.measured_cr
-        pool, prefixes = context.pool, context.prefixes
+        pool, prefixes, flips = context.pool, context.prefixes, context.flips
         return EngineStats(
             num_waiting=len(self.scheduler.waiting),
             num_running=len(self.scheduler.running),
@@ -497,8 +482,8 @@ class LLMEngine:
             num_evicted_prefixes=0 if prefixes is None else prefixes.num_evicted,
             num_prefix_queried_tokens=context.num_queried_tokens,
             num_prefix_hit_tokens=context.num_hit_tokens,
-            num_repeated_decisions=context.num_repeated_decisions,
-            num_flipped_decisions=context.num_flipped_decisions,
+            num_repeated_decisions=0 if flips is None else flips.num_repeated,
+            num_flipped_decisions=0 if flips is None else flips.num_flipped,
         )
 
     @property

@@ -116,7 +116,7 @@ class LLM:
                 from megatron_dmc.models import load_model
 
                 model = load_model(
-                    model, device=device, dtype=_parse_dtype(dtype),
+                    model, device=device, dtype=parse_dtype(dtype),
                     tensor_parallel_size=tensor_parallel_size,
                 )  # fmt: skip
             description = model.description
@@ -254,7 +254,12 @@ class LLM:
         return finished
 
 
-def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """The model's dtype by name; None for "auto": as the checkpoint stores it.
+
+    Raises:
+        UnsupportedConfig: for any other name.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
     name = dtype.removeprefix("torch.")

@@ -150,13 +150,15 @@ def bad_words_token_ids(
     for word in params.bad_words:
         if tokenizer is None:
             raise InvalidRequest(
-                f"request {request_id}: bad_words={params.bad_words!r} needs a tokenizer"
+                f"request {request_id}: bad_words={params.bad_words!r} needs a tokenizer; leave it out"
             )
         bare = word.lstrip()
         for text in dict.fromkeys((bare, f" {bare}")):
             ids = list(tokenizer.encode(text))
             if not ids:
-                raise InvalidRequest(f"request {request_id}: bad_words: {word!r} has no tokens")
+                raise InvalidRequest(
+                    f"request {request_id}: bad_words: {word!r} has no tokens; leave it out"
+                )
             if ids not in found:
                 found.append(ids)
     return found

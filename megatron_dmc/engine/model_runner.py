@@ -15,6 +15,7 @@ from megatron_dmc.engine.chunks import PackedChunk
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.decode_graphs import Capture, CudaGraphs, DecodeGraphs
 from megatron_dmc.engine.scheduler import ScheduledChunk
+from megatron_dmc.ops.tensors import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,5 @@ class ModelRunner:
 
     def _on_device(self, parts: Sequence[Sequence[int]]) -> list[Tensor]:
         """Lists of whole numbers to the device, in one copy that nobody waits for."""
-        flat = torch.tensor([x for part in parts for x in part], dtype=torch.int64)
-        if self.device.type == "cuda":
-            flat = flat.pin_memory()
-        return list(flat.to(self.device, non_blocking=True).split([len(part) for part in parts]))
+        flat = to_device([x for part in parts for x in part], self.device)
+        return list(flat.split([len(part) for part in parts]))

@@ -122,6 +122,7 @@ class CompletionOutput:
     index: int
     text: str
     num_tokens: int
+    """`len(token_ids)`, without the copy."""
     request_token_ids: list[int] = field(repr=False)
     """The request's, which grow on."""
     cumulative_logprob: float | None

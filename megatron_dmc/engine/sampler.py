@@ -13,6 +13,7 @@ from megatron_dmc.engine.draws import uniforms
 from megatron_dmc.engine.logit_rules import LogitRules
 from megatron_dmc.engine.request import Logprob, Request
 from megatron_dmc.ops.gates import mix_seed
+from megatron_dmc.ops.tensors import accumulator_dtype
 
 
 @dataclass
@@ -93,8 +94,7 @@ class Sampler:
         Args:
             logits_BV: any floating dtype; the vocabulary without padding. Not changed.
         """
-        acc = torch.float64 if logits_BV.dtype == torch.float64 else torch.float32
-        logits_BV = logits_BV.to(acc)
+        logits_BV = logits_BV.to(accumulator_dtype(logits_BV.dtype))
         scores_BV = self._rules.apply(logits_BV, requests)
         chosen_B = scores_BV.argmax(-1)
         drawn = [b for b, request in enumerate(requests) if not request.params.greedy]

@@ -92,6 +92,21 @@ class ScheduledChunk:
         """True where the chunk ends with the request's last known token."""
         return self.end == self.request.num_tokens
 
+    @property
+    def logit_offsets(self) -> list[int]:
+        """Places within the chunk whose logits are wanted: those that tell of prompt tokens with
+        log-probabilities, and the last one where it samples."""
+        params = self.request.params
+        offsets: list[int] = []
+        if params.prompt_logprobs is not None:
+            # position p tells of token p + 1
+            first = max(self.start, params.prompt_logprobs_start - 1)
+            last = min(self.end, self.request.num_prompt_tokens - 1)
+            offsets += range(first - self.start, last - self.start)
+        if self.samples:
+            offsets.append(self.num_tokens - 1)
+        return offsets
+
 
 @dataclass
 class Schedule:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_dmc.ops import diagonal
 from megatron_dmc.ops.flash import Kernel, choose_kernel
+from megatron_dmc.ops.tensors import accumulator_dtype
 
 MASKED = -1.0e4
 """Stands for log(0) inside the kernel: exp of it is 0 in every dtype, and no NaN can arise."""
@@ -155,9 +156,7 @@ def training_attention(
         q,
         k,
         v,
-        log_keep_TBG.permute(1, 2, 0).to(
-            torch.float64 if q_TBND.dtype == torch.float64 else torch.float32
-        ),
+        log_keep_TBG.permute(1, 2, 0).to(accumulator_dtype(q_TBND.dtype)),
         scale,
         choose_kernel(q, k, v, backend=backend),
     )
@@ -250,7 +249,7 @@ def chunk_attention(
         out_TND in the queries' dtype; lse_TN, float32 (float64 for float64).
     """
     q, k, v = (x.transpose(0, 1)[None] for x in (q_TND, k_TGD, v_TGD))
-    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    acc = accumulator_dtype(q.dtype)
     kernel = choose_kernel(q, k, v)
     if is_merge_TG is None:
         out, lse, _ = kernel.forward(q, k, v, softmax_scale, True)
@@ -281,7 +280,7 @@ def masked_attention(
         `join_by_lse` gives its output no weight.
     """
     q, k, v = q_TND.transpose(0, 1)[None], k_GED[None], v_GED[None]
-    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    acc = accumulator_dtype(q.dtype)
     if is_visible_GE is not None:
         q = torch.cat([q[..., :-1], torch.full_like(q[..., :1], 1.0 / softmax_scale)], dim=-1)
         bias = torch.zeros_like(k[..., :1]).masked_fill(~is_visible_GE[None, ..., None], MASKED)
@@ -319,7 +318,7 @@ def compacted_attention(
         out_TND in the queries' dtype, computed in float32 (float64).
     """
     num_tokens, num_kv_heads = entry_TG.shape
-    acc = torch.float64 if q_TND.dtype == torch.float64 else torch.float32
+    acc = accumulator_dtype(q_TND.dtype)
     keys_GDE, values = k_GED.to(acc).transpose(1, 2), v_GED.to(acc)
     indices = torch.arange(keys_GDE.shape[2], device=q_TND.device)
     out = torch.empty_like(q_TND)

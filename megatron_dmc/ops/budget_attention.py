@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.cache_ops import accumulator_dtype
+from megatron_dmc.ops.tensors import accumulator_dtype
 
 Rank = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Update = Callable[[Tensor, Tensor], Tensor]

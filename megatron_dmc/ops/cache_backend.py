@@ -1,66 +1,26 @@
-"""Which implementation runs the cache ops, and the page list that kernels take pages from.
-
-Dimension letters as in `ops.cache_ops`.
-"""
+"""Which implementation runs the cache ops."""
 
 import functools
 import importlib
 import importlib.util
 import logging
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_dmc.errors import OutOfPages
-
 Backend = Literal["torch", "triton", "cuda"]
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class FreePages:
-    """A stack of free pages, used without asking the host (`ops.page_ops`).
-
-    Attributes:
-        page_ids: int32, one dimension; taken in order. Those at index `state[0]` and following are free.
-        state: int32 (2,): how many are taken (asked for beyond `page_ids` if they ran out), and 1 once
-            a head found none. Such a head is left as it was: the token is not in its cache.
-    """
-
-    page_ids: Tensor
-    state: Tensor
-
-    @classmethod
-    def of(cls, page_ids: Tensor) -> "FreePages":
-        """A fresh list of these pages."""
-        page_ids = page_ids.to(torch.int32).contiguous()
-        return cls(page_ids, torch.zeros(2, dtype=torch.int32, device=page_ids.device))
-
-    def taken(self) -> int:
-        """How many pages are taken; waits for the device.
-
-        Raises:
-            OutOfPages: if a head found none. The step has to be done again.
-        """
-        asked, ran_out = self.state.tolist()
-        if ran_out:
-            raise OutOfPages(
-                f"{asked} pages wanted by decoding, {self.page_ids.numel()} free; give the cache "
-                "more memory (num_pages, kv_cache_memory_bytes) or run fewer sequences (max_num_seqs)"
-            )
-        return asked
-
-
-def refusal(backend: str, x: Tensor, page_size: int) -> str:
+def refusal(backend: str, x: Tensor, page_size: int, group: int = 1) -> str:
     """What a backend's kernels do not take about these tensors; empty if they take them."""
     dtypes: tuple[torch.dtype, ...]
     if backend == "triton":
         try:
-            from megatron_dmc.ops.triton.merge import INTERPRETED
+            from megatron_dmc.ops.triton.launch import INTERPRETED
         except ImportError:
             return "Triton is not installed"
         dtypes = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,6 +38,8 @@ def refusal(backend: str, x: Tensor, page_size: int) -> str:
             return f"head_dim={x.shape[-1]}; they are built for {cuda.HEAD_DIMS}"
         if page_size not in cuda.PAGE_SIZES:
             return f"page_size={page_size}; they are built for {cuda.PAGE_SIZES}"
+        if group > (most := cuda.largest_group(x.shape[-1])):
+            return f"{group} query heads for each KV head; they take up to {most}"
     if x.dtype not in dtypes:
         return f"dtype {x.dtype}"
     if x.shape[-1] > 256:
@@ -92,30 +54,35 @@ def _say_once(message: str) -> None:
     logger.info(message)
 
 
-def choose_backend(backend: str | None, x: Tensor, page_size: int) -> Backend:
+def _check_name(backend: str | None) -> None:
+    if backend not in (None, "torch", "triton", "cuda"):
+        raise ValueError(
+            f"backend={backend!r} does not exist; use 'cuda', 'triton', 'torch' or None"
+        )
+
+
+def choose_backend(backend: str | None, x: Tensor, page_size: int, group: int = 1) -> Backend:
     """The one place that picks the default backend of the cache ops.
 
     Args:
         backend: "torch", "triton" or "cuda"; None: PyTorch on a CPU, on a GPU the CUDA extension,
             else Triton, else PyTorch, the reasons logged once.
         x: queries or keys (..., D).
+        group: query heads for each KV head, where attention is computed.
 
     Raises:
         ValueError: for a backend that does not exist or does not take these tensors.
     """
-    if backend not in (None, "torch", "triton", "cuda"):
-        raise ValueError(
-            f"backend={backend!r} does not exist; use 'cuda', 'triton', 'torch' or None"
-        )
+    _check_name(backend)
     if backend == "torch" or (backend is None and not x.is_cuda):
         return "torch"
     if backend in ("triton", "cuda"):
-        if reason := refusal(backend, x, page_size):
+        if reason := refusal(backend, x, page_size, group):
             raise ValueError(f"backend={backend!r} does not take {reason}; use None or 'torch'")
         return backend  # type: ignore[return-value]
     reasons: list[str] = []
     for name in ("cuda", "triton"):
-        reason = refusal(name, x, page_size)
+        reason = refusal(name, x, page_size, group)
         if not reason:
             if reasons:
                 _say_once(f"cache ops run in {name}: {'; '.join(reasons)}")
@@ -131,10 +98,7 @@ def choose_page_backend(backend: str | None, x: Tensor) -> Backend:
     Raises:
         ValueError: for a backend that does not exist.
     """
-    if backend not in (None, "torch", "triton", "cuda"):
-        raise ValueError(
-            f"backend={backend!r} does not exist; use 'cuda', 'triton', 'torch' or None"
-        )
+    _check_name(backend)
     if backend is not None or not x.is_cuda:
         return backend or "torch"  # type: ignore[return-value]
     from megatron_dmc.ops import cuda
@@ -146,5 +110,5 @@ def choose_page_backend(backend: str | None, x: Tensor) -> Backend:
 
 def kernels(backend: Backend, of: Literal["decode", "prefill"] = "decode") -> ModuleType:
     """A backend's module of decoding, with `decode_append`, `plan`, `paged_decode_attention` and
-    `release_pages`, or of prefill, with `prefill`, `write_chunks` and `attend_chunks`."""
+    `release_pages`, or of prefill, with `write_chunks` and `attend_chunks`."""
     return importlib.import_module(f"megatron_dmc.ops.{backend}.{of}")

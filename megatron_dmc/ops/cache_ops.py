@@ -17,13 +17,10 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops import gates, page_ops
-from megatron_dmc.ops.cache_backend import FreePages, choose_backend, kernels
+from megatron_dmc.ops.cache_backend import choose_backend, kernels
 from megatron_dmc.ops.kv_pages import Pages, load, store
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Sums are kept in float32, for a float64 model in float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from megatron_dmc.ops.page_ops import FreePages
+from megatron_dmc.ops.tensors import accumulator_dtype
 
 
 def apply_rope(x_XHD: Tensor, freqs_XF: Tensor | None) -> Tensor:
@@ -302,6 +299,7 @@ def plan_decode_attention(
     *,
     like: Tensor,
     page_size: int,
+    group: int = 1,
     ahead: int = 0,
     backend: str | None = None,
 ) -> list[Tensor | None]:
@@ -313,13 +311,14 @@ def plan_decode_attention(
     Args:
         num_entries_LRG: int64, as they are now.
         rows_B: int64; -1 is padding.
-        like: queries or keys (..., D), which decide about the backend as in the other ops.
+        like, group: queries or keys (..., D) and query heads for each KV head, which decide about the
+            backend as in `paged_decode_attention`.
 
     Returns:
         one plan for each layer, for `paged_decode_attention` of the same rows and backend; None each
         for PyTorch, which needs none. A plan must not be shorter than the entries then are.
     """
-    chosen = choose_backend(backend, like, page_size)
+    chosen = choose_backend(backend, like, page_size, group)
     if chosen == "torch":
         return [None] * num_entries_LRG.shape[0]
     return list(kernels(chosen).plan(num_entries_LRG, rows_B, ahead=ahead).unbind(0))
@@ -350,7 +349,8 @@ def paged_decode_attention(
         out_BND in the queries' dtype, computed in float32 (float64); zero for a head without
         entries.
     """
-    chosen = choose_backend(backend, q_BND, k_pages_PSD.shape[1])
+    group = q_BND.shape[1] // block_table_BGM.shape[1]
+    chosen = choose_backend(backend, q_BND, k_pages_PSD.shape[1], group)
     if chosen != "torch":
         if rows_B is None:
             rows_B = torch.arange(q_BND.shape[0], device=q_BND.device)

@@ -7,6 +7,8 @@ stock kernel gave for queries 1 to T-1 over keys 0 to T-2; for T = 1 these are N
 import torch
 from torch import Tensor
 
+from megatron_dmc.ops.tensors import accumulator_dtype
+
 
 def _by_group(x_BNTX: Tensor, num_kv_heads: int) -> Tensor:
     return x_BNTX.unflatten(1, (num_kv_heads, -1))
@@ -29,7 +31,7 @@ def join(
         out_BNTD in q's dtype; lse_BNT and the own key's probability p_own_BNT, float32 (float64).
     """
     num_kv_heads = k_BGTD.shape[1]
-    acc = torch.float64 if q_BNTD.dtype == torch.float64 else torch.float32
+    acc = accumulator_dtype(q_BNTD.dtype)
     q_own = _by_group(q_BNTD[..., :-1], num_kv_heads).to(acc)
     k_own = k_BGTD[..., None, :, :-1].to(acc)
     lse = ((q_own * k_own).sum(-1) * scale).flatten(1, 2)

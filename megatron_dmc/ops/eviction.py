@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_dmc.ops.attention import MASKED, bias_unit, join_by_lse
 from megatron_dmc.ops.flash import Kernel, choose_kernel
+from megatron_dmc.ops.tensors import accumulator_dtype
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class _EvictionAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, log_keep_BGT, delay, scale, kernel: Kernel):
-        acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+        acc = accumulator_dtype(q.dtype)
         q, near_k, far_k = q.clone(), k.clone(), k.clone()
         q[..., -1] = bias_unit(scale)
         near_k[..., -1] = 0.0
@@ -179,7 +180,7 @@ def eviction_attention(
     assert delay >= 0 and q_TBND.shape[0] <= k_TBGD.shape[0]
     scale = 1.0 / math.sqrt(q_TBND.shape[-1]) if softmax_scale is None else softmax_scale
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_TBND, k_TBGD, v_TBGD))
-    acc = torch.float64 if q_TBND.dtype == torch.float64 else torch.float32
+    acc = accumulator_dtype(q_TBND.dtype)
     kernel = choose_kernel(q, k, v, backend=backend)
     out = _EvictionAttention.apply(
         q, k, v, log_keep_TBG.permute(1, 2, 0).to(acc), delay, scale, kernel

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_dmc.ops import page_ops
-from megatron_dmc.ops.cache_backend import FreePages
 from megatron_dmc.ops.cache_ops import (
     apply_rope,
     read_entries,
@@ -26,6 +25,7 @@ from megatron_dmc.ops.cache_ops import (
     zero_borrowed_channel,
 )
 from megatron_dmc.ops.kv_pages import Pages, as_stored
+from megatron_dmc.ops.page_ops import FreePages
 
 _QUERY_BLOCK = 256
 """Queries of a chunk whose masks exist at a time."""

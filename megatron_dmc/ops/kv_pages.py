@@ -69,7 +69,7 @@ def tensors_of(pages: Pages) -> tuple[Tensor, ...]:
     return (pages,) if isinstance(pages, Tensor) else (pages.values_PSD, pages.scales_PS)
 
 
-def fill_with_nan(pages: Pages, page_ids) -> None:
+def fill_with_nan(pages: Pages, page_ids: Tensor | slice) -> None:
     """Make these pages such that whoever uses an entry of them gets NaN. Mutates `pages`."""
     for x in tensors_of(pages):
         x[page_ids] = _POISONED_INT8 if x.dtype == torch.int8 else float("nan")

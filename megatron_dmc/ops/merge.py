@@ -11,7 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_dmc.ops.tensors import accumulator_dtype
+
 _CHUNK = 16
+MAX_MERGE_WINDOW = 16
+"""Longest window that kernels take, but for one over a whole sequence of training. Longer ones would need
+tiles that no longer fit into registers."""
 
 
 def linear_scan(decay_TX: Tensor, x_TXD: Tensor, initial_XD: Tensor | None = None) -> Tensor:
@@ -220,7 +225,7 @@ def merge(
         from megatron_dmc.ops.triton.merge import merge as triton_merge
 
         return triton_merge(k_TBGD, v_TBGD, alpha_TBG, omega_TBG, merge_window=merge_window)
-    acc = torch.float64 if k_TBGD.dtype == torch.float64 else torch.float32
+    acc = accumulator_dtype(k_TBGD.dtype)
     kv = torch.cat([k_TBGD.to(acc), v_TBGD.to(acc)], dim=-1)
     alpha = alpha_TBG.to(acc)
     if alpha.shape[0] > 0:

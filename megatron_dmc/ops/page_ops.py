@@ -9,10 +9,47 @@ Dimension letters: P pages, S slots per page, H heads of any kind (any number of
 block-table width, X, Y any.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.cache_backend import FreePages, choose_page_backend, kernels
+from megatron_dmc.errors import OutOfPages
+from megatron_dmc.ops.cache_backend import choose_page_backend, kernels
+
+
+@dataclass(frozen=True)
+class FreePages:
+    """A stack of free pages, used without asking the host.
+
+    Attributes:
+        page_ids: int32, one dimension; taken in order. Those at index `state[0]` and following are free.
+        state: int32 (2,): how many are taken (asked for beyond `page_ids` if they ran out), and 1 once
+            a head found none. Such a head is left as it was: the token is not in its cache.
+    """
+
+    page_ids: Tensor
+    state: Tensor
+
+    @classmethod
+    def of(cls, page_ids: Tensor) -> "FreePages":
+        """A stack of these pages, all free."""
+        page_ids = page_ids.to(torch.int32).contiguous()
+        return cls(page_ids, torch.zeros(2, dtype=torch.int32, device=page_ids.device))
+
+    def taken(self) -> int:
+        """How many pages are taken; waits for the device.
+
+        Raises:
+            OutOfPages: if a head found none. The step has to be done again.
+        """
+        asked, ran_out = self.state.tolist()
+        if ran_out:
+            raise OutOfPages(
+                f"{asked} pages wanted by decoding, {self.page_ids.numel()} free; give the cache "
+                "more memory (num_pages, kv_cache_memory_bytes) or run fewer sequences (max_num_seqs)"
+            )
+        return asked
 
 
 def take_where(wants_X: Tensor, free_pages: FreePages) -> Tensor:

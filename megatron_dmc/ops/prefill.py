@@ -23,9 +23,11 @@ from megatron_dmc.ops.attention import (
     join_by_lse,
     masked_attention,
 )
-from megatron_dmc.ops.cache_backend import Backend, FreePages, choose_backend, kernels
+from megatron_dmc.ops.cache_backend import Backend, choose_backend, kernels
 from megatron_dmc.ops.kv_pages import Pages, ScaledPages, as_stored
-from megatron_dmc.ops.merge import continue_merge
+from megatron_dmc.ops.merge import MAX_MERGE_WINDOW, continue_merge
+from megatron_dmc.ops.page_ops import FreePages
+from megatron_dmc.ops.tensors import to_device
 
 _COMPACTED_COST = 1.5
 """Time of `compacted_attention` over that of the dense kernels, per query and key, on a CPU."""
@@ -74,7 +76,7 @@ class Chunks:
         for row, num in pairs:
             table.append((row, first, num))
             first += num
-        on_device = torch.tensor(table, dtype=torch.int32).view(-1, 3).to(device)
+        on_device = to_device(table, device, dtype=torch.int32).view(-1, 3)
         return cls(tuple(r for r, _ in pairs), tuple(n for _, n in pairs), on_device)
 
     def tiles(self, size: int, *, latest_first: bool = False) -> Tiles:
@@ -88,11 +90,9 @@ class Chunks:
             starts = [0]
             for n in self.num_tokens:
                 starts.append(starts[-1] + -(-n // size))
+            device = self.table_B3.device
             self._tiles[key] = Tiles(
-                *(
-                    torch.tensor(x, dtype=torch.int32).to(self.table_B3.device)
-                    for x in (table, starts)
-                )
+                *(to_device(x, device, dtype=torch.int32) for x in (table, starts))
             )
         return self._tiles[key]
 
@@ -158,10 +158,14 @@ def prefill(
     )
     if chosen != "torch":
         cos_TF, sin_TF = cache_ops.cosine_and_sine(freqs_TF, q_TND.dtype)
-        attended: Tensor = kernels(chosen, "prefill").prefill(
-            q_TND, k_TGD, v_TGD, is_merge_TG, omega_TG, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD,
-            block_table_RGM, num_entries_RG, segments_RGUA, chunks, softmax_scale=softmax_scale,
-            merge_window=merge_window,
+        module = kernels(chosen, "prefill")
+        own_k_TGD, own_v_TGD, entry_TG = module.write_chunks(
+            k_TGD, v_TGD, is_merge_TG, omega_TG, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD,
+            block_table_RGM, num_entries_RG, segments_RGUA, chunks, merge_window=merge_window,
+        )  # fmt: skip
+        attended: Tensor = module.attend_chunks(
+            q_TND, own_k_TGD, own_v_TGD, entry_TG, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD,
+            block_table_RGM, chunks, softmax_scale=softmax_scale,
         )  # fmt: skip
         return attended
 
@@ -206,11 +210,8 @@ def _choose_backend(
     if chosen == "torch":
         return chosen
     refusal = ""
-    if merge_window:
-        from megatron_dmc.ops.triton.merge import MAX_MERGE_WINDOW
-
-        if merge_window > MAX_MERGE_WINDOW:
-            refusal = f"merge_window={merge_window}, more than {MAX_MERGE_WINDOW}, in prefill"
+    if merge_window > MAX_MERGE_WINDOW:
+        refusal = f"merge_window={merge_window}, more than {MAX_MERGE_WINDOW}, in prefill"
     if isinstance(k_pages_PSD, ScaledPages):
         refusal = f"pages in {k_pages_PSD.values_PSD.dtype} in prefill"
     if refusal and backend is not None:

@@ -1,6 +1,6 @@
 """The specification in plain PyTorch: naive, dense where that is clearest, and the oracle of every kernel.
 
-Nothing here is fast and nothing in the product calls it but tests (and backends that say so).
+Nothing here is fast. Tests call it, and benchmarks before they time anything; nothing else does.
 Equations: Nawrot et al., "Dynamic Memory Compression" (arXiv 2403.09636) as fixed in docs/method.md.
 
 Dimension letters: T tokens, B batch, N query heads on this rank, G key/value heads, R query heads

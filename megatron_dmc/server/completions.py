@@ -71,7 +71,7 @@ class _Answer(ABC):
         for index, output in last.items():
             if index % self.per_prompt == 0:  # a prompt counts once, however many choices it has
                 num_cached += output.metrics.num_cached_prompt_tokens
-            num_new += len(output.outputs[0].token_ids) if self.keeps_new else 0
+            num_new += output.outputs[0].num_tokens if self.keeps_new else 0
             num_tokens += output.metrics.num_cached_tokens
             num_entries += output.metrics.num_entries
         return {
@@ -159,12 +159,12 @@ class _TextAnswer(_Answer):
         num_chars, num_tokens = self._sent[index]
         completion = output.outputs[0]
         is_new = len(completion.text) > num_chars or (
-            self.body.logprobs is not None and len(completion.token_ids) > num_tokens
+            self.body.logprobs is not None and completion.num_tokens > num_tokens
         )
         if not is_new and not output.finished:
             return []
         choice = self._choice(index, output, num_chars, num_tokens)
-        self._sent[index] = (len(completion.text), len(completion.token_ids))
+        self._sent[index] = (len(completion.text), completion.num_tokens)
         return [choice]
 
     def _choice(
@@ -251,11 +251,11 @@ class _ChatAnswer(_Answer):
             )
         num_chars, num_tokens = self._sent[index] or (0, 0)
         new = completion.text[num_chars:]
-        has_logprobs = bool(self.body.logprobs) and len(completion.token_ids) > num_tokens
+        has_logprobs = bool(self.body.logprobs) and completion.num_tokens > num_tokens
         if new or has_logprobs or output.finished:
             delta = {"content": new} if new or has_logprobs else {}
             choices.append(self._choice(index, output, "delta", delta, num_tokens))
-            num_tokens = len(completion.token_ids)
+            num_tokens = completion.num_tokens
         self._sent[index] = (len(completion.text), num_tokens)
         return choices
 

@@ -25,7 +25,7 @@ def snapshot(service: Service, stats: EngineStats, now: float) -> dict[str, Any]
                 "id": stream.request_id,
                 "age_seconds": time.monotonic() - stream.arrival_time,
                 "prompt_tokens": None if output is None else len(output.prompt_token_ids),
-                "generated_tokens": 0 if output is None else len(output.outputs[0].token_ids),
+                "generated_tokens": 0 if output is None else output.outputs[0].num_tokens,
                 "pages": 0 if output is None else output.metrics.num_pages,
                 "preemptions": 0 if output is None else output.metrics.num_preemptions,
                 "measured_cr": None if output is None else output.cr,

@@ -59,7 +59,6 @@ class Metrics:
         now = time.monotonic()
         for output in outputs:
             metrics, completion = output.metrics, output.outputs[0]
-            num_new = len(completion.token_ids)
             if completion.finish_reason != "abort":
                 before = self._last_token.get(output.request_id)
                 if before is not None:
@@ -72,9 +71,10 @@ class Metrics:
                 self._success.labels(self._model_name, completion.finish_reason).inc()
                 self.latency.observe(now - metrics.arrival_time)
                 self.prompt_length.observe(len(output.prompt_token_ids))
-                self.length.observe(num_new)
-                if metrics.first_token_time is not None and num_new > 1:
-                    self.tpot.observe((now - metrics.first_token_time) / (num_new - 1))
+                self.length.observe(completion.num_tokens)
+                num_gaps = completion.num_tokens - 1
+                if metrics.first_token_time is not None and num_gaps > 0:
+                    self.tpot.observe((now - metrics.first_token_time) / num_gaps)
 
     def render(self, stats: EngineStats) -> bytes:
         """The text that Prometheus scrapes."""

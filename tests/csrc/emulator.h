@@ -43,7 +43,7 @@ inline ucontext_t scheduler;
 inline std::vector<Fiber> fibers;
 inline std::vector<Slot> slots;  // [2][threads]
 inline std::function<void()> body;
-inline int current, block, grid;
+inline int current, block;
 
 inline Fiber& self() { return fibers[current]; }
 inline void yield() { swapcontext(&self().context, &scheduler); }
@@ -86,7 +86,6 @@ inline void run_block(int threads) {
 // Calls `kernel` for every thread of every block, blocks one after the other.
 inline void launch(int blocks, int threads, std::function<void()> kernel) {
   body = std::move(kernel);
-  grid = blocks;
   for (block = 0; block < blocks; ++block) run_block(threads);
 }
 
@@ -132,7 +131,6 @@ inline int lane_index() { return emulator::current % kWarp; }
 int thread_index() { return emulator::current; }
 int block_index() { return emulator::block; }
 int block_size() { return int(emulator::fibers.size()); }
-int grid_size() { return emulator::grid; }
 
 void sync_warp() { exchange(Slot{}); }
 void sync_block() {

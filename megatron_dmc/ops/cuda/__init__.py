@@ -7,6 +7,11 @@ HEAD_DIMS = (64, 96, 128, 256)
 PAGE_SIZES = (8, 16, 32, 64)
 
 
+def largest_group(head_dim: int) -> int:
+    """Query heads of a KV head that decode attention takes."""
+    return 16 if head_dim <= 128 else 8
+
+
 @functools.cache
 def absence() -> str:
     """Why the extension is not there; empty where it is."""

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from megatron_dmc.ops.cuda import absence
 from megatron_dmc.ops.kv_pages import Pages, tensors_of
+from megatron_dmc.ops.tensors import dense_channels
 
 
 @functools.cache
-def _operators():
+def operators():
     """`torch.ops.megatron_dmc`, with versions without data for torch.compile: operators return nothing."""
     assert not absence(), absence()
     names = (
@@ -26,14 +27,10 @@ def _operators():
     return torch.ops.megatron_dmc
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 @functools.cache
 def _num_workers(device: torch.device, head_dim: int, dtype: torch.dtype) -> int:
     with torch.cuda.device(device):
-        return int(_operators().count_workers(head_dim, torch.empty(0, dtype=dtype)))
+        return int(operators().count_workers(head_dim, torch.empty(0, dtype=dtype)))
 
 
 def _parts(
@@ -69,10 +66,10 @@ def decode_append(
     merge_window: int,
 ) -> Tensor | None:
     """As `megatron_dmc.ops.triton.decode_append.decode_append`."""
-    q = None if q_BND is None else _rows(q_BND)
+    q = None if q_BND is None else dense_channels(q_BND)
     q_out = None if q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _operators().decode_append(
-        q, _rows(k_BGD), _rows(v_BGD),
+    operators().decode_append(
+        q, dense_channels(k_BGD), dense_channels(v_BGD),
         None if is_merge_BG is None else is_merge_BG.contiguous(),
         None if omega_BG is None else omega_BG.float().contiguous(),
         cos_XF, sin_XF, positions_B, *_parts(k_pages_PSD, v_pages_PSD), block_table_RGM,
@@ -83,11 +80,11 @@ def decode_append(
 
 
 def plan(num_entries_LRG: Tensor, rows_B: Tensor, *, ahead: int = 0) -> Tensor:
-    """As `megatron_dmc.ops.cache_operators().plan_decode_attention`: plan_LY, int32."""
+    """As `megatron_dmc.ops.cache_ops.plan_decode_attention`: plan_LY, int32."""
     num_layers, _, num_kv_heads = num_entries_LRG.shape
     size = rows_B.shape[0] * num_kv_heads + 1
     out = torch.empty(num_layers, size, dtype=torch.int32, device=rows_B.device)
-    _operators().plan(num_entries_LRG, rows_B, out, ahead)
+    operators().plan(num_entries_LRG, rows_B, out, ahead)
     return out
 
 
@@ -103,13 +100,13 @@ def paged_decode_attention(
     softmax_scale: float,
     num_workers: int | None = None,
 ) -> Tensor:
-    """As `megatron_dmc.ops.cache_operators().paged_decode_attention`.
+    """As `megatron_dmc.ops.cache_ops.paged_decode_attention`.
 
     Args:
         num_workers: C; default: as many warps as the GPU holds at once.
     """
     pages = _parts(k_pages_PSD, v_pages_PSD)
-    q = _rows(q_BND)
+    q = dense_channels(q_BND)
     if q.stride(0) % 2 or q.stride(1) % 2 or q.storage_offset() % 2:
         q = q.contiguous()
     if plan_Y is None:
@@ -119,7 +116,7 @@ def paged_decode_attention(
     part = torch.empty(num_workers, 2, group, q.shape[-1], dtype=torch.float32, device=q.device)
     part_lse = torch.empty(num_workers, 2, group, dtype=torch.float32, device=q.device)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _operators().paged_decode_attention(
+    operators().paged_decode_attention(
         q, *pages, block_table_RGM, num_entries_RG, rows_B, plan_Y, out, part, part_lse,
         softmax_scale,
     )  # fmt: skip
@@ -130,4 +127,4 @@ def release_pages(
     page_ids_XY: Tensor, free_page_ids: Tensor, free_state: Tensor, num_extra_owners_P: Tensor
 ) -> None:
     """As `megatron_dmc.ops.triton.release.release_pages`."""
-    _operators().release_pages(page_ids_XY, free_page_ids, free_state, num_extra_owners_P)
+    operators().release_pages(page_ids_XY, free_page_ids, free_state, num_extra_owners_P)

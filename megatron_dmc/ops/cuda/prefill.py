@@ -1,4 +1,4 @@
-"""Prefill with the CUDA extension, under the name that `megatron_dmc.ops.cache_backend.kernels` promises.
+"""Prefill's CUDA kernels, under the names that `megatron_dmc.ops.cache_backend.kernels` promises.
 
 Dimension letters as in `ops.prefill`.
 """
@@ -8,7 +8,8 @@ import functools
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.cuda.decode import _operators, _rows
+from megatron_dmc.ops.cuda.decode import operators
+from megatron_dmc.ops.tensors import dense_channels
 
 TILE = 32
 """Tokens of a tile, one for each lane of a warp."""
@@ -31,7 +32,7 @@ def write_chunks(
     merge_window: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """As `megatron_dmc.ops.triton.prefill_write.write_chunks`."""
-    k, v, device = _rows(k_TGD), _rows(v_TGD), k_TGD.device
+    k, v, device = dense_channels(k_TGD), dense_channels(v_TGD), k_TGD.device
     num_tokens, num_kv_heads, dim = k.shape
     tiles = chunks.tiles(TILE)
     ints = functools.partial(torch.empty, dtype=torch.int32, device=device)
@@ -45,7 +46,7 @@ def write_chunks(
         sums = torch.empty(rows, num_kv_heads, 2 * dim + 1, dtype=torch.float32, device=device)
     else:
         base = num_entries_RG[chunks.table_B3[:, 0].long()].int()
-    _operators().prefill_write(
+    operators().prefill_write(
         k, v,
         None if is_merge_TG is None else is_merge_TG.contiguous(),
         None if omega_TG is None else omega_TG.float().contiguous(),
@@ -77,27 +78,12 @@ def attend_chunks(
 ) -> Tensor:
     """As `megatron_dmc.ops.triton.prefill_attention.attend_chunks`; at most `rows_of(D)` query heads for
     each key/value head, and a `softmax_scale` above 0."""
-    q = _rows(q_TND)
+    q = dense_channels(q_TND)
     tile_tokens = max(1, rows_of(q.shape[2]) // (q.shape[1] // entry_TG.shape[1]))
     tiles = chunks.tiles(tile_tokens, latest_first=True)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _operators().prefill_attention(
+    operators().prefill_attention(
         q, own_k_TGD, own_v_TGD, entry_TG, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD, block_table_RGM,
         chunks.table_B3, tiles.table_X2, out, tile_tokens, softmax_scale,
     )  # fmt: skip
     return out
-
-
-def prefill(
-    q_TND, k_TGD, v_TGD, is_merge_TG, omega_TG, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD,
-    block_table_RGM, num_entries_RG, segments_RGUA, chunks, *, softmax_scale, merge_window,
-) -> Tensor:  # fmt: skip
-    """`megatron_dmc.ops.prefill.prefill`, with cosines and sines for angles."""
-    own_k, own_v, entry = write_chunks(
-        k_TGD, v_TGD, is_merge_TG, omega_TG, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD,
-        block_table_RGM, num_entries_RG, segments_RGUA, chunks, merge_window=merge_window,
-    )  # fmt: skip
-    return attend_chunks(
-        q_TND, own_k, own_v, entry, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD, block_table_RGM,
-        chunks, softmax_scale=softmax_scale,
-    )  # fmt: skip

@@ -10,14 +10,14 @@ thread has both channels of a rotated pair: `lo` [H], `hi` [H] and `rest` [Z], p
 The open segment has three verbs, as in the reference: open, merge, emit.
 """
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from megatron_dmc.ops.kv_pages import Pages
+from megatron_dmc.ops.tensors import dense_channels
+from megatron_dmc.ops.triton.launch import on_device
 from megatron_dmc.ops.triton.stored import encode, parts, scale_of
 
 
@@ -211,10 +211,6 @@ def append_kernel(
     tl.store(p_entries, (i_entry + 1).to(p_entries.dtype.element_ty), mask=m_write)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def decode_append(
     q_BND: Tensor | None,
     k_BGD: Tensor,
@@ -248,16 +244,16 @@ def decode_append(
     batch, num_kv_heads, dim = k_BGD.shape
     k_pages, k_scales, stored = parts(k_pages_PSD)
     v_pages, v_scales, _ = parts(v_pages_PSD)
-    k, v = _rows(k_BGD), _rows(v_BGD)
-    q = k if q_BND is None else _rows(q_BND)
+    k, v = dense_channels(k_BGD), dense_channels(v_BGD)
+    q = k if q_BND is None else dense_channels(q_BND)
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     half = 0 if cos_XF is None else cos_XF.shape[1] // 2
-    cos, sin = (k if x is None else _rows(x) for x in (cos_XF, sin_XF))
+    cos, sin = (k if x is None else dense_channels(x) for x in (cos_XF, sin_XF))
     segments = k if segments_RGUA is None else segments_RGUA
     gates_given = is_merge_BG is not None
     free = rows_B if free_page_ids is None else free_page_ids
     if batch:
-        with torch.cuda.device(k.device) if k.is_cuda else nullcontext():
+        with on_device(k):
             append_kernel[num_kv_heads, batch](
                 q, k, v,
                 k if is_merge_BG is None else is_merge_BG.contiguous().view(torch.uint8),

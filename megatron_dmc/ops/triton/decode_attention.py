@@ -11,15 +11,14 @@ stretch is written at once; of others each worker leaves a part, and a second ke
 their log-sum-exp. A worker has at most two such heads: that of its first and of its last tile.
 """
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from megatron_dmc.ops.kv_pages import Pages
-from megatron_dmc.ops.triton.merge import INTERPRETED
+from megatron_dmc.ops.tensors import dense_channels
+from megatron_dmc.ops.triton.launch import INTERPRETED, on_device
 from megatron_dmc.ops.triton.stored import decode, parts
 
 TILE = 32
@@ -217,17 +216,12 @@ def _multiprocessors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
-def _on(x: Tensor):
-    """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def plan(num_entries_LRG: Tensor, rows_B: Tensor, *, ahead: int = 0) -> Tensor:
     """As `megatron_dmc.ops.cache_ops.plan_decode_attention`: plan_LY, int32."""
     num_layers, _, num_kv_heads = num_entries_LRG.shape
     heads = rows_B.shape[0] * num_kv_heads
     out = torch.empty(num_layers, heads + 1, dtype=torch.int32, device=rows_B.device)
-    with _on(out):
+    with on_device(out):
         plan_kernel[(num_layers,)](
             num_entries_LRG, rows_B, out, heads, num_kv_heads, ahead, *num_entries_LRG.stride(),
             I=TILE, BLOCK=1024, num_warps=8,
@@ -254,7 +248,7 @@ def paged_decode_attention(
     """
     k_pages, k_scales, stored = parts(k_pages_PSD)
     v_pages, v_scales, _ = parts(v_pages_PSD)
-    q = q_BND if q_BND.stride(-1) == 1 else q_BND.contiguous()
+    q = dense_channels(q_BND)
     batch, num_heads, dim = q.shape
     num_kv_heads, page_size = block_table_RGM.shape[1], k_pages_PSD.shape[1]
     group, heads = num_heads // num_kv_heads, batch * num_kv_heads
@@ -268,7 +262,7 @@ def paged_decode_attention(
     queries = 1 if group == 1 else max(16, triton.next_power_of_2(group))
     sizes = dict(R=group, D=dim, F=max(16, triton.next_power_of_2(dim)))
     if batch:
-        with _on(q):
+        with on_device(q):
             attend_kernel[(num_workers,)](
                 q, k_pages, v_pages, k_scales, v_scales, block_table_RGM, num_entries_RG, rows_B,
                 plan_Y, out, part, part_lse, heads, num_kv_heads, softmax_scale * 1.4426950408889634,

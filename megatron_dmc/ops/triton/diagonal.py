@@ -4,12 +4,13 @@ Dimension letters: T tokens, B batch, N query heads, G key/value heads, R query 
 head, D head dim, I tokens of a tile, F channels, a power of two.
 """
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from megatron_dmc.ops.tensors import dense_channels
+from megatron_dmc.ops.triton.launch import capability, on_device
 
 
 @triton.jit
@@ -122,12 +123,8 @@ def takes(q_BNTD: Tensor) -> bool:
         q_BNTD.is_cuda
         and q_BNTD.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and q_BNTD.shape[-1] <= 256
-        and torch.cuda.get_device_capability(q_BNTD.device)[0] >= 8
+        and capability(q_BNTD) >= 8
     )
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _empty_tokens_first(x_BHTD: Tensor) -> Tensor:
@@ -141,7 +138,7 @@ def _launch(kernel, tensors, strided, q: Tensor, k: Tensor, *, past: bool, scale
     channels = max(16, triton.next_power_of_2(dim))
     tile = max(1, 4096 // channels)  # 16 values of a tensor for each of 256 threads
     strides = [s for x in strided for s in x.stride()[:3]]
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+    with on_device(q):
         kernel[triton.cdiv(tokens, tile), k.shape[1], batch](
             *tensors, tokens, scale, *strides, heads // k.shape[1], D=dim, I=tile, F=channels,
             PAST=past, num_warps=8,
@@ -150,9 +147,9 @@ def _launch(kernel, tensors, strided, q: Tensor, k: Tensor, *, past: bool, scale
 
 def join(q_BNTD, k_BGTD, v_BGTD, past_out_BNTD, past_lse_BNT, scale):
     """As `megatron_dmc.ops.diagonal.join`."""
-    q, k, v = _rows(q_BNTD), _rows(k_BGTD), _rows(v_BGTD)
+    q, k, v = dense_channels(q_BNTD), dense_channels(k_BGTD), dense_channels(v_BGTD)
     past = past_out_BNTD is not None
-    past_out = _rows(past_out_BNTD) if past else q
+    past_out = dense_channels(past_out_BNTD) if past else q
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     p_own = torch.empty_like(lse)
     past_lse = past_lse_BNT.float() if past else lse
@@ -166,9 +163,9 @@ def join(q_BNTD, k_BGTD, v_BGTD, past_out_BNTD, past_lse_BNT, scale):
 
 def add_gradients(grad_out_BNTD, q_BNTD, k_BGTD, v_BGTD, out_BNTD, p_own_BNT, past_grads, scale):
     """As `megatron_dmc.ops.diagonal.add_gradients`."""
-    inputs = [_rows(x) for x in (grad_out_BNTD, q_BNTD, k_BGTD, v_BGTD, out_BNTD)]
+    inputs = [dense_channels(x) for x in (grad_out_BNTD, q_BNTD, k_BGTD, v_BGTD, out_BNTD)]
     q, k, v = inputs[1:4]
-    past = [_rows(x) for x in past_grads] if past_grads is not None else [q, k, v]
+    past = [dense_channels(x) for x in past_grads] if past_grads is not None else [q, k, v]
     grads = [_empty_tokens_first(x) for x in (q, k, v)]
     _launch(
         add_gradients_kernel, (*inputs, p_own_BNT.contiguous(), *past, *grads),

@@ -22,7 +22,6 @@ The gates' gradients need no product over channels but `Q_ij = gy_i . x_j`. With
 Both are sums over channels: every block of channels writes its part, and the parts are added.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -31,12 +30,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Kernels run on the CPU, by Triton's interpreter (TRITON_INTERPRET=1 before the import)."""
-
-MAX_MERGE_WINDOW = 16
-"""Longest window that the kernels take, unless it covers the whole sequence. Longer ones would need
-tiles that no longer fit into registers."""
+from megatron_dmc.ops.merge import MAX_MERGE_WINDOW
+from megatron_dmc.ops.tensors import dense_channels
+from megatron_dmc.ops.triton.launch import INTERPRETED, capability, on_device
+from megatron_dmc.ops.triton.scan import last_row, products, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -50,36 +47,11 @@ class Tiling:
 
 
 @triton.jit
-def _products(b_alpha, o_i, BAND: tl.constexpr):
-    """M_ij [I, I]: product of alpha over (j, i], 0 where token j does not count for token i."""
-    m_after = o_i[:, None] > o_i[None, :]
-    b_m = tl.cumprod(tl.where(m_after, b_alpha[:, None], 1.0), axis=0)
-    m_counts = o_i[:, None] >= o_i[None, :]
-    if BAND > 0:
-        m_counts = m_counts & (o_i[:, None] - o_i[None, :] < BAND)
-    return tl.where(m_counts, b_m, 0.0)
-
-
-@triton.jit
 def _earlier_products(b_before, o_i):
     """M_{l-1,j} at [j, l]: product of alpha over (j, l), 0 for l <= j; b_before [I] is alpha_{l-1}."""
     m_between = o_i[None, :] - 1 > o_i[:, None]
     b_m = tl.cumprod(tl.where(m_between, b_before[None, :], 1.0), axis=1)
     return tl.where(o_i[None, :] > o_i[:, None], b_m, 0.0)
-
-
-@triton.jit
-def _weighted_sum(b_w, b_x, INTERPRET: tl.constexpr):
-    """b_w [I, I] float32 times b_x [I, F], to float32's precision."""
-    if INTERPRET:
-        return tl.dot(b_w, b_x.to(tl.float32))
-    elif b_x.dtype == tl.float32:
-        return tl.dot(b_w, b_x, input_precision="tf32x3")
-    else:
-        # two half-precision parts of a weight hold as much of it as float32 sums can tell
-        b_high = b_w.to(b_x.dtype)
-        b_low = (b_w - b_high.to(tl.float32)).to(b_x.dtype)
-        return tl.dot(b_low, b_x, tl.dot(b_high, b_x))
 
 
 @triton.jit
@@ -99,15 +71,6 @@ def _gate_product(b_q, b_prev, DTYPE: tl.constexpr):
         return tl.dot(b_q, b_prev, input_precision="tf32x3")
     else:
         return tl.dot(b_q, b_prev, input_precision="tf32")
-
-
-@triton.jit
-def _last(b_x, o_i, I: tl.constexpr):
-    """The last element of b_x [I], or the last row of b_x [I, I]."""
-    if len(b_x.shape) == 1:
-        return tl.sum(tl.where(o_i == I - 1, b_x, 0.0), axis=0)
-    else:
-        return tl.sum(tl.where(o_i[:, None] == I - 1, b_x, 0.0), axis=0)
 
 
 @triton.jit
@@ -150,24 +113,24 @@ def unlimited_forward_kernel(
             tl.store(p_carry_z + i_c * X + i_x, b_cz, mask=i_f == 0)
 
         # [I, I]
-        b_w = _products(b_alpha, o_i, 0) * b_omega[None, :]
+        b_w = products(b_alpha, o_i, 0) * b_omega[None, :]
         # [I]: the carried token's product, and its share
         b_in = tl.cumprod(b_alpha, axis=0) * b_cz
         b_z = tl.sum(b_w, axis=1) + b_in
         b_w = b_w / b_z[:, None]
         b_in = b_in / b_z
         # [I, F]
-        b_yk = _weighted_sum(b_w, b_k, INTERPRET) + b_in[:, None] * b_ck[None, :]
-        b_yv = _weighted_sum(b_w, b_v, INTERPRET) + b_in[:, None] * b_cv[None, :]
+        b_yk = weighted_sum(b_w, b_k, INTERPRET) + b_in[:, None] * b_ck[None, :]
+        b_yv = weighted_sum(b_w, b_v, INTERPRET) + b_in[:, None] * b_cv[None, :]
         o_y = (o_t * X + i_x)[:, None] * D + o_d[None, :]
         tl.store(p_yk + o_y, b_yk.to(p_yk.dtype.element_ty), mask=m_td)
         tl.store(p_yv + o_y, b_yv.to(p_yv.dtype.element_ty), mask=m_td)
 
-        b_share = _last(b_w, o_i, I)
-        b_keep = _last(b_in, o_i, I)
+        b_share = last_row(b_w, o_i, I)
+        b_keep = last_row(b_in, o_i, I)
         b_ck = tl.sum(b_share[:, None] * b_k.to(tl.float32), axis=0) + b_keep * b_ck
         b_cv = tl.sum(b_share[:, None] * b_v.to(tl.float32), axis=0) + b_keep * b_cv
-        b_cz = _last(b_z, o_i, I)
+        b_cz = last_row(b_z, o_i, I)
 
 
 @triton.jit
@@ -229,13 +192,13 @@ def unlimited_backward_kernel(
         b_gac = tl.sum(b_gak * b_ck, axis=0) + tl.sum(b_gav * b_cv, axis=0) + b_gaz
 
         # [I, I]
-        b_m = _products(b_alpha, o_i, 0)
+        b_m = products(b_alpha, o_i, 0)
         b_w = b_m * b_omega[None, :]
         # [I]
         b_in = tl.cumprod(b_alpha, axis=0)
         b_z = tl.sum(b_w, axis=1) + b_in * b_cz
         b_w = b_w / b_z[:, None]
-        b_out = _last(b_m, o_i, I)
+        b_out = last_row(b_m, o_i, I)
         # [I, I]: Q, then (Q - r) / z
         b_q = _scores(b_gyk, b_k, INTERPRET) + _scores(b_gyv, b_v, INTERPRET)
         b_r = tl.sum(b_w * b_q, axis=1) + b_in * b_cz / b_z * b_gyc
@@ -260,13 +223,13 @@ def unlimited_backward_kernel(
         # [I, F]
         b_wt = tl.trans(b_w)
         b_out = b_out * b_omega
-        b_gk = _weighted_sum(b_wt, b_gyk, INTERPRET) + b_out[:, None] * b_gak[None, :]
-        b_gv = _weighted_sum(b_wt, b_gyv, INTERPRET) + b_out[:, None] * b_gav[None, :]
+        b_gk = weighted_sum(b_wt, b_gyk, INTERPRET) + b_out[:, None] * b_gak[None, :]
+        b_gv = weighted_sum(b_wt, b_gyv, INTERPRET) + b_out[:, None] * b_gav[None, :]
         o_x = (o_t * X + i_x)[:, None] * D + o_d[None, :]
         tl.store(p_gk + o_x, b_gk.to(p_gk.dtype.element_ty), mask=m_td)
         tl.store(p_gv + o_x, b_gv.to(p_gv.dtype.element_ty), mask=m_td)
 
-        b_keep = _last(b_in, o_i, I)
+        b_keep = last_row(b_in, o_i, I)
         b_in = b_in / b_z
         b_gak = tl.sum(b_in[:, None] * b_gyk.to(tl.float32), axis=0) + b_keep * b_gak
         b_gav = tl.sum(b_in[:, None] * b_gyv.to(tl.float32), axis=0) + b_keep * b_gav
@@ -299,11 +262,11 @@ def windowed_forward_kernel(
     b_k = tl.load(p_k + o_t[:, None] * s_kt + o_d[None, :], mask=m_td, other=0.0)
     b_v = tl.load(p_v + o_t[:, None] * s_vt + o_d[None, :], mask=m_td, other=0.0)
     # [I, I]
-    b_w = _products(b_alpha, o_i, W) * b_omega[None, :]
+    b_w = products(b_alpha, o_i, W) * b_omega[None, :]
     b_w = b_w / tl.sum(b_w, axis=1)[:, None]
     # [I, F]
-    b_yk = _weighted_sum(b_w, b_k, INTERPRET)
-    b_yv = _weighted_sum(b_w, b_v, INTERPRET)
+    b_yk = weighted_sum(b_w, b_k, INTERPRET)
+    b_yv = weighted_sum(b_w, b_v, INTERPRET)
     m_td = m_td & (o_i >= W - 1)[:, None]
     o_y = (o_t * X + i_x)[:, None] * D + o_d[None, :]
     tl.store(p_yk + o_y, b_yk.to(p_yk.dtype.element_ty), mask=m_td)
@@ -346,7 +309,7 @@ def windowed_backward_kernel(
     b_gyk = tl.load(p_gyk + o_t[:, None] * s_gkt + o_d[None, :], mask=m_td, other=0.0)
     b_gyv = tl.load(p_gyv + o_t[:, None] * s_gvt + o_d[None, :], mask=m_td, other=0.0)
     # [I, I]
-    b_m = _products(b_alpha, o_i, W)
+    b_m = products(b_alpha, o_i, W)
     b_w = b_m * b_omega[None, :]
     b_z = tl.sum(b_w, axis=1)
     b_w = b_w / b_z[:, None]
@@ -367,8 +330,8 @@ def windowed_backward_kernel(
     tl.store(p_gomega + o_t * X, b_gomega, mask=m_t & m_own)
     # [I, F]
     b_wt = tl.trans(b_w)
-    b_gk = _weighted_sum(b_wt, b_gyk, INTERPRET)
-    b_gv = _weighted_sum(b_wt, b_gyv, INTERPRET)
+    b_gk = weighted_sum(b_wt, b_gyk, INTERPRET)
+    b_gv = weighted_sum(b_wt, b_gyv, INTERPRET)
     m_td = m_td & m_own[:, None]
     o_x = (o_t * X + i_x)[:, None] * D + o_d[None, :]
     tl.store(p_gk + o_x, b_gk.to(p_gk.dtype.element_ty), mask=m_td)
@@ -393,22 +356,13 @@ def default_tiling(
     return Tiling(64, channels if capability >= 9 else min(channels, 32), 8, num_stages=1)
 
 
-def _capability(x: Tensor) -> int:
-    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
-
-
-def _rows(x: Tensor) -> Tensor:
-    """`x`, copied only if its channels do not lie side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(ctx, k_TBGD, v_TBGD, alpha_TBG, omega_TBG, merge_window, tiling):
-        k, v = _rows(k_TBGD), _rows(v_TBGD)
+        k, v = dense_channels(k_TBGD), dense_channels(v_TBGD)
         tokens, batch, heads, dim = k.shape
         tiling = tiling or default_tiling(
-            dim, merge_window, backward=False, capability=_capability(k)
+            dim, merge_window, backward=False, capability=capability(k)
         )
         y_k, y_v = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
         sequences, blocks = batch * heads, triton.cdiv(dim, tiling.channels)
@@ -441,8 +395,8 @@ class _Merge(torch.autograd.Function):
     def backward(ctx, gy_k, gy_v):
         k, v, alpha, omega, carry, carry_z = ctx.saved_tensors
         tokens, batch, heads, dim = k.shape
-        gy_k, gy_v = _rows(gy_k), _rows(gy_v)
-        tiling = default_tiling(dim, ctx.merge_window, backward=True, capability=_capability(k))
+        gy_k, gy_v = dense_channels(gy_k), dense_channels(gy_v)
+        tiling = default_tiling(dim, ctx.merge_window, backward=True, capability=capability(k))
         g_k, g_v = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
         sequences, blocks = batch * heads, triton.cdiv(dim, tiling.channels)
         parts = torch.empty((2, blocks, *alpha.shape), dtype=torch.float32, device=k.device)
@@ -476,7 +430,7 @@ def refusal(k_TBGD: Tensor, v_TBGD: Tensor, merge_window: int) -> str:
         return "keys and values of different shapes or dtypes"
     if MAX_MERGE_WINDOW < merge_window < k_TBGD.shape[0]:
         return f"merge_window={merge_window}, more than {MAX_MERGE_WINDOW} and less than T"
-    if k_TBGD.is_cuda and _capability(k_TBGD) < 8:
+    if k_TBGD.is_cuda and capability(k_TBGD) < 8:
         return "GPUs before compute capability 8.0"
     return ""
 
@@ -508,6 +462,5 @@ def merge(
         return k_TBGD.clone(), v_TBGD.clone()
     if merge_window >= k_TBGD.shape[0]:
         merge_window = 0  # a window over the whole sequence is none
-    # Triton launches on the current device
-    with torch.cuda.device(k_TBGD.device) if k_TBGD.is_cuda else nullcontext():
+    with on_device(k_TBGD):
         return _Merge.apply(k_TBGD, v_TBGD, alpha_TBG, omega_TBG, merge_window, tiling)

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_dmc.ops.triton.decode_attention import _on
-from megatron_dmc.ops.triton.merge import INTERPRETED, _capability
+from megatron_dmc.ops.tensors import dense_channels
+from megatron_dmc.ops.triton.launch import INTERPRETED, capability, on_device
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _attend(
 
 @triton.jit
 def attend_kernel(
-    p_q, p_cos, p_sin, p_self_k, p_self_v, p_entry, p_k_pages, p_v_pages, p_table, p_chunks,
+    p_q, p_cos, p_sin, p_own_k, p_own_v, p_entry, p_k_pages, p_v_pages, p_table, p_chunks,
     p_tiles, p_out,
     G, scale,
     s_qt, s_qn, s_ct, s_nt, s_tr, s_tg, s_ot, s_on,
@@ -117,11 +117,11 @@ def attend_kernel(
 
     if COMPRESS:
         o_own = (o_t * G + i_g)[:, None] * D + o_d[None, :]
-        b_own = tl.load(p_self_k + o_own, mask=m_qd, other=0.0).to(tl.float32)
+        b_own = tl.load(p_own_k + o_own, mask=m_qd, other=0.0).to(tl.float32)
         # [Q]
         b_max = tl.sum(b_q.to(tl.float32) * b_own, axis=1) * scale
         b_sum = tl.full([Q], 1.0, tl.float32)
-        b_out = tl.load(p_self_v + o_own, mask=m_qd, other=0.0).to(tl.float32)
+        b_out = tl.load(p_own_v + o_own, mask=m_qd, other=0.0).to(tl.float32)
     else:
         b_max = tl.full([Q], float("-inf"), tl.float32)
         b_sum = tl.zeros([Q], tl.float32)
@@ -187,17 +187,15 @@ def attend_chunks(
     Returns:
         out_TND.
     """
-    q = q_TND if q_TND.stride(-1) == 1 else q_TND.contiguous()
+    q = dense_channels(q_TND)
     num_heads, dim = q.shape[1:]
     num_kv_heads, compress = entry_TG.shape[1], own_k_TGD is not None
     group = num_heads // num_kv_heads
-    queries, entries, num_warps, num_stages = blocks_of(
-        dim, group, q.element_size(), _capability(q)
-    )
+    queries, entries, num_warps, num_stages = blocks_of(dim, group, q.element_size(), capability(q))
     tiles = chunks.tiles(queries // group, latest_first=True)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     cos, sin, own_k, own_v = (q if x is None else x for x in (cos_TF, sin_TF, own_k_TGD, own_v_TGD))
-    with _on(q):
+    with on_device(q):
         attend_kernel[(tiles.table_X2.shape[0] * num_kv_heads,)](
             q, cos, sin, own_k, own_v, entry_TG, k_pages_PSD, v_pages_PSD, block_table_RGM,
             chunks.table_B3, tiles.table_X2, out, num_kv_heads, softmax_scale * 1.4426950408889634,

@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_dmc.ops.triton.decode_attention import _on
-from megatron_dmc.ops.triton.merge import INTERPRETED, _last, _products, _weighted_sum
+from megatron_dmc.ops.tensors import dense_channels
+from megatron_dmc.ops.triton.launch import INTERPRETED, on_device
+from megatron_dmc.ops.triton.scan import last_row, products, weighted_sum
 
 TILE = 32
 WINDOWED_TILE = 64
@@ -63,7 +64,7 @@ def tails_kernel(
     if SUM:
         tl.store(p_keep + i_x * num_groups + i_g, tl.where(num_appends == 0, 1.0, 0.0))
         # [I]: 1 for the tokens that everything behind them merged with
-        b_open = _last(_products(tl.where(m_t, b_alpha, 1.0), o_i, 0), o_i, I)
+        b_open = last_row(products(tl.where(m_t, b_alpha, 1.0), o_i, 0), o_i, I)
         m_open = m_t & (b_open > 0.0)
         b_omega = tl.load(p_omega + (start + o_t) * s_ot + i_g * s_og, mask=m_open, other=0.0)
         b_omega = b_omega.to(tl.float32)
@@ -118,14 +119,14 @@ def carry_kernel(
             # [C, F]
             m_xa = m_x[:, None] & m_a[None, :]
             b_tails = tl.load(p_tails + o_xg[:, None] * A + o_a[None, :], mask=m_xa, other=0.0)
-            b_after = _weighted_sum(_products(b_keep, o_c, 0), b_tails, INTERPRET)
+            b_after = weighted_sum(products(b_keep, o_c, 0), b_tails, INTERPRET)
             b_after += tl.cumprod(b_keep, axis=0)[:, None] * b_state[None, :]
             # what stands after a tile is what the next one begins with
             p_rows = p_carry + o_xg[:, None] * A + o_a[None, :]
             b_first = tl.zeros([C, F], tl.float32) + b_state[None, :]
             tl.store(p_rows, b_first, mask=m_xa & (o_c == 0)[:, None])
             tl.store(p_rows + num_groups * A, b_after, mask=m_xa & (o_x + 1 < end)[:, None])
-            b_state = _last(b_after, o_c, C)
+            b_state = last_row(b_after, o_c, C)
     if SUM:
         tl.store(p_segments + o_a, b_state, mask=m_a)
 
@@ -133,7 +134,7 @@ def carry_kernel(
 @triton.jit
 def write_kernel(
     p_k, p_v, p_is_merge, p_omega, p_cos, p_sin, p_chunks, p_tiles, p_base, p_carry, p_segments,
-    p_k_pages, p_v_pages, p_table, p_entries, p_self_k, p_self_v, p_entry,
+    p_k_pages, p_v_pages, p_table, p_entries, p_own_k, p_own_v, p_entry,
     M,
     s_kt, s_kg, s_vt, s_vg, s_mt, s_mg, s_ot, s_og, s_ct, s_nt, s_tr, s_tg, s_er, s_eg, s_sr, s_sg,
     D: tl.constexpr, I: tl.constexpr, W: tl.constexpr, F: tl.constexpr, S: tl.constexpr,
@@ -181,13 +182,13 @@ def write_kernel(
         p_omega += start * s_ot + i_g * s_og
         b_omega = tl.load(p_omega + o_t * s_ot, mask=m_t, other=0.0).to(tl.float32)
         # [I, I]
-        b_w = _products(b_alpha, o_i, W) * b_omega[None, :]
+        b_w = products(b_alpha, o_i, W) * b_omega[None, :]
         # [I], [I, F]
         b_z = tl.sum(b_w, axis=1)
-        b_k = _weighted_sum(b_w, b_k, INTERPRET)
-        b_v = _weighted_sum(b_w, b_v, INTERPRET)
+        b_k = weighted_sum(b_w, b_k, INTERPRET)
+        b_v = weighted_sum(b_w, b_v, INTERPRET)
         if HALF > 0:
-            b_pair = _weighted_sum(b_w, b_pair, INTERPRET)
+            b_pair = weighted_sum(b_w, b_pair, INTERPRET)
         if W > 0:
             # kept token u stands at u - W and counts up to token u - 1, while all merge
             b_open = tl.cumprod(tl.where(m_own, b_alpha, 1.0), axis=0)
@@ -238,8 +239,8 @@ def write_kernel(
     o_tg = (start + o_t) * num_groups + i_g
     if COMPRESS:
         m_own_d = m_own[:, None] & m_d[None, :]
-        tl.store(p_self_k + o_tg[:, None] * D + o_d[None, :], b_k, mask=m_own_d)
-        tl.store(p_self_v + o_tg[:, None] * D + o_d[None, :], b_v, mask=m_own_d)
+        tl.store(p_own_k + o_tg[:, None] * D + o_d[None, :], b_k, mask=m_own_d)
+        tl.store(p_own_v + o_tg[:, None] * D + o_d[None, :], b_v, mask=m_own_d)
     b_column = b_entry // S
     p_page = p_table + row * s_tr + i_g * s_tg + b_column
     b_page = tl.load(p_page, mask=m_last & (b_column < M), other=-1).to(tl.int64)
@@ -274,7 +275,7 @@ def kept_kernel(
     p_is_merge += start * s_mt + i_g * s_mg
     b_alpha = _decisions(p_is_merge, o_t, m_t, base > 0, s_mt)
     # [C]: 1 if all behind it merged; what was kept before the chunk merges among itself
-    b_open = _last(_products(tl.where(m_t, b_alpha, 1.0), o_u, 0), o_u, C)
+    b_open = last_row(products(tl.where(m_t, b_alpha, 1.0), o_u, 0), o_u, C)
     p_k += start * s_kt + i_g * s_kg
     p_v += start * s_vt + i_g * s_vg
     p_segments += row * s_sr + i_g * s_sg
@@ -295,10 +296,6 @@ def kept_kernel(
         p_old = p_segments + (i_u + num_tokens) * (2 * D + 1) + o_a
         b_x += tl.load(p_old, mask=m_old, other=0.0)
         tl.store(p_segments + i_u * (2 * D + 1) + o_a, b_x, mask=m_a)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def channels_of(head_dim: int, merge_window: int) -> int:
@@ -332,7 +329,7 @@ def write_chunks(
         entry_TG, int32: the entry that its segment is.
     """
     num_tokens, num_kv_heads, dim = k_TGD.shape
-    k, v, device = _rows(k_TGD), _rows(v_TGD), k_TGD.device
+    k, v, device = dense_channels(k_TGD), dense_channels(v_TGD), k_TGD.device
     compress, window = is_merge_TG is not None, merge_window if is_merge_TG is not None else 0
     tile = WINDOWED_TILE if window else TILE
     own = tile - max(window - 1, 0)
@@ -342,9 +339,9 @@ def write_chunks(
     channels = channels_of(dim, window)
     blocks = triton.cdiv(dim, channels)
     half = 0 if cos_TF is None else cos_TF.shape[1] // 2
-    cos, sin = (k if x is None else _rows(x) for x in (cos_TF, sin_TF))
+    cos, sin = (k if x is None else dense_channels(x) for x in (cos_TF, sin_TF))
     states: tuple[Tensor | None, Tensor | None] = (None, None)
-    with _on(k):
+    with on_device(k):
         if not compress:
             base = num_entries_RG[chunks.table_B3[:, 0].long()].contiguous()
             merges, omegas, segments, carry = (k,) * 4

@@ -3,12 +3,11 @@
 Dimension letters: P pages, X rows of page ids, Y ids of a row.
 """
 
-from contextlib import nullcontext
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from megatron_dmc.ops.triton.launch import on_device
 
 BLOCK = 256
 
@@ -39,7 +38,7 @@ def release_pages(
     num_rows, length = page_ids_XY.shape
     if page_ids_XY.numel() == 0:
         return
-    with torch.cuda.device(page_ids_XY.device) if page_ids_XY.is_cuda else nullcontext():
+    with on_device(page_ids_XY):
         release_kernel[num_rows, triton.cdiv(length, BLOCK)](
             page_ids_XY, free_page_ids, free_state, num_extra_owners_P, length,
             page_ids_XY.stride(0), BLOCK=BLOCK,

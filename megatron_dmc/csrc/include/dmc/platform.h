@@ -34,7 +34,6 @@ struct fp16 {
 DMC_DEVICE int thread_index() { return threadIdx.x; }
 DMC_DEVICE int block_index() { return blockIdx.x; }
 DMC_DEVICE int block_size() { return blockDim.x; }
-DMC_DEVICE int grid_size() { return gridDim.x; }
 
 DMC_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 DMC_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
@@ -134,7 +133,6 @@ DMC_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32
 int thread_index();
 int block_index();
 int block_size();
-int grid_size();
 void sync_warp();
 void sync_block();
 int shuffle(int x, int lane);

@@ -1,0 +1,37 @@
+// From sizes and kinds to the template arguments of kernels: what kernels are built for.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <type_traits>
+
+#include "dmc/stored.h"
+
+namespace dmc {
+
+// f(std::integral_constant<int, head_dim>{}).
+template <class F>
+cudaError_t with_head_dim(int head_dim, F f) {
+  switch (head_dim) {
+    case 64: return f(std::integral_constant<int, 64>{});
+    case 96: return f(std::integral_constant<int, 96>{});
+    case 128: return f(std::integral_constant<int, 128>{});
+    case 256: return f(std::integral_constant<int, 256>{});
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+// f(S{}), S being what pages hold: T itself, or an 8-bit type.
+template <class T, class F>
+cudaError_t with_stored(Stored stored, F f) {
+  switch (stored) {
+    case kNumbers: return f(T{});
+    case kE4m3: return f(e4m3{});
+#ifndef DMC_HOT_KERNELS_ONLY  // a test of registers looks at one 8-bit type, and at one dtype
+    case kInt8: return f(int8{});
+#endif
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace dmc
