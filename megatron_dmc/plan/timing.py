@@ -155,11 +155,12 @@ def retrofit_schedule(job: Job, target_cr: float, *, steps_per_cr: int = 3000) -
     finetune 2,000, scaled to the job's tokens per step.
 
     Raises:
-        UnsupportedConfig: for a target CR below 1 or no steps.
+        UnsupportedConfig: for a target CR below 1 or above 1,000, or no steps.
     """
     if not 1 <= target_cr <= 1000:
         raise UnsupportedConfig(
-            f"--dmc-target-cr {target_cr}: a compression ratio is tokens / entries, so at least 1"
+            f"--dmc-target-cr {target_cr}: a compression ratio is tokens / entries; use at least 1, "
+            "at most 1000"
         )
     if steps_per_cr < 1:
         raise UnsupportedConfig(f"--steps-per-cr {steps_per_cr}: it must be at least 1")
