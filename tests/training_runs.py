@@ -39,11 +39,11 @@ _context.set_forkserver_preload(["megatron_dmc.training.run", "megatron.core.tok
 
 
 def pretrain(
-    *flags: str, processes: int = 1, model=MODEL, program=("pretrain_dmc.py",), packages: str = ""
+    *flags: str, processes: int = 1, program=("pretrain_dmc.py",), packages: str = ""
 ) -> subprocess.CompletedProcess[str]:
     """Through torchrun; `packages` is a folder of Python packages that come before those installed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc-per-node={processes}", *program, *model, *flags]  # fmt: skip
+               f"--nproc-per-node={processes}", *program, *MODEL, *flags]  # fmt: skip
     environment = os.environ | ENVIRONMENT | {"PYTHONPATH": f"{packages}:{ROOT}"}
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False
@@ -51,7 +51,7 @@ def pretrain(
 
 
 class Forked:
-    """A run whose ranks are forked; the arguments are `pretrain`'s."""
+    """A run whose ranks are forked; `model` stands before the flags."""
 
     def __init__(self, *flags: str, processes: int = 1, model=MODEL):
         self._folder = tempfile.TemporaryDirectory()
