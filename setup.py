@@ -98,7 +98,7 @@ def cuda_build() -> dict:
         raise CannotBuild("MEGATRON_DMC_SKIP_CUDA is set")
     files = sources()
     if not files:
-        raise CannotBuild(f"no sources in {CSRC.as_posix()} yet")
+        raise CannotBuild(f"no sources in {CSRC.as_posix()}")
     toolkit = find_toolkit()
     version = toolkit_version(toolkit)
     compiler = os.environ.get("CXX", "c++").split()[0]

@@ -161,7 +161,7 @@ def train(
         "--seed", str(plan.seed + STAGES.index(stage)),  # another order of the data
         "--train-iters", str(steps), *learning_rate(stage, steps, plan),
         "--load", str(folder), "--save", str(folder),
-        "--save-interval", str(max(2, steps // 4)), "--tensorboard-dir", str(folder / "tensorboard"),
+        "--save-interval", str(max(4, steps // 4)), "--tensorboard-dir", str(folder / "tensorboard"),
         *(["--pretrained-checkpoint", str(previous)] if previous else []), *flags,
     ]  # fmt: skip
     log = work / f"{stage}.log"

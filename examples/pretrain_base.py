@@ -1,6 +1,6 @@
 """Pretrain the demo's base model from scratch, with plain Megatron (`--dmc-stage off`).
 
-    python examples/pretrain_base.py [--output DIR] [--train-iters 4200]
+    python examples/pretrain_base.py [--output DIR]
     python examples/pretrain_base.py --control [--output DIR]
 
 Corpus from the Python standard library, a sentencepiece tokenizer, a Llama of 3 million parameters

@@ -31,6 +31,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.training.global_vars import set_args
 
+from megatron_dmc.checkpoint.torch_dist_write import SynchronousSave
 from megatron_dmc.config import DMCConfig, DMCTransformerConfig
 from megatron_dmc.decisions import DecisionRecorder
 from megatron_dmc.training import cpu_adapter
@@ -164,7 +165,8 @@ def build_chunks(options: Namespace, config, args, recorder, groups) -> list:
         return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
 
     if options.make_weights:
-        dist_checkpointing.save(state(), options.weights)
+        # Megatron's own way starts a process, which would import this file again
+        dist_checkpointing.save(state(), options.weights, SynchronousSave())
     loaded = dist_checkpointing.load(state(), options.weights)
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"model{i}"], strict=False)

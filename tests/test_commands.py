@@ -1,5 +1,7 @@
-"""The commands as a user runs them, in processes of their own, on what a short demo leaves behind."""
+"""The commands on what a short demo leaves behind: in processes of their own, as a user runs them, and
+where a start would tell nothing more, in this one."""
 
+import io
 import json
 import os
 import re
@@ -11,15 +13,17 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dmc.cli import main as cli
+
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = next((ROOT / "examples" / "models").iterdir())
 
 
-def dmc(*args: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+def dmc(*args: object) -> subprocess.CompletedProcess[str]:
     """`megatron-dmc args`."""
     return subprocess.run(
         [sys.executable, "-m", "megatron_dmc.cli", *map(str, args)],
-        input=stdin, capture_output=True, text=True, cwd=ROOT, timeout=300,
+        capture_output=True, text=True, cwd=ROOT, timeout=300,
     )  # fmt: skip
 
 
@@ -81,7 +85,7 @@ def test_an_interrupted_demo_goes_on_where_it_stopped(demo_folder):
     assert (demo_folder / "report.html").stat().st_size > 10_000
 
 
-def test_generate_streams_and_says_what_it_cost(demo_folder):
+def test_generate_streams_and_says_what_it_cost(demo_folder, monkeypatch, capsys):
     prompt = "import os\n\ndef main():\n"
     model = demo_folder / "run" / "finetune"
     result = dmc("generate", model, "--prompt", prompt, "--max-tokens", 12, "--ignore-eos")
@@ -89,14 +93,14 @@ def test_generate_streams_and_says_what_it_cost(demo_folder):
     assert result.stdout.startswith(prompt) and len(result.stdout) > len(prompt) + 1
     assert re.search(r"12 generated in [\d.]+ s: [\d.]+ tokens/s", result.stderr)
     assert re.search(r"measured CR [\d.]+: cache [\d,]+ bytes, uncompressed [\d,]+", result.stderr)
-    again = dmc("generate", model, "--max-tokens", 12, "--ignore-eos", stdin=prompt)
-    assert again.stdout == result.stdout
+    monkeypatch.setattr(sys, "stdin", io.StringIO(prompt))
+    assert cli(["generate", str(model), "--max-tokens", "12", "--ignore-eos"]) == 0
+    assert capsys.readouterr().out == result.stdout
 
 
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["generate", "no-such-folder", "--prompt", "x"], ["no-such-folder"]),
         (["generate", MODEL, "--prompt", "x " * 4000], ["512", "prompt"]),
         (["generate", MODEL, "--prompt", "x", "--max-tokens", "0"], ["max_tokens", "0"]),
         (["generate", MODEL, "--prompt", "x", "--top-p", "7"], ["top_p", "7"]),
@@ -105,11 +109,20 @@ def test_generate_streams_and_says_what_it_cost(demo_folder):
         (["report", "--base", MODEL, "--model", MODEL, "--data", "no-such-data"], ["no-such-data"]),
     ],
 )
-def test_bad_input_is_one_clear_line(args, words):
-    result = dmc(*args)
-    assert result.returncode == 2, result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("megatron-dmc: error:"), result.stderr
+def test_bad_input_is_one_clear_line(args, words, capsys):
+    assert cli(list(map(str, args))) == 2
+    check_one_line(capsys.readouterr().err, words)
+
+
+def test_nothing_else_is_printed_with_the_error():
+    result = dmc("generate", "no-such-folder", "--prompt", "x")
+    assert result.returncode == 2
+    check_one_line(result.stderr, ["no-such-folder"])
+
+
+def check_one_line(stderr: str, words: list[str]) -> None:
+    lines = stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("megatron-dmc: error:"), stderr
     assert all(word in lines[0] for word in words)
 
 
@@ -127,7 +140,8 @@ def test_report_of_two_models(demo_folder, tmp_path):
     assert [p["step"] for p in report["curves"]] == list(range(1, 9))
 
 
-def test_report_refuses_a_model_that_was_never_retrofitted(demo_folder, tmp_path):
+def test_report_refuses_a_model_that_was_never_retrofitted(demo_folder, tmp_path, capsys):
     data = demo_folder / "run" / "data" / "heldout_text_document"
-    result = dmc("report", "--base", MODEL, "--model", MODEL, "--data", data, "--output", tmp_path)
-    assert result.returncode == 2 and "never retrofitted" in result.stderr
+    args = ["--base", MODEL, "--model", MODEL, "--data", data, "--output", tmp_path]
+    assert cli(["report", *map(str, args)]) == 2
+    assert "never retrofitted" in capsys.readouterr().err

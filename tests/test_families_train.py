@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_engine_tp import launch, prompts
 from test_families import CASES, save, weights
-from test_training import pretrain
+from training_runs import Forked
 from transformers import AutoTokenizer
 
 from megatron_dmc import LLM, SamplingParams
@@ -109,14 +109,14 @@ def test_megatron_trains_what_was_converted(case, tmp_path):
     save(CASES[case], tmp_path / "hf")
     fast_tokenizer(tmp_path / "hf")
     convert(None, "megatron", tmp_path / "hf", tmp_path / "m")
-    run = pretrain(
+    run = Forked(
         *flags_of(tmp_path / "m"), "--pretrained-checkpoint", str(tmp_path / "m"),
         "--dmc-stage", "retrofit", "--dmc-target-cr", "2", "--mock-data", "--seq-length", "32",
         "--micro-batch-size", "2", "--global-batch-size", "2", "--lr", "1e-3", "--train-iters", "2",
         "--weight-decay", "0", "--eval-iters", "0", "--eval-interval", "9", "--log-interval", "1",
         "--save", str(tmp_path / "saved"), "--save-interval", "2", "--ckpt-format", "torch_dist",
         model=[],
-    )  # fmt: skip
+    ).wait()  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     losses = [float(x) for x in re.findall(r"lm loss: (\S+)", run.stdout)]
     assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)

@@ -47,13 +47,11 @@ LEVELS = {
 
 SAME_LEVEL = {
     ("config", "errors"),
-    ("schedule", "errors"),
     ("attention", "sequence_layout"),
     ("models", "specs"),
     ("server", "engine_flags"),
     ("bench", "engine_flags"),
     ("report", "evaluation"),
-    ("cli", "evaluation"),
     ("cli", "report"),
     ("cli", "generate"),
     ("cli", "harness"),

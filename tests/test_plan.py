@@ -262,6 +262,17 @@ def test_what_dmc_refuses_is_not_offered(monkeypatch):
     assert "not today" in Rules(MODEL, JOB).refusal(layout)
 
 
+def test_context_parallel_merges_the_whole_sequence_on_every_rank():
+    """Twice the ranks: the projections' activations are halved, the merge's stay."""
+    job = Job(gpus=64, seq_length=4096)
+    one, two = (layer_activations(MODEL, Layout(8, context_parallel_size=cp), job) for cp in (1, 2))
+    assert two.mlp == one.mlp / 2
+    merged = 4 * (4 * MODEL.kv_channels + 3 + 4) + 6 * MODEL.kv_channels  # of a token; one KV head
+    merged_bytes = (merged + 4 * MODEL.kv_channels) * job.seq_length  # with the keys' RoPE tables
+    halved = (one.attention + one.dmc - merged_bytes) / 2
+    assert two.attention + two.dmc == pytest.approx(halved + merged_bytes)
+
+
 def test_context_parallel_is_asked_for():
     offered = {x.context_parallel_size for x in valid_layouts(MODEL, JOB)}
     asked = {

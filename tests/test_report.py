@@ -261,10 +261,12 @@ def test_missing_empty_and_damaged_event_files(tmp_path):
     write_events(tmp_path, range(1, 21))
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
-    for size in (len(whole) - 3, len(whole) // 2, 10, 0):
+    for size, least, most in (
+        (len(whole) - 3, 20, 20), (len(whole) // 2, 6, 14), (10, 0, 0), (0, 0, 0)
+    ):  # fmt: skip
         file.write_bytes(whole[:size])
         curves, _ = read_tensorboard(tmp_path, "retrofit")
-        assert len(curves) == (20 if size > len(whole) - 10 else len(curves))
+        assert least <= len(curves) <= most
         assert [p["step"] for p in curves] == list(range(1, len(curves) + 1))
     file.write_bytes(whole[: len(whole) // 2] + b"\xff" * 100)
     curves, _ = read_tensorboard(tmp_path, "retrofit")

@@ -5,12 +5,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from test_training import MODEL, ROOT, logged, pretrain
+from training_runs import Forked, logged
 
 STEPS = 8
 TRAIN = [
@@ -39,40 +39,22 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def whole(tmp_path_factory) -> tuple[Path, str]:
     """A run that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole")
-    done = pretrain(*TRAIN, *to(folder))
+    done = Forked(*TRAIN, *to(folder)).wait()
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout
-
-
-def kill_all(word: str) -> None:
-    """SIGKILL to every process whose command line has the word: the launcher and its workers."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if word in (entry / "cmdline").read_text():
-                os.kill(int(entry.name), signal.SIGKILL)
-        except (OSError, UnicodeDecodeError):
-            continue
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory) -> Path:
     """What a run killed with SIGKILL during its sixth step leaves behind."""
     folder = tmp_path_factory.mktemp("killed")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1",
-               "pretrain_dmc.py", *MODEL, *TRAIN, *to(folder)]  # fmt: skip
-    environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_DEVICE_MAX_CONNECTIONS="1",
-                       CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1")  # fmt: skip
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        text=True, start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    for line in process.stdout:
-        if re.search(r" iteration +5/", line):
-            kill_all(str(folder))
-            break
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
+    run = Forked(*TRAIN, *to(folder))
+    end = time.monotonic() + 300
+    while not re.search(r" iteration +5/", run.stdout.read_text() if run.stdout.exists() else ""):
+        assert run.ranks[0].is_alive() and time.monotonic() < end, run.stderr.read_text()[-3000:]
+        time.sleep(0.005)
+    run.kill()
+    assert run.ranks[0].exitcode == -signal.SIGKILL
     assert (folder / "latest_checkpointed_iteration.txt").read_text() == "4"
     return folder
 
@@ -82,7 +64,7 @@ def test_killed_and_started_again_is_bitwise_the_same(whole, killed, tmp_path):
     reference, log = whole
     folder = tmp_path / "again"
     shutil.copytree(killed, folder)
-    done = pretrain(*TRAIN, *to(folder))
+    done = Forked(*TRAIN, *to(folder)).wait()
     assert done.returncode == 0, done.stderr[-3000:]
     expected, got = by_step(log), by_step(done.stdout)
     # the console averages the first two steps of a process
@@ -103,7 +85,7 @@ def test_goes_on_in_another_layout(whole, killed, tmp_path, flags):
     reference, log = whole
     folder = tmp_path / "again"
     shutil.copytree(killed, folder)
-    done = pretrain(*TRAIN, *to(folder), *flags, processes=2)
+    done = Forked(*TRAIN, *to(folder), *flags, processes=2).wait()
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("lm loss", "compression loss", "target cr", "measured cr"):
         assert logged(done.stdout, name)[-2:] == pytest.approx(
@@ -131,7 +113,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(whole, killed, tmp_path, dam
             file.write(bytes([byte ^ 4]))
     else:
         (newest / ".metadata").write_bytes(b"not a pickle")
-    done = pretrain(*TRAIN, *to(folder))
+    done = Forked(*TRAIN, *to(folder)).wait()
     assert done.returncode == 0, done.stderr[-3000:]
     warning = next(line for line in done.stderr.splitlines() if "damaged" in line)
     assert "iter_0000004" in warning and "iteration 2" in warning
@@ -154,7 +136,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_usable(killed, tmp_path):
     try:
         folder = disk / "run"
         shutil.copytree(killed, folder)
-        done = pretrain(*TRAIN, *to(folder))
+        done = Forked(*TRAIN, *to(folder)).wait()
         assert done.returncode != 0
         errors = [line for line in done.stderr.splitlines() if "error: --save" in line]
         assert len(errors) == 1 and "no space left" in errors[0], done.stderr[-3000:]
@@ -162,6 +144,6 @@ def test_a_full_disk_leaves_the_older_checkpoint_usable(killed, tmp_path):
         shutil.copytree(folder, tmp_path / "more room")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-    again = pretrain(*TRAIN, *to(tmp_path / "more room"))
+    again = Forked(*TRAIN, *to(tmp_path / "more room")).wait()
     assert again.returncode == 0, again.stderr[-3000:]
     assert max(by_step(again.stdout)) == STEPS

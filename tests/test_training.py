@@ -1,57 +1,18 @@
-"""pretrain_dmc.py as a user runs it: the stages through torchrun, checkpoints, and wrong input."""
+"""The stages through `pretrain()`: checkpoints, logs, wrong input, a user's own script."""
 
 import json
-import os
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from training_runs import DIM, HEADS, KV_HEADS, LAYERS, ROOT, Forked, logged, pretrain
 
 from megatron_dmc.config import DMCConfig, DMCTransformerConfig
 from megatron_dmc.errors import DMCError, UnsupportedConfig
 from megatron_dmc.schedule import target_cr, target_merge_rate, zero_out_scale
 from megatron_dmc.training.loss import compression_loss
 from megatron_dmc.training.step import CompressionLoss
-
-ROOT = Path(__file__).parents[1]
-HEADS, KV_HEADS, DIM, LAYERS = 4, 2, 16, 2
-MODEL = [
-    *("--num-layers", str(LAYERS), "--hidden-size", "32", "--ffn-hidden-size", "64"),
-    *("--num-attention-heads", str(HEADS), "--group-query-attention"),
-    *("--num-query-groups", str(KV_HEADS), "--kv-channels", str(DIM), "--seq-length", "32"),
-    *("--max-position-embeddings", "32", "--position-embedding-type", "rope"),
-    *("--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear"),
-    *("--attention-dropout", "0", "--hidden-dropout", "0"),
-    *("--tokenizer-type", "NullTokenizer", "--vocab-size", "127", "--mock-data"),
-    # the same padded vocabulary for one and two tensor-parallel ranks
-    *("--make-vocab-size-divisible-by", "64"),
-    *("--micro-batch-size", "2", "--global-batch-size", "4", "--lr", "1e-2"),
-    *("--eval-iters", "1", "--eval-interval", "100", "--log-interval", "1", "--split", "98,1,1"),
-]
-
-
-def pretrain(
-    *flags: str, processes: int = 1, model=MODEL, program=("pretrain_dmc.py",), packages: str = ""
-) -> subprocess.CompletedProcess:
-    """Run it; `packages` is a folder of Python packages that come before those installed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc-per-node={processes}", *program, *model, *flags]  # fmt: skip
-    if processes == 0:  # straight, for what fails before any process group
-        command = [sys.executable, "pretrain_dmc.py", *model, *flags]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_DEVICE_MAX_CONNECTIONS="1",
-                       CUDA_VISIBLE_DEVICES="", PYTHONPATH=f"{packages}:{ROOT}")  # fmt: skip
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False
-    )
-
-
-def logged(output: str, name: str) -> list[float]:
-    lines = [line for line in output.splitlines() if " iteration " in line and "consumed" in line]
-    return [float(line.split(f"{name}: ")[1].split(" |")[0]) for line in lines]
-
 
 WANDB = '''
 """What Megatron calls of W&B, written to the run's folder."""
@@ -86,8 +47,8 @@ def test_stages_follow_each_other(tmp_path):
     from megatron_dmc.models import load_model
 
     zero, retrofit = tmp_path / "zero-out", tmp_path / "retrofit"
-    done = pretrain("--dmc-stage", "zero-out", "--train-iters", "5", "--save", str(zero),
-                    "--save-interval", "5", "--ckpt-format", "torch_dist")  # fmt: skip
+    done = Forked("--dmc-stage", "zero-out", "--train-iters", "5", "--save", str(zero),
+                  "--save-interval", "5", "--ckpt-format", "torch_dist").wait()  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(logged(done.stdout, "lm loss")) == 5
     state = load_model(zero).model.state_dict()
@@ -104,15 +65,18 @@ def test_stages_follow_each_other(tmp_path):
              str(tmp_path / "wandb")]  # fmt: skip
     layouts = {"one": (1, wandb), "tp2": (2, ["--tensor-model-parallel-size", "2"]),
                "pp2": (2, ["--pipeline-model-parallel-size", "2"])}  # fmt: skip
-    for name, (processes, flags) in layouts.items():
-        run = pretrain(
+    for name, (processes, more) in layouts.items():
+        flags = [
             "--dmc-stage", "retrofit", "--dmc-target-cr", "3", "--dmc-ramp-steps", "2",
             "--train-iters", "4", "--pretrained-checkpoint", str(zero), "--load", str(retrofit / name),
             "--save", str(retrofit / name), "--save-interval", "4", "--ckpt-format", "torch_dist",
             "--tensorboard-dir", str(tmp_path / "tb" / name), "--log-throughput",
-            "--log-timers-to-tensorboard", *flags, processes=processes,
-            packages=str(tmp_path / "packages"),
-        )  # fmt: skip
+            "--log-timers-to-tensorboard", *more,
+        ]  # fmt: skip
+        if name == "one":
+            run = pretrain(*flags, packages=str(tmp_path / "packages"))
+        else:
+            run = Forked(*flags, processes=processes).wait()
         assert run.returncode == 0, run.stderr[-3000:]
         results[name] = run.stdout
         assert "measured cr value" in run.stdout  # evaluation, with hard decisions
@@ -167,7 +131,7 @@ def test_stages_follow_each_other(tmp_path):
     ],
 )
 def test_wrong_flags_end_with_one_line(flags, message):
-    done = pretrain("--train-iters", "1", *flags, processes=0)
+    done = Forked("--train-iters", "1", *flags).wait()
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if "error:" in line]
     assert len(errors) == 1 and message in errors[0], done.stderr[-2000:]
@@ -330,7 +294,7 @@ def test_a_users_own_script(tmp_path):
     flags = ["--dmc-stage", "retrofit", "--dmc-target-cr", "3", "--dmc-ramp-steps", "2",
              "--train-iters", "3", "--pipeline-model-parallel-size", "2"]  # fmt: skip
     runs = [
-        pretrain(*flags, processes=2),
+        Forked(*flags, processes=2).wait(),
         pretrain(*flags, processes=2, program=[str(launcher), str(script)]),
     ]
     for run in runs:

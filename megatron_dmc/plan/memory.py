@@ -68,11 +68,15 @@ def plain_attention_bytes(heads: int, groups: int, dim: int) -> int:
     return 2 * dim * (heads + 2 * groups) + 2 * heads * dim + 4 * heads
 
 
-def dmc_attention_bytes(heads: int, groups: int, dim: int, *, recompute: bool) -> int:
-    """Saved per token by `DMCSelfAttention` in the retrofit stage, but for the RoPE tables.
+def dmc_attention_bytes(
+    heads: int, groups: int, dim: int, *, recompute: bool, context_parallel: int = 1
+) -> int:
+    """Saved by `DMCSelfAttention` in the retrofit stage for each of a rank's own tokens, but for the
+    RoPE tables.
 
     Args:
         recompute: selective recompute: only what enters the attention is kept, and its output.
+        context_parallel: ranks of a sequence; every one merges the keys and values of all of it.
     """
     projected = 2 * dim * (heads + 2 * groups)
     if recompute:
@@ -80,9 +84,10 @@ def dmc_attention_bytes(heads: int, groups: int, dim: int, *, recompute: bool) -
         return projected + (2 * heads * dim if heads != groups else 0) + 2 * heads * dim
     merge = 4 * groups * (4 * dim + 3)  # keys and values before and after, alpha, omega, z: float32
     gates = 4 * groups * 4  # sigmoids and the log-sigmoid, float32
-    kernel = 2 * dim * (heads + groups) + 4 * groups * dim  # q, k; v as a view of keys and values
+    keys = 2 * dim * groups + 4 * groups * dim  # the kernel's k; v as a view of keys and values
+    queries = 2 * dim * heads
     output = 2 * 2 * heads * dim + 2 * 4 * heads  # twice, log-sum-exp, the diagonal's probability
-    return merge + gates + kernel + output
+    return context_parallel * (merge + gates + keys) + queries + output
 
 
 def layer_activations(
@@ -103,9 +108,12 @@ def layer_activations(
     extra = 0.0
     if dmc:
         recompute = layout.recompute_granularity == "selective"
-        saved = dmc_attention_bytes(heads, groups, dim, recompute=recompute) * tokens
+        per_token = dmc_attention_bytes(
+            heads, groups, dim, recompute=recompute, context_parallel=cp
+        )
+        saved = per_token * tokens
         if not recompute:
-            saved += 8 * dim * positions  # cosines and sines, once for q and once for k
+            saved += 4 * dim * (positions + job.seq_length)  # cosines and sines, of q and of k
         extra = saved - plain * tokens
     if model.qk_layernorm:
         plain += 2 * dim * (heads + groups)
@@ -164,13 +172,13 @@ def _layer_temporaries(model: PlannedModel, layout: Layout, job: Job) -> float:
     """Working memory of one layer's backward beside what it saved.
 
     The input gathered over sequence-parallel ranks and its gradient; the gradient of the MLP's
-    projection; and for DMC the eight float32 buffers of the merge's scan.
+    projection; and for DMC the eight float32 buffers of the merge's scan over the whole sequence.
     """
-    tp = layout.tensor_model_parallel_size
-    tokens = job.seq_length / layout.context_parallel_size * layout.micro_batch_size
+    tp, cp = layout.tensor_model_parallel_size, layout.context_parallel_size
+    tokens = job.seq_length / cp * layout.micro_batch_size
     gathered = 2 * 2 * model.hidden_size * tokens
     mlp = 2 * 3 * model.ffn_hidden_size / tp * tokens
-    merge = 8 * 4 * (2 * model.kv_channels + 1) * model.num_query_groups / tp * tokens
+    merge = 8 * 4 * (2 * model.kv_channels + 1) * model.num_query_groups / tp * tokens * cp
     return gathered + max(mlp, merge)
 
 

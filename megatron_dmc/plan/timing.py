@@ -1,7 +1,7 @@
 """Seconds of an optimizer step, from arithmetic, the pipeline's bubble and bytes on the links.
 
 An estimate: it knows no kernel, no topology beyond "within a node" and "between nodes", and no
-overlap of communication and computation, but for context parallelism.
+overlap of communication and computation.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class StepTime:
     tensor_parallel: float
     """Its all-gathers and reduce-scatters (or all-reduces)."""
     context_parallel: float
-    """Keys and values sent round, where attention's arithmetic does not hide it."""
+    """Keys and values gathered from the sequence's ranks, and their gradients' reduce-scatter."""
     pipeline_transfers: float
     """Activations and gradients between stages."""
     bubble: float
@@ -84,8 +84,7 @@ def estimate_step(
 
     speed = assumptions.peak_tflops * 1e12 * assumptions.efficiency
     per_rank = tokens / (tp * cp) / speed * (1 + (assumptions.dmc_overhead if dmc else 0))
-    attention_time = layers * attention * attention_passes * per_rank
-    compute = attention_time + layers * products * passes * per_rank
+    compute = layers * (attention * attention_passes + products * passes) * per_rank
     compute += 3 * output_forward_flops(model) * per_rank  # the last stage is the slowest
 
     hidden_bytes = 2.0 * tokens / cp * model.hidden_size
@@ -94,9 +93,9 @@ def estimate_step(
     tensor = layers * (6 if passes == 4 else 4) * ring / _rate(assumptions, job, tp)
 
     kv_bytes = 2 * 2.0 * tokens / cp * model.kv_channels * model.num_query_groups / tp
-    # keys and values go round once in the forward; they and their gradients in the backward
-    sent = layers * (attention_passes * (cp - 1)) * kv_bytes
-    context = max(0.0, sent / _rate(assumptions, job, tp * cp) - attention_time) if cp > 1 else 0.0
+    # gathered in every forward, their gradients scattered once: a pass less than attention's own
+    sent = layers * (attention_passes - 1) * (cp - 1) * kv_bytes
+    context = sent / _rate(assumptions, job, tp * cp)
 
     boundary = hidden_bytes / (tp if layout.sequence_parallel else 1)
     transfers = 0.0
@@ -155,11 +154,12 @@ def retrofit_schedule(job: Job, target_cr: float, *, steps_per_cr: int = 3000) -
     finetune 2,000, scaled to the job's tokens per step.
 
     Raises:
-        UnsupportedConfig: for a target CR below 1 or no steps.
+        UnsupportedConfig: for a target CR below 1 or above 1,000, or no steps.
     """
     if not 1 <= target_cr <= 1000:
         raise UnsupportedConfig(
-            f"--dmc-target-cr {target_cr}: a compression ratio is tokens / entries, so at least 1"
+            f"--dmc-target-cr {target_cr}: a compression ratio is tokens / entries; use at least 1, "
+            "at most 1000"
         )
     if steps_per_cr < 1:
         raise UnsupportedConfig(f"--steps-per-cr {steps_per_cr}: it must be at least 1")
