@@ -105,9 +105,12 @@ class Bench:
     def texts(self, length: int) -> Any:
         from texts import kinds_of_text
 
-        make = lambda: kinds_of_text(  # noqa: E731
-            self.output / "corpus", self.processor, length=length, count=self.args.kind_windows
-        )
+        def make() -> Any:
+            return kinds_of_text(
+                self.output / "corpus", self.processor,
+                length=length, count=self.args.kind_windows,
+            )  # fmt: skip
+
         return self._keep(f"texts {length}", make)
 
     def model(self, run: Run) -> Any:
@@ -177,9 +180,7 @@ def sample(run: Run, bench: Bench) -> dict[str, Any]:
     return measurements.sample(bench.model(run), bench.processor.encode(text)[:SAMPLE_TOKENS])
 
 
-def copying(
-    run: Run, bench: Bench, done: dict[str, Any]
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def copying(run: Run, bench: Bench, done: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The model itself, and, of the arm "continued", under eviction at a CR of 4 over time."""
     import measurements
     from eviction import mean_budget
@@ -192,8 +193,11 @@ def copying(
         forwards |= {p: measurements.evicting(loaded, p, budget) for p in POLICIES}
     for name, forward in forwards.items():
         if name not in done:
-            yield name, measurements.copying(
-                forward, filler, bench.processor, length=length, count=bench.args.copies
+            yield (
+                name,
+                measurements.copying(
+                    forward, filler, bench.processor, length=length, count=bench.args.copies
+                ),
             )
 
 
@@ -284,7 +288,9 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=EXAMPLES.parent / "demo" / "experiments",
                         help="where the runs are")  # fmt: skip
-    parser.add_argument("--analysis", type=Path, help="where this writes (default: OUTPUT/analysis)")
+    parser.add_argument(
+        "--analysis", type=Path, help="where this writes (default: OUTPUT/analysis)"
+    )
     parser.add_argument("--run", nargs="+", help="base, or ARM-seedN; default: all")
     parser.add_argument("--measure", nargs="+", choices=MEASURES, help="default: all")
     parser.add_argument("--windows", type=int, help="most windows of held-out text (default: all)")
