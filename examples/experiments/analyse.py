@@ -5,7 +5,7 @@
 Reads the runs that run.py has finished in --output, and the base model as the run "base"; writes
 ANALYSIS/RUN/MEASURE.json. Measures:
 
-    base       perplexity of the base model in the windows of the arms
+    base       perplexity of the base model in all windows, as run.py measures the arms
     cache      CR by the entries that are there, at the windows' end and over time
     eviction   H2O, TOVA and window on the base model and on the arm "continued", at two kinds of budget
     kinds      perplexity and CR by kind of text and class of token
@@ -134,9 +134,7 @@ def base(run: Run, bench: Bench) -> dict[str, Any]:
 
     result = {}
     for length in (128, 256, 512):
-        found = evaluate(
-            bench.model(run), bench.heldout, length=length, limit=bench.args.windows, progress=False
-        )
+        found = evaluate(bench.model(run), bench.heldout, length=length, progress=False)
         result[str(length)] = {"perplexity": found.perplexity, "measured_cr": found.measured_cr}
     return result
 
@@ -230,8 +228,8 @@ def tasks(run: Run, bench: Bench) -> dict[str, Any]:
 
 
 MEASURES: dict[str, tuple[Callable, Callable[[Run], bool], tuple[str, ...]]] = {
-    "base": (base, lambda run: run.arm is None, ("windows",)),
-    "cache": (cache, lambda run: run.is_dmc or run.group == "quality", ("windows",)),
+    "base": (base, lambda run: run.arm is None, ()),
+    "cache": (cache, lambda run: run.is_dmc or run.group in ("base", "quality"), ("windows",)),
     "kinds": (kinds, lambda run: run.group in ("base", "quality"), ("kind_windows",)),
     "sample": (sample, lambda run: run.merges and run.group == "quality", ()),
     "copying": (

@@ -108,7 +108,7 @@ def cache(loaded: LoadedModel, ids_XT: np.ndarray) -> dict[str, Any]:
 
 
 def eviction(
-    loaded: LoadedModel, ids_XT: np.ndarray, policy: str, budget: int, *, batch: int = 64
+    loaded: LoadedModel, ids_XT: np.ndarray, policy: str, budget: int, *, batch: int = 128
 ) -> dict[str, Any]:
     """Perplexity of a plain model under a policy, and the two CRs of the budget."""
     forward, nll = evicting(loaded, policy, budget), 0.0

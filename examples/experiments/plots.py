@@ -112,15 +112,13 @@ def quality(data: Data) -> Figure:
                         label=f"{label}, untrained", color=color, marker=marker, ms=6, lw=1.2,
                         ls=(0, (3, 2)))  # fmt: skip
                 highest = max([highest, *(r[which] for r in rows)])
-        ax.axhline(1, color=INK, lw=1.2)
-        ax.annotate("trained on, uncompressed", (1.02, 1), (0, -3), textcoords="offset points",
-                    xycoords=("axes fraction", "data"), va="top", ha="right", color=INK,
-                    annotation_clip=False).set_x(0)  # fmt: skip
-        base = mean(r["256"]["perplexity"] for r in measured(data, "base", "base"))
+        ax.axhline(1, color=INK, lw=1.2, label="uncompressed, trained on")
+        base = mean(r["perplexity"] for r in measured(data, "base", "cache"))
         control = mean(r["perplexity"] for r in measured(data, "continued", "cache"))
         if base and control:
             ax.axhline(base / control, color=MUTED, lw=1.2, ls=(0, (1, 2)), label="base model")
         _cr_axis(ax, highest)
+        ax.set_xlim(0.93, 1.1 * highest)
         _grid(ax)
         ax.set_xlabel(title)
     axes[0].set_ylabel("held-out perplexity / uncompressed model's")
@@ -179,7 +177,7 @@ def heads(data: Data) -> Figure:
         for spine in ax.spines.values():
             spine.set_visible(False)
     axes[0].set_ylabel("layer")
-    figure.suptitle("CR (tokens / entries of the decisions) of every layer and KV head", size=11)
+    figure.supxlabel("CR of every layer and KV head", size=10, color=MUTED)
     return figure
 
 
@@ -344,7 +342,7 @@ def ablations(data: Data) -> Figure:
         ax.set_xlabel(label + " (band: control, ± 1 sd)")
         _grid(ax, "both")
     axes[0].set_yticks(range(len(names)), [name.removeprefix("ablation-") for name in names])
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
     return figure
 
 

@@ -175,6 +175,13 @@ def group_table(data: Data, name: str) -> str:
     for n in lengths:
         head += [f"CR at {n}", f"perplexity at {n}", f"/ {control}"]
     rows = []
+    for found in measured(data, "base", "base") if name == "quality" else []:
+        row = ["base", ""]
+        for n in lengths:
+            perplexity = [found[str(n)]["perplexity"]] if str(n) in found else []
+            row += ["1.00", spread(perplexity),
+                    ratio(perplexity, values(data, control, n, "perplexity"))]  # fmt: skip
+        rows.append(row)
     for arm in names:
         row = [arm, str(len(data["arms"][arm]["runs"]))]
         for n in lengths:
