@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "examples" / "experiments"))
 
 import plots
 
+import analyse
 import eviction
 import measurements
 import results
@@ -170,6 +171,28 @@ def test_windows_and_repeats(processor):
                     assert row[list(scored)].tolist() not in earlier
 
 
+def test_a_model_that_copies_is_right_and_one_that_guesses_is_not(processor):
+    """The first has the string's tokens by looking the distance back; without a first occurrence there is
+    nothing to find."""
+    filler = np.array(processor.encode(SOURCE * 20))
+
+    def copies(back):
+        def forward(ids_XT):
+            guess = ids_XT.roll(back - 1, dims=1)
+            return torch.nn.functional.one_hot(guess, processor.vocab_size()) * 20.0, None
+
+        return forward
+
+    for distance in measurements.DISTANCES[:2]:
+        found = measurements.copying(copies(distance), filler, processor, length=256, count=3)
+        for variant in ("name", "code"):
+            assert found[variant][str(distance)]["accuracy"] == 1.0
+            assert found[variant][str(distance)]["loss"] < 1e-4
+            assert found[variant][str(distance)]["standard_error"] == 0.0
+            assert found[variant]["128"]["accuracy"] < 0.5
+        assert found["name"]["none"]["accuracy"] < 0.3
+
+
 def test_kinds_sum_over_layers_heads_and_classes(processor):
     """On a random model: classes and places share out the same tokens and merges."""
     loaded = random_model(2, dmc=retrofitted())
@@ -190,6 +213,48 @@ def test_kinds_sum_over_layers_heads_and_classes(processor):
     # the first token of each of five windows of 24 does not merge
     assert decided["classes"] / (5 * 24) == pytest.approx(1 - 1 / cr)
     assert cr > 1.2
+
+
+# --- what is measured already
+
+
+def test_nothing_is_measured_twice_and_parts_are_kept(tmp_path, monkeypatch):
+    calls = []
+
+    def whole(run, bench):
+        calls.append("whole")
+        return {"value": 1}
+
+    def parts(run, bench, done):
+        for name in ("a", "b", "c"):
+            if name not in done:
+                calls.append(name)
+                if name == "b" and calls.count("b") == 1:
+                    raise KeyboardInterrupt
+                yield name, {"value": name}
+
+    measures = {"whole": (whole, None, ("windows",)), "eviction": (parts, None, ("windows",))}
+    monkeypatch.setattr(analyse, "MEASURES", measures)
+    args = analyse.argparse.Namespace(analysis=tmp_path, windows=4)
+    bench = analyse.Bench(tmp_path, args)
+    checkpoint = tmp_path / "finetune"
+    checkpoint.mkdir()
+    (checkpoint / "latest_checkpointed_iteration.txt").write_text("480")
+    run = analyse.Run("dmc-4x-seed1", checkpoint, {"name": "dmc-4x", "kind": "dmc"})
+    for _ in range(2):
+        analyse.measure("whole", run, bench)
+    assert calls == ["whole"]
+    args.windows = 8
+    analyse.measure("whole", run, bench)
+    assert calls == ["whole", "whole"], "other settings, other figures"
+    with pytest.raises(KeyboardInterrupt):
+        analyse.measure("eviction", run, bench)
+    assert "eviction" not in results.collect(tmp_path, tmp_path, 8)["measured"]["dmc-4x-seed1"]
+    for _ in range(2):
+        analyse.measure("eviction", run, bench)
+    assert calls[2:] == ["a", "b", "b", "c"]
+    found = results.collect(tmp_path, tmp_path, 8)["measured"]["dmc-4x-seed1"]
+    assert list(found["eviction"]) == ["a", "b", "c"] and found["whole"] == {"value": 1}
 
 
 # --- the file, the tables, the figures

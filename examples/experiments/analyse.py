@@ -10,7 +10,8 @@ ANALYSIS/RUN/MEASURE.json. Measures:
     eviction   H2O, TOVA and window on the base model and on the arm "continued", at two kinds of budget
     kinds      perplexity and CR by kind of text and class of token
     sample     a text with its decisions
-    copying    accuracy in the second occurrence of a random string, by distance
+    copying    accuracy in the second occurrence of a string, by distance
+    copying-evicted    the same under eviction at a CR of 4, on the base model and on "continued"
     tasks      tools/build_eval_tasks.py through `megatron-dmc eval`
 """
 
@@ -178,25 +179,32 @@ def sample(run: Run, bench: Bench) -> dict[str, Any]:
     return measurements.sample(bench.model(run), bench.processor.encode(text)[:SAMPLE_TOKENS])
 
 
-def copying(run: Run, bench: Bench, done: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The model itself, and, of the arm "continued", under eviction at a CR of 4 over time."""
+def _copying(run: Run, bench: Bench, forward: Any) -> dict[str, Any]:
+    import measurements
+
+    filler = bench.texts(run.length)["library code"].ids_XT[:, :-1].reshape(-1)
+    return measurements.copying(
+        forward, filler, bench.processor, length=run.length, count=bench.args.copies
+    )
+
+
+def copying(run: Run, bench: Bench) -> dict[str, Any]:
+    import measurements
+
+    return _copying(run, bench, measurements.forward_of(bench.model(run)))
+
+
+def copying_evicted(
+    run: Run, bench: Bench, done: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Under each policy, at a CR of 4 over time."""
     import measurements
     from eviction import mean_budget
 
-    loaded, length = bench.model(run), run.length
-    filler = bench.texts(length)["library code"].ids_XT[:, :-1].reshape(-1)
-    forwards = {"model": measurements.forward_of(loaded)}
-    if run.arm is not None and run.arm["name"] == "continued":
-        budget = mean_budget(length, 4)
-        forwards |= {p: measurements.evicting(loaded, p, budget) for p in POLICIES}
-    for name, forward in forwards.items():
-        if name not in done:
-            yield (
-                name,
-                measurements.copying(
-                    forward, filler, bench.processor, length=length, count=bench.args.copies
-                ),
-            )
+    for policy in POLICIES:
+        if policy not in done:
+            forward = measurements.evicting(bench.model(run), policy, mean_budget(run.length, 4))
+            yield policy, _copying(run, bench, forward)
 
 
 def tasks(run: Run, bench: Bench) -> dict[str, Any]:
@@ -227,21 +235,26 @@ def tasks(run: Run, bench: Bench) -> dict[str, Any]:
     return {"documents": limit, "tasks": table}
 
 
+def _compared(run: Run) -> bool:
+    return run.group in ("base", "quality")
+
+
+def _plain(run: Run) -> bool:
+    return run.arm is None or run.arm["name"] == "continued"
+
+
 MEASURES: dict[str, tuple[Callable, Callable[[Run], bool], tuple[str, ...]]] = {
     "base": (base, lambda run: run.arm is None, ()),
-    "cache": (cache, lambda run: run.is_dmc or run.group in ("base", "quality"), ("windows",)),
-    "kinds": (kinds, lambda run: run.group in ("base", "quality"), ("kind_windows",)),
-    "sample": (sample, lambda run: run.merges and run.group == "quality", ()),
-    "copying": (
-        copying, lambda run: run.group in ("base", "quality"), ("copies", "kind_windows"),
-    ),
-    "eviction": (
-        eviction, lambda run: run.arm is None or run.arm["name"] == "continued", ("windows",),
-    ),
-    "tasks": (tasks, lambda run: run.group in ("base", "quality"), ("limit",)),
-}  # fmt: skip
+    "cache": (cache, lambda run: run.is_dmc or _compared(run), ("windows",)),
+    "sample": (sample, lambda run: run.merges and _compared(run), ()),
+    "kinds": (kinds, _compared, ("kind_windows",)),
+    "copying": (copying, _compared, ("copies", "kind_windows")),
+    "eviction": (eviction, _plain, ("windows",)),
+    "copying-evicted": (copying_evicted, _plain, ("copies", "kind_windows")),
+    "tasks": (tasks, _compared, ("limit",)),
+}
 """Name: what it calls, the runs it is for, the settings that its figures depend on."""
-IN_PARTS = ("eviction", "copying")
+IN_PARTS = ("eviction", "copying-evicted")
 
 
 def measure(name: str, run: Run, bench: Bench) -> None:
@@ -306,8 +319,8 @@ def main() -> None:
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     silence_optional_packages()
     bench = Bench(output, args)
-    for run in (runs[name] for name in args.run or runs):
-        for name in args.measure or MEASURES:
+    for name in args.measure or MEASURES:
+        for run in (runs[name] for name in args.run or runs):
             if MEASURES[name][1](run):
                 measure(name, run, bench)
 

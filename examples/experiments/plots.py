@@ -364,13 +364,14 @@ def copying(data: Data) -> Figure:
 
         for name in names:
             result = measured(data, name, "copying")[0]
-            line(result["model"], label=name, color=COLORS[name], marker=markers.get(name, "."))
+            line(result, label=name, color=COLORS[name], marker=markers.get(name, "."))
             if name == "continued":
+                evicted = (measured(data, name, "copying-evicted") or [{}])[0]
                 for policy, (label, color, marker) in EVICTIONS.items():
-                    if policy in result:
-                        line(result[policy], label=f"{label}, CR 4 over time", color=color,
+                    if policy in evicted:
+                        line(evicted[policy], label=f"{label}, CR 4 over time", color=color,
                              marker=marker, ls=(0, (3, 2)))  # fmt: skip
-                chance = result["model"][variant]["none"]["accuracy"]
+                chance = result[variant]["none"]["accuracy"]
                 ax.axhline(chance, color=MUTED, lw=1, ls=(0, (1, 2)))
                 ax.annotate("nothing to copy", (1, chance), (-2, 3), textcoords="offset points",
                             xycoords=("axes fraction", "data"), ha="right", color=MUTED)  # fmt: skip

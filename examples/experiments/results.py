@@ -278,15 +278,18 @@ def classes_table(data: Data) -> str:
 def copying_table(data: Data) -> str:
     rows, distances = [], []
     for arm in ("base", *arm_order(data, group(data, "quality"))):
-        for found in measured(data, arm, "copying")[:1]:
-            for method, result in found.items():
-                for variant, by_distance in result.items():
-                    distances = list(by_distance)
-                    label = arm if method == "model" else f"{arm}, {method}"
-                    rows.append([label, variant, *(
-                        f"{v['accuracy']:.3f} ± {v['standard_error']:.3f}"
-                        for v in by_distance.values())])  # fmt: skip
-    return markdown(["arm", "repeated", *(f"at {d}" for d in distances)], rows)
+        found = {}
+        for result in measured(data, arm, "copying")[:1]:
+            found[arm] = result
+        for result in measured(data, arm, "copying-evicted")[:1]:
+            found |= {f"{arm}, {policy}": inner for policy, inner in result.items()}
+        for label, result in found.items():
+            for variant, by_distance in result.items():
+                distances = list(by_distance)
+                rows.append([label, variant, *(
+                    f"{v['accuracy']:.3f} ± {v['standard_error']:.3f}"
+                    for v in by_distance.values())])  # fmt: skip
+    return markdown(["model", "repeated", *(f"at {d}" for d in distances)], rows)
 
 
 def tables(data: Data) -> dict[str, Callable[[], str]]:
