@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -158,19 +159,23 @@ def ratio(numbers: list[float], control: list[float]) -> str:
     return f"{statistics.mean(numbers) / statistics.mean(control):.3f}"
 
 
+def _lengths(data: Data, arm: str) -> set[str]:
+    return {n for run in data["arms"][arm]["runs"].values() for n in run["lengths"]}
+
+
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     return "\n".join(lines)
 
 
 def group_table(data: Data, name: str) -> str:
-    """Perplexity and CR at every length, and the perplexity against the control's."""
+    """Perplexity and CR at the lengths that arms have in common, and the perplexity against the control's."""
     names = arm_order(data, group(data, name))
     control = control_of(data, name)
     if control not in names and control in data["arms"]:
         names = [control, *names]
-    lengths = sorted({int(n) for a in names for run in data["arms"][a]["runs"].values()
-                      for n in run["lengths"]})  # fmt: skip
+    counted = Counter(int(n) for a in names for n in _lengths(data, a))
+    lengths = sorted(n for n, arms in counted.items() if arms > 1 or len(names) == 1)
     head = ["arm", "seeds"]
     for n in lengths:
         head += [f"CR at {n}", f"perplexity at {n}", f"/ {control}"]
