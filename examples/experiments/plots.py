@@ -42,6 +42,9 @@ EVICTIONS = {
 COLORS = {
     arm: color for names, color, _ in FAMILIES.values() for arm in names
 } | {"continued": INK, "base": MUTED}  # fmt: skip
+DASHES = {"dmc-2x": (0, (4, 2)), "dmc-8x": (0, (1, 1.5)), "gqa-2x": (0, (4, 2)),
+          "dms-8x": (0, (1, 1.5))}  # fmt: skip
+"""Of arms that have the colour of another."""
 HEAT = LinearSegmentedColormap.from_list("cr", ["#eef4f8", "#9fcae1", "#2f86bd", "#08407a"])
 WARM = LinearSegmentedColormap.from_list("merge", ["#ffffff", "#f6c89f", "#d9772b"])
 
@@ -133,7 +136,6 @@ def steps(data: Data) -> Figure:
     if len(names) < 2:
         raise Missing("fewer than two arms of the quality group")
     figure, (left, right) = _panels(10, 4.2, 2)
-    dashes = {"dmc-2x": (0, (4, 2)), "dmc-8x": (0, (1, 1.5))}
     for name in names:
         runs = list(data["arms"][name]["runs"].values())
         at = sorted({int(step) for run in runs for step in run["curve"]})
@@ -141,7 +143,7 @@ def steps(data: Data) -> Figure:
             rows = [
                 [run["curve"][str(s)][key] for run in runs if str(s) in run["curve"]] for s in at
             ]
-            style = dict(color=COLORS[name], ls=dashes.get(name, "-"), lw=1.6)
+            style = dict(color=COLORS[name], ls=DASHES.get(name, "-"), lw=1.6)
             ax.plot(at, [statistics.mean(r) for r in rows], label=name, marker=".", **style)
             if len(runs) > 1:
                 ax.fill_between(at, [min(r) for r in rows], [max(r) for r in rows],
@@ -204,7 +206,7 @@ def tokens(data: Data) -> Figure:
                 ax.plot(i - 0.21 + 0.14 * layer, rate, "o", ms=5, color=shade, clip_on=False,
                         label=f"layer {layer}" if i == 0 and part == "classes" else None)  # fmt: skip
         ax.set_xticks(range(len(names)), names, rotation=20 if part == "classes" else 0)
-        ax.set_ylim(0, 1)
+        ax.set_ylim(0, 1.13)
         _grid(ax)
     axes[0].set_ylabel("merge rate: share of tokens merged")
     axes[0].set_xlabel(f"class of token ({arm}; bar: all layers)")
@@ -228,7 +230,7 @@ def sample(data: Data) -> Figure:
                 line, column = line + 1, 0
             places.append((line, column, part, share, start and i == 0, "\n" in token and i == 0))
             column += len(part)
-    width = max(column + len(part) for _, column, part, *_ in places) + 2
+    width = max(76, *(column + len(part) + 2 for _, column, part, *_ in places))
     advance, pitch = 0.602 * 10.5, 17.0
     size = ((width * advance + 20) / 72, ((line + 1) * pitch + 52) / 72)
     figure = Figure(figsize=size, facecolor="#ffffff")
@@ -364,7 +366,8 @@ def copying(data: Data) -> Figure:
 
         for name in names:
             result = measured(data, name, "copying")[0]
-            line(result, label=name, color=COLORS[name], marker=markers.get(name, "."))
+            line(result, label=name, color=COLORS[name], ls=DASHES.get(name, "-"),
+                 marker=markers.get(name, "."))  # fmt: skip
             if name == "continued":
                 evicted = (measured(data, name, "copying-evicted") or [{}])[0]
                 for policy, (label, color, marker) in EVICTIONS.items():
