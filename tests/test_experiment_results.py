@@ -12,7 +12,9 @@ import torch
 from test_model_in_engine import VOCAB, random_model, retrofitted
 
 from megatron_dmc import LLM, SamplingParams
+from megatron_dmc.checkpoint.tokenizer import load_tokenizer
 from megatron_dmc.config import DMCConfig
+from megatron_dmc.models import LoadedModel
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "experiments"))
@@ -213,6 +215,22 @@ def test_kinds_sum_over_layers_heads_and_classes(processor):
     # the first token of each of five windows of 24 does not merge
     assert decided["classes"] / (5 * 24) == pytest.approx(1 - 1 / cr)
     assert cr > 1.2
+
+
+def test_sample_and_gates_of_a_model(processor):
+    loaded = random_model(2, dmc=retrofitted())
+    tokenizer = load_tokenizer(ROOT / "examples" / "models" / "stdlib-llama-3m")
+    loaded = LoadedModel(loaded.model, loaded.description, tokenizer)
+    ids = torch.randint(3, VOCAB, (30,), generator=torch.Generator().manual_seed(7)).tolist()
+    found = measurements.sample(loaded, ids)
+    assert "".join(found["tokens"]) == tokenizer.decode(ids).rstrip("\ufffd")
+    assert len(found["merge_share"]) == len(found["starts"]) == 30
+    assert found["merge_share"][0] == 0 and found["starts"][0]
+    row = measurements.cache(loaded, np.array([[*ids, 3]]))
+    assert 1 / (1 - np.mean(found["merge_share"])) == pytest.approx(row["final_cr"], rel=1e-3)
+    both = measurements.gates(loaded, np.array([*ids, 3]), length=10, limit=None)
+    assert both["hard"]["perplexity"] != both["soft"]["perplexity"]
+    assert both["hard"]["measured_cr"] > 1.2
 
 
 # --- what is measured already

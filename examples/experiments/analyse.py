@@ -9,6 +9,7 @@ ANALYSIS/RUN/MEASURE.json. Measures:
     cache      CR by the entries that are there, at the windows' end and over time
     eviction   H2O, TOVA and window on the base model and on the arm "continued", at two kinds of budget
     kinds      perplexity and CR by kind of text and class of token
+    gates      perplexity with hard decisions and with training's relaxed ones
     sample     a text with its decisions
     copying    accuracy in the second occurrence of a string, by distance
     copying-evicted    the same under eviction at a CR of 4, on the base model and on "continued"
@@ -179,6 +180,14 @@ def sample(run: Run, bench: Bench) -> dict[str, Any]:
     return measurements.sample(bench.model(run), bench.processor.encode(text)[:SAMPLE_TOKENS])
 
 
+def gates(run: Run, bench: Bench) -> dict[str, Any]:
+    import measurements
+
+    return measurements.gates(
+        bench.model(run), bench.heldout, length=run.length, limit=bench.args.windows
+    )
+
+
 def _copying(run: Run, bench: Bench, forward: Any) -> dict[str, Any]:
     import measurements
 
@@ -247,6 +256,7 @@ MEASURES: dict[str, tuple[Callable, Callable[[Run], bool], tuple[str, ...]]] = {
     "base": (base, lambda run: run.arm is None, ()),
     "cache": (cache, lambda run: run.is_dmc or _compared(run), ("windows",)),
     "sample": (sample, lambda run: run.merges and _compared(run), ()),
+    "gates": (gates, lambda run: run.merges, ("windows",)),
     "kinds": (kinds, _compared, ("kind_windows",)),
     "copying": (copying, _compared, ("copies", "kind_windows")),
     "eviction": (eviction, _plain, ("windows",)),
@@ -260,6 +270,7 @@ IN_PARTS = ("eviction", "copying-evicted")
 def measure(name: str, run: Run, bench: Bench) -> None:
     """Unless the file has it, with these settings."""
     from megatron_dmc.report.data import write_atomically
+    from megatron_dmc.report.measure import environment
 
     call, _, settings = MEASURES[name]
     file = bench.args.analysis / run.name / f"{name}.json"
@@ -273,7 +284,7 @@ def measure(name: str, run: Run, bench: Bench) -> None:
     print(f"{run.name}: {name}", flush=True)
 
     def write(result: dict[str, Any], done: bool) -> None:
-        content = {"settings": wanted, "done": done, "result": result}
+        content = {"settings": wanted, "done": done, "result": result, "environment": environment()}
         write_atomically(file, (json.dumps(content, indent=1) + "\n").encode())
 
     if name not in IN_PARTS:

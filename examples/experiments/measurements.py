@@ -12,7 +12,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
-from megatron_dmc.evaluation import DecisionTrace, traced_forward
+from megatron_dmc.evaluation import DecisionTrace, evaluate, traced_forward
 from megatron_dmc.models import LoadedModel
 from megatron_dmc.report.measure import sample_of
 
@@ -125,6 +125,19 @@ def eviction(
     }
 
 
+def gates(
+    loaded: LoadedModel, tokens: np.ndarray, *, length: int, limit: int | None
+) -> dict[str, Any]:
+    """Perplexity and CR with inference's hard decisions and with training's relaxed ones."""
+    result = {}
+    for kind in ("hard", "soft"):
+        found = evaluate(
+            loaded, tokens, length=length, limit=limit, progress=False, gates=kind
+        )  # fmt: skip
+        result[kind] = {"perplexity": found.perplexity, "measured_cr": found.measured_cr}
+    return result
+
+
 # --- kinds of text and of tokens --------------------------------------------------------------------
 
 
@@ -199,12 +212,12 @@ def kinds(loaded: LoadedModel, texts: dict[str, Windows]) -> dict[str, Any]:
 def sample(loaded: LoadedModel, ids: list[int]) -> dict[str, Any]:
     """A text with the share of all heads that merge each token, and where one head starts its entries."""
     found = sample_of(loaded, ids)
-    starts_LGT = np.array(found.starts)
-    layer, head = found.layer_head
+    starts_LGT = np.array(found["starts"])
+    layer, head = found["layer_head"]
     return {
-        "tokens": found.tokens,
+        "tokens": found["tokens"],
         "merge_share": [round(1 - float(share), 4) for share in starts_LGT.mean((0, 1))],
-        "layer_head": found.layer_head,
+        "layer_head": found["layer_head"],
         "starts": [bool(start) for start in starts_LGT[layer, head]],
     }
 

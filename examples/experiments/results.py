@@ -25,6 +25,12 @@ FIGURES_OF = ("lengths", "curve")
 CONTROLS = {"ablation": "ablation-control"}
 """Of a group without a plain arm; else it is the arm "continued"."""
 
+BESIDE = {
+    "combined": ("gqa-4x", "dmc-4x", "dmc-8x"),
+    "distillation": ("gqa-4x", "dmc-4x", "dmc-8x"),
+}
+"""Arms of other groups that stand in a group's table."""
+
 
 def collect(output: Path, analysis: Path, num_kv_heads: int) -> Data:
     """What is finished in the folders.
@@ -172,8 +178,8 @@ def group_table(data: Data, name: str) -> str:
     """Perplexity and CR at the lengths that arms have in common, and the perplexity against the control's."""
     names = arm_order(data, group(data, name))
     control = control_of(data, name)
-    if control not in names and control in data["arms"]:
-        names = [control, *names]
+    others = [control, *BESIDE.get(name, ())]
+    names = [a for a in others if a not in names and a in data["arms"]] + names
     counted = Counter(int(n) for a in names for n in _lengths(data, a))
     lengths = sorted(n for n, arms in counted.items() if arms > 1 or len(names) == 1)
     head = ["arm", "seeds"]
@@ -297,6 +303,25 @@ def copying_table(data: Data) -> str:
     return markdown(["model", "repeated", *(f"at {d}" for d in distances)], rows)
 
 
+def gates_table(data: Data) -> str:
+    rows = []
+    for arm in arm_order(data, data["arms"]):
+        if found := measured(data, arm, "gates"):
+            hard, soft = ([f[kind]["perplexity"] for f in found] for kind in ("hard", "soft"))
+            crs = [spread([f[kind]["measured_cr"] for f in found], 2) for kind in ("hard", "soft")]
+            rows.append([arm, str(len(found)), spread(hard), spread(soft), ratio(hard, soft), *crs])
+    head = [
+        "arm",
+        "seeds",
+        "perplexity, hard",
+        "perplexity, soft",
+        "hard / soft",
+        "CR, hard",
+        "CR, soft",
+    ]
+    return markdown(head, rows)
+
+
 def tables(data: Data) -> dict[str, Callable[[], str]]:
     """By name, those of which there are figures."""
     groups = dict.fromkeys(entry["arm"]["group"] for entry in data["arms"].values())
@@ -304,7 +329,7 @@ def tables(data: Data) -> dict[str, Callable[[], str]]:
         name: (lambda name=name: group_table(data, name)) for name in groups
     }
     by_measure = {"eviction": ("baselines", baselines_table), "tasks": ("tasks", tasks_table),
-                  "kinds": ("kinds", kinds_table), "copying": ("copying", copying_table)}  # fmt: skip
+                  "kinds": ("kinds", kinds_table), "copying": ("copying", copying_table), "gates": ("gates", gates_table)}  # fmt: skip
     for measure, (name, make) in by_measure.items():
         if any(measure in results for results in data["measured"].values()):
             found[name] = lambda make=make: make(data)
