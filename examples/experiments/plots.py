@@ -151,10 +151,25 @@ def steps(data: Data) -> Figure:
     for ax in (left, right):
         ax.set_xlabel("training steps of 2,048 tokens")
         _grid(ax)
+    _cut_beginning(left, data, [a for a in names if not a.startswith("gqa")])
     left.set_ylabel("held-out perplexity, 64 windows")
     right.set_ylabel("CR: tokens / entries")
     left.legend(fontsize=9)
     return figure
+
+
+def _cut_beginning(ax: Axes, data: Data, names: list[str]) -> None:
+    """The axis ends above the curves of these arms; a curve that begins higher is named with its value."""
+    points = [point["perplexity"] for name in names for run in data["arms"][name]["runs"].values()
+              for point in run["curve"].values()]  # fmt: skip
+    spare = 0.12 * (max(points) - min(points))
+    high = [f"{line.get_label()} begins at {max(line.get_ydata()):.0f}" for line in ax.lines
+            if max(line.get_ydata()) > max(points) + spare]  # fmt: skip
+    if high:
+        ax.set_ylim(min(points) - spare, max(points) + spare)
+        ax.annotate(
+            ", ".join(high), (0.98, 0.03), xycoords="axes fraction", color=MUTED, ha="right"
+        )
 
 
 def heads(data: Data) -> Figure:
@@ -179,7 +194,9 @@ def heads(data: Data) -> Figure:
         for spine in ax.spines.values():
             spine.set_visible(False)
     axes[0].set_ylabel("layer")
-    figure.supxlabel("CR of every layer and KV head", size=10, color=MUTED)
+    figure.supxlabel(
+        "CR of every layer and KV head; 256: one entry for a whole window", size=10, color=MUTED
+    )
     return figure
 
 
@@ -221,6 +238,7 @@ def sample(data: Data) -> Figure:
     if not found:
         raise Missing("dmc-4x has no `sample`")
     text = found[0]
+    lowest, highest = min(text["merge_share"][1:]), max(text["merge_share"])
     places, line, column = [], 0, 0
     for token, share, start in zip(
         text["tokens"], text["merge_share"], text["starts"], strict=True
@@ -238,7 +256,8 @@ def sample(data: Data) -> Figure:
     ax.set(xlim=(0, size[0] * 72), ylim=(size[1] * 72, 0))
     ax.axis("off")
     layer, head = text["layer_head"]
-    ax.text(10, 14, "shade: share of all heads that merge the token into the entry before it (white: none)",
+    ax.text(10, 14, "shade: share of all heads that merge the token into the entry before it, "
+            f"{lowest:.0%} (white) to {highest:.0%}",
             size=10, color=MUTED, va="center")  # fmt: skip
     ax.text(10, 30, f"bar: layer {layer}, head {head} starts a new entry", size=10, color=BLUE,
             va="center")  # fmt: skip
@@ -247,7 +266,15 @@ def sample(data: Data) -> Figure:
         shown = part + ("\u21b5" if ends_line else "")
         if not shown:
             continue
-        ax.add_patch(Rectangle((x, y), len(shown) * advance, pitch - 3, color=WARM(share), lw=0))
+        ax.add_patch(
+            Rectangle(
+                (x, y),
+                len(shown) * advance,
+                pitch - 3,
+                color=WARM((share - lowest) / max(highest - lowest, 1e-9)),
+                lw=0,
+            )
+        )
         if start:
             ax.add_patch(Rectangle((x - 0.6, y), 1.6, pitch - 3, color=BLUE, lw=0, zorder=3))
         # one text element for each character: another font must not shift the line
