@@ -347,7 +347,9 @@ def kinds(data: Data) -> Figure:
     right.axvline(1, color=INK, lw=1.2)
     for ax in (left, right):
         _grid(ax, "both")
-    right.legend(fontsize=9)
+    left.set_xlim(left=1)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=len(names),
+                  fontsize=9)  # fmt: skip
     return figure
 
 
