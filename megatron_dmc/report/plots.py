@@ -65,7 +65,7 @@ def training_curves(data: ReportData, *, width: int = 960) -> str:
     legend = 0 if width >= 600 else 42  # a narrow figure has it in rows of its own
     above = [74 + legend, 52 + legend, 52][: len(heights)]
     height = sum(above) + sum(heights) + bottom
-    with _styled(13):
+    with styled(13):
         figure = _figure(width, height)
         axes, y = [], height
         for panel, space in zip(heights, above, strict=True):
@@ -95,7 +95,7 @@ def heat_map(data: ReportData) -> str:
     layers, heads = len(data.measured_cr_per_layer_head), len(data.measured_cr_per_layer_head[0])
     cell_width, cell_height = max(34, min(64, 560 // (heads + 1))), 30
     width, height = 70 + int(cell_width * (heads + 1.25)), 52 + cell_height * layers
-    with _styled(13):
+    with styled(13):
         figure = _figure(width, height)
         ax = figure.add_axes((62 / width, 44 / height, (width - 70) / width, 1 - 52 / height))
         _draw_heat(ax, data, size=13 if cell_width >= 44 else 11)
@@ -153,7 +153,7 @@ def verdict(data: ReportData) -> str:
 
 def picture(data: ReportData, path_png: str | os.PathLike) -> None:
     """A 1600x900 PNG: curves, heat map, and where entries start in the sample text."""
-    with _styled(20):
+    with styled(20):
         figure = Figure(figsize=(16, 9), dpi=100, facecolor="#ffffff")
         # points are 1/72 inch and the figure has 100 pixels per inch; sizes here are in pixels
         with matplotlib.rc_context({"font.size": 20 * 0.72}):
@@ -428,7 +428,7 @@ def _bars(rows: list[tuple[str, float, str]], labels: list[str], name: str, titl
     width, pitch, left = 440, 34, 124
     height = pitch * len(rows) + 4
     top = max(value for _, value, _ in rows)
-    with _styled(13):
+    with styled(13):
         figure = _figure(width, height)
         ax = figure.add_axes((0, 0, 1, 1))
         ax.set(xlim=(0, width), ylim=(height, 0))
@@ -446,7 +446,8 @@ def _bars(rows: list[tuple[str, float, str]], labels: list[str], name: str, titl
 # --- SVG ----------------------------------------------------------------------------------------
 
 
-def _styled(font_size: float):
+def styled(font_size: float):
+    """A context in which figures are made: this module's colours and fonts, at this size in points."""
     return matplotlib.rc_context({**_STYLE, "font.size": font_size})
 
 
