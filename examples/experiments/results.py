@@ -2,13 +2,15 @@
 
     python examples/experiments/results.py --output experiments --to docs/results/metrics.json
     python examples/experiments/results.py --from docs/results/metrics.json [--table quality ...]
+    python examples/experiments/results.py --from docs/results/metrics.json --into docs/results.md
 
-The first gathers what run.py and analyse.py left; the second prints Markdown. Values are means over seeds, with
+The first gathers what run.py and analyse.py left, the second prints Markdown, the third puts it into a page. Values are means over seeds, with
 the standard deviation where there are several.
 """
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from collections import Counter
@@ -338,6 +340,21 @@ def tables(data: Data) -> dict[str, Callable[[], str]]:
     return found
 
 
+def fill(page: str, found: dict[str, Callable[[], str]]) -> str:
+    """The page with each `<!-- table NAME -->` ... `<!-- end -->` holding its table anew.
+
+    Raises:
+        KeyError: a table of which there are no figures.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{found[match[2]]()}\n{match[3]}"
+
+    return re.sub(
+        r"(<!-- table ([\w-]+) -->\n)(?:.*?\n)?(<!-- end -->)", table, page, flags=re.DOTALL
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -347,6 +364,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, help="write the file")
     parser.add_argument("--from", dest="source", type=Path, help="read the file instead")
     parser.add_argument("--table", nargs="+", help="only these")
+    parser.add_argument("--into", type=Path, help="a page between whose marks the tables go")
     args = parser.parse_args()
     if (args.output is None) == (args.source is None):
         parser.error("give --output DIR to gather, or --from FILE to read")
@@ -363,6 +381,10 @@ def main() -> None:
         if not args.table:
             return
     found = tables(data)
+    if args.into:
+        page = args.into.read_text(encoding="utf-8")
+        args.into.write_text(fill(page, found), encoding="utf-8")
+        return
     if unknown := set(args.table or []) - set(found):
         parser.error(f"--table {' '.join(sorted(unknown))}: there is {', '.join(found)}")
     for name in args.table or found:
