@@ -348,7 +348,7 @@ def fill(page: str, found: dict[str, Callable[[], str]]) -> str:
     """
 
     def table(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{found[match[2]]()}\n{match[3]}"
+        return f"{match[1]}\n{found[match[2]]()}\n\n{match[3]}"
 
     return re.sub(
         r"(<!-- table ([\w-]+) -->\n)(?:.*?\n)?(<!-- end -->)", table, page, flags=re.DOTALL
