@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron.core import parallel_state
-from test_training import MODEL, logged, pretrain, tensorboard
 from torch.distributed.checkpoint import FileSystemReader
 from torch.nn.functional import kl_div, linear
+from training_runs import MODEL, Forked, logged, tensorboard
 
 from megatron_dmc.checkpoint.single_process import ensure_single_process
 from megatron_dmc.training.loss import vocab_parallel_kl
@@ -83,7 +83,7 @@ def test_both_losses_of_a_model_and_the_gradient_of_one(dtype, weight):
 
 
 def make_base(folder: Path, **sizes) -> Path:
-    """A checkpoint of a plain model with random weights, of test_training's sizes."""
+    """A checkpoint of a plain model with random weights, of `training_runs.MODEL`'s sizes."""
     from megatron_dmc.checkpoint.description import ModelDescription
     from megatron_dmc.checkpoint.torch_dist_write import write
     from megatron_dmc.checkpoint.weights import StateSource, megatron_shapes
@@ -118,7 +118,7 @@ def test_a_run_with_a_teacher(base, tmp_path):
              "--load", str(run), "--save-interval", "2", "--tensorboard-dir", str(tmp_path / "tb"),
              "--lr-decay-style", "constant"]  # fmt: skip
     for steps in ("2", "3"):
-        done = pretrain(*flags, "--train-iters", steps, model=UNTIED)
+        done = Forked(*flags, "--train-iters", steps, model=UNTIED).wait()
         assert done.returncode == 0, done.stderr[-3000:]
         evaluation = re.findall(
             r"lm loss value: (\S+) .*distillation loss value: (\S+)", done.stdout

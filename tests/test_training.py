@@ -2,11 +2,10 @@
 
 import json
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
-from training_runs import DIM, HEADS, KV_HEADS, LAYERS, ROOT, Forked, logged, pretrain
+from training_runs import DIM, HEADS, KV_HEADS, LAYERS, ROOT, Forked, logged, pretrain, tensorboard
 
 from megatron_dmc.config import DMCConfig, DMCTransformerConfig
 from megatron_dmc.errors import DMCError, UnsupportedConfig
@@ -31,15 +30,6 @@ def Artifact(*args, **kwargs):
 def finish():
     pass
 '''
-
-
-def tensorboard(folder: Path) -> dict[str, dict[int, float]]:
-    """Scalars of the event files in a folder: tag, step, value."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
 @pytest.mark.dist

@@ -112,3 +112,12 @@ def logged(output: str, name: str) -> list[float]:
     """A figure of Megatron's log, step after step."""
     lines = [line for line in output.splitlines() if " iteration " in line and "consumed" in line]
     return [float(line.split(f"{name}: ")[1].split(" |")[0]) for line in lines]
+
+
+def tensorboard(folder: Path) -> dict[str, dict[int, float]]:
+    """Scalars of the event files in a folder: tag, step, value."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
