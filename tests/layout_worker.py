@@ -198,7 +198,9 @@ def teacher_of(options: Namespace, config, args, groups, chunk) -> Teacher:
             chunk = chunk.module
         saved = Namespace(**vars(args), group_query_attention=True, num_query_groups=heads)
         Path(folder).mkdir()
-        dist_checkpointing.save({"model": chunk.sharded_state_dict(), "args": saved}, folder)
+        dist_checkpointing.save(
+            {"model": chunk.sharded_state_dict(), "args": saved}, folder, SynchronousSave()
+        )
     return load_teacher(args, config)
 
 
