@@ -282,7 +282,17 @@ def pages_in_memory(
     gpu_memory_utilization: float,
     device: torch.device,
 ) -> int:
-    """Pages that the given memory holds, and never more than could be used."""
+    """Pages that the given memory holds, and never more than could be used.
+
+    Args:
+        page_bytes: of one page, key and value together, with their scales.
+        worst_case: pages that all requests need together if nothing merges.
+        kv_cache_memory_bytes: memory of the cache; None: on a GPU what `gpu_memory_utilization` of its
+            memory leaves beside all that is in use, on a CPU 1 GiB.
+
+    Raises:
+        UnsupportedConfig: the part is not in (0, 1], or leaves no page.
+    """
     if kv_cache_memory_bytes is None and device.type == "cuda":
         if not 0 < gpu_memory_utilization <= 1:
             raise UnsupportedConfig(

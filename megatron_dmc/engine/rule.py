@@ -23,7 +23,15 @@ class CompressionRule:
 
 
 def compression_rule(dmc: Any | None, enable_dmc: bool | None) -> CompressionRule | None:
-    """What the model's DMC settings mean for its cache."""
+    """What the model's DMC settings mean for its cache; None: those of a plain model.
+
+    Args:
+        dmc: `DMCConfig`, or None.
+        enable_dmc: as `LLMEngine` takes it.
+
+    Raises:
+        UnsupportedConfig: the model does not compress though it shall, or in a way that the cache has not.
+    """
     merges = dmc is not None and dmc.compresses
     if enable_dmc and not merges:
         raise UnsupportedConfig("enable_dmc=True: the model was not retrofitted; leave it at None")

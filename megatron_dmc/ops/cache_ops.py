@@ -145,6 +145,10 @@ def decode_append(
         merge_window: W; 0 is unlimited.
         free_pages: None: the block table must hold the page of the entry that is written already. A
             head that finds no page is left as it was.
+        backend: as `ops.cache_backend.choose_backend`.
+
+    Raises:
+        ValueError: the backend does not exist or does not take these tensors.
     """
     cos, sin = cosine_and_sine(freqs_BF, k_BGD.dtype)
     chosen = choose_backend(backend, k_BGD, k_pages_PSD.shape[1])

@@ -70,7 +70,8 @@ def tensors_of(pages: Pages) -> tuple[Tensor, ...]:
 
 
 def fill_with_nan(pages: Pages, page_ids: Tensor | slice) -> None:
-    """Make these pages such that whoever uses an entry of them gets NaN. Mutates `pages`."""
+    """Make these pages such that whoever uses an entry of them gets NaN, an 8-bit one by its scale.
+    Mutates `pages`."""
     for x in tensors_of(pages):
         x[page_ids] = _POISONED_INT8 if x.dtype == torch.int8 else float("nan")
 
