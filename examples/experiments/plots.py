@@ -347,7 +347,7 @@ def kinds(data: Data) -> Figure:
     right.axvline(1, color=INK, lw=1.2)
     for ax in (left, right):
         _grid(ax, "both")
-    left.set_xlim(left=1)
+    left.set_xlim(1, 1.06 * left.get_xlim()[1])
     figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=len(names),
                   fontsize=9)  # fmt: skip
     return figure

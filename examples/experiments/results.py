@@ -23,7 +23,6 @@ MODEL = EXAMPLES / "models" / "stdlib-llama-3m"
 
 type Data = dict[str, Any]
 
-FIGURES_OF = ("lengths", "curve")
 CONTROLS = {"ablation": "ablation-control"}
 """Of a group without a plain arm; else it is the arm "continued"."""
 
@@ -52,10 +51,10 @@ def collect(output: Path, analysis: Path, num_kv_heads: int) -> Data:
                 at: {"perplexity": v["perplexity"], "cr": factor * v["measured_cr"]}
                 for at, v in run[part].items()
             }
-            for part in FIGURES_OF
+            for part in ("lengths", "curve")
         }
-        longest_first = str(arm.get("seq_length", 256))
-        figures["heads"] = run["lengths"].get(longest_first, {}).get("measured_cr_per_layer_head")
+        own_length = str(arm.get("seq_length", 256))
+        figures["heads"] = run["lengths"].get(own_length, {}).get("measured_cr_per_layer_head")
         entry["runs"][str(run["seed"])] = figures
         if run["environment"] not in environments:
             environments.append(run["environment"])
