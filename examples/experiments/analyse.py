@@ -154,6 +154,8 @@ def eviction(run: Run, bench: Bench, done: dict[str, Any]) -> Iterator[tuple[str
     from eviction import final_budget, mean_budget
 
     length = run.length
+    if "none" not in done:
+        yield "none", measurements.cache(bench.model(run), bench.windows(length))
     for equation, budget_of in (("mean", mean_budget), ("final", final_budget)):
         for cr in CRS:
             for policy in POLICIES:
@@ -162,8 +164,6 @@ def eviction(run: Run, bench: Bench, done: dict[str, Any]) -> Iterator[tuple[str
                     yield key, {"policy": policy, "equal": equation, "cr": cr} | measurements.eviction(
                         bench.model(run), bench.windows(length), policy, budget_of(length, cr)
                     )  # fmt: skip
-    if "none" not in done:
-        yield "none", measurements.cache(bench.model(run), bench.windows(length))
 
 
 def kinds(run: Run, bench: Bench) -> dict[str, Any]:

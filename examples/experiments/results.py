@@ -4,8 +4,8 @@
     python examples/experiments/results.py --from docs/results/metrics.json [--table quality ...]
     python examples/experiments/results.py --from docs/results/metrics.json --into docs/results.md
 
-The first gathers what run.py and analyse.py left, the second prints Markdown, the third puts it into a page. Values are means over seeds, with
-the standard deviation where there are several.
+The first gathers what run.py and analyse.py left, the second prints Markdown, the third puts it into a page.
+Values are means over seeds, with the standard deviation where there are several.
 """
 
 import argparse
@@ -126,6 +126,11 @@ def measured(data: Data, arm: str, measure: str) -> list[Any]:
     return [result for result in found if result is not None]
 
 
+def fewer_heads(data: Data, arm: str) -> float:
+    """The CR that the arm has by its KV heads, beside that of its entries."""
+    return data["num_kv_heads"] / data["arms"][arm]["arm"].get("kv_heads", data["num_kv_heads"])
+
+
 def mean(numbers: Iterable[float]) -> float | None:
     numbers = list(numbers)
     return statistics.mean(numbers) if numbers else None
@@ -221,9 +226,7 @@ def baselines_table(data: Data) -> str:
     for arm in arm_order(data, group(data, "quality")):
         found = measured(data, arm, "cache")
         if arm != "continued" and found:
-            factor = data["num_kv_heads"] / data["arms"][arm]["arm"].get(
-                "kv_heads", data["num_kv_heads"]
-            )
+            factor = fewer_heads(data, arm)
             perplexity = [r["perplexity"] for r in found]
             rows.append([arm, "trained", spread([factor * r["mean_cr"] for r in found], 2),
                          spread([factor * r["final_cr"] for r in found], 2), spread(perplexity),
@@ -265,7 +268,8 @@ def kinds_table(data: Data) -> str:
         for arm in arms:
             if arm != "continued":
                 found = [f["kinds"][kind] for f in measured(data, arm, "kinds")]
-                row += [spread([f["measured_cr"] for f in found], 2),
+                factor = fewer_heads(data, arm)
+                row += [spread([factor * f["measured_cr"] for f in found], 2),
                         ratio([f["perplexity"] for f in found], plain)]  # fmt: skip
         rows.append(row)
     return markdown(head, rows)
