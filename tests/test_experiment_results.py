@@ -255,23 +255,28 @@ def test_nothing_is_measured_twice_and_parts_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(analyse, "MEASURES", measures)
     args = analyse.argparse.Namespace(analysis=tmp_path, windows=4)
     bench = analyse.Bench(tmp_path, args)
-    checkpoint = tmp_path / "finetune"
-    checkpoint.mkdir()
-    (checkpoint / "latest_checkpointed_iteration.txt").write_text("480")
-    run = analyse.Run("dmc-4x-seed1", checkpoint, {"name": "dmc-4x", "kind": "dmc"})
+    (tmp_path / "dmc-4x-seed1").mkdir()
+    metrics = tmp_path / "dmc-4x-seed1" / "metrics.json"
+    metrics.write_text("{}")
+    run = analyse.Run("dmc-4x-seed1", metrics.parent / "finetune", {"name": "dmc-4x"})
     for _ in range(2):
         analyse.measure("whole", run, bench)
     assert calls == ["whole"]
     args.windows = 8
     analyse.measure("whole", run, bench)
-    assert calls == ["whole", "whole"], "other settings, other figures"
+    metrics.write_text('{"another": "training"}')
+    analyse.measure("whole", run, bench)
+    assert calls == ["whole"] * 3, "other settings, other weights: other figures"
     with pytest.raises(KeyboardInterrupt):
         analyse.measure("eviction", run, bench)
-    assert "eviction" not in results.collect(tmp_path, tmp_path, 8)["measured"]["dmc-4x-seed1"]
+    assert (
+        "eviction"
+        not in results.collect(tmp_path / "none", tmp_path, 8)["measured"]["dmc-4x-seed1"]
+    )
     for _ in range(2):
         analyse.measure("eviction", run, bench)
-    assert calls[2:] == ["a", "b", "b", "c"]
-    found = results.collect(tmp_path, tmp_path, 8)["measured"]["dmc-4x-seed1"]
+    assert calls[3:] == ["a", "b", "b", "c"]
+    found = results.collect(tmp_path / "none", tmp_path, 8)["measured"]["dmc-4x-seed1"]
     assert list(found["eviction"]) == ["a", "b", "c"] and found["whole"] == {"value": 1}
 
 

@@ -17,6 +17,7 @@ ANALYSIS/RUN/MEASURE.json. Measures:
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -153,6 +154,8 @@ def eviction(run: Run, bench: Bench, done: dict[str, Any]) -> Iterator[tuple[str
     from eviction import final_budget, mean_budget
 
     length = run.length
+    if "none" not in done:
+        yield "none", measurements.cache(bench.model(run), bench.windows(length))
     for equation, budget_of in (("mean", mean_budget), ("final", final_budget)):
         for cr in CRS:
             for policy in POLICIES:
@@ -161,8 +164,6 @@ def eviction(run: Run, bench: Bench, done: dict[str, Any]) -> Iterator[tuple[str
                     yield key, {"policy": policy, "equal": equation, "cr": cr} | measurements.eviction(
                         bench.model(run), bench.windows(length), policy, budget_of(length, cr)
                     )  # fmt: skip
-    if "none" not in done:
-        yield "none", measurements.cache(bench.model(run), bench.windows(length))
 
 
 def kinds(run: Run, bench: Bench) -> dict[str, Any]:
@@ -275,7 +276,7 @@ def measure(name: str, run: Run, bench: Bench) -> None:
     call, _, settings = MEASURES[name]
     file = bench.args.analysis / run.name / f"{name}.json"
     wanted = {setting: getattr(bench.args, setting) for setting in settings}
-    wanted["checkpoint"] = _identity(run.checkpoint)
+    wanted["weights"] = _identity(run)
     known = json.loads(file.read_text()) if file.is_file() else {}
     if known.get("settings") != wanted:
         known = {}
@@ -297,11 +298,12 @@ def measure(name: str, run: Run, bench: Bench) -> None:
     write(result, True)
 
 
-def _identity(checkpoint: Path) -> str:
-    """Changes with the weights, and is the same on every machine for the model in the repository."""
-    if any(checkpoint.glob("*.safetensors")):
-        return demo.digest(checkpoint)
-    return (checkpoint / "latest_checkpointed_iteration.txt").read_text().strip()
+def _identity(run: Run) -> str:
+    """Changes with the weights: of an arm, with what run.py measured of them."""
+    if run.arm is None:
+        return demo.digest(run.checkpoint)
+    content = (run.checkpoint.parent / "metrics.json").read_bytes()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def main() -> None:

@@ -24,20 +24,21 @@ DISTANCES = (32, 64, 128, 224)
 """Tokens from a string to its repetition, in windows of 256."""
 
 type Forward = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-"""ids (X, T) -> logits (X, T, V) and decisions (L, X, T, G), None for a plain model."""
+"""ids (X, T) -> logits (X, T, V) and decisions (L, X, T, G), None for a plain model; all on the CPU."""
 
 
 def forward_of(loaded: LoadedModel) -> Forward:
     """A full forward with hard decisions. A decision stands at the token that it is about: under DMC the one
     that merges; under eviction the one that leaves, and that of the last token is not known (False)."""
     trace = DecisionTrace(loaded.model)
-    dmc = loaded.description.dmc
+    dmc, device = loaded.description.dmc, next(loaded.model.parameters()).device
 
     def forward(ids_XT: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits = traced_forward(loaded, ids_XT, trace)[..., : loaded.description.vocab_size]
+        logits = traced_forward(loaded, ids_XT.to(device), trace).cpu()
+        logits = logits[..., : loaded.description.vocab_size]
         if not trace.is_merge_LTBG:
             return logits, None
-        is_gone_LXTG = torch.stack(trace.is_merge_LTBG).transpose(1, 2)
+        is_gone_LXTG = torch.stack(trace.is_merge_LTBG).transpose(1, 2).cpu()
         if dmc is not None and dmc.policy == "evict":
             is_gone_LXTG = is_gone_LXTG.roll(-1, dims=2)
             is_gone_LXTG[:, :, -1] = False
@@ -48,8 +49,13 @@ def forward_of(loaded: LoadedModel) -> Forward:
 
 def evicting(loaded: LoadedModel, policy: str, budget: int) -> Forward:
     """The same of a plain model whose heads keep `budget` entries."""
-    vocab = loaded.description.vocab_size
-    return lambda ids: (evicting_forward(loaded.model, ids, policy, budget)[..., :vocab], None)
+    device = next(loaded.model.parameters()).device
+
+    def forward(ids_XT: Tensor) -> tuple[Tensor, None]:
+        logits = evicting_forward(loaded.model, ids_XT.to(device), policy, budget).cpu()
+        return logits[..., : loaded.description.vocab_size], None
+
+    return forward
 
 
 def _batches(ids_XT: np.ndarray, batch: int) -> Iterator[tuple[slice, Tensor]]:

@@ -23,7 +23,18 @@ from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from megatron_dmc.report.plots import BLUE, GREEN, GRID, INK, MUTED, ORANGE, styled
 
-from results import Data, arm_order, control_of, deviation, group, load, mean, measured, values
+from results import (
+    Data,
+    arm_order,
+    control_of,
+    deviation,
+    fewer_heads,
+    group,
+    load,
+    mean,
+    measured,
+    values,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 SKY, PINK, GOLD = "#56b4e9", "#cc79a7", "#e69f00"
@@ -79,9 +90,7 @@ def _family_points(data: Data, arms: list[str], which: str) -> list[tuple[float,
         perplexities = values(data, arm, 256, "perplexity")
         if not perplexities or control is None:
             continue
-        factor = data["num_kv_heads"] / data["arms"][arm]["arm"].get(
-            "kv_heads", data["num_kv_heads"]
-        )
+        factor = fewer_heads(data, arm)
         cr = mean(factor * found[which] for found in measured(data, arm, "cache"))
         if cr is None and data["arms"][arm]["arm"].get("policy") == "evict":
             continue  # its decisions say less than its cache holds
@@ -347,7 +356,7 @@ def kinds(data: Data) -> Figure:
     right.axvline(1, color=INK, lw=1.2)
     for ax in (left, right):
         _grid(ax, "both")
-    left.set_xlim(left=1)
+    left.set_xlim(1, 1.06 * left.get_xlim()[1])
     figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=len(names),
                   fontsize=9)  # fmt: skip
     return figure

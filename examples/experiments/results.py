@@ -4,8 +4,8 @@
     python examples/experiments/results.py --from docs/results/metrics.json [--table quality ...]
     python examples/experiments/results.py --from docs/results/metrics.json --into docs/results.md
 
-The first gathers what run.py and analyse.py left, the second prints Markdown, the third puts it into a page. Values are means over seeds, with
-the standard deviation where there are several.
+The first gathers what run.py and analyse.py left, the second prints Markdown, the third puts it into a page.
+Values are means over seeds, with the standard deviation where there are several.
 """
 
 import argparse
@@ -23,7 +23,6 @@ MODEL = EXAMPLES / "models" / "stdlib-llama-3m"
 
 type Data = dict[str, Any]
 
-FIGURES_OF = ("lengths", "curve")
 CONTROLS = {"ablation": "ablation-control"}
 """Of a group without a plain arm; else it is the arm "continued"."""
 
@@ -52,10 +51,10 @@ def collect(output: Path, analysis: Path, num_kv_heads: int) -> Data:
                 at: {"perplexity": v["perplexity"], "cr": factor * v["measured_cr"]}
                 for at, v in run[part].items()
             }
-            for part in FIGURES_OF
+            for part in ("lengths", "curve")
         }
-        longest_first = str(arm.get("seq_length", 256))
-        figures["heads"] = run["lengths"].get(longest_first, {}).get("measured_cr_per_layer_head")
+        own_length = str(arm.get("seq_length", 256))
+        figures["heads"] = run["lengths"].get(own_length, {}).get("measured_cr_per_layer_head")
         entry["runs"][str(run["seed"])] = figures
         if run["environment"] not in environments:
             environments.append(run["environment"])
@@ -125,6 +124,11 @@ def measured(data: Data, arm: str, measure: str) -> list[Any]:
     ]  # fmt: skip
     found = (data["measured"].get(name, {}).get(measure) for name in names)
     return [result for result in found if result is not None]
+
+
+def fewer_heads(data: Data, arm: str) -> float:
+    """The CR that the arm has by its KV heads, beside that of its entries."""
+    return data["num_kv_heads"] / data["arms"][arm]["arm"].get("kv_heads", data["num_kv_heads"])
 
 
 def mean(numbers: Iterable[float]) -> float | None:
@@ -222,9 +226,7 @@ def baselines_table(data: Data) -> str:
     for arm in arm_order(data, group(data, "quality")):
         found = measured(data, arm, "cache")
         if arm != "continued" and found:
-            factor = data["num_kv_heads"] / data["arms"][arm]["arm"].get(
-                "kv_heads", data["num_kv_heads"]
-            )
+            factor = fewer_heads(data, arm)
             perplexity = [r["perplexity"] for r in found]
             rows.append([arm, "trained", spread([factor * r["mean_cr"] for r in found], 2),
                          spread([factor * r["final_cr"] for r in found], 2), spread(perplexity),
@@ -266,7 +268,8 @@ def kinds_table(data: Data) -> str:
         for arm in arms:
             if arm != "continued":
                 found = [f["kinds"][kind] for f in measured(data, arm, "kinds")]
-                row += [spread([f["measured_cr"] for f in found], 2),
+                factor = fewer_heads(data, arm)
+                row += [spread([factor * f["measured_cr"] for f in found], 2),
                         ratio([f["perplexity"] for f in found], plain)]  # fmt: skip
         rows.append(row)
     return markdown(head, rows)
