@@ -116,7 +116,7 @@ def test_a_run_with_a_teacher(base, tmp_path):
     flags = ["--dmc-stage", "retrofit", "--dmc-target-cr", "3", "--ckpt-format", "torch_dist",
              "--pretrained-checkpoint", str(base), "--dmc-teacher", str(base), "--save", str(run),
              "--load", str(run), "--save-interval", "2", "--tensorboard-dir", str(tmp_path / "tb"),
-             "--lr-decay-style", "constant", "--lr-decay-iters", "3"]  # fmt: skip
+             "--lr-decay-style", "constant", "--override-opt_param-scheduler"]  # fmt: skip
     for steps in ("2", "3"):
         done = Forked(*flags, "--train-iters", steps, model=UNTIED).wait()
         assert done.returncode == 0, done.stderr[-3000:]
