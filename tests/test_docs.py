@@ -4,6 +4,7 @@ That the tutorials' commands do what they say is shown by `run_tutorials.py`."""
 
 import re
 import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -43,3 +44,15 @@ def test_tutorial_is_shell(page):
     assert checked.returncode == 0, checked.stderr
     named = set(re.findall(r"\b(?:tools|examples|tests|megatron_dmc)/[\w/.-]+", text))
     assert named and not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_tables_of_the_results_page(tmp_path):
+    """They are those of docs/results/metrics.json, and say so of every measured group."""
+    page = ROOT / "docs/results.md"
+    again = tmp_path / "results.md"
+    again.write_text(page.read_text())
+    command = [sys.executable, "examples/experiments/results.py", "--from", "docs/results/metrics.json",
+               "--into", str(again)]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert again.read_text() == page.read_text()
+    assert page.read_text().count("<!-- table ") >= 3
