@@ -11,6 +11,7 @@ Dimension letters: X rows of logits, V vocabulary, K ranks, L layers, B requests
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -39,6 +40,14 @@ class Command(NamedTuple):
     name: str
     arguments: tuple
     keywords: dict[str, Any]
+
+
+def _stop(closing: threading.Event, heart: threading.Thread) -> None:
+    """End a heartbeat while there still is an interpreter for it: a thread that comes back from the
+    store to one that is shutting down takes the process with it (`terminate called ...`)."""
+    closing.set()
+    if heart is not threading.current_thread():
+        heart.join(_SILENT_S)
 
 
 class TensorParallel:
@@ -87,7 +96,9 @@ class TensorParallel:
         self._store = dist.PrefixStore("megatron_dmc", _get_default_store())
         self._heard = dict.fromkeys(range(size), ("", time.monotonic()))
         self._closing = threading.Event()
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        heart.start()
+        weakref.finalize(self, _stop, self._closing, heart)  # when the process ends, at the latest
 
     # Whether the others live.
 
