@@ -351,10 +351,13 @@ def fill(page: str, found: dict[str, Callable[[], str]]) -> str:
     """
 
     def table(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{found[match[2]]()}\n\n{match[3]}"
+        return f"{match[1]}\n{found[match[2]]()}\n\n{match[4]}"
 
     return re.sub(
-        r"(<!-- table ([\w-]+) -->\n)(?:.*?\n)?(<!-- end -->)", table, page, flags=re.DOTALL
+        r"(<!-- table ([\w-]+) -->\n)((?:(?!<!-- end -->).)*)(<!-- end -->)",
+        table,
+        page,
+        flags=re.DOTALL,
     )
 
 
