@@ -325,7 +325,7 @@ def runs_on_disk(folder: Path) -> None:
 
 def test_file_and_tables_of_a_folder(tmp_path):
     runs_on_disk(tmp_path)
-    data = results.collect(tmp_path, tmp_path / "analysis", 8)
+    data = results.collect(tmp_path, tmp_path / "analysis")
     results.save(data, tmp_path / "metrics.json")
     data = results.load(tmp_path / "metrics.json")
     assert set(data["arms"]["dmc-4x"]["runs"]) == {"1", "2"}
@@ -347,7 +347,7 @@ def test_file_and_tables_of_a_folder(tmp_path):
 
 def test_figures_are_drawn_or_named(tmp_path):
     runs_on_disk(tmp_path)
-    data = results.collect(tmp_path, tmp_path / "analysis", 8)
+    data = results.collect(tmp_path, tmp_path / "analysis")
     skipped = plots.draw(data, tmp_path / "pictures", ["quality", "ablations", "sample", "length"])
     drawn = {file.name: file.read_text() for file in (tmp_path / "pictures").iterdir()}
     assert set(drawn) == {"results-quality.svg", "results-ablations.svg"}

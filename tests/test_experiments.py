@@ -1,28 +1,20 @@
 """The experiments' arms are runnable settings, and the table is over their results."""
 
-import importlib.util
 import json
+import sys
 from argparse import ArgumentParser
 from pathlib import Path
-
-import pytest
 
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.training.arguments import add_dmc_args, dmc_config_from_args
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples" / "experiments"))
+
+import run as driver
 
 
-@pytest.fixture(scope="module")
-def driver():
-    spec = importlib.util.spec_from_file_location("run", ROOT / "examples/experiments/run.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_every_arm_is_a_valid_setting(driver):
+def test_every_arm_is_a_valid_setting():
     arms = driver.read_arms(ROOT / "examples/experiments/arms.toml")
     assert {arm["kind"] for arm in arms.values()} == {"dmc", "plain"}
     settings = {f"--dmc-{name.replace('_', '-')}" for name in DMCConfig().to_dict()}
@@ -48,7 +40,7 @@ def test_every_arm_is_a_valid_setting(driver):
         assert max(totals) - min(totals) <= 20, (group, "arms of equal steps (but for zero-out)")
 
 
-def test_the_teacher_is_the_base_before_pooling(driver, tmp_path, monkeypatch):
+def test_the_teacher_is_the_base_before_pooling(tmp_path, monkeypatch):
     conversions = []
     monkeypatch.setattr(driver, "cli", lambda command: conversions.append(command) and 0)
     arms = driver.read_arms(ROOT / "examples/experiments/arms.toml")
@@ -61,13 +53,14 @@ def test_the_teacher_is_the_base_before_pooling(driver, tmp_path, monkeypatch):
     assert driver.start_of(arms["gqa-4x"], tmp_path)[1] == []
 
 
-def test_table_is_over_seeds(driver, tmp_path):
+def test_table_is_over_seeds_and_counts_fewer_heads(tmp_path):
     for seed, perplexity in ((1, 6.0), (2, 6.5)):
-        folder = tmp_path / f"dmc-4x-seed{seed}"
+        folder = tmp_path / f"gqa-4x-seed{seed}"
         folder.mkdir()
-        lengths = {"256": {"perplexity": perplexity, "measured_cr": 4.0}}
-        result = {"arm": {"name": "dmc-4x"}, "seed": seed, "lengths": lengths}
+        lengths = {"256": {"perplexity": perplexity, "measured_cr": 1.0}}
+        arm = {"name": "gqa-4x", "group": "quality", "kind": "plain", "kv_heads": 2}
+        result = {"arm": arm, "seed": seed, "lengths": lengths, "curve": {}, "environment": {}}
         (folder / "metrics.json").write_text(json.dumps(result))
-    assert driver.table(tmp_path).splitlines()[-1] == (
-        "| dmc-4x | 2 | 4.000 ± 0.000 | 6.250 ± 0.354 |"
-    )
+    lines = driver.table(tmp_path).splitlines()
+    assert lines[0] == "### quality"
+    assert lines[-1] == "| gqa-4x | 2 | 4.00 ± 0.00 | 6.250 ± 0.354 | - |"

@@ -33,12 +33,10 @@ BESIDE = {
 """Arms of other groups that stand in a group's table."""
 
 
-def collect(output: Path, analysis: Path, num_kv_heads: int) -> Data:
-    """What is finished in the folders.
-
-    Args:
-        num_kv_heads: of the base model: an arm with half of them has twice the CR of its entries.
-    """
+def collect(output: Path, analysis: Path) -> Data:
+    """What is finished in the folders."""
+    # an arm with half of the base model's heads has twice the CR of its entries
+    num_kv_heads = json.loads((MODEL / "config.json").read_text())["num_key_value_heads"]
     arms: dict[str, Any] = {}
     environments = []
     for file in sorted(output.glob("*/metrics.json")):
@@ -247,7 +245,8 @@ def tasks_table(data: Data) -> str:
             scores = [f["tasks"][task][metric] for f in found]
             error = found[0]["tasks"][task].get(f"{metric}_stderr")
             row.append(spread(scores) + (f" (se {error:.3f})" if error is not None else ""))
-        row.append(spread([f["tasks"]["sources"]["measured_cr"] for f in found], 2))
+        factor = 1.0 if arm == "base" else fewer_heads(data, arm)
+        row.append(spread([factor * f["tasks"]["sources"]["measured_cr"] for f in found], 2))
         rows.append(row)
     return markdown(["arm", "documents", *columns, "measured CR"], rows)
 
@@ -377,8 +376,7 @@ def main() -> None:
     if args.source:
         data = load(args.source)
     else:
-        heads = json.loads((MODEL / "config.json").read_text())["num_key_value_heads"]
-        data = collect(args.output, args.analysis or args.output / "analysis", heads)
+        data = collect(args.output, args.analysis or args.output / "analysis")
     if not data["arms"] and not data["measured"]:
         sys.exit(f"{args.output or args.source}: nothing has been measured there")
     if args.to:

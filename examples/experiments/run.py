@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tomllib
@@ -29,6 +28,7 @@ from megatron_dmc.cli import main as cli
 from megatron_dmc.cli import silence_optional_packages
 
 import demo
+import results
 
 type Arm = dict[str, Any]
 
@@ -227,28 +227,12 @@ def run_side_by_side(
 
 
 def table(output: Path) -> str:
-    """Markdown: mean and spread over seeds of every arm that has run."""
-    runs: dict[str, list[dict]] = {}
-    for file in sorted(output.glob("*/metrics.json")):
-        result = json.loads(file.read_text())
-        runs.setdefault(result["arm"]["name"], []).append(result)
-    if not runs:
+    """Markdown: of each group, mean and spread over seeds of the arms that have run."""
+    data = results.collect(output, output / "analysis")
+    if not data["arms"]:
         sys.exit(f"{output}: no arm has been run there")
-    lengths = sorted({int(n) for rows in runs.values() for n in rows[0]["lengths"]})
-    lines = ["| arm | seeds | " + " | ".join(f"CR at {n} | perplexity at {n}" for n in lengths) + " |",
-             "| --- | --- |" + " --- | --- |" * len(lengths)]  # fmt: skip
-
-    def spread(rows: list[dict], length: int, key: str) -> str:
-        values = [row["lengths"][str(length)][key] for row in rows if str(length) in row["lengths"]]
-        if not values:
-            return ""
-        deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.3f}{deviation}"
-
-    for name, rows in runs.items():
-        cells = [spread(rows, n, key) for n in lengths for key in ("measured_cr", "perplexity")]
-        lines.append(f"| {name} | {len(rows)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    groups = dict.fromkeys(entry["arm"]["group"] for entry in data["arms"].values())
+    return "\n\n".join(f"### {name}\n\n{results.group_table(data, name)}" for name in groups)
 
 
 def main() -> None:
