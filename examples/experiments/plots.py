@@ -167,6 +167,34 @@ def steps(data: Data) -> Figure:
     return figure
 
 
+def distance(data: Data) -> Figure:
+    """Perplexity against the control's after as many steps of the same schedule: short and three times as long."""
+    pairs = [("dmc-4x", "continued", "620 steps", BLUE, "-"),
+             ("long-dmc-4x", "long-continued", "1860 steps", BLUE, (0, (4, 2))),
+             ("gqa-4x", "continued", "620 steps", ORANGE, "-")]  # fmt: skip
+    pairs = [pair for pair in pairs if {pair[0], pair[1]} <= set(data["arms"])]
+    if not any(arm == "long-dmc-4x" for arm, *_ in pairs):
+        raise Missing("`long-dmc-4x` and `long-continued`")
+    figure, (ax,) = _panels(6.5, 4, 1)
+    for arm, control, label, color, dashes in pairs:
+        runs, plain = (list(data["arms"][name]["runs"].values()) for name in (arm, control))
+        at = [
+            s
+            for s in map(int, runs[0]["curve"])
+            if s > 20 and all(str(s) in r["curve"] for r in plain)
+        ]
+        ratios = [statistics.mean(r["curve"][str(s)]["perplexity"] for r in runs)
+                  / statistics.mean(r["curve"][str(s)]["perplexity"] for r in plain) for s in at]  # fmt: skip
+        name = arm.removeprefix("long-")
+        ax.plot(at, ratios, color=color, ls=dashes, marker=".", lw=1.6, label=f"{name}, {label}")
+    ax.axhline(1, color=INK, lw=1.2)
+    ax.set_xlabel("training steps of 2,048 tokens")
+    ax.set_ylabel("perplexity / control's after as many steps")
+    _grid(ax)
+    ax.legend(fontsize=9)
+    return figure
+
+
 def _cut_beginning(ax: Axes, data: Data, names: list[str]) -> None:
     """The axis ends above the curves of these arms; a curve that begins higher is named with its value."""
     points = [point["perplexity"] for name in names for run in data["arms"][name]["runs"].values()
@@ -320,7 +348,7 @@ def length(data: Data) -> Figure:
         _grid(ax)
     left.set_ylabel(f"perplexity / {control}'s")
     right.set_ylabel("CR: tokens / entries")
-    left.legend(fontsize=9)
+    left.legend(fontsize=9, loc="center")
     return figure
 
 
@@ -426,7 +454,7 @@ def copying(data: Data) -> Figure:
 
 
 FIGURES: dict[str, Callable[[Data], Figure]] = {
-    "quality": quality, "steps": steps, "heads": heads, "tokens": tokens, "sample": sample,
+    "quality": quality, "steps": steps, "distance": distance, "heads": heads, "tokens": tokens, "sample": sample,
     "length": length, "kinds": kinds, "ablations": ablations, "copying": copying,
 }  # fmt: skip
 
