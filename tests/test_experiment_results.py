@@ -270,13 +270,12 @@ def test_nothing_is_measured_twice_and_parts_are_kept(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         analyse.measure("eviction", run, bench)
     assert (
-        "eviction"
-        not in results.collect(tmp_path / "none", tmp_path, 8)["measured"]["dmc-4x-seed1"]
+        "eviction" not in results.collect(tmp_path / "none", tmp_path)["measured"]["dmc-4x-seed1"]
     )
     for _ in range(2):
         analyse.measure("eviction", run, bench)
     assert calls[3:] == ["a", "b", "b", "c"]
-    found = results.collect(tmp_path / "none", tmp_path, 8)["measured"]["dmc-4x-seed1"]
+    found = results.collect(tmp_path / "none", tmp_path)["measured"]["dmc-4x-seed1"]
     assert list(found["eviction"]) == ["a", "b", "c"] and found["whole"] == {"value": 1}
 
 
