@@ -41,14 +41,17 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, ...")
     group.add_argument("--device", help="default: the GPU if there is one")
     group.add_argument("--max-model-len", type=int, help="longest sequence; default: the model's")
-    group.add_argument("--max-num-seqs", type=int, default=64, help="requests that run at a time")
     group.add_argument(
-        "--max-num-batched-tokens", type=int, default=2048, help="tokens computed in a step"
+        "--max-num-seqs", type=int, default=64, help="requests that run at a time (default: 64)"
     )
-    group.add_argument("--block-size", type=int, default=16, help="slots per page")
+    group.add_argument(
+        "--max-num-batched-tokens", type=int, default=2048,
+        help="tokens computed in a step (default: 2048)",
+    )  # fmt: skip
+    group.add_argument("--block-size", type=int, default=16, help="slots per page (default: 16)")
     group.add_argument(
         "--gpu-memory-utilization", type=float, default=0.9,
-        help="part of the GPU's memory to use, model included",
+        help="part of the GPU's memory to use, model included (default: 0.9)",
     )  # fmt: skip
     group.add_argument("--kv-cache-memory-bytes", type=int, help="size of the cache; or")
     group.add_argument("--num-pages", type=int, help="size of the cache in pages")
@@ -78,18 +81,21 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--cudagraph-capture-sizes", type=int, nargs="+", metavar="N",
         help="batch sizes that get a CUDA graph (default: 1, 2, 4, 8, 16, ... up to --max-num-seqs)",
     )  # fmt: skip
-    group.add_argument("--seed", type=int, default=0, help="of requests that bring none")
+    group.add_argument(
+        "--seed", type=int, default=0, help="of requests that bring none (default: 0)"
+    )
 
 
 def add_parallel_arguments(group: argparse._ActionsContainer) -> None:
     """Tensor parallelism."""
     group.add_argument(
         "--tensor-parallel-size", "-tp", type=int, default=1, metavar="N",
-        help="processes that share the heads; started by this command, or by torchrun",
+        help="processes that share the heads; started by this command, or by torchrun (default: 1)",
     )  # fmt: skip
     group.add_argument(
         "--distributed-timeout-seconds", type=float, default=60, metavar="S",
-        help="a process that takes longer over its part of a step is given up, and the engine with it",
+        help="a process that takes longer over its part of a step is given up, and the engine with it "
+        "(default: 60)",
     )  # fmt: skip
 
 
