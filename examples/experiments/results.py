@@ -212,14 +212,17 @@ def baselines_table(data: Data) -> str:
     head = ["model", "method", "CR over time", "CR at the end", "perplexity", "/ uncompressed"]
     rows = []
     for arm in ("base", "continued"):
-        for result in measured(data, arm, "eviction")[:1]:
-            plain = result["none"]["perplexity"]
-            rows.append([arm, "none", "1.00", "1.00", f"{plain:.3f}", "1.000"])
-            for key, row in sorted(result.items()):
-                if key != "none":
-                    rows.append([arm, f"{row['policy']}, {row['budget']} entries",
-                                 f"{row['mean_cr']:.2f}", f"{row['final_cr']:.2f}",
-                                 f"{row['perplexity']:.3f}", f"{row['perplexity'] / plain:.3f}"])  # fmt: skip
+        found = measured(data, arm, "eviction")
+        plain = [result["none"]["perplexity"] for result in found]
+        if found:
+            rows.append([arm, "none", "1.00", "1.00", spread(plain), "1.000"])
+        for key in sorted(found[0].keys() - {"none"}) if found else ():
+            of_seeds = [result[key] for result in found]
+            perplexity = [row["perplexity"] for row in of_seeds]
+            rows.append([arm, f"{of_seeds[0]['policy']}, {of_seeds[0]['budget']} entries",
+                         spread([row["mean_cr"] for row in of_seeds], 2),
+                         spread([row["final_cr"] for row in of_seeds], 2),
+                         spread(perplexity), ratio(perplexity, plain)])  # fmt: skip
     control = [r["perplexity"] for r in measured(data, "continued", "cache")]
     for arm in arm_order(data, group(data, "quality")):
         found = measured(data, arm, "cache")
