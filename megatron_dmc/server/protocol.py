@@ -1,17 +1,9 @@
-"""What clients send: OpenAI's parameters, and vLLM's beyond them, checked here.
-
-A field that cannot change the answer is taken and ignored, as vLLM does, and logged once. One that would
-is refused by its path; its neutral value is taken, so that clients which always send it still work.
-"""
+"""What clients send: OpenAI's parameters, and vLLM's beyond them, checked here."""
 
 import copy
-import difflib
-import logging
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     PlainValidator,
     WithJsonSchema,
@@ -21,18 +13,14 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from megatron_dmc.engine.sampling_params import MAX_LOGPROBS, SamplingParams
-
-logger = logging.getLogger(__name__)
+from megatron_dmc.server.fields import UNSUPPORTED, LenientModel
 
 MAX_COMPLETIONS = 128
 """Completions per prompt, at most."""
 MAX_MESSAGES = 2**14
 """Turns of a conversation, and parts of a turn, at most."""
-MAX_FIELDS = 256
-"""Fields of one object, at most."""
 MAX_BIASES = 1024
 """Tokens of a request with a bias, at most."""
-_MAX_LOGGED = 100
 
 type Text = Annotated[str, Field(min_length=1, max_length=4096)]
 type TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -81,112 +69,8 @@ type Prompts = Annotated[
     list[str | list[int]], PlainValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)
 ]
 
-_UNSUPPORTED: dict[str, tuple] = {
-    # OpenAI's
-    "best_of": (),
-    "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-    "max_completion_tokens": (),
-    "web_search_options": (),
-    # vLLM's
-    "use_beam_search": (False,),
-    "length_penalty": (1,),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "logits_processors": ([],),
-    "prompt_logprobs": (),
-    "prompt_embeds": (),
-    "truncate_prompt_tokens": (-1,),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "spaces_between_special_tokens": (True,),
-    "detokenize": (True,),
-    "thinking_token_budget": (),
-    "chat_template": (),
-    "continue_final_message": (False,),
-    "documents": ([],),
-    "echo": (False,),
-    # other servers'
-    "regex": (),
-    "grammar": ("",),
-    "json_schema": (),
-    "ebnf": (),
-    "max_new_tokens": (),
-    "no_repeat_ngram_size": (0,),
-    "typical_p": (1,),
-    "mirostat": (0,),
-}
-"""Parameters that would change the answer and that the engine lacks: the values, besides null, that ask
-for nothing."""
 
-_logged: set[tuple[str, str]] = set()
-
-
-class _Lenient(BaseModel):
-    """An object of a request: unknown fields are ignored, unless they would change the answer."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    unsupported: ClassVar[dict[str, tuple]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        if len(values) > MAX_FIELDS:
-            raise PydanticCustomError(
-                "too_many_fields",
-                "{number} fields in one object; use fewer",
-                {"number": len(values)},
-            )
-        kept = {}
-        for name, value in values.items():
-            if name in cls.model_fields:
-                if value is not None or cls.model_fields[name].is_required():
-                    kept[name] = value  # null is the default
-            elif name in cls.unsupported:
-                if value is not None and not cls._is_neutral(name, value, values):
-                    raise PydanticCustomError(
-                        "not_supported",
-                        "not supported by this server; leave it out",
-                        {"name": name},
-                    )
-            else:
-                cls._ignore(name, value)
-        return kept
-
-    @classmethod
-    def _is_neutral(cls, name: str, value: Any, values: dict[str, Any]) -> bool:
-        """Whether an unsupported field asks for nothing."""
-        return any(value == neutral for neutral in cls.unsupported[name])
-
-    @classmethod
-    def _ignore(cls, name: str, value: Any) -> None:
-        known = [*cls.model_fields, *cls.unsupported]
-        near = difflib.get_close_matches(name, known, 1, 0.85) if len(name) < 40 else []
-        if near:
-            raise PydanticCustomError(
-                "misspelled",
-                "this server does not know the field; did you mean {near}?",
-                {"name": name, "near": near[0]},
-            )
-        field = (cls.__name__, name[:60])
-        if value not in (None, [], {}) and field not in _logged and len(_logged) < _MAX_LOGGED:
-            _logged.add(field)
-            logger.warning("%s: the field %r is ignored (said once)", *field)
-
-
-class StreamOptions(_Lenient):
+class StreamOptions(LenientModel):
     """Where a stream has token counts."""
 
     include_usage: bool | None = Field(None, description="Send the token counts in a last chunk.")
@@ -195,10 +79,10 @@ class StreamOptions(_Lenient):
     )
 
 
-class _SamplingRequest(_Lenient):
+class _SamplingRequest(LenientModel):
     """What both kinds of completions share."""
 
-    unsupported = _UNSUPPORTED
+    unsupported = UNSUPPORTED
 
     model: str | None = Field(None, description="A name that /v1/models lists; default: the first.")
     n: int | None = Field(None, ge=1, le=MAX_COMPLETIONS, description="Completions per prompt.")
@@ -338,14 +222,14 @@ class CompletionRequest(_SamplingRequest):
         return self.prompt
 
 
-class TextPart(_Lenient):
+class TextPart(LenientModel):
     """A part of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(_Lenient):
+class Message(LenientModel):
     """A turn of the conversation."""
 
     unsupported = {
