@@ -31,6 +31,8 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     """Largest token id + 1."""
+    longest_token_bytes: int
+    """UTF-8 bytes of the longest token, at least; servers bound a text's tokens with it."""
     bos_id: int | None
     eos_id: int | None
 
@@ -55,6 +57,8 @@ class SentencePieceTokenizer:
         except (OSError, RuntimeError) as e:
             raise CheckpointError(f"{file}: not a sentencepiece model ({e}); copy it again") from e
         self.vocab_size: int = self._model.vocab_size()
+        pieces = self._model.id_to_piece(list(range(self.vocab_size)))
+        self.longest_token_bytes = max(len(piece.encode()) for piece in pieces)
         bos, eos = self._model.bos_id(), self._model.eos_id()
         self.bos_id: int | None = bos if bos >= 0 else None
         self.eos_id: int | None = eos if eos >= 0 else None
@@ -86,7 +90,9 @@ class HuggingFaceTokenizer:
         except Exception as e:  # transformers raises many kinds
             reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
             raise CheckpointError(f"{folder}: no tokenizer can be read from it ({reason})") from e
-        self.vocab_size: int = max(self.inner.get_vocab().values()) + 1
+        vocab = self.inner.get_vocab()
+        self.vocab_size: int = max(vocab.values()) + 1
+        self.longest_token_bytes = max(len(piece.encode()) for piece in vocab)
         self.bos_id: int | None = self.inner.bos_token_id
         self.eos_id: int | None = self.inner.eos_token_id
 
