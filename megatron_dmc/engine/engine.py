@@ -27,6 +27,7 @@ from megatron_dmc.engine.scheduler import ScheduledChunk, Scheduler
 from megatron_dmc.engine.stats import Counters, EngineStats
 from megatron_dmc.engine.tensor_parallel import Command, TensorParallel
 from megatron_dmc.errors import EngineDead, InvalidRequest, UnsupportedConfig
+from megatron_dmc.ops.tensors import take_rows
 
 
 class LLMEngine:
@@ -260,9 +261,10 @@ class LLMEngine:
                 sampling.append(request)
                 sample_rows.append(rows.pop())
             if rows:
-                self._record_prompt_logprobs(request, chunk.start + offsets[0], logits_XV[rows])
+                logits = take_rows(logits_XV, rows)
+                self._record_prompt_logprobs(request, chunk.start + offsets[0], logits)
             request.num_computed_tokens = chunk.end
-        tokens = self._sample(logits_XV[sample_rows], sampling) if sampling else []
+        tokens = self._sample(take_rows(logits_XV, sample_rows), sampling) if sampling else []
         # the device is done: the counts wait for nothing more
         self.context.settle()
         self._counters.peak_pages = max(self._counters.peak_pages, self._pages_in_use)

@@ -15,7 +15,7 @@ from megatron_dmc.engine.chunks import PackedChunk
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.decode_graphs import Capture, CudaGraphs, DecodeGraphs
 from megatron_dmc.engine.scheduler import ScheduledChunk
-from megatron_dmc.ops.tensors import to_device
+from megatron_dmc.ops.tensors import take_rows, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +109,7 @@ class ModelRunner:
         self.context.begin_step(packed)
         graphs = self._graphs
         if graphs is not None and len(packed) == len(decode_rows) <= graphs.largest:
-            logits_XV = graphs.run(token_ids, positions, decode_rows)
-            if logit_rows != list(range(len(packed))):
-                logits_XV = logits_XV[self._on_device([logit_rows])[0]]
+            logits_XV = take_rows(graphs.run(token_ids, positions, decode_rows), logit_rows)
         else:
             parts = (token_ids, positions, decode_rows, logit_rows)
             ids_T, positions_T, rows_B, rows_X = self._on_device(parts)

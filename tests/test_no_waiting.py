@@ -1,0 +1,112 @@
+"""A decode step asks the device nothing but the sampled tokens, and launches what it must; on a GPU that
+computes nothing (`fake_gpu`). `tests/test_engine_gpu.py` has the same on a real one."""
+
+import pytest
+import torch
+from fake_gpu import (
+    MadeUpCopy,
+    NoWaiting,
+    engine_on_fake_gpu,
+    fake_gpu,
+    move_to_fake_gpu,
+    small_model,
+)
+from test_decode_graphs import Recorder
+from test_model_in_engine import VOCAB
+
+from megatron_dmc import SamplingParams
+from megatron_dmc.engine.context import PagedContext
+from megatron_dmc.engine.model_runner import ModelRunner
+from megatron_dmc.engine.rule import CompressionRule
+
+EVERYTHING = [
+    {"temperature": 0},
+    {"temperature": 0.7, "seed": 3},
+    {"temperature": 1.0, "top_p": 0.9, "top_k": 5, "min_p": 0.01},
+    {
+        "temperature": 0,
+        "repetition_penalty": 1.2,
+        "frequency_penalty": 0.1,
+        "presence_penalty": 0.2,
+    },
+    {"temperature": 0, "logit_bias": {3: 1.0, 7: -2.0}, "logprobs": 2},
+    {"temperature": 0.5, "allowed_token_ids": [3, 4, 5], "logprobs": 0},
+    {"temperature": 0, "min_tokens": 9, "stop_token_ids": [5]},
+]
+"""Of each kind of sampling one request."""
+
+
+@pytest.mark.parametrize(
+    "rule, stored",
+    [({}, None), ({}, torch.int8), ({"merge_window": 4}, None), ({"shared_decisions": True}, None)],
+    ids=str,
+)
+def test_the_model_asks_the_device_nothing(rule, stored, monkeypatch):
+    """Megatron's model and the cache: no value is read, no shape depends on one."""
+    model, _ = small_model(rule.get("merge_window", 0))
+    with fake_gpu(monkeypatch) as called:
+        move_to_fake_gpu(model)
+        context = PagedContext(
+            num_layers=3, num_kv_heads=2, head_dim=64, num_pages=64, page_size=16, max_num_seqs=8,
+            max_model_len=128, dtype=torch.bfloat16, device="cuda", backend="cuda",
+            rule=CompressionRule(alpha_offset=5.0, **rule), count_flips=True, cache_dtype=stored,
+        )  # fmt: skip
+        runner = ModelRunner(model, context, vocab_size=VOCAB, device="cuda")
+        inputs = [torch.zeros(5, dtype=torch.int64, device="cuda") for _ in range(3)]
+        with NoWaiting() as mode:
+            logits = runner._forward(*inputs, None)
+        assert logits.shape[0] == 5 and logits.device.type == "cuda"
+        assert len(mode.calls) > 50
+    assert called == ["plan"] + ["decode_append", "paged_decode_attention"] * 3
+
+
+WAITS = {
+    "list index": lambda x: x[[0, 1]],
+    "list index, assigned": lambda x: x.__setitem__([0, 1], torch.zeros(8, device="cuda")),
+    "number through indices": lambda x: x.__setitem__(torch.zeros(2, device="cuda").long(), 1.0),
+    "torch.tensor": lambda x: torch.tensor([1, 2], device="cuda"),
+    "new_tensor": lambda x: x.new_tensor([1.0]),
+    "pageable copy": lambda x: x.copy_(torch.zeros(4, 8), non_blocking=True),
+    "blocking copy": lambda x: x.copy_(torch.zeros(4, 8).pin_memory()),
+    "to the host": lambda x: x.cpu(),
+    "item": lambda x: x[0, 0].item(),
+    "tolist": lambda x: x.tolist(),
+    "condition": lambda x: bool((x > 0).any()),
+    "mask": lambda x: x[x > 0],
+    "nonzero": lambda x: x.nonzero(),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_the_guard_catches(name, monkeypatch):
+    with fake_gpu(monkeypatch):
+        x = torch.zeros(4, 8, device="cuda")
+        with (
+            NoWaiting(),
+            pytest.raises(Exception, match="host waits|local_scalar_dense|nonzero|data-dependent"),
+        ):
+            WAITS[name](x)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_decode_step_waits_for_the_sampled_tokens_alone(captured, monkeypatch):
+    """The engine's whole step: scheduling, model, sampler, page accounting."""
+    model, description = small_model()
+    with fake_gpu(monkeypatch) as called:
+        engine = engine_on_fake_gpu(model, description)
+        if captured:
+            engine.runner.capture([8], Recorder(), progress=False)
+        for i, params in enumerate(EVERYTHING):
+            # prompts of one token: the first step decodes as the others do
+            engine.add_request(str(i), [i + 2], SamplingParams(max_tokens=9, **params))
+        for _ in range(3):
+            called.clear()
+            MadeUpCopy.read_shapes.clear()
+            with NoWaiting():
+                outputs = engine.step()
+            assert len(outputs) == len(EVERYTHING)
+            assert called == ["plan"] + ["decode_append", "paged_decode_attention"] * 3
+            # tokens; log-probabilities of two requests; then the counts, of which nothing is left to do
+            tokens, counts = MadeUpCopy.read_shapes
+            assert tokens == [(7,), (2,), (2,), (2, 2), (2, 2)]
+            assert counts == [(2,), (3, 8, 2)]
