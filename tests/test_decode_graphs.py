@@ -121,7 +121,7 @@ def test_heads_that_decide_together_are_captured_too():
     ]
     results = []
     for graphs in (False, True):
-        llm = LLM(loaded, max_num_seqs=4)
+        llm = LLM(loaded, max_num_seqs=4, device="cpu")
         if graphs:
             recorder = with_graphs(llm.engine, [4])
         outputs = llm.generate(prompts, greedy_params(10), use_tqdm=False)

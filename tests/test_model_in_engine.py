@@ -83,7 +83,7 @@ def test_greedy_generation_and_reported_cr(window):
     loaded = random_model(dmc=dmc)
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(0, VOCAB, (n,), generator=generator).tolist() for n in (1, 5, 17, 30)]
-    llm = LLM(loaded, max_num_batched_tokens=9, max_num_seqs=3)
+    llm = LLM(loaded, max_num_batched_tokens=9, max_num_seqs=3, device="cpu")
     params = SamplingParams(temperature=0, max_tokens=12)
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     trace = DecisionTrace(loaded.model)
