@@ -160,8 +160,6 @@ def engine_on_fake_gpu(model, description, **options):
     config = EngineConfig(
         max_model_len=128, num_pages=256, page_size=16, max_num_seqs=8, enforce_eager=True
     )
-    engine = LLMEngine(
-        model, description, None, config, dtype=torch.bfloat16, device="cuda", eos_id=1, **options
-    )
+    engine = LLMEngine(model, description, None, config, dtype=torch.bfloat16, eos_id=1, **options)
     MadeUpCopy.tables = engine.context.tables
     return engine

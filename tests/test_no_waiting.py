@@ -1,6 +1,8 @@
 """A decode step asks the device nothing but the sampled tokens, and launches what it must; on a GPU that
 computes nothing (`fake_gpu`). `tests/test_engine_gpu.py` has the same on a real one."""
 
+import functools
+
 import pytest
 import torch
 from fake_gpu import (
@@ -15,6 +17,7 @@ from test_decode_graphs import Recorder
 from test_model_in_engine import VOCAB
 
 from megatron_dmc import SamplingParams
+from megatron_dmc.bench import imposed
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.model_runner import ModelRunner
 from megatron_dmc.engine.rule import CompressionRule
@@ -110,3 +113,45 @@ def test_a_decode_step_waits_for_the_sampled_tokens_alone(captured, monkeypatch)
             tokens, counts = MadeUpCopy.read_shapes
             assert tokens == [(7,), (2,), (2,), (2, 2), (2, 2)]
             assert counts == [(2,), (3, 8, 2)]
+
+
+def operations(calls):
+    """Without views and allocations, which launch nothing."""
+    views = (
+        "view", "_unsafe_view", "t", "detach", "expand", "unsqueeze", "squeeze.dim", "select.int",
+        "slice.Tensor", "split.Tensor", "split_with_sizes", "transpose.int", "unbind.int",
+        "empty.memory_format",
+    )  # fmt: skip
+    return [name for name in calls if name not in views]
+
+
+@pytest.mark.parametrize("imposes", [False, True])
+def test_operations_of_a_decode_step(imposes, monkeypatch):
+    """A linear layer is one product of all tokens, an MLP has no operation that does nothing, and imposed
+    decisions are one launch a step."""
+    imposed_kernel = pytest.importorskip("megatron_dmc.bench.imposed_kernel")
+    model, description = small_model()
+    decisions = imposed.ImposedDecisions.of(imposed.spread_weights(3, 2), 4.0, num_tokens=100)
+    options = {
+        "make_context": functools.partial(
+            imposed.ImposingContext, decisions=decisions, max_num_batched_tokens=64
+        )
+    }
+    with fake_gpu(monkeypatch) as called:
+        fake = torch.zeros(3, 1, 2, dtype=torch.int64, device="cuda")
+        monkeypatch.setattr(imposed.ImposedDecisions, "thresholds", lambda *args: (fake, fake))
+        monkeypatch.setattr(imposed_kernel, "decide", lambda *args: called.append("decide"))
+        engine = engine_on_fake_gpu(model, description, **(options if imposes else {}))
+        for i in range(2):
+            params = SamplingParams(temperature=0, max_tokens=9)
+            engine.add_request(str(i), [i + 2], params)
+        engine.step()
+        called.clear()
+        with NoWaiting() as mode:
+            engine.step()
+    layer = ["_fused_rms_norm", "mm", "clone", "mm", "add_.Tensor"]  # clone: queries of a group
+    layer += ["_fused_rms_norm", "mm", "silu", "mul.Tensor", "mm", "add_.Tensor"]
+    end = ["_fused_rms_norm", "index.Tensor", "mm", "_to_copy", "argmax"]
+    assert operations(mode.calls) == ["_to_copy", "embedding", *layer * 3, *end]
+    kernels = ["plan"] + ["decode_append", "paged_decode_attention"] * 3
+    assert called == (["decide"] if imposes else []) + kernels
