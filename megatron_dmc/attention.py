@@ -147,6 +147,9 @@ class DMCSelfAttention(SelfAttention):
         if attention_bias is not None:
             raise UnsupportedConfig("DMC attention takes no attention bias: the kernel has none")
         context = inference_context if inference_context is not None else inference_params
+        if context is not None:
+            # Megatron's embedding leaves strides with which a product of the tokens becomes one for each
+            hidden_states = hidden_states.flatten(0, 1).unsqueeze(1)
         q_TBND, k_TBGD, v_TBGD = self.get_query_key_value_tensors(hidden_states)
         if self.config.dmc.compresses and self.config.dmc.importance == "constant":
             # a logit of 0 for every token, in the engine's kernels too; the rows get no gradient

@@ -142,7 +142,9 @@ def test_experts_on_several_cpus_are_refused(tmp_path):
 def test_two_ranks_do_what_one_does(case, tmp_path):
     """Tensor parallel in the engine: biases and QK-norm are split as Megatron splits them."""
     save(CASES[case], tmp_path)
-    llm = LLM(str(tmp_path), dtype="float64", block_size=4, max_model_len=64, max_num_seqs=4)
+    llm = LLM(
+        str(tmp_path), dtype="float64", block_size=4, max_model_len=64, max_num_seqs=4, device="cpu"
+    )
     params = [
         SamplingParams(temperature=0, max_tokens=12)
         if i % 2

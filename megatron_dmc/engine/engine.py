@@ -16,7 +16,7 @@ from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.decision_record import DecisionRecord
 from megatron_dmc.engine.detokenizer import IncrementalDetokenizer, find_stop
 from megatron_dmc.engine.logit_rules import bad_words_token_ids, check_token_ids
-from megatron_dmc.engine.model_runner import ModelRunner
+from megatron_dmc.engine.model_runner import ModelRunner, device_of_weights
 from megatron_dmc.engine.outputs import output_of
 from megatron_dmc.engine.prompts import read_prompt
 from megatron_dmc.engine.request import Request, RequestOutput, RequestStatus
@@ -27,18 +27,20 @@ from megatron_dmc.engine.scheduler import ScheduledChunk, Scheduler
 from megatron_dmc.engine.stats import Counters, EngineStats
 from megatron_dmc.engine.tensor_parallel import Command, TensorParallel
 from megatron_dmc.errors import EngineDead, InvalidRequest, UnsupportedConfig
+from megatron_dmc.ops.tensors import take_rows
 
 
 class LLMEngine:
     """Generates for many requests at a time with continuous batching over a paged cache.
 
     Args:
-        model: Megatron's GPTModel whose attention calls `PagedContext.attend`, on `device`.
+        model: Megatron's GPTModel whose attention calls `PagedContext.attend`.
         description: `num_layers, num_query_groups, kv_channels, vocab_size,
             max_position_embeddings, dmc`.
         tokenizer: `encode, decode, bos_id, eos_id`; None: token ids only, no texts.
         config: sizes.
         dtype: the model's.
+        device: of the cache and of all computation; default: where the model's weights are.
         enable_dmc: None: as the model. False: never merge (the borrowed channel of a DMC model still
             carries no content). True: refuse a plain model.
         eos_id: end-of-text token; default: the tokenizer's.
@@ -56,12 +58,13 @@ class LLMEngine:
         config: EngineConfig,
         *,
         dtype: torch.dtype,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         enable_dmc: bool | None = None,
         eos_id: int | None = None,
         parallel: TensorParallel | None = None,
         make_context: Callable[..., PagedContext] = PagedContext,
     ):
+        device = device_of_weights(model, device)
         num_ranks = 1 if parallel is None else parallel.size
         heads_per_rank = description.num_query_groups // num_ranks
         num_heads = description.num_layers * heads_per_rank
@@ -113,7 +116,7 @@ class LLMEngine:
         )
         # eviction's PyTorch selects by masks, which a graph cannot
         eager = config.enforce_eager or evicts or config.cache_policy is not None
-        if torch.device(device).type == "cuda" and not eager:
+        if device.type == "cuda" and not eager:
             self.runner.capture_on_gpu(
                 config.graph_sizes(), progress=parallel is None or parallel.rank == 0
             )
@@ -260,9 +263,10 @@ class LLMEngine:
                 sampling.append(request)
                 sample_rows.append(rows.pop())
             if rows:
-                self._record_prompt_logprobs(request, chunk.start + offsets[0], logits_XV[rows])
+                logits = take_rows(logits_XV, rows)
+                self._record_prompt_logprobs(request, chunk.start + offsets[0], logits)
             request.num_computed_tokens = chunk.end
-        tokens = self._sample(logits_XV[sample_rows], sampling) if sampling else []
+        tokens = self._sample(take_rows(logits_XV, sample_rows), sampling) if sampling else []
         # the device is done: the counts wait for nothing more
         self.context.settle()
         self._counters.peak_pages = max(self._counters.peak_pages, self._pages_in_use)

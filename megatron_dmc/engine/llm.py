@@ -9,6 +9,7 @@ import torch
 from megatron_dmc.engine.config import EngineConfig, parse_kv_cache_dtype
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.engine import LLMEngine
+from megatron_dmc.engine.model_runner import device_of_weights
 from megatron_dmc.engine.request import RequestOutput
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.engine.scheduler import SchedulingPolicy
@@ -58,7 +59,7 @@ class LLM:
             those it started: every process then makes an `LLM`, and all but rank 0 call `follow`.
         distributed_timeout_seconds: a process that takes longer over its part of a step is given up.
         seed: of requests without a seed.
-        device: default: the GPU if there is one.
+        device: default: where the weights of a loaded model are, else the GPU if there is one.
         make_context: see `LLMEngine`.
     """
 
@@ -99,7 +100,9 @@ class LLM:
         cache_dtype = parse_kv_cache_dtype(kv_cache_dtype)
         chosen = block_size if block_size is not None else page_size
         page_size = 16 if chosen is None else chosen
-        if device is None:
+        if hasattr(model, "description"):
+            device = device_of_weights(model.model, device)
+        elif device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(device)
         parallel = None
