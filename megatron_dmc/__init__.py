@@ -8,9 +8,9 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     # Lazily: the engine imports Megatron, which takes seconds.
     if name in ("LLM", "AsyncLLM", "SamplingParams"):
-        from megatron_dmc.quiet import importing_quietly
+        from megatron_dmc.quiet import quietly
 
-        with importing_quietly():
+        with quietly():
             import megatron_dmc.engine
 
             return getattr(megatron_dmc.engine, name)

@@ -1,7 +1,8 @@
 """Warnings of Megatron and torch that say nothing to a user of this package.
 
 They are about accelerator packages that are absent, which is normal, and about choices that are not the
-user's. Entry points silence them for the process; importing the package does so only while it imports.
+user's. Entry points silence them for the process; the package only while it imports Megatron or loads a
+model.
 """
 
 import contextlib
@@ -32,9 +33,9 @@ def silence_optional_packages() -> None:
 
 
 @contextlib.contextmanager
-def importing_quietly() -> Iterator[None]:
-    """Within, what other packages warn of when they are imported is not heard; afterwards filters and
-    levels are as they were."""
+def quietly() -> Iterator[None]:
+    """Within, other packages' warnings (of their import, of building a model) are not heard; afterwards
+    filters and levels are as they were."""
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(?!megatron_dmc)")

@@ -13,6 +13,7 @@ from megatron.core.num_microbatches_calculator import (
     destroy_num_microbatches_calculator,
     init_num_microbatches_calculator,
 )
+from megatron.core.rerun_state_machine import RerunMode
 from megatron.training import (
     arguments,
     get_args,
@@ -166,3 +167,10 @@ def evaluate_at_the_end_alone(args: Namespace) -> None:
     that there is then no evaluation during training. Mutates `args.eval_interval`."""
     if args.eval_interval is None:
         args.eval_interval = sys.maxsize
+
+
+def name_rerun_mode(args: Namespace) -> None:
+    """`--rerun-mode report_stats` is called otherwise where Megatron 0.19.2 reads it. Mutates
+    `args.rerun_mode`."""
+    if args.rerun_mode == "report_stats":
+        args.rerun_mode = RerunMode.REPORT_DETERMINISM_STATS.value

@@ -146,6 +146,7 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, DMCTransformerConfi
     settle_paths(args)
     repairs.ramp_up_batch_size(args)
     repairs.evaluate_at_the_end_alone(args)
+    repairs.name_rerun_mode(args)
     return args, config
 
 
