@@ -92,14 +92,13 @@ def test_what_is_not_installed_is_refused_by_name(monkeypatch):
 
 @pytest.mark.dist
 def test_a_bare_gpu_machine_trains(tmp_path):
-    """As `pretrain_dmc.py` would on a GPU without Transformer Engine and Apex: CUDA is said to be there
-    (after the CPU took its place), and only the backend and the initialisation are named."""
+    """With the defaults of a GPU without Transformer Engine and Apex; only the backend and the
+    initialisation are named, since the CPU stands in for the GPU."""
     program = tmp_path / "gpu.py"
     program.write_text(
-        "import torch\n"
-        "from megatron_dmc.training import cpu_adapter, run\n"
-        "cpu_adapter.install()\n"
-        "torch.cuda.is_available = lambda: True\n"
+        "from megatron_dmc.training import accelerators, run\n"
+        f"found = accelerators.{NOTHING}\n"
+        "accelerators.Accelerators.found = classmethod(lambda cls: found)\n"
         "run.main()\n"
     )
     done = pretrain(
@@ -286,6 +285,7 @@ def test_a_repeated_step_draws_the_same_noise():
     run = Forked(*RETROFIT, "--train-iters", "3", "--rerun-mode", "report_stats").wait()
     assert run.returncode == 0, run.stderr[-3000:]
     assert len(logged(run.stdout, "lm loss")) == 3
+    assert "samples, all identical" in run.stdout and "rel. variability" not in run.stdout
 
 
 def test_keys_of_a_repeated_step(monkeypatch):
@@ -367,7 +367,7 @@ def test_output_of_a_run(tmp_path):
     assert "cr PPL" not in run.stdout and "compression loss PPL" not in run.stdout
     warned = [line for line in run.stderr.splitlines() if "Warning" in line]
     assert not [w for w in warned if "Transformer Engine" in w or "Apex" in w], warned
-    assert "target_cr" in run.stdout and "adam_eps" not in run.stdout
+    assert "\n  dmc_target_cr " in run.stdout and "\n  adam_eps " not in run.stdout
 
 
 def test_importing_is_quiet():
