@@ -302,11 +302,10 @@ class DMCSelfAttention(SelfAttention):
         return noise * self.config.dmc.noise_scale
 
     def _zero_out_scale(self, key: GateKey | None) -> float:
-        dmc = self.config.dmc
         if key is None:
             return 0.0
         return zero_out_scale(
-            key.step, steps=dmc.zero_out_steps or 0, fraction=dmc.zero_out_fraction
+            key.done, steps=key.length, fraction=self.config.dmc.zero_out_fraction
         )
 
     def _zero_faded_rows(self, linear_qkv, prefix: str, keep_vars: bool) -> None:

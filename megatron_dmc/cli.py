@@ -5,13 +5,12 @@ modules are imported when it runs, so that `--help` is quick. Add the function t
 """
 
 import argparse
-import logging
 import sys
-import warnings
 from collections.abc import Callable
 
 from megatron_dmc import __version__
 from megatron_dmc.errors import DMCError, EngineDead
+from megatron_dmc.quiet import silence_optional_packages
 
 type Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -262,16 +261,6 @@ def build_parser() -> argparse.ArgumentParser:
     for add in SUBCOMMANDS:
         add(subparsers)
     return parser
-
-
-def silence_optional_packages() -> None:
-    """Megatron and torch warn about accelerator packages that are absent, and about choices that are not
-    the user's; that is normal."""
-    absent = "Transformer Engine|transformer-engine|Apex"
-    warnings.filterwarnings("ignore", message=f".*({absent})", category=UserWarning)
-    warnings.filterwarnings("ignore", message="full scope is deprecated", category=UserWarning)
-    for name in ("torch.utils.cpp_extension", "megatron.core.models.gpt.gpt_model"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def main(argv: list[str] | None = None) -> int:

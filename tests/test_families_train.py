@@ -111,7 +111,7 @@ def test_megatron_trains_what_was_converted(case, tmp_path):
     convert(None, "megatron", tmp_path / "hf", tmp_path / "m")
     run = Forked(
         *flags_of(tmp_path / "m"), "--pretrained-checkpoint", str(tmp_path / "m"),
-        "--dmc-stage", "retrofit", "--dmc-target-cr", "2", "--mock-data", "--seq-length", "32",
+        "--dmc-stage", "retrofit", "--dmc-target-cr", "2", "--dmc-no-stage-check", "--mock-data", "--seq-length", "32",
         "--micro-batch-size", "2", "--global-batch-size", "2", "--lr", "1e-3", "--train-iters", "2",
         "--weight-decay", "0", "--eval-iters", "0", "--eval-interval", "9", "--log-interval", "1",
         "--save", str(tmp_path / "saved"), "--save-interval", "2", "--ckpt-format", "torch_dist",

@@ -1,6 +1,7 @@
 """Tokenizers as the engine and the tools use them, and where checkpoints keep them."""
 
 import json
+import logging
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any, Protocol
 
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.errors import CheckpointError
+
+_logger = logging.getLogger(__name__)
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 TOKENIZER_FOLDER = "tokenizer"
@@ -170,6 +173,11 @@ def find_tokenizer(path: str | Path, args: Namespace | None = None) -> Path | No
             (place / name).is_file() for name in (SENTENCEPIECE_FILE, *_FAST_FILES)
         ):
             return place
+    if trained_with := getattr(args, "tokenizer_model", None):
+        _logger.warning(
+            "%s: has no tokenizer, and the one that it was trained with is not at %s (from %s); copy it to "
+            "%s or name it", path, trained_with, Path.cwd(), Path(path) / TOKENIZER_FOLDER,
+        )  # fmt: skip
     return None
 
 

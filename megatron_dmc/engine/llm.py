@@ -17,6 +17,7 @@ from megatron_dmc.engine.start import ended_on_failure, start_ranks
 from megatron_dmc.engine.stats import EngineStats
 from megatron_dmc.errors import EngineDead, InvalidRequest, UnsupportedConfig
 from megatron_dmc.ops.kv_pages import entry_bytes
+from megatron_dmc.quiet import quietly
 
 _DTYPES = {
     "float64": torch.float64,
@@ -116,12 +117,13 @@ class LLM:
 
                 tokenizer = load_tokenizer(tokenizer)
             if not hasattr(model, "description"):
-                from megatron_dmc.models import load_model
+                with quietly():
+                    from megatron_dmc.models import load_model
 
-                model = load_model(
-                    model, device=device, dtype=parse_dtype(dtype),
-                    tensor_parallel_size=tensor_parallel_size,
-                )  # fmt: skip
+                    model = load_model(
+                        model, device=device, dtype=parse_dtype(dtype),
+                        tensor_parallel_size=tensor_parallel_size,
+                    )  # fmt: skip
             description = model.description
             gpt = model.model
             model_dtype = next(gpt.parameters()).dtype
