@@ -5,20 +5,15 @@ names are those of Megatron-Core's GPTModel, of the local or of the Transformer 
 The released DMC checkpoints have this format (NVIDIA/Megatron-LM, branch dmc: `save_checkpoint`).
 """
 
-import io
 import re
-import signal
 from argparse import Namespace
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from megatron.core.enums import ModelType
-from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 
+from megatron_dmc.checkpoint import pickles
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.weights import TE_NAMES, join, megatron_shapes
 from megatron_dmc.config import DMCConfig
@@ -34,52 +29,6 @@ _TIED_COPY = "output_layer.weight"
 def is_iteration(folder: Path) -> bool:
     """True for an iteration's folder of this format."""
     return any(folder.glob(f"mp_rank_*/{FILE}"))
-
-
-def _load(file: Path, *, allow_pickle: bool) -> dict[str, Any]:
-    """One rank's file, its tensors mapped into memory and read when they are used.
-
-    Raises:
-        CheckpointError: damaged, or it names classes that only unpickling without a guard makes.
-    """
-    options: dict[str, Any] = {"map_location": "cpu", "mmap": True}
-    try:
-        if allow_pickle:
-            return torch.load(file, weights_only=False, **options)
-        with torch.serialization.safe_globals(_harmless()):
-            try:
-                return torch.load(file, weights_only=True, **options)
-            except Exception:
-                unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-                if not unsafe:
-                    raise
-    except Exception as e:  # zip, pickle, I/O
-        first = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise CheckpointError(f"{file}: damaged or not a torch checkpoint ({first})") from e
-    raise CheckpointError(
-        f"{file}: its pickle calls {', '.join(sorted(unsafe))}, which loading tensors safely does not "
-        "allow; if you trust who made this file, pass --allow-pickle, which lets it run code"
-    )
-
-
-def _harmless() -> list[Any]:
-    """Classes that Megatron's saves hold beside tensors; making one runs nothing of the file's.
-
-    Arguments and their enums, Transformer Engine's extra states, the random generators' states.
-    """
-    reconstruct = np.ndarray.__reduce__(np.empty(0))[0]
-    return [
-        Namespace,
-        ModelType,
-        AttnBackend,
-        signal.Signals,
-        io.BytesIO,
-        np.ndarray,
-        np.dtype,
-        type(np.dtype(np.uint32)),
-        reconstruct,
-        (reconstruct, "numpy.core.multiarray._reconstruct"),  # as numpy 1 named it
-    ]
 
 
 class LegacyCheckpoint:
@@ -106,7 +55,10 @@ class LegacyCheckpoint:
             files[int(match[1]), int(match[2] or 0)] = file
         self._tp = 1 + max(tp for tp, _ in files)
         self._pp = 1 + max(pp for _, pp in files)
-        states = {rank: _load(file, allow_pickle=allow_pickle) for rank, file in files.items()}
+        states = {
+            rank: pickles.load(file, file, allow_pickle=allow_pickle)
+            for rank, file in files.items()
+        }
         first = next(iter(states.values()))
         self.args: Namespace = self._saved_args(first)
         self.iteration = int(first.get("iteration") or 0)

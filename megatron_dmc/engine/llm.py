@@ -59,6 +59,8 @@ class LLM:
         distributed_timeout_seconds: a process that takes longer over its part of a step is given up.
         seed: of requests without a seed.
         device: default: the GPU if there is one.
+        allow_pickle: let a Megatron checkpoint run the code in its pickles; only if you trust it.
+        verify_checkpoint: compare the files with the checksums beside them, where there are any.
         make_context: see `LLMEngine`.
     """
 
@@ -89,6 +91,8 @@ class LLM:
         distributed_timeout_seconds: float = 60.0,
         seed: int = 0,
         device: str | torch.device | None = None,
+        allow_pickle: bool = False,
+        verify_checkpoint: bool = True,
         make_context: Callable[..., PagedContext] = PagedContext,
     ):
         given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -117,7 +121,8 @@ class LLM:
 
                 model = load_model(
                     model, device=device, dtype=parse_dtype(dtype),
-                    tensor_parallel_size=tensor_parallel_size,
+                    tensor_parallel_size=tensor_parallel_size, allow_pickle=allow_pickle,
+                    verify_checkpoint=verify_checkpoint,
                 )  # fmt: skip
             description = model.description
             gpt = model.model

@@ -77,7 +77,10 @@ def _check(arguments: dict[str, Any]) -> None:
             f"tensor_parallel_size={size} with a model that is loaded already: every rank loads its "
             "own share; give the checkpoint's path"
         )
-    check_divisible(open_checkpoint(model)[0], size)
+    description, *_ = open_checkpoint(
+        model, allow_pickle=arguments["allow_pickle"], verify_checkpoint=False
+    )
+    check_divisible(description, size)
     try:
         pickle.dumps(arguments)
     except Exception as error:
