@@ -316,7 +316,7 @@ def test_what_real_runs_save_beside_tensors_is_read(copy, place):
     else:
         data = saved([common])
         put_common(copy, saved(io.BytesIO(data)) if "within" in place else data)
-    args = TorchDistCheckpoint(copy).args
+    args = TorchDistCheckpoint(copy).common["args"]
     state = more.pop("state")
     assert {name: getattr(args, name) for name in more} == more
     assert np.array_equal(args.state, state)

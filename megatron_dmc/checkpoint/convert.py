@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from megatron_dmc.checkpoint import legacy_torch, torch_dist, torch_dist_write
 from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.field_checks import shown
 from megatron_dmc.checkpoint.hf_folder import HFFolder, write_folder
 from megatron_dmc.checkpoint.integrity import verify_checksums
 from megatron_dmc.checkpoint.legacy_torch import LegacyCheckpoint
@@ -78,6 +79,7 @@ def open_checkpoint(
     allow_pickle: bool = False,
     verify_checkpoint: bool = True,
     progress: bool = False,
+    check: Callable[[ModelDescription], None] | None = None,
 ) -> tuple[ModelDescription, WeightSource, Path | None]:
     """(description, source of the weights, place of the tokenizer) of a folder of any format.
 
@@ -91,6 +93,7 @@ def open_checkpoint(
             file once. Collective over all ranks, if there are several. False: for a look at the
             description or the tokenizer.
         progress: show a progress bar for it on a terminal.
+        check: called with the description before whole files are read; may raise.
 
     Raises:
         CheckpointError, UnsupportedConfig: missing, damaged, or of an unsupported architecture.
@@ -102,6 +105,8 @@ def open_checkpoint(
         description = ModelDescription.from_hf_folder(path)
         folder = HFFolder(path, description)
         description.dtype = folder.dtype
+        if check is not None:
+            check(description)
         if verify_checkpoint:
             verify_checksums(path, progress=progress)
         return description, folder, Path(tokenizer) if tokenizer else find_tokenizer(path)
@@ -119,6 +124,8 @@ def open_checkpoint(
         checkpoint = torch_dist.TorchDistCheckpoint(path, allow_pickle=allow_pickle)
         root = checkpoint.root
     args = checkpoint.args
+    if not isinstance(getattr(args, "tokenizer_model", None), str | Path | None):
+        raise CheckpointError(f"{path}: the saved tokenizer_model is {shown(args.tokenizer_model)}")
     place = Path(tokenizer) if tokenizer else find_tokenizer(root, args)
     loaded = load_tokenizer(place) if place is not None else None
     description = checkpoint.description(vocab_size=loaded.vocab_size if loaded else None)
@@ -135,6 +142,8 @@ def open_checkpoint(
             description = replace(description, dmc=dmc)
         checkpoint.check(description)
         source = checkpoint
+    if check is not None:
+        check(description)
     if verify_checkpoint:
         verify_checksums(checkpoint.folder, progress=progress)
     return description, source, place

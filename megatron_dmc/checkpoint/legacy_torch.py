@@ -9,12 +9,11 @@ import re
 from argparse import Namespace
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from megatron_dmc.checkpoint import pickles
-from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.description import ModelDescription, saved_args
 from megatron_dmc.checkpoint.weights import TE_NAMES, join, megatron_shapes
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.errors import CheckpointError
@@ -60,20 +59,14 @@ class LegacyCheckpoint:
             for rank, file in files.items()
         }
         first = next(iter(states.values()))
-        self.args: Namespace = self._saved_args(first)
+        if not all(isinstance(state, dict) for state in states.values()):
+            raise CheckpointError(f"{self.folder}: a rank's file holds no dict")
+        self.args: Namespace = saved_args(first.get("args"), self.folder)
         self.iteration = int(first.get("iteration") or 0)
         self._check_ranks(states)
         self._shards: dict[str, list[Tensor]] = defaultdict(list)
         for tp in range(self._tp):
             self._add_rank(tp, states)
-
-    def _saved_args(self, state: dict[str, Any]) -> Namespace:
-        args = state.get("args") if isinstance(state, dict) else None
-        if not isinstance(args, Namespace):
-            raise CheckpointError(
-                f"{self.folder}: holds no saved arguments, so the model's sizes are unknown"
-            )
-        return args
 
     def _check_ranks(self, states: dict[tuple[int, int], dict]) -> None:
         for what, found in (
@@ -99,12 +92,18 @@ class LegacyCheckpoint:
         """A tensor-parallel rank's parts of the model in the order of the layers."""
         ranks = [states[tp, pp] for pp in range(self._pp)]
         if "model" in ranks[0]:
-            return [rank["model"] for rank in ranks]
+            return self._parts(ranks, ["model"])
         count = sum(re.fullmatch(r"model\d+", str(key)) is not None for key in ranks[0])
         if not count:
             raise CheckpointError(f"{self.folder}: mp_rank_{tp:02d} holds no model")
         # interleaved: the first chunks of all pipeline ranks, then the second ones
-        return [rank[f"model{i}"] for i in range(count) for rank in ranks]
+        return self._parts(ranks, [f"model{i}" for i in range(count)])
+
+    def _parts(self, ranks: list[dict], keys: list[str]) -> list[dict[str, Tensor]]:
+        parts = [rank.get(key) for key in keys for rank in ranks]
+        if not all(isinstance(part, dict) for part in parts):
+            raise CheckpointError(f"{self.folder}: a rank's file has no {' or no '.join(keys)}")
+        return parts  # type: ignore[return-value]
 
     def _add_rank(self, tp: int, states: dict[tuple[int, int], dict]) -> None:
         offset = 0
@@ -178,10 +177,10 @@ def released_dmc_config(args: Namespace, *, target_cr: float | None = None) -> D
     stage = "finetune" if getattr(args, "dmc_finetune", True) else "retrofit"
     if getattr(args, "dmc_is_stage_one", False):
         stage = "zero-out"
-    return DMCConfig(
-        stage=stage,  # type: ignore[arg-type]
-        target_cr=float(cr),
-        alpha_offset=float(getattr(args, "dmc_init_val", 5.0)),
-        temperature=float(getattr(args, "dmc_temp", 0.1)),
-        merge_window=int(getattr(args, "dmc_window_size", 12)),
-    )
+    return DMCConfig.from_dict({
+        "stage": stage,
+        "target_cr": cr,
+        "alpha_offset": getattr(args, "dmc_init_val", 5.0),
+        "temperature": getattr(args, "dmc_temp", 0.1),
+        "merge_window": getattr(args, "dmc_window_size", 12),
+    })  # fmt: skip

@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_dmc.checkpoint.companions import copy_companion
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.errors import CheckpointError
 
@@ -191,4 +192,4 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         if source.is_file() and name == SENTENCEPIECE_FILE and source.name not in _FAST_FILES:
             shutil.copyfile(source, target / name)
         elif (folder / name).is_file() and (source.is_dir() or source.name in _COMPANIONS):
-            shutil.copyfile(folder / name, target / name)
+            copy_companion(folder / name, target / name)

@@ -8,7 +8,6 @@ names of the Transformer Engine layer spec. The local layer spec maps its names 
 """
 
 import io
-import json
 import re
 from argparse import Namespace
 from collections import defaultdict
@@ -31,7 +30,8 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_dmc.checkpoint import pickles
-from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.description import ModelDescription, saved_args
+from megatron_dmc.checkpoint.field_checks import read_json_object, shown
 from megatron_dmc.checkpoint.integrity import verify_checksums
 from megatron_dmc.checkpoint.weights import (
     EXPERT,
@@ -65,8 +65,8 @@ def newest_folder(path: Path) -> Path:
             f"{tracker}: cannot be read ({e}); a Megatron checkpoint folder has it, and so does "
             "none that was only begun"
         ) from e
-    if newest != RELEASE and not newest.isdigit():
-        raise CheckpointError(f"{tracker}: {newest!r} is neither an iteration nor {RELEASE!r}")
+    if newest != RELEASE and not re.fullmatch("[0-9]{1,12}", newest):
+        raise CheckpointError(f"{tracker}: {shown(newest)} is neither an iteration nor {RELEASE!r}")
     folder = path / (RELEASE if newest == RELEASE else f"iter_{int(newest):07d}")
     if not folder.is_dir():
         raise CheckpointError(
@@ -99,12 +99,9 @@ def iteration_folder(path: str | Path) -> Path:
 
 
 def _check_backend(file: Path) -> None:
-    try:
-        backend = json.loads(file.read_text())["sharded_backend"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{file}: damaged ({e}); copy it again") from e
+    backend = read_json_object(file).get("sharded_backend")
     if backend != "torch_dist":
-        raise CheckpointError(f"{file}: the format is {backend!r}; only 'torch_dist' is read")
+        raise CheckpointError(f"{file}: the format is {shown(backend)}; only 'torch_dist' is read")
 
 
 class StoredTensor(NamedTuple):
@@ -282,13 +279,8 @@ class TorchDistCheckpoint:
 
     @property
     def args(self) -> Namespace:
-        """Megatron's arguments of the run that saved it."""
-        args = self.common.get("args")
-        if args is None:
-            raise CheckpointError(
-                f"{self.folder}: holds no saved arguments, so the model's sizes are unknown"
-            )
-        return args
+        """Megatron's arguments of the run that saved it, the plain ones."""
+        return saved_args(self.common.get("args"), self.folder)
 
     @property
     def iteration(self) -> int:
@@ -318,6 +310,8 @@ class TorchDistCheckpoint:
         complaints = []
         known = set()
         for name, shape in megatron_shapes(description).items():
+            if len(complaints) >= 20:
+                raise CheckpointError(f"{self.folder}: {'; '.join(dict.fromkeys(complaints))}")
             candidates = places_of(name, shape, description)
             known |= {place.key for place in candidates}
             place = next((p for p in candidates if p.key in self.stored), None)

@@ -1,5 +1,6 @@
 """`LLM(model=...).generate(prompts, params)`, in vLLM's manner."""
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from megatron_dmc.engine.engine import LLMEngine
 from megatron_dmc.engine.request import RequestOutput
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.engine.scheduler import SchedulingPolicy
+from megatron_dmc.engine.sizes import check_arguments, check_memory
 from megatron_dmc.engine.start import ended_on_failure, start_ranks
 from megatron_dmc.engine.stats import EngineStats
 from megatron_dmc.errors import EngineDead, InvalidRequest, UnsupportedConfig
@@ -100,6 +102,7 @@ class LLM:
             raise UnsupportedConfig(
                 f"block_size={block_size} and page_size={page_size} are one thing; give one"
             )
+        check_arguments(given)
         cache_dtype = parse_kv_cache_dtype(kv_cache_dtype)
         chosen = block_size if block_size is not None else page_size
         page_size = 16 if chosen is None else chosen
@@ -116,13 +119,16 @@ class LLM:
                 from megatron_dmc.checkpoint.tokenizer import load_tokenizer
 
                 tokenizer = load_tokenizer(tokenizer)
-            if not hasattr(model, "description"):
+            check = functools.partial(check_memory, arguments=given, device=device)
+            if hasattr(model, "description"):
+                check(model.description)
+            else:
                 from megatron_dmc.models import load_model
 
                 model = load_model(
                     model, device=device, dtype=parse_dtype(dtype),
                     tensor_parallel_size=tensor_parallel_size, allow_pickle=allow_pickle,
-                    verify_checkpoint=verify_checkpoint,
+                    verify_checkpoint=verify_checkpoint, check=check,
                 )  # fmt: skip
             description = model.description
             gpt = model.model
