@@ -6,6 +6,8 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable
@@ -323,3 +325,23 @@ def test_what_real_runs_save_beside_tensors_is_read(copy, place):
     loaded = load_model(copy, verify_checkpoint=False).model.state_dict()
     for name, tensor in load_model(MODEL).model.state_dict().items():
         assert tensor is None or torch.equal(tensor, loaded[name])
+
+
+@pytest.mark.dist
+def test_ranks_verify_and_read_a_megatron_checkpoint_together(copy, capsys):
+    command = ["generate", str(copy), "--prompt", "def f(", "--max-tokens", "4", "--device", "cpu"]
+    assert cli.main(command) == 0
+    alone = capsys.readouterr().out
+
+    def two_ranks() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "megatron_dmc.cli", *command, "--tensor-parallel-size", "2"],
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+
+    together = two_ranks()
+    assert (together.returncode, together.stdout) == (0, alone), together.stderr[-2000:]
+    flip_a_weight(copy)
+    refused_by_all = two_ranks()
+    assert refused_by_all.returncode == 2
+    assert "its bytes are not those that were saved" in refused_by_all.stderr

@@ -3,6 +3,7 @@
 # returns at once; a call after an interrupted one goes on where that stopped.
 #
 #   PYTHON=/path/to/python   use this interpreter (3.12 or 3.13) and look for no other
+#   REQUIRE_HASHES=1         install the files of requirements.lock and no others (Python 3.12 on Linux x86-64)
 set -euo pipefail
 cd -P "$(dirname "$0")/.."
 
@@ -18,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 inputs_checksum() {
     {
         echo "$PWD ${PYTHON:-}"
-        cat "$venv/pyvenv.cfg" pyproject.toml setup.py constraints.txt requirements.lock
+        cat "$venv/pyvenv.cfg" pyproject.toml setup.py constraints.txt ${REQUIRE_HASHES:+requirements.lock}
         if [ -d megatron_dmc/csrc ]; then
             find megatron_dmc/csrc -type f | LC_ALL=C sort | while IFS= read -r file; do
                 echo "$file"

@@ -62,7 +62,6 @@ class LegacyCheckpoint:
         if not all(isinstance(state, dict) for state in states.values()):
             raise CheckpointError(f"{self.folder}: a rank's file holds no dict")
         self.args: Namespace = saved_args(first.get("args"), self.folder)
-        self.iteration = int(first.get("iteration") or 0)
         self._check_ranks(states)
         self._shards: dict[str, list[Tensor]] = defaultdict(list)
         for tp in range(self._tp):
