@@ -132,7 +132,7 @@ def _sentencepiece_file(path: Path) -> Path | None:
         try:
             added = json.loads(fast.read_text()).get("added_tokens") or []
             last = max((int(token["id"]) for token in added), default=-1)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise CheckpointError(f"{fast}: damaged ({e}); copy it again") from e
         if last >= SentencePieceTokenizer(file).vocab_size:
             return None

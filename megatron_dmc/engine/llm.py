@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_dmc.engine.config import EngineConfig, parse_kv_cache_dtype
+from megatron_dmc.engine.config import EngineConfig, parse_dtype, parse_kv_cache_dtype
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.engine import LLMEngine
 from megatron_dmc.engine.request import RequestOutput
@@ -19,14 +19,6 @@ from megatron_dmc.engine.stats import EngineStats
 from megatron_dmc.errors import EngineDead, InvalidRequest, UnsupportedConfig
 from megatron_dmc.ops.kv_pages import entry_bytes
 
-_DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "half": torch.float16,
-}
 _DEFAULT_CPU_CACHE_BYTES = 2**30
 
 
@@ -263,22 +255,6 @@ class LLM:
                         finished[output.request_id] = output
                         bar.update()
         return finished
-
-
-def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """The model's dtype by name; None for "auto": as the checkpoint stores it.
-
-    Raises:
-        UnsupportedConfig: for any other name.
-    """
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    name = dtype.removeprefix("torch.")
-    if name == "auto":
-        return None
-    if name not in _DTYPES:
-        raise UnsupportedConfig(f"dtype={dtype!r}: use one of auto, {', '.join(_DTYPES)}")
-    return _DTYPES[name]
 
 
 def _worst_case_pages(description: Any, num_tokens: int, page_size: int) -> int:

@@ -1,5 +1,6 @@
 """Whether an engine of the sizes that were asked for can be, said before a model is loaded."""
 
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -7,7 +8,7 @@ import torch
 
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.weights import weight_bytes
-from megatron_dmc.engine.config import EngineConfig, parse_kv_cache_dtype
+from megatron_dmc.engine.config import EngineConfig, parse_dtype, parse_kv_cache_dtype
 from megatron_dmc.engine.rule import compression_rule
 from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.ops.kv_pages import entry_bytes
@@ -77,7 +78,7 @@ def check_memory(
     Raises:
         UnsupportedConfig: names the arguments that ask for more, and how much.
     """
-    d, dtype = description, arguments["dtype"]
+    d, dtype = description, parse_dtype(arguments["dtype"]) or description.dtype
     ranks = arguments["tensor_parallel_size"]
     heads = -(-d.num_query_groups // ranks)
     config = _config(arguments, arguments["max_model_len"] or d.max_position_embeddings)
@@ -87,9 +88,8 @@ def check_memory(
         if device.type == "cuda"
         else psutil.virtual_memory().total
     )
-    itemsize = 8 if "64" in str(dtype) else 4 if "32" in str(dtype) else d.dtype.itemsize
-    weights = weight_bytes(d) // d.dtype.itemsize * itemsize // ranks
-    cache_dtype = parse_kv_cache_dtype(config.kv_cache_dtype) or d.dtype
+    weights = weight_bytes(replace(d, dtype=dtype)) // ranks
+    cache_dtype = parse_kv_cache_dtype(config.kv_cache_dtype) or dtype
     pages = arguments["kv_cache_memory_bytes"] or 0
     if arguments["num_pages"] is not None:
         page_bytes = 2 * config.page_size * entry_bytes(d.kv_channels, cache_dtype)
