@@ -42,8 +42,8 @@ def _harmless() -> list[Any]:
     Megatron's own list (arguments, enums, the states of random generators and of the rerun state
     machine), and numpy's numbers and arrays.
     """
-    reconstruct = np.ndarray.__reduce__(np.empty(0))[0]
-    scalar = np.float64(0).__reduce__()[0]
+    reconstruct: Any = np.ndarray.__reduce__(np.empty(0))[0]
+    scalar: Any = np.float64(0).__reduce__()[0]
     return [
         *SAFE_GLOBALS,
         *_NUMPY_DTYPES,

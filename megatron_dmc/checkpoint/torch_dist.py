@@ -303,7 +303,7 @@ class TorchDistCheckpoint:
                 model.
         """
         places: dict[str, Place] = {}
-        complaints = []
+        complaints: list[str] = []
         known = set()
         for name, shape in megatron_shapes(description).items():
             if len(complaints) >= 20:
