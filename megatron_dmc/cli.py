@@ -17,6 +17,8 @@ type Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 def add_convert(subparsers: Subparsers) -> None:
     """`megatron-dmc convert`."""
+    from megatron_dmc.engine_flags import add_checkpoint_arguments
+
     parser = subparsers.add_parser(
         "convert",
         help="convert between Hugging Face folders and Megatron torch_dist checkpoints",
@@ -42,10 +44,7 @@ def add_convert(subparsers: Subparsers) -> None:
         "--dmc-target-cr", type=float, metavar="CR",
         help="of a released DMC checkpoint that does not say it",
     )  # fmt: skip
-    parser.add_argument(
-        "--allow-pickle", action="store_true",
-        help="let a Megatron `torch` checkpoint run the code in its pickles; only if you trust it",
-    )  # fmt: skip
+    add_checkpoint_arguments(parser)
     parser.add_argument("--force", action="store_true", help="replace what is in OUT")
     parser.set_defaults(run=run_convert)
 
@@ -73,6 +72,7 @@ def run_convert(args: argparse.Namespace) -> int:
         target_cr=args.dmc_target_cr,
         tokenizer=args.tokenizer,
         allow_pickle=args.allow_pickle,
+        verify_checkpoint=args.verify_checkpoint,
     )
     print(f"{args.out}: {args.to_format} checkpoint, {description.summary()}")
     if args.to_format == "megatron":
@@ -126,6 +126,8 @@ def run_serve(args: argparse.Namespace) -> int:
 
 def add_report(subparsers: Subparsers) -> None:
     """`megatron-dmc report`."""
+    from megatron_dmc.engine_flags import add_checkpoint_arguments
+
     parser = subparsers.add_parser(
         "report",
         help="compare a DMC model with its base on held-out text, write report.html and .json",
@@ -144,6 +146,7 @@ def add_report(subparsers: Subparsers) -> None:
         help="TensorBoard folder of a training stage; repeatable, in order",
     )  # fmt: skip
     parser.add_argument("--device", help="default: the GPU if there is one")
+    add_checkpoint_arguments(parser)
     parser.set_defaults(run=run_report)
 
 
@@ -168,6 +171,7 @@ def run_report(args: argparse.Namespace) -> int:
     data = measure(
         args.base, args.model, args.data, seq_length=args.seq_length, stages=stages,
         num_windows=args.max_windows, max_tokens=args.max_tokens, device=args.device,
+        allow_pickle=args.allow_pickle, verify_checkpoint=args.verify_checkpoint,
     )  # fmt: skip
     paths = write_report(data, args.output)
     print(

@@ -139,11 +139,25 @@ class DMCConfig:
         """Inverse of `to_dict`.
 
         Raises:
-            UnsupportedConfig: for a name that this version does not know.
+            UnsupportedConfig: for a name that this version does not know, or a value of another type.
         """
+        if not isinstance(values, dict):
+            raise UnsupportedConfig(f"DMC settings are a {type(values).__name__}, not an object")
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
-            raise UnsupportedConfig(f"unknown DMC settings: {', '.join(sorted(unknown))}")
+            names = ", ".join(sorted(map(str, unknown)))[:200]
+            raise UnsupportedConfig(f"unknown DMC settings: {names}")
+        for f in fields(cls):
+            kind = int if f.default is None else type(f.default)
+            value = values.get(f.name, f.default)
+            fits = isinstance(value, (int, float) if kind is float else kind)
+            fits = fits and isinstance(value, bool) == (kind is bool)
+            if isinstance(value, int | float):
+                fits = fits and abs(value) < 1e15  # NaN is not
+            if not fits and not (value is None and f.default is None):
+                raise UnsupportedConfig(
+                    f"DMC setting {f.name}={repr(value)[:60]}: it must be a finite {kind.__name__}"
+                )
         return cls(**values)
 
 

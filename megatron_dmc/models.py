@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -229,6 +230,9 @@ def load_model(
     dmc: DMCConfig | Literal["auto"] | None = "auto",
     progress: bool = False,
     tensor_parallel_size: int = 1,
+    allow_pickle: bool = False,
+    verify_checkpoint: bool = True,
+    check: Callable[[ModelDescription], None] | None = None,
 ) -> LoadedModel:
     """A model from a Hugging Face folder or a Megatron checkpoint.
 
@@ -238,6 +242,7 @@ def load_model(
         progress: show a progress bar on a terminal.
         tensor_parallel_size: load this rank's share only (every rank reads all weights, one tensor at a
             time); Megatron's groups must be running.
+        allow_pickle, verify_checkpoint, check: see `checkpoint.convert.open_checkpoint`.
 
     Returns:
         the model, ready for `model(input_ids, position_ids, attention_mask=None)`, which gives
@@ -247,7 +252,10 @@ def load_model(
         CheckpointError: the checkpoint is missing or damaged, or its tokenizer does not fit.
         UnsupportedConfig: the model is of no supported family.
     """
-    description, source, tokenizer_place = open_checkpoint(path)
+    description, source, tokenizer_place = open_checkpoint(
+        path, allow_pickle=allow_pickle, verify_checkpoint=verify_checkpoint, progress=progress,
+        check=check,
+    )  # fmt: skip
     if description.num_experts and tensor_parallel_size > 1 and torch.device(device).type == "cpu":
         raise UnsupportedConfig(
             f"tensor_parallel_size={tensor_parallel_size} with num_experts={description.num_experts} on "

@@ -116,7 +116,10 @@ class Subject:
         elif args.tensor_parallel_slice > 1:
             raise DMCError("--tensor-parallel-slice takes random weights: add --load-format dummy")
         else:
-            self.loaded = load_model(model_path(args), device=self.device, dtype=dtype)
+            self.loaded = load_model(
+                model_path(args), device=self.device, dtype=dtype, allow_pickle=args.allow_pickle,
+                verify_checkpoint=args.verify_checkpoint,
+            )  # fmt: skip
             if (place := given_tokenizer(args)) is not None:
                 self.loaded = replace(self.loaded, tokenizer=load_tokenizer(place))
 

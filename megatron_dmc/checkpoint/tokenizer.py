@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_dmc.checkpoint.companions import copy_companion
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.errors import CheckpointError
 
@@ -140,7 +141,7 @@ def _sentencepiece_file(path: Path) -> Path | None:
         try:
             added = json.loads(fast.read_text()).get("added_tokens") or []
             last = max((int(token["id"]) for token in added), default=-1)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise CheckpointError(f"{fast}: damaged ({e}); copy it again") from e
         if last >= SentencePieceTokenizer(file).vocab_size:
             return None
@@ -205,4 +206,4 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         if source.is_file() and name == SENTENCEPIECE_FILE and source.name not in _FAST_FILES:
             shutil.copyfile(source, target / name)
         elif (folder / name).is_file() and (source.is_dir() or source.name in _COMPANIONS):
-            shutil.copyfile(folder / name, target / name)
+            copy_companion(folder / name, target / name)

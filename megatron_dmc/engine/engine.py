@@ -24,9 +24,10 @@ from megatron_dmc.engine.rule import check_combinations, compression_rule
 from megatron_dmc.engine.sampler import SampledToken, Sampler, token_logprobs
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.engine.scheduler import ScheduledChunk, Scheduler
+from megatron_dmc.engine.sizes import check_fits_model
 from megatron_dmc.engine.stats import Counters, EngineStats
 from megatron_dmc.engine.tensor_parallel import Command, TensorParallel
-from megatron_dmc.errors import EngineDead, InvalidRequest, UnsupportedConfig
+from megatron_dmc.errors import EngineDead, InvalidRequest
 from megatron_dmc.ops.tensors import take_rows
 
 
@@ -67,17 +68,7 @@ class LLMEngine:
         device = device_of_weights(model, device)
         num_ranks = 1 if parallel is None else parallel.size
         heads_per_rank = description.num_query_groups // num_ranks
-        num_heads = description.num_layers * heads_per_rank
-        if config.num_pages < num_heads:
-            raise UnsupportedConfig(
-                f"num_pages={config.num_pages} cannot hold a single token: {description.num_layers} "
-                f"layers of {heads_per_rank} KV heads need {num_heads} pages at least"
-            )
-        if config.max_model_len > description.max_position_embeddings:
-            raise UnsupportedConfig(
-                f"max_model_len={config.max_model_len} is more than the model's "
-                f"{description.max_position_embeddings} positions; lower it"
-            )
+        check_fits_model(config, description, heads_per_rank)
         rule = compression_rule(description.dmc, enable_dmc)
         check_combinations(config, rule, num_ranks)
         evicts = rule is not None and rule.eviction_delay is not None

@@ -70,7 +70,11 @@ class MegatronDMC(TemplateLM):
                 "megatron-dmc needs pretrained=PATH: a Hugging Face folder or checkpoint"
             )
         place: Path | None
-        place = Path(tokenizer) if tokenizer is not None else open_checkpoint(pretrained)[2]
+        place = Path(tokenizer) if tokenizer is not None else None
+        if place is None:
+            place = open_checkpoint(
+                pretrained, allow_pickle=engine.get("allow_pickle", False), verify_checkpoint=False
+            )[2]
         if place is None:
             raise DMCError(f"{pretrained}: no tokenizer beside the checkpoint; give tokenizer=PATH")
         self.tokenizer, self._plain = _read_tokenizer(place)

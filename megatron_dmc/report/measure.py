@@ -120,6 +120,8 @@ def measure(
     num_prompts: int = 4,
     max_tokens: int = 128,
     device: str | None = None,
+    allow_pickle: bool = False,
+    verify_checkpoint: bool = True,
 ) -> ReportData:
     """Load both models, measure them, and gather the training curves.
 
@@ -130,6 +132,7 @@ def measure(
         stages: name -> TensorBoard folder, in the order in which they ran.
         num_windows: most windows to evaluate; None: all.
         max_tokens: length of the completions.
+        allow_pickle, verify_checkpoint: see `load_model`.
 
     Raises:
         CheckpointError: see `load_model`, and for a model without a tokenizer.
@@ -139,8 +142,13 @@ def measure(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokens = read_tokens(data_prefix)
     dtype = torch.float32 if device == "cpu" else None
-    base = load_model(base_path, device=device, dtype=dtype)
-    dmc = load_model(dmc_path, device=device, dtype=dtype)
+    base, dmc = (
+        load_model(
+            path, device=device, dtype=dtype, allow_pickle=allow_pickle,
+            verify_checkpoint=verify_checkpoint,
+        )
+        for path in (base_path, dmc_path)
+    )  # fmt: skip
     for path, loaded in ((base_path, base), (dmc_path, dmc)):
         if loaded.tokenizer is None:
             raise CheckpointError(

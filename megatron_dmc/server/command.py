@@ -227,4 +227,5 @@ def _tokenizer_place(args: argparse.Namespace, path: str) -> Any:
         return args.tokenizer
     from megatron_dmc.checkpoint.convert import open_checkpoint
 
-    return open_checkpoint(path)[2]
+    options = {"allow_pickle": args.allow_pickle, "verify_checkpoint": False}
+    return open_checkpoint(path, **options)[2]
