@@ -36,7 +36,9 @@ def check_arguments(arguments: dict[str, Any]) -> None:
     for name, most in MOST.items():
         value = arguments[name]
         if value is not None and not (type(value) is int and 1 <= value <= most):
-            raise UnsupportedConfig(f"{name}={value!r}: use a whole number from 1 to {most}")
+            raise UnsupportedConfig(
+                f"{name}={value!r}: use a positive whole number, at most {most}"
+            )
     part = arguments["gpu_memory_utilization"]
     if not (isinstance(part, int | float) and 0 < part <= 1):
         raise UnsupportedConfig(f"gpu_memory_utilization={part!r}: use a number above 0, at most 1")
