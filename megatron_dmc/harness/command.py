@@ -83,7 +83,10 @@ def run(args: argparse.Namespace) -> int:
 
     path = model_path(args)
     llm = make_llm(args, cache_policy=args.cache_policy, cache_budget=args.cache_budget)
-    model = MegatronDMC(path, tokenizer=args.tokenizer, llm=llm, max_gen_toks=args.max_gen_toks)
+    model = MegatronDMC(
+        path, tokenizer=args.tokenizer, llm=llm, max_gen_toks=args.max_gen_toks,
+        trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
     results: dict[str, Any] = {key: {} for key in _PARTS}
     for name, found in tasks.items():
         _evaluate(args, model, manager, name, found, results)
