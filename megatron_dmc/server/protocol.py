@@ -4,9 +4,10 @@ Nothing is accepted and then ignored: a parameter that the engine lacks is taken
 nothing (its neutral value), so that clients which always send it still work.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from megatron_dmc.engine.sampling_params import MAX_LOGPROBS, SamplingParams
@@ -14,6 +15,19 @@ from megatron_dmc.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 MAX_COMPLETIONS = 128
 """Completions per prompt, at most."""
 
+
+def _unicode(value: Any) -> Any:
+    """Refuse text that no tokenizer can read, wherever in a value it stands."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"not Unicode text ({error.reason}): a lone surrogate; leave it out"
+        ) from error
+    return value
+
+
+type AnyText = Annotated[str, AfterValidator(_unicode)]
 type Text = Annotated[str, Field(min_length=1)]
 type TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 type TokenIds = Annotated[list[TokenId], Field(min_length=1)]
@@ -57,7 +71,9 @@ class _SamplingRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    model: str | None = Field(None, description="A name that /v1/models lists; default: the first.")
+    model: AnyText | None = Field(
+        None, description="A name that /v1/models lists; default: the first."
+    )
     n: int | None = Field(None, ge=1, le=MAX_COMPLETIONS, description="Completions per prompt.")
     temperature: float | None = Field(None, ge=0, allow_inf_nan=False, description="0 is greedy.")
     top_p: float | None = Field(None, gt=0, le=1)
@@ -89,7 +105,9 @@ class _SamplingRequest(BaseModel):
     skip_special_tokens: bool = True
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="Taken for compatibility; nothing is done with it.")
+    user: AnyText | None = Field(
+        None, description="Taken for compatibility; nothing is done with it."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -130,23 +148,32 @@ class _SamplingRequest(BaseModel):
         self,
         index: int,
         *,
+        defaults: dict[str, Any],
         max_tokens: int | None,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
     ) -> SamplingParams:
         """The engine's parameters of completion `index` of a prompt; each has its own seed.
 
+        Args:
+            defaults: arguments of `SamplingParams` in place of its own defaults.
+
         Raises:
             InvalidRequest: a value that the engine refuses.
         """
+
+        def chosen(name: str) -> Any:
+            asked = getattr(self, name)
+            return defaults.get(name, getattr(SamplingParams, name)) if asked is None else asked
+
         return SamplingParams(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=0 if self.top_k is None else self.top_k,
-            min_p=0.0 if self.min_p is None else self.min_p,
+            temperature=chosen("temperature"),
+            top_p=chosen("top_p"),
+            top_k=chosen("top_k"),
+            min_p=chosen("min_p"),
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
-            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            repetition_penalty=chosen("repetition_penalty"),
             logit_bias={int(i): value for i, value in (self.logit_bias or {}).items()},
             allowed_token_ids=self.allowed_token_ids,
             bad_words=list(self.bad_words or []),
@@ -174,6 +201,9 @@ class CompletionRequest(_SamplingRequest):
     )
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = Field(None, description="Return the prompt in front of the completion.")
+    add_special_tokens: bool = Field(
+        True, description="Begin a text prompt with the tokens that the tokenizer puts there."
+    )
 
     @model_validator(mode="after")
     def _nothing_to_do(self) -> "CompletionRequest":
@@ -196,7 +226,7 @@ class TextPart(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text"]
-    text: str
+    text: AnyText
 
 
 class Message(BaseModel):
@@ -205,8 +235,8 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Text
-    content: str | list[TextPart]
-    name: str | None = None
+    content: AnyText | list[TextPart]
+    name: AnyText | None = None
     # what the OpenAI client sends along when an answer's message becomes a turn
     refusal: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
@@ -231,7 +261,10 @@ class ChatCompletionRequest(_SamplingRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_generation_prompt: bool = True
-    chat_template_kwargs: dict[str, Any] | None = None
+    add_special_tokens: bool = Field(
+        False, description="Add the tokenizer's to what the template made, which has its own."
+    )
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_unicode)] | None = None
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> "ChatCompletionRequest":
