@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 
 from megatron_dmc import __version__
+from megatron_dmc.engine_flags import add_trust_remote_code
 from megatron_dmc.errors import DMCError, EngineDead
 
 type Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -47,6 +48,7 @@ def add_convert(subparsers: Subparsers) -> None:
         "--allow-pickle", action="store_true",
         help="let a Megatron `torch` checkpoint run the code in its pickles; only if you trust it",
     )  # fmt: skip
+    add_trust_remote_code(parser)
     parser.add_argument("--force", action="store_true", help="replace what is in OUT")
     parser.set_defaults(run=run_convert)
 
@@ -74,6 +76,7 @@ def run_convert(args: argparse.Namespace) -> int:
         target_cr=args.dmc_target_cr,
         tokenizer=args.tokenizer,
         allow_pickle=args.allow_pickle,
+        trust_remote_code=args.trust_remote_code,
     )
     print(f"{args.out}: {args.to_format} checkpoint, {description.summary()}")
     if args.to_format == "megatron":
@@ -145,6 +148,7 @@ def add_report(subparsers: Subparsers) -> None:
         help="TensorBoard folder of a training stage; repeatable, in order",
     )  # fmt: skip
     parser.add_argument("--device", help="default: the GPU if there is one")
+    add_trust_remote_code(parser)
     parser.set_defaults(run=run_report)
 
 
@@ -169,6 +173,7 @@ def run_report(args: argparse.Namespace) -> int:
     data = measure(
         args.base, args.model, args.data, seq_length=args.seq_length, stages=stages,
         num_windows=args.max_windows, max_tokens=args.max_tokens, device=args.device,
+        trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
     paths = write_report(data, args.output)
     print(

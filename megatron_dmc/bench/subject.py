@@ -116,9 +116,14 @@ class Subject:
         elif args.tensor_parallel_slice > 1:
             raise DMCError("--tensor-parallel-slice takes random weights: add --load-format dummy")
         else:
-            self.loaded = load_model(model_path(args), device=self.device, dtype=dtype)
+            trusted = args.trust_remote_code
+            self.loaded = load_model(
+                model_path(args), device=self.device, dtype=dtype, trust_remote_code=trusted
+            )
             if (place := given_tokenizer(args)) is not None:
-                self.loaded = replace(self.loaded, tokenizer=load_tokenizer(place))
+                self.loaded = replace(
+                    self.loaded, tokenizer=load_tokenizer(place, trust_remote_code=trusted)
+                )
 
     @property
     def description(self) -> ModelDescription:

@@ -77,7 +77,8 @@ def _check(arguments: dict[str, Any]) -> None:
             f"tensor_parallel_size={size} with a model that is loaded already: every rank loads its "
             "own share; give the checkpoint's path"
         )
-    check_divisible(open_checkpoint(model)[0], size)
+    trusted = arguments["trust_remote_code"]
+    check_divisible(open_checkpoint(model, trust_remote_code=trusted)[0], size)
     try:
         pickle.dumps(arguments)
     except Exception as error:
