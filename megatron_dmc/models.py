@@ -3,7 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +19,17 @@ from torch.nn.functional import silu
 
 from megatron_dmc.checkpoint.convert import open_checkpoint, read_weights
 from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.generation_config import (
+    find_generation_config,
+    read_generation_config,
+)
 from megatron_dmc.checkpoint.single_process import ensure_single_process
-from megatron_dmc.checkpoint.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from megatron_dmc.checkpoint.tokenizer import (
+    TOKENIZER_FOLDER,
+    Tokenizer,
+    check_vocab,
+    load_tokenizer,
+)
 from megatron_dmc.checkpoint.weights import ShardSource, megatron_shapes
 from megatron_dmc.config import DMCConfig, DMCTransformerConfig
 from megatron_dmc.errors import UnsupportedConfig
@@ -33,6 +42,8 @@ class LoadedModel:
     model: GPTModel
     description: ModelDescription
     tokenizer: Tokenizer | None
+    generation_config: dict[str, Any] = field(default_factory=dict)
+    """The contents of its `generation_config.json`; empty where it has none."""
 
 
 class _RotaryEmbedding(RotaryEmbedding):
@@ -233,6 +244,7 @@ def load_model(
     allow_pickle: bool = False,
     verify_checkpoint: bool = True,
     check: Callable[[ModelDescription], None] | None = None,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """A model from a Hugging Face folder or a Megatron checkpoint.
 
@@ -243,27 +255,32 @@ def load_model(
         tensor_parallel_size: load this rank's share only (every rank reads all weights, one tensor at a
             time); Megatron's groups must be running.
         allow_pickle, verify_checkpoint, check: see `checkpoint.convert.open_checkpoint`.
+        trust_remote_code: run the code of a tokenizer that brings its own; the model's is never run.
 
     Returns:
         the model, ready for `model(input_ids, position_ids, attention_mask=None)`, which gives
         logits [B, T, padded_vocab_size]; columns from `description.vocab_size` on are padding.
 
     Raises:
-        CheckpointError: the checkpoint is missing or damaged, or its tokenizer does not fit.
+        CheckpointError: the checkpoint or its tokenizer is missing or damaged.
         UnsupportedConfig: the model is of no supported family.
     """
     description, source, tokenizer_place = open_checkpoint(
         path, allow_pickle=allow_pickle, verify_checkpoint=verify_checkpoint, progress=progress,
-        check=check,
+        check=check, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if description.num_experts and tensor_parallel_size > 1 and torch.device(device).type == "cpu":
         raise UnsupportedConfig(
             f"tensor_parallel_size={tensor_parallel_size} with num_experts={description.num_experts} on "
             "a CPU: Megatron's token dispatcher gathers on GPUs only; use tensor_parallel_size=1"
         )
-    tokenizer = load_tokenizer(tokenizer_place) if tokenizer_place is not None else None
-    if tokenizer is not None:
+    tokenizer = None
+    if tokenizer_place is not None:
+        tokenizer = load_tokenizer(tokenizer_place, trust_remote_code=trust_remote_code)
         check_vocab(tokenizer, description)
+    generation_config = read_generation_config(
+        find_generation_config(Path(path), Path(path) / TOKENIZER_FOLDER, tokenizer_place)
+    )
     settings = description.dmc if dmc == "auto" else dmc
     description = replace(description, dmc=settings, dtype=dtype or description.dtype)
     model = build_model(description, dmc=settings, tensor_parallel_size=tensor_parallel_size)
@@ -277,7 +294,7 @@ def load_model(
     model.to(device)
     assert isinstance(model.rotary_pos_emb, _RotaryEmbedding)
     model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq.to(device)
-    return LoadedModel(model, description, tokenizer)
+    return LoadedModel(model, description, tokenizer, generation_config)
 
 
 @torch.no_grad()
