@@ -76,25 +76,19 @@ class _MLP(MLP):
         return self.linear_fc2(silu(gate) * up)
 
 
-def _with_mlp(spec: Any) -> Any:
-    """A copy of a dense layer's spec in which the MLP is `_MLP`."""
-    spec = copy.copy(spec)
-    spec.submodules = copy.copy(spec.submodules)
-    mlp = functools.partial(_MLP.as_mlp_submodule, **spec.submodules.mlp.keywords)
-    spec.submodules.mlp = mlp
-    return spec
-
-
-def _with_router(spec: Any) -> Any:
-    """A copy of a block's submodules in which mixtures of experts have `_Router`."""
+def _with_own_mlp(spec: Any, *, is_moe: bool) -> Any:
+    """A copy of a block's submodules in which MLPs are `_MLP`, or mixtures of experts have `_Router`."""
     spec = copy.copy(spec)
     layers = []
     for layer in spec.layer_specs:
         layer = copy.copy(layer)
         layer.submodules = copy.copy(layer.submodules)
         mlp = layer.submodules.mlp
-        submodules = replace(mlp.keywords["submodules"], router=_Router)
-        layer.submodules.mlp = functools.partial(mlp, submodules=submodules)
+        if is_moe:
+            submodules = replace(mlp.keywords["submodules"], router=_Router)
+            layer.submodules.mlp = functools.partial(mlp, submodules=submodules)
+        else:
+            layer.submodules.mlp = functools.partial(_MLP.as_mlp_submodule, **mlp.keywords)
         layers.append(layer)
     spec.layer_specs = layers
     return spec
@@ -198,10 +192,10 @@ def build_model(
     config = transformer_config(
         description, dmc=dmc, dtype=dtype, tensor_parallel_size=tensor_parallel_size
     )
-    spec = dmc_layer_spec(config)
+    spec = _with_own_mlp(dmc_layer_spec(config), is_moe=bool(description.num_experts))
     model = GPTModel(
         config,
-        transformer_layer_spec=_with_router(spec) if description.num_experts else _with_mlp(spec),
+        transformer_layer_spec=spec,
         vocab_size=description.padded_vocab_size,
         max_sequence_length=description.max_position_embeddings,
         parallel_output=False,
