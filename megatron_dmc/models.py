@@ -65,27 +65,23 @@ class _MLP(MLP):
         return self.linear_fc2(silu(gate) * up)
 
 
-def _with_mlp(spec: Any) -> Any:
-    """A copy of a dense layer's spec in which the MLP is `_MLP`."""
+def _own_mlp(mlp: Any) -> Any:
+    """A layer's MLP as the engine computes it: `_MLP`, or a mixture of experts with `_Router`."""
+    if "submodules" in mlp.keywords and hasattr(mlp.keywords["submodules"], "router"):
+        return functools.partial(
+            mlp, submodules=replace(mlp.keywords["submodules"], router=_Router)
+        )
+    return functools.partial(_MLP.as_mlp_submodule, **mlp.keywords)
+
+
+def _with_own_mlps(spec: Any) -> Any:
+    """A copy of a block's submodules, or of the spec of all its layers, with `_own_mlp`."""
     spec = copy.copy(spec)
+    if hasattr(spec, "layer_specs"):
+        spec.layer_specs = [_with_own_mlps(layer) for layer in spec.layer_specs]
+        return spec
     spec.submodules = copy.copy(spec.submodules)
-    mlp = functools.partial(_MLP.as_mlp_submodule, **spec.submodules.mlp.keywords)
-    spec.submodules.mlp = mlp
-    return spec
-
-
-def _with_router(spec: Any) -> Any:
-    """A copy of a block's submodules in which mixtures of experts have `_Router`."""
-    spec = copy.copy(spec)
-    layers = []
-    for layer in spec.layer_specs:
-        layer = copy.copy(layer)
-        layer.submodules = copy.copy(layer.submodules)
-        mlp = layer.submodules.mlp
-        submodules = replace(mlp.keywords["submodules"], router=_Router)
-        layer.submodules.mlp = functools.partial(mlp, submodules=submodules)
-        layers.append(layer)
-    spec.layer_specs = layers
+    spec.submodules.mlp = _own_mlp(spec.submodules.mlp)
     return spec
 
 
@@ -190,7 +186,7 @@ def build_model(
     spec = dmc_layer_spec(config)
     model = GPTModel(
         config,
-        transformer_layer_spec=_with_router(spec) if description.num_experts else _with_mlp(spec),
+        transformer_layer_spec=_with_own_mlps(spec),
         vocab_size=description.padded_vocab_size,
         max_sequence_length=description.max_position_embeddings,
         parallel_output=False,
