@@ -8,6 +8,9 @@ stages follow each other: zero-out, retrofit, finetune; `--dmc-stage off` is pla
 
 if __name__ == "__main__":
     # Here, because the processes that Megatron starts to write checkpoints import this file again.
+    from megatron_dmc.quiet import silence_optional_packages
+
+    silence_optional_packages()
     from megatron_dmc.training.run import main
 
     main()

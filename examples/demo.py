@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dmc.cli import main as cli
-from megatron_dmc.cli import silence_optional_packages
+from megatron_dmc.quiet import silence_optional_packages
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "examples" / "models" / "stdlib-llama-3m"

@@ -25,8 +25,8 @@ from megatron_dmc.checkpoint.tokenizer import (
     find_tokenizer,
     load_tokenizer,
 )
-from megatron_dmc.cli import silence_optional_packages
 from megatron_dmc.config import DMCConfig
+from megatron_dmc.quiet import silence_optional_packages
 from megatron_dmc.schedule import target_cr, zero_out_scale
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -58,7 +58,7 @@ def loss_func(loss_mask, finish, output):
     loss = torch.sum(output.float().view(-1) * loss_mask)
     num_tokens = loss_mask.sum().to(torch.int)
     report = {"lm loss": torch.stack([loss.detach(), num_tokens.float()])}
-    return finish(loss, num_tokens, report)  # DMC: was return loss, num_tokens, report
+    return finish(loss, num_tokens, report, loss_mask)  # DMC: was return loss, num_tokens, report
 
 
 def forward_step(data_iterator, model):

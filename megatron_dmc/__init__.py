@@ -8,7 +8,10 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     # Lazily: the engine imports Megatron, which takes seconds.
     if name in ("LLM", "AsyncLLM", "SamplingParams"):
-        import megatron_dmc.engine
+        from megatron_dmc.quiet import quietly
 
-        return getattr(megatron_dmc.engine, name)
+        with quietly():
+            import megatron_dmc.engine
+
+            return getattr(megatron_dmc.engine, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

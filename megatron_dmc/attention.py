@@ -147,6 +147,9 @@ class DMCSelfAttention(SelfAttention):
         if attention_bias is not None:
             raise UnsupportedConfig("DMC attention takes no attention bias: the kernel has none")
         context = inference_context if inference_context is not None else inference_params
+        if context is not None:
+            # Megatron's embedding leaves strides with which a product of the tokens becomes one for each
+            hidden_states = hidden_states.flatten(0, 1).unsqueeze(1)
         q_TBND, k_TBGD, v_TBGD = self.get_query_key_value_tensors(hidden_states)
         if self.config.dmc.compresses and self.config.dmc.importance == "constant":
             # a logit of 0 for every token, in the engine's kernels too; the rows get no gradient
@@ -299,11 +302,10 @@ class DMCSelfAttention(SelfAttention):
         return noise * self.config.dmc.noise_scale
 
     def _zero_out_scale(self, key: GateKey | None) -> float:
-        dmc = self.config.dmc
         if key is None:
             return 0.0
         return zero_out_scale(
-            key.step, steps=dmc.zero_out_steps or 0, fraction=dmc.zero_out_fraction
+            key.done, steps=key.length, fraction=self.config.dmc.zero_out_fraction
         )
 
     def _zero_faded_rows(self, linear_qkv, prefix: str, keep_vars: bool) -> None:

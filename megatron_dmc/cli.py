@@ -5,20 +5,21 @@ modules are imported when it runs, so that `--help` is quick. Add the function t
 """
 
 import argparse
-import logging
 import sys
-import warnings
 from collections.abc import Callable
 
 from megatron_dmc import __version__
 from megatron_dmc.engine_flags import add_trust_remote_code
 from megatron_dmc.errors import DMCError, EngineDead
+from megatron_dmc.quiet import silence_optional_packages
 
 type Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def add_convert(subparsers: Subparsers) -> None:
     """`megatron-dmc convert`."""
+    from megatron_dmc.engine_flags import add_checkpoint_arguments
+
     parser = subparsers.add_parser(
         "convert",
         help="convert between Hugging Face folders and Megatron torch_dist checkpoints",
@@ -44,10 +45,7 @@ def add_convert(subparsers: Subparsers) -> None:
         "--dmc-target-cr", type=float, metavar="CR",
         help="of a released DMC checkpoint that does not say it",
     )  # fmt: skip
-    parser.add_argument(
-        "--allow-pickle", action="store_true",
-        help="let a Megatron `torch` checkpoint run the code in its pickles; only if you trust it",
-    )  # fmt: skip
+    add_checkpoint_arguments(parser)
     add_trust_remote_code(parser)
     parser.add_argument("--force", action="store_true", help="replace what is in OUT")
     parser.set_defaults(run=run_convert)
@@ -76,6 +74,7 @@ def run_convert(args: argparse.Namespace) -> int:
         target_cr=args.dmc_target_cr,
         tokenizer=args.tokenizer,
         allow_pickle=args.allow_pickle,
+        verify_checkpoint=args.verify_checkpoint,
         trust_remote_code=args.trust_remote_code,
     )
     print(f"{args.out}: {args.to_format} checkpoint, {description.summary()}")
@@ -130,6 +129,8 @@ def run_serve(args: argparse.Namespace) -> int:
 
 def add_report(subparsers: Subparsers) -> None:
     """`megatron-dmc report`."""
+    from megatron_dmc.engine_flags import add_checkpoint_arguments
+
     parser = subparsers.add_parser(
         "report",
         help="compare a DMC model with its base on held-out text, write report.html and .json",
@@ -148,6 +149,7 @@ def add_report(subparsers: Subparsers) -> None:
         help="TensorBoard folder of a training stage; repeatable, in order",
     )  # fmt: skip
     parser.add_argument("--device", help="default: the GPU if there is one")
+    add_checkpoint_arguments(parser)
     add_trust_remote_code(parser)
     parser.set_defaults(run=run_report)
 
@@ -173,6 +175,7 @@ def run_report(args: argparse.Namespace) -> int:
     data = measure(
         args.base, args.model, args.data, seq_length=args.seq_length, stages=stages,
         num_windows=args.max_windows, max_tokens=args.max_tokens, device=args.device,
+        allow_pickle=args.allow_pickle, verify_checkpoint=args.verify_checkpoint,
         trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
     paths = write_report(data, args.output)
@@ -267,16 +270,6 @@ def build_parser() -> argparse.ArgumentParser:
     for add in SUBCOMMANDS:
         add(subparsers)
     return parser
-
-
-def silence_optional_packages() -> None:
-    """Megatron and torch warn about accelerator packages that are absent, and about choices that are not
-    the user's; that is normal."""
-    absent = "Transformer Engine|transformer-engine|Apex"
-    warnings.filterwarnings("ignore", message=f".*({absent})", category=UserWarning)
-    warnings.filterwarnings("ignore", message="full scope is deprecated", category=UserWarning)
-    for name in ("torch.utils.cpp_extension", "megatron.core.models.gpt.gpt_model"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -139,11 +139,25 @@ class DMCConfig:
         """Inverse of `to_dict`.
 
         Raises:
-            UnsupportedConfig: for a name that this version does not know.
+            UnsupportedConfig: for a name that this version does not know, or a value of another type.
         """
+        if not isinstance(values, dict):
+            raise UnsupportedConfig(f"DMC settings are a {type(values).__name__}, not an object")
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
-            raise UnsupportedConfig(f"unknown DMC settings: {', '.join(sorted(unknown))}")
+            names = ", ".join(sorted(map(str, unknown)))[:200]
+            raise UnsupportedConfig(f"unknown DMC settings: {names}")
+        for f in fields(cls):
+            kind = int if f.default is None else type(f.default)
+            value = values.get(f.name, f.default)
+            fits = isinstance(value, (int, float) if kind is float else kind)
+            fits = fits and isinstance(value, bool) == (kind is bool)
+            if isinstance(value, int | float):
+                fits = fits and abs(value) < 1e15  # NaN is not
+            if not fits and not (value is None and f.default is None):
+                raise UnsupportedConfig(
+                    f"DMC setting {f.name}={repr(value)[:60]}: it must be a finite {kind.__name__}"
+                )
         return cls(**values)
 
 
@@ -190,6 +204,28 @@ class DMCTransformerConfig(TransformerConfig):
             (self.num_query_groups < self.tensor_model_parallel_size,
              f"{self.num_query_groups} KV heads over tensor_model_parallel_size="
              f"{self.tensor_model_parallel_size}: a KV head may not be split over ranks"),
+            (self.fp8_param and self.dmc.stage == Stage.ZERO_OUT,
+             "--fp8-param-gather keeps the weights in 8 bits with a scale for many rows, and the end of "
+             "zero-out writes zeros into some of them; leave it out in this stage"),
+            (self.fp4_param and self.dmc.stage == Stage.ZERO_OUT,
+             "--fp4-param-gather keeps the weights in 4 bits with scales for many rows, and the end of "
+             "zero-out writes zeros into some of them; leave it out in this stage"),
+            (self.cuda_graph_impl != "none",
+             f"cuda_graph_impl={self.cuda_graph_impl}: a graph would be captured with one microbatch's "
+             "key and replayed with it: the same noise and the same count of merges at every step"),
+            (self.overlap_moe_expert_parallel_comm,
+             "--overlap-moe-expert-parallel-comm runs a layer's parts one by one, and DMC's attention is "
+             "not cut into them"),
+            (self.qk_clip or self.log_max_attention_logit,
+             "--qk-clip and --log-max-attention-logit read the largest score from Transformer Engine's "
+             "attention, which DMC replaces"),
+            (self.hybrid_context_parallel,
+             "--hybrid-context-parallel packs sequences of different context-parallel sizes; use "
+             "--context-parallel-size alone"),
+            (bool(set(self.offload_modules or ()) & {"qkv_linear", "core_attn", "attn_proj"}),
+             f"--offload-modules {' '.join(self.offload_modules or ())}: the parts of attention are "
+             "offloaded in Megatron's own attention, which DMC replaces; leave qkv_linear, core_attn and "
+             "attn_proj out"),
             (self.apply_query_key_layer_scaling,
              "--apply-query-key-layer-scaling rescales scores outside the kernel"),
         ]  # fmt: skip

@@ -27,7 +27,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GateKey:
-    """Names one microbatch; all that the gates' noise may depend on beside layer, head, position.
+    """Names one microbatch: all that the gates' noise may depend on besides layer, head and position,
+    and how far the stage has come.
 
     It travels to the layers as a small CPU tensor in place of the attention mask (DMC's attention
     is causal and needs none), so that a recomputed forward sees its own microbatch's key; behind it
@@ -44,6 +45,10 @@ class GateKey:
     """Index of the microbatch's first sequence within the step's global batch."""
     chunk: int = 0
     """Model chunk of this rank (virtual pipeline stage); the noise does not depend on it."""
+    done: int = 0
+    """What is done of the stage's ramp or fade, in steps or samples; the noise does not depend on it."""
+    length: int = 0
+    """The whole of it, in the same unit; 0: there is none, or it is over."""
 
     def to_tensor(self, starts: Sequence[Sequence[int]] | None = None) -> Tensor:
         """int64 on the CPU: the key, and for packed sequences where their documents start.

@@ -29,6 +29,8 @@ _PASSED_ON = (
     "cudagraph_capture_sizes",
     "seed",
     "device",
+    "allow_pickle",
+    "verify_checkpoint",
 )
 
 
@@ -48,6 +50,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, ...")
     group.add_argument("--device", help="default: the GPU if there is one")
+    add_checkpoint_arguments(group)
     group.add_argument("--max-model-len", type=int, help="longest sequence; default: the model's")
     group.add_argument(
         "--max-num-seqs", type=int, default=64, help="requests that run at a time (default: 64)"
@@ -92,6 +95,19 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--seed", type=int, default=0, help="of requests that bring none (default: 0)"
     )
+
+
+def add_checkpoint_arguments(group: argparse._ActionsContainer) -> None:
+    """How far a checkpoint's files are trusted; for every command that reads one."""
+    group.add_argument(
+        "--allow-pickle", action="store_true",
+        help="let a Megatron checkpoint run the code in its pickles; only if you trust it",
+    )  # fmt: skip
+    group.add_argument(
+        "--verify-checkpoint", action=argparse.BooleanOptionalAction, default=True,
+        help="compare the files with the checksums beside them, where there are any; reads them once "
+        "more (default: yes)",
+    )  # fmt: skip
 
 
 def add_parallel_arguments(group: argparse._ActionsContainer) -> None:

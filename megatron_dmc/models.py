@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
@@ -61,16 +63,32 @@ class _Router(TopKRouter):
         return router_gating_linear(input, self.weight, self.bias, input.dtype)
 
 
-def _with_router(spec: Any) -> Any:
-    """A copy of a block's submodules in which mixtures of experts have `_Router`."""
+class _MLP(MLP):
+    """Megatron's gated MLP without biases, in as few operations as it has products and functions; Megatron's
+    own adds an offset of 0 to one factor."""
+
+    def forward(
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **unused: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `MLP.forward`: output, [..., hidden], and no bias."""
+        assert per_token_scale is None, "a dense MLP"
+        gate, up = self.linear_fc1(hidden_states)[0].chunk(2, dim=-1)
+        return self.linear_fc2(silu(gate) * up)
+
+
+def _with_own_mlp(spec: Any, *, is_moe: bool) -> Any:
+    """A copy of a block's submodules in which MLPs are `_MLP`, or mixtures of experts have `_Router`."""
     spec = copy.copy(spec)
     layers = []
     for layer in spec.layer_specs:
         layer = copy.copy(layer)
         layer.submodules = copy.copy(layer.submodules)
         mlp = layer.submodules.mlp
-        submodules = replace(mlp.keywords["submodules"], router=_Router)
-        layer.submodules.mlp = functools.partial(mlp, submodules=submodules)
+        if is_moe:
+            submodules = replace(mlp.keywords["submodules"], router=_Router)
+            layer.submodules.mlp = functools.partial(mlp, submodules=submodules)
+        else:
+            layer.submodules.mlp = functools.partial(_MLP.as_mlp_submodule, **mlp.keywords)
         layers.append(layer)
     spec.layer_specs = layers
     return spec
@@ -174,10 +192,10 @@ def build_model(
     config = transformer_config(
         description, dmc=dmc, dtype=dtype, tensor_parallel_size=tensor_parallel_size
     )
-    spec = dmc_layer_spec(config)
+    spec = _with_own_mlp(dmc_layer_spec(config), is_moe=bool(description.num_experts))
     model = GPTModel(
         config,
-        transformer_layer_spec=_with_router(spec) if description.num_experts else spec,
+        transformer_layer_spec=spec,
         vocab_size=description.padded_vocab_size,
         max_sequence_length=description.max_position_embeddings,
         parallel_output=False,
@@ -217,6 +235,9 @@ def load_model(
     dmc: DMCConfig | Literal["auto"] | None = "auto",
     progress: bool = False,
     tensor_parallel_size: int = 1,
+    allow_pickle: bool = False,
+    verify_checkpoint: bool = True,
+    check: Callable[[ModelDescription], None] | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
     """A model from a Hugging Face folder or a Megatron checkpoint.
@@ -227,6 +248,7 @@ def load_model(
         progress: show a progress bar on a terminal.
         tensor_parallel_size: load this rank's share only (every rank reads all weights, one tensor at a
             time); Megatron's groups must be running.
+        allow_pickle, verify_checkpoint, check: see `checkpoint.convert.open_checkpoint`.
         trust_remote_code: run the code of a tokenizer that brings its own; the model's is never run.
 
     Returns:
@@ -238,8 +260,9 @@ def load_model(
         UnsupportedConfig: the model is of no supported family.
     """
     description, source, tokenizer_place = open_checkpoint(
-        path, trust_remote_code=trust_remote_code
-    )
+        path, allow_pickle=allow_pickle, verify_checkpoint=verify_checkpoint, progress=progress,
+        check=check, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     if description.num_experts and tensor_parallel_size > 1 and torch.device(device).type == "cpu":
         raise UnsupportedConfig(
             f"tensor_parallel_size={tensor_parallel_size} with num_experts={description.num_experts} on "

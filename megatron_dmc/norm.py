@@ -1,4 +1,4 @@
-"""Normalisation without Transformer Engine or Apex, under sequence parallelism too."""
+"""Normalisation without Transformer Engine and Apex, under sequence parallelism too."""
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -23,6 +23,11 @@ def torch_norm(
             f"--normalization {config.normalization} (zero-centred gamma: "
             f"{config.layernorm_zero_centered_gamma}) needs Transformer Engine; without it use "
             "LayerNorm or RMSNorm"
+        )
+    if config.memory_efficient_layer_norm:
+        raise UnsupportedConfig(
+            "--memory-efficient-layer-norm is Apex's norm, with LayerNorm and Transformer Engine's "
+            "layers; PyTorch's has no such form; leave it out"
         )
     norm = classes[config.normalization](hidden_size, eps=eps)
     for parameter in norm.parameters():

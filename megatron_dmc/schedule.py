@@ -19,6 +19,7 @@ def target_cr(
     `ramp_steps = 0` is the constant target of the finetune stage.
 
     Args:
+        step, ramp_steps: optimizer steps; or, both of them, samples.
         schedule: linear; cosine: `1 + (target - 1) (1 - cos(pi step / ramp_steps)) / 2`; constant:
             `target` at every step.
     """

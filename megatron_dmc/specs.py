@@ -11,6 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -63,7 +64,9 @@ def with_dmc_attention(spec: Any, recorder: DecisionRecorder | None = None) -> A
 
 
 def _with_torch_norm(spec: Any, config: DMCTransformerConfig, vp_stage: int | None) -> Any:
-    """Block submodules whose norms work under sequence parallelism without Transformer Engine."""
+    """Block submodules whose norms are PyTorch's, whatever is installed: Megatron's local spec takes Apex's
+    or Transformer Engine's for some where it finds them, and asserts that none is under sequence
+    parallelism."""
     if isinstance(spec, TransformerBlockSubmodules):
         layers = spec.layer_specs or []
     else:
@@ -78,7 +81,7 @@ def _with_torch_norm(spec: Any, config: DMCTransformerConfig, vp_stage: int | No
         attention = layer.submodules.self_attention = copy.copy(layer.submodules.self_attention)
         attention.submodules = copy.copy(attention.submodules)
         for name in ("q_layernorm", "k_layernorm"):
-            if getattr(attention.submodules, name) not in (None, IdentityOp):
+            if getattr(attention.submodules, name) not in (None, IdentityOp, L2Norm):
                 setattr(attention.submodules, name, torch_norm)
         copies.append(layer)
     return TransformerBlockSubmodules(layer_specs=copies, layer_norm=torch_norm)
@@ -122,6 +125,6 @@ def dmc_layer_spec(
             qk_l2_norm=config.qk_l2_norm,
             normalization=config.normalization,
         )
-    if config.sequence_parallel and not use_transformer_engine:
+    if not use_transformer_engine:
         spec = _with_torch_norm(spec, config, vp_stage)
     return with_dmc_attention(spec, recorder)

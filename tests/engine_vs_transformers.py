@@ -49,7 +49,7 @@ def with_transformers(prompts, max_tokens, eos_id):
 
 def compare(count, max_tokens, **options):
     """(prompts, completions of `transformers`, of the engine, the engine's stats)."""
-    llm = LLM(str(MODEL), dtype="float64", **options)
+    llm = LLM(str(MODEL), dtype="float64", device="cpu", **options)
     prompts = make_prompts(llm.get_tokenizer(), count)
     params = SamplingParams(temperature=0, max_tokens=max_tokens)
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)

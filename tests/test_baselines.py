@@ -212,7 +212,13 @@ def test_megatrons_model(policy):
     want = full_forward(loaded.model, torch.tensor([tokens]))[0, :, :VOCAB].log_softmax(-1)
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     for budget, same in ((40, True), (8, False)):
-        llm = LLM(loaded, max_num_batched_tokens=16, cache_policy=policy, cache_budget=budget)
+        llm = LLM(
+            loaded,
+            max_num_batched_tokens=16,
+            cache_policy=policy,
+            cache_budget=budget,
+            device="cpu",
+        )
         (output,) = llm.generate({"prompt_token_ids": tokens}, params, use_tqdm=False)
         found = [output.prompt_logprobs[t][tokens[t]].logprob for t in range(1, 40)]
         error = max(abs(a - float(want[t, tokens[t + 1]])) for t, a in enumerate(found))

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from kernel_tools import compile_for, run_cases
 
 from megatron_dmc.bench import imposed, offline, subject
 from megatron_dmc.bench.command import add_benchmarks
@@ -112,6 +113,30 @@ def test_shared_decisions_are_shared():
     assert (drawn == drawn[..., :1]).all() and (drawn[0] != drawn[1]).any()
 
 
+def test_kernel_decides_the_same():
+    """In Triton's interpreter, and on a GPU where one is."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    run_cases(
+        "kernel_cases_imposed.py", TRITON_INTERPRET=str(int(device == "cpu")), DMC_DEVICE=device
+    )
+
+
+def test_kernel_compiles_without_a_gpu():
+    pytest.importorskip("triton")
+    from megatron_dmc.bench import imposed_kernel
+
+    types = {
+        **dict.fromkeys(("p_positions", "p_rows", "p_seeds", "p_limit", "p_salt"), "*i64"),
+        "p_is_merge": "*u8", "p_omega": "*fp32", "eps": "fp32",
+    }  # fmt: skip
+    for capability in (80, 90):
+        compile_for(
+            imposed_kernel.decide_kernel, capability, "bf16", 4, types=types,
+            BLOCK=imposed_kernel.BLOCK,
+        )  # fmt: skip
+
+
 def test_decisions_depend_on_neither_batch_nor_chunks_nor_preemption(shape):
     """Nor does the cache: entries of every head of every request are the same."""
     asked = [([5 + i] * 40, 20) for i in range(4)]
@@ -133,7 +158,7 @@ def test_decisions_depend_on_neither_batch_nor_chunks_nor_preemption(shape):
 
 def test_an_engine_that_does_not_obey_is_found_out(shape, capsys, monkeypatch):
     monkeypatch.setattr(
-        imposed.ImposingContext, "attend", imposed.ImposingContext.__mro__[1].attend
+        imposed.ImposingContext, "_given_gates", imposed.ImposingContext.__mro__[1]._given_gates
     )
     flags = ("--simulate-cr", "4", "--input-len", "40", "--output-len", "20", "--max-num-seqs", "2")
     assert main(["bench", "throughput", *shape, *flags]) == 2

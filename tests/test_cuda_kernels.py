@@ -167,6 +167,10 @@ with FakeTensorMode():
     pages = torch.zeros(6, dtype=torch.int32, device="cuda")
     decode.release_pages(table[:, 0], pages, pages[:2], pages)
 
+def shifted(x):
+    # dense, but not at a multiple of 16 bytes
+    return torch.zeros(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(x.shape)
+
 def message(change=lambda x: x, scales=(None, None), **options):
     q, k_pages, v_pages, table, entries, rows = change(list(tensors("cpu", **options)))
     part = torch.zeros(4, 2, q.shape[1] // 2, q.shape[2])
@@ -196,6 +200,11 @@ for got, wanted in (
      "k_scales, v_scales: given with pages of 8 bits and only with them"),
     (message(scales=(torch.zeros(6, 16),) * 2),
      "k_scales, v_scales: given with pages of 8 bits and only with them"),
+    (message(put(1, shifted)), "k_pages must start at a multiple of 16 bytes; call clone()"),
+    (message(put(2, shifted)), "v_pages must start at a multiple of 16 bytes; call clone()"),
+    (message(lambda x: put(1, torch.Tensor.char)(put(2, torch.Tensor.char)(x)),
+             scales=(torch.zeros(6, 16), shifted(torch.zeros(6, 16)))),
+     "k_scales, v_scales must start at a multiple of 16 bytes; call clone()"),
     (message(put(3, lambda t: t.long())), "block_table is Long, expected Int"),
     (message(put(4, lambda e: e[:2])), "num_entries has shape [2, 2], expected [3, 2]"),
 ):

@@ -72,7 +72,7 @@ def saved(tmp_path_factory):
     for kv_cache_dtype in ("auto", "int8"):
         llm = LLM(
             str(folder), dtype="float64", block_size=4, max_model_len=64, max_num_seqs=4,
-            kv_cache_dtype=kv_cache_dtype,
+            kv_cache_dtype=kv_cache_dtype, device="cpu",
         )  # fmt: skip
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts()], params, use_tqdm=False)
         alone[kv_cache_dtype] = ([o.outputs[0].token_ids for o in outputs], llm.stats())

@@ -68,7 +68,7 @@ def test_whole_windows_give_the_engines_log_likelihoods(policy, kv_heads):
     for budget in (1, 7, 40):
         logits = eviction.evicting_forward(loaded.model, ids[:, :-1], policy, budget)
         found = logits[..., :VOCAB].log_softmax(-1)
-        llm = LLM(loaded, cache_policy=policy, cache_budget=budget)
+        llm = LLM(loaded, cache_policy=policy, cache_budget=budget, device="cpu")
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
         prompts = [{"prompt_token_ids": row} for row in ids.tolist()]
         nll = 0.0
@@ -104,7 +104,7 @@ def test_the_final_size_is_what_the_engine_holds(policy):
     dmc = retrofitted() if policy == "merge" else DMCConfig(stage="finetune", **evict)
     loaded = random_model(2, dmc=dmc)
     ids = torch.randint(0, VOCAB, (4, 41), generator=torch.Generator().manual_seed(5))
-    llm = LLM(loaded)
+    llm = LLM(loaded, device="cpu")
     prompts = [{"prompt_token_ids": row[:-1]} for row in ids.tolist()]
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
     held = sum(output.metrics.num_entries for output in outputs)

@@ -115,7 +115,7 @@ def test_bits_logits_and_tokens(case, tmp_path):
     assert configs[0] == configs[1]
 
     prompts = [tokens()[0, :n].tolist() for n in (1, 9, 40)]
-    outputs = LLM(loaded, max_model_len=64, max_num_batched_tokens=16).generate(
+    outputs = LLM(loaded, max_model_len=64, max_num_batched_tokens=16, device="cpu").generate(
         [{"prompt_token_ids": p} for p in prompts],
         SamplingParams(temperature=0, max_tokens=12, ignore_eos=True),
         use_tqdm=False,

@@ -115,7 +115,7 @@ def test_megatron_trains_what_was_converted(case, tmp_path):
     convert(None, "megatron", tmp_path / "hf", tmp_path / "m")
     run = Forked(
         *flags_of(tmp_path / "m"), "--pretrained-checkpoint", str(tmp_path / "m"),
-        "--dmc-stage", "retrofit", "--dmc-target-cr", "2", "--mock-data", "--seq-length", "32",
+        "--dmc-stage", "retrofit", "--dmc-target-cr", "2", "--dmc-no-stage-check", "--mock-data", "--seq-length", "32",
         "--micro-batch-size", "2", "--global-batch-size", "2", "--lr", "1e-3", "--train-iters", "2",
         "--weight-decay", "0", "--eval-iters", "0", "--eval-interval", "9", "--log-interval", "1",
         "--save", str(tmp_path / "saved"), "--save-interval", "2", "--ckpt-format", "torch_dist",
@@ -146,7 +146,9 @@ def test_experts_on_several_cpus_are_refused(tmp_path):
 def test_two_ranks_do_what_one_does(case, tmp_path):
     """Tensor parallel in the engine: biases and QK-norm are split as Megatron splits them."""
     save(CASES[case], tmp_path)
-    llm = LLM(str(tmp_path), dtype="float64", block_size=4, max_model_len=64, max_num_seqs=4)
+    llm = LLM(
+        str(tmp_path), dtype="float64", block_size=4, max_model_len=64, max_num_seqs=4, device="cpu"
+    )
     params = [
         SamplingParams(temperature=0, max_tokens=12)
         if i % 2

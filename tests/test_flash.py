@@ -5,6 +5,7 @@ plain PyTorch on CPU tensors.
 """
 
 import logging
+import re
 import types
 
 import pytest
@@ -42,8 +43,8 @@ def dense_forward(q, k, v, scale, causal):
     return out, lse
 
 
-def dense_backward(grad_out, q, k, v, out, lse, scale):
-    return flash.KERNELS["dense"].backward(grad_out, q, k, v, out, lse, None, scale, True)
+def dense_backward(grad_out, q, k, v, out, lse, scale, causal):
+    return flash.KERNELS["dense"].backward(grad_out, q, k, v, out, lse, None, scale, causal)
 
 
 def swap(*tensors):
@@ -63,8 +64,8 @@ def fake_flash_attn_2():
         dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
         window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
     ):  # fmt: skip
-        assert causal and rng_state.shape == (2,) and softmax_lse.is_contiguous()
-        grads = dense_backward(*swap(dout, q, k, v, out), softmax_lse, softmax_scale)
+        assert rng_state.shape == (2,) and softmax_lse.is_contiguous()
+        grads = dense_backward(*swap(dout, q, k, v, out), softmax_lse, softmax_scale, causal)
         for buffer, grad in zip((dq, dk, dv), swap(*grads), strict=True):
             buffer.copy_(grad)
         return torch.empty(0)
@@ -91,8 +92,8 @@ def fake_flash_attn_3():
         softmax_scale=None, is_causal=False, window_size_left=-1, window_size_right=-1,
         softcap=0.0, deterministic=False, sm_margin=0,
     ):  # fmt: skip
-        assert is_causal and cu_seqlens_q is None and max_seqlen_k is None
-        grads = dense_backward(*swap(dout, q, k, v, out), softmax_lse, softmax_scale)
+        assert cu_seqlens_q is None and max_seqlen_k is None
+        grads = dense_backward(*swap(dout, q, k, v, out), softmax_lse, softmax_scale, is_causal)
         for buffer, grad in zip((dq, dk, dv), swap(*grads), strict=True):
             buffer.copy_(grad)
         return torch.empty(0)
@@ -110,8 +111,8 @@ def fake_aten():
         grad_out, q, k, v, out, logsumexp, philox_seed, philox_offset, attn_bias, cum_seq_q,
         cum_seq_k, max_q, max_k, dropout_p, is_causal, *, scale,
     ):  # fmt: skip
-        assert logsumexp.shape == (*q.shape[:3], 1) and is_causal and max_q == q.shape[2]
-        return dense_backward(grad_out, q, k, v, out, logsumexp[..., 0], scale)
+        assert logsumexp.shape == (*q.shape[:3], 1) and max_q == q.shape[2]
+        return dense_backward(grad_out, q, k, v, out, logsumexp[..., 0], scale, is_causal)
 
     def flash_(q, k, v, dropout_p, is_causal, return_debug_mask, *, scale):
         out, lse = dense_forward(q, k, v, scale, is_causal)
@@ -121,7 +122,7 @@ def fake_aten():
         grad_out, q, k, v, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p,
         is_causal, philox_seed, philox_offset, *, scale,
     ):  # fmt: skip
-        return dense_backward(grad_out, q, k, v, out, logsumexp, scale)
+        return dense_backward(grad_out, q, k, v, out, logsumexp, scale, is_causal)
 
     def efficient(q, k, v, attn_bias, compute_log_sumexp, dropout_p, is_causal, *, scale):
         assert compute_log_sumexp and q.shape[1] == k.shape[1] == v.shape[1]
@@ -135,7 +136,7 @@ def fake_aten():
         assert logsumexp.shape[-1] % 32 == 0 and grad_input_mask == [True, True, True, False]
         assert torch.isinf(logsumexp[..., q.shape[2] :]).all()
         lse = logsumexp[..., : q.shape[2]]
-        return *dense_backward(grad_out, q, k, v, out, lse, scale), None
+        return *dense_backward(grad_out, q, k, v, out, lse, scale, is_causal), None
 
     return types.SimpleNamespace(
         _scaled_dot_product_cudnn_attention=cudnn,
@@ -158,7 +159,10 @@ def pretend_gpu(monkeypatch):
     monkeypatch.setattr(flash, "aten", fake_aten())
     for name in ("can_use_cudnn_attention", "can_use_flash_attention"):
         monkeypatch.setattr(torch.backends.cuda, name, lambda params: True)
-    return packages
+    flash.fault.cache_clear()
+    flash._report.cache_clear()
+    yield packages
+    flash.fault.cache_clear()
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -177,19 +181,21 @@ def test_dense_agrees_with_the_cpu_kernel():
     )
 
 
-def test_the_fastest_that_is_present_is_picked(pretend_gpu, monkeypatch):
+def test_the_first_that_is_present_is_picked(pretend_gpu, monkeypatch):
     q, k, v = (x.permute(1, 2, 0, 3) for x in make_inputs()[:3])
 
     def choice(dtype=torch.float32):
         return flash.choose_kernel(q.to(dtype), k.to(dtype), v.to(dtype)).name
 
     assert choice() == "flash-attn-3"
-    del pretend_gpu[flash._FA3]
-    assert choice() == "cudnn"
     monkeypatch.setattr(flash, "_capability", lambda q: (8, 0))
     assert choice() == "flash-attn-2"
     del pretend_gpu[flash._FA2]
     assert choice() == "flash"
+    monkeypatch.setattr(flash, "_capability", lambda q: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda params: False)
+    del pretend_gpu[flash._FA3]
+    assert choice() == "cudnn"
     monkeypatch.setattr(flash, "_HALF", (torch.float16,))
     monkeypatch.setattr(flash, "_cpu_takes", lambda *args: "not here")
     kernels = {n: k for n, k in flash.KERNELS.items() if n != "cpu"}  # they are CPU tensors
@@ -209,9 +215,78 @@ def test_choice_can_be_forced_and_is_logged_once(monkeypatch, caplog):
     assert [r.args[-1] for r in caplog.records] == ["cpu", "dense"]
     monkeypatch.setenv(flash.ENVIRONMENT, "fastest")
     with pytest.raises(
-        ValueError, match="DMC_ATTENTION_BACKEND='fastest' is no.*flash-attn-3, cudnn"
+        ValueError, match="DMC_ATTENTION_BACKEND='fastest' is no.*flash-attn-3, flash-attn-2"
     ):
         ops.causal_attention(*inputs[:3])
     ops.causal_attention(*inputs[:3], backend="cpu")  # an argument counts for more
     with pytest.raises(ValueError, match="backend='cudnn' does not take torch.float32.*on a GPU"):
         ops.causal_attention(*inputs[:3], backend="cudnn")
+
+
+def chosen(caplog, kv_heads=2, **options):
+    """The kernel that is chosen, and why others were not."""
+    q, k, v = (x.permute(1, 2, 0, 3) for x in make_inputs(kv_heads=kv_heads)[:3])
+    with caplog.at_level(logging.WARNING, logger=flash.logger.name):
+        name = flash.choose_kernel(q, k, v, **options).name
+        assert flash.choose_kernel(q, k, v, **options).name == name  # and refused in one line
+    refused = [r.getMessage() for r in caplog.records]
+    caplog.clear()
+    return name, refused
+
+
+def spoil(package, name, change):
+    function = getattr(package, name)
+    setattr(package, name, lambda *args, **kwargs: change(function(*args, **kwargs), *args))
+
+
+def one_head_wrong(result, *unused):
+    result[0][0, 3, -1] *= 1.5  # one token of one head
+    return result
+
+
+def test_wrong_results_are_refused(pretend_gpu, caplog):
+    fa3, fa2 = pretend_gpu[flash._FA3], pretend_gpu[flash._FA2]
+    spoil(fa3, "_flash_attn_forward", one_head_wrong)
+    spoil(fa2, "_flash_attn_backward", lambda result, *args: args[8].mul_(1.01 + args[8].isnan()))
+    name, (first, second) = chosen(caplog)
+    assert name == "flash"
+    assert "'flash-attn-3' is not used on cpu for torch.float32, 4 query heads, 2 KV heads" in first
+    assert "its output differs by" in first
+    assert "'flash-attn-2' is not used" in second and "its dv differs by 0.01 of" in second
+    with pytest.raises(
+        ValueError, match="backend='flash-attn-3' does not take.*its output differs"
+    ):
+        chosen(caplog, backend="flash-attn-3")
+
+
+def test_results_that_are_wrong_for_few_heads_are_refused_there(pretend_gpu, caplog):
+    """And not for others; NaN is wrong too."""
+    for name in (flash._FA3, flash._FA2):
+        spoil(
+            pretend_gpu[name], "_flash_attn_forward",
+            lambda result, q, k, *args: (result[0] * (float("nan") if k.shape[2] < 4 else 1), *result[1:]),
+        )  # fmt: skip
+    name, refused = chosen(caplog, kv_heads=2)
+    assert name == "flash" and len(refused) == 2 and "its output differs by inf" in refused[0]
+    assert chosen(caplog, kv_heads=4) == ("flash-attn-3", [])
+
+
+def older_forward(q, k, v, softmax_scale, causal, window_size):
+    raise AssertionError("is not called")
+
+
+@pytest.mark.parametrize(
+    "function, old, reason",
+    [
+        ("_flash_attn_forward", older_forward, "TypeError.*missing 1 required.*'window_size'"),
+        ("_flash_attn_forward", lambda *a, **k: (a[0].clone(), a[0][:, 0]), "expected .2, 4, 145"),
+        ("_flash_attn_backward", lambda dout, q, k, v, out, lse: None, "TypeError.*positional"),
+        # does not fill what it is given
+        ("_flash_attn_backward", lambda *args: args[12].fill_(float("nan")), "its d[qkv] differs by"),
+    ],
+)  # fmt: skip
+def test_another_signature_falls_through(function, old, reason, pretend_gpu, caplog):
+    setattr(pretend_gpu[flash._FA3], function, old)
+    name, (line,) = chosen(caplog)
+    assert name == "flash-attn-2"
+    assert re.search(f"'flash-attn-3' is not used.*{reason}", line)

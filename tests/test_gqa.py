@@ -67,7 +67,7 @@ def test_it_runs_in_the_engine_and_trains(tmp_path):
     assert ModelDescription.from_hf_folder(tmp_path / "back").num_query_groups == 2
     loaded = load_model(tmp_path / "gqa")
     prompt = tokens()[0, :20]
-    output = LLM(loaded, max_model_len=64).generate(
+    output = LLM(loaded, max_model_len=64, device="cpu").generate(
         [{"prompt_token_ids": prompt.tolist()}],
         SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), use_tqdm=False,
     )[0]  # fmt: skip

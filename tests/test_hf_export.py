@@ -100,7 +100,7 @@ def test_without_the_package_it_generates_what_the_engine_does(exported, alone, 
     result = results[str(exported[name])]
     assert result["class"] == "DMCLlamaForCausalLM"
     loaded = load_model(exported[name], dtype=torch.float32)
-    llm = LLM(loaded, max_num_batched_tokens=9)
+    llm = LLM(loaded, max_num_batched_tokens=9, device="cpu")
     outputs = llm.generate(
         [{"prompt_token_ids": p} for p in prompts],
         SamplingParams(temperature=0, max_tokens=24),
@@ -219,7 +219,7 @@ def test_family_in_the_engine(tmp_path, family):
         logits = full_forward(loaded.model, ids)[..., :VOCAB]
         torch.testing.assert_close(model(ids).logits, logits, atol=1e-4, rtol=0)
     result = model.generate(ids, max_new_tokens=16, do_sample=False, return_dict_in_generate=True)
-    outputs = LLM(loaded).generate(
+    outputs = LLM(loaded, device="cpu").generate(
         [{"prompt_token_ids": row.tolist()} for row in ids],
         SamplingParams(temperature=0, max_tokens=16),
         use_tqdm=False,

@@ -71,7 +71,7 @@ def test_retrofit(tmp_path, data, lora_rank, lr):
     result = model.generate(
         torch.tensor([prompt]), max_new_tokens=40, do_sample=False, return_dict_in_generate=True
     )
-    llm = LLM(out, dtype="float32")
+    llm = LLM(out, dtype="float32", device="cpu")
     outputs = llm.generate(
         [{"prompt_token_ids": prompt}], SamplingParams(temperature=0, max_tokens=40), use_tqdm=False
     )

@@ -77,7 +77,10 @@ def test_memory_of_the_cache_holds_more_pages():
     budget = 40_000
     sizes = {}
     for name in ("auto", "fp8", "fp8_e4m3", "int8"):
-        llm = LLM(loaded, kv_cache_dtype=name, kv_cache_memory_bytes=budget, max_model_len=96)
+        llm = LLM(
+            loaded, kv_cache_dtype=name, kv_cache_memory_bytes=budget, max_model_len=96,
+            device="cpu",
+        )  # fmt: skip
         config = llm.engine.config
         assert config.kv_cache_dtype == name
         pool = llm.engine.context.pool
@@ -102,7 +105,7 @@ def test_other_names_are_refused_and_the_flag_is_passed_on():
     loaded = random_model()
     wanted = "kv_cache_dtype='fp8_e5m2': use one of auto, fp8, fp8_e4m3, int8"
     with pytest.raises(UnsupportedConfig, match=wanted):
-        LLM(loaded, kv_cache_dtype="fp8_e5m2")
+        LLM(loaded, kv_cache_dtype="fp8_e5m2", device="cpu")
 
     parser = argparse.ArgumentParser()
     add_engine_arguments(parser)

@@ -20,6 +20,7 @@ LEVELS = {
     "errors": 0,
     "config": 0,
     "schedule": 0,
+    "quiet": 0,
     "_C": 0,  # the compiled csrc: part of the ops, and imports nothing
     "ops": 1,
     "decisions": 2,

@@ -168,7 +168,7 @@ def test_released_checkpoint(tp, tmp_path, capsys):
     params = SamplingParams(temperature=0, max_tokens=8)
     prompts = [{"prompt_token_ids": tokens()[0, :30].tolist()}]
     outputs = [
-        LLM(loaded, max_model_len=64).generate(prompts, params, use_tqdm=False)[0]
+        LLM(loaded, max_model_len=64, device="cpu").generate(prompts, params, use_tqdm=False)[0]
         for loaded in (load_model(tmp_path / "m"), expected)
     ]
     assert outputs[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids

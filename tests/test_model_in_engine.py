@@ -6,6 +6,7 @@ import torch
 from megatron_dmc import LLM, SamplingParams
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.config import DMCConfig
+from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.evaluation import (
     DecisionTrace,
     engine_difference,
@@ -83,7 +84,7 @@ def test_greedy_generation_and_reported_cr(window):
     loaded = random_model(dmc=dmc)
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(0, VOCAB, (n,), generator=generator).tolist() for n in (1, 5, 17, 30)]
-    llm = LLM(loaded, max_num_batched_tokens=9, max_num_seqs=3)
+    llm = LLM(loaded, max_num_batched_tokens=9, max_num_seqs=3, device="cpu")
     params = SamplingParams(temperature=0, max_tokens=12)
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     trace = DecisionTrace(loaded.model)
@@ -103,6 +104,20 @@ def test_greedy_generation_and_reported_cr(window):
             assert merges > 0, "the case must merge to mean anything"
     llm.engine.context.pool.check_integrity()
     assert llm.engine.context.pool.num_held == 0
+
+
+def test_the_engine_is_where_the_weights_are(monkeypatch):
+    """Though a GPU is there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    loaded = random_model(dmc=retrofitted())
+    for device in (None, "cpu"):
+        llm = LLM(loaded, max_model_len=32, max_num_seqs=1, device=device)
+        assert llm.engine.context.tables.num_entries_LRG.device == torch.device("cpu")
+        llm.generate([{"prompt_token_ids": [1, 2]}], use_tqdm=False)
+    with pytest.raises(
+        UnsupportedConfig, match="device='cuda:1', and the model's weights are on 'cpu'"
+    ):
+        LLM(loaded, device="cuda:1")
 
 
 def test_evaluation_counts_tokens_and_entries():

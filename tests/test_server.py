@@ -263,18 +263,19 @@ def test_models_version_health_and_metrics(server, client):
 
 
 WRONG = {
-    "not JSON": (b'{"prompt": ', 400, "JSON"),
+    "not JSON": (b'{"prompt": ', 400, "not JSON"),
     "not an object": (b"[1, 2]", 400, "JSON object"),
     "not UTF-8": (b'{"prompt": "\xff\xfe"}', 400, ""),
     "deeply nested": (b'{"prompt": ' + b"[" * 40000 + b"]" * 40000 + b"}", 400, ""),
-    "lone surrogate": (b'{"prompt": "\\ud800"}', 400, "prompt"),
+    "lone surrogate": (b'{"prompt": "\\ud800"}', 400, "not JSON"),
     "huge number": (b'{"prompt": "x", "max_tokens": ' + b"9" * 6000 + b"}", 400, ""),
     "no prompt": ({"model": "tiny"}, 400, "prompt"),
     "mixed prompt": ({"prompt": [1, "a"]}, 400, "prompt"),
     "empty list": ({"prompt": []}, 400, "prompt"),
     "token id out of range": ({"prompt": [512]}, 400, "vocabulary of 512"),
     "other model": ({"prompt": "x", "model": "gpt-4"}, 404, "gpt-4"),
-    "unknown parameter": ({"prompt": "x", "temprature": 1}, 400, "temprature"),
+    "misspelled parameter": ({"prompt": "x", "temprature": 1}, 400, "did you mean temperature"),
+    "too many fields": ({"prompt": "x", **{f"f{i}": 1 for i in range(999)}}, 400, "1000 fields"),
     "unsupported parameter": ({"prompt": "x", "suffix": "y"}, 400, "suffix"),
     "penalty": ({"prompt": "x", "frequency_penalty": 2.5}, 400, "frequency_penalty"),
     "repetition penalty": ({"prompt": "x", "repetition_penalty": 0}, 400, "repetition_penalty"),
@@ -293,8 +294,8 @@ WRONG = {
     "logprobs": ({"prompt": "x", "logprobs": 21}, 400, "logprobs"),
     "empty stop": ({"prompt": "x", "stop": [""]}, 400, "stop"),
     "stream_options": ({"prompt": "x", "stream_options": {}}, 400, "stream=true"),
-    "context": ({"prompt": "x", "max_tokens": 512}, 400, "context is 512 tokens"),
-    "prompt too long": ({"prompt": [5] * 512}, 400, "context is 512 tokens"),
+    "context": ({"prompt": "x", "max_tokens": 512}, 400, "maximum context length is 512 tokens"),
+    "prompt too long": ({"prompt": [5] * 512}, 400, "maximum context length is 512 tokens"),
     "too many": ({"prompt": ["x"] * 41}, 400, "--max-concurrent-requests"),
     "too large": (b'{"prompt": "' + b"x" * 100_000 + b'"}', 413, "--max-request-bytes"),
 }

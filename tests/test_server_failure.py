@@ -135,6 +135,12 @@ def test_a_worker_that_is_killed(tmp_path):
             assert json.load(answer)["choices"][0]["text"] == expected(12)
         workers = children(server)
         assert len(workers) == 1
+        for process in (psutil.Process(server.process.pid), *workers):
+            listening = [
+                c.laddr for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN
+            ]
+            assert listening, "the server and each rank listen"
+            assert all(address.ip in ("127.0.0.1", "::1") for address in listening), listening
         fails_as_it_should(server, workers[0].kill, "rank 1 (process")
         assert not any(p.is_running() for p in workers)
 

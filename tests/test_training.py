@@ -8,6 +8,7 @@ import torch
 from training_runs import DIM, HEADS, KV_HEADS, LAYERS, ROOT, Forked, logged, pretrain, tensorboard
 
 from megatron_dmc.config import DMCConfig, DMCTransformerConfig
+from megatron_dmc.decisions import GateKey
 from megatron_dmc.errors import DMCError, UnsupportedConfig
 from megatron_dmc.schedule import target_cr, target_merge_rate, zero_out_scale
 from megatron_dmc.training.loss import compression_loss
@@ -216,7 +217,7 @@ def test_schedule():
     constant = [target_cr(s, ramp_steps=4, target=3.0, schedule="constant") for s in range(3)]
     assert constant == [3, 3, 3]
     step = CompressionLoss(DMCConfig(target_cr=3.0, ramp_steps=4, cr_schedule="cosine"), None)
-    assert step.target_cr(1) == cosine[1]
+    assert step.target_cr(GateKey(0, 1, 0, 0, 0, *step.progress(Namespace(), 1))) == cosine[1]
 
 
 def test_hinge_forms():
@@ -278,7 +279,7 @@ def test_a_users_own_script(tmp_path):
         "import runpy, sys\n"
         "from megatron_dmc.training import cpu_adapter\n"
         "cpu_adapter.install()\n"
-        "sys.argv = [sys.argv[1], *cpu_adapter.FLAGS, *sys.argv[2:]]\n"
+        "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     flags = ["--dmc-stage", "retrofit", "--dmc-target-cr", "3", "--dmc-ramp-steps", "2",

@@ -127,8 +127,8 @@ def test_constant_importance_in_the_engine(settings):
 def test_pooling_after_rope_is_refused_in_the_engine():
     loaded = random_model(dmc=retrofitted(pool_after_rope=True))
     with pytest.raises(UnsupportedConfig, match="--dmc-pool-after-rope.*enable_dmc=False"):
-        LLM(loaded, max_model_len=32)
-    llm = LLM(loaded, max_model_len=32, enable_dmc=False)  # every entry is one token
+        LLM(loaded, max_model_len=32, device="cpu")
+    llm = LLM(loaded, max_model_len=32, enable_dmc=False, device="cpu")  # every entry is one token
     assert llm.engine.context.rule.may_merge is False
 
 

@@ -3,6 +3,7 @@
 # returns at once; a call after an interrupted one goes on where that stopped.
 #
 #   PYTHON=/path/to/python   use this interpreter (3.12 or 3.13) and look for no other
+#   REQUIRE_HASHES=1         install the files of requirements.lock and no others (Python 3.12 on Linux x86-64)
 set -euo pipefail
 cd -P "$(dirname "$0")/.."
 
@@ -18,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 inputs_checksum() {
     {
         echo "$PWD ${PYTHON:-}"
-        cat "$venv/pyvenv.cfg" pyproject.toml setup.py constraints.txt
+        cat "$venv/pyvenv.cfg" pyproject.toml setup.py constraints.txt ${REQUIRE_HASHES:+requirements.lock}
         if [ -d megatron_dmc/csrc ]; then
             find megatron_dmc/csrc -type f | LC_ALL=C sort | while IFS= read -r file; do
                 echo "$file"
@@ -128,11 +129,16 @@ pip_install() {
 echo "Installing dependencies (about 5 GB, a few minutes)…"
 start=$SECONDS
 # setup.py runs without build isolation, in .venv: it looks there for setuptools and torch.
-pip_install setuptools
-if [ -d megatron_dmc/csrc ]; then
-    pip_install torch ninja
+if [ -n "${REQUIRE_HASHES:-}" ]; then
+    "$venv/bin/python" -m pip install --quiet --no-input --require-hashes -r requirements.lock </dev/null
+    "$venv/bin/python" -m pip install --quiet --no-input --no-deps --no-build-isolation -e . </dev/null
+else
+    pip_install setuptools
+    if [ -d megatron_dmc/csrc ]; then
+        pip_install torch ninja
+    fi
+    pip_install --no-build-isolation -e '.[dev]'
 fi
-pip_install --no-build-isolation -e '.[dev]'
 if [ -d megatron_dmc/csrc ]; then
     # pip swallows what setup.py says about the CUDA kernels.
     "$venv/bin/python" setup.py --quiet --version >/dev/null

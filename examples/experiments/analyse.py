@@ -29,7 +29,7 @@ from typing import Any
 EXAMPLES = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(EXAMPLES))
 
-from megatron_dmc.cli import silence_optional_packages
+from megatron_dmc.quiet import silence_optional_packages
 
 import demo
 

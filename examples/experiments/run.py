@@ -25,7 +25,7 @@ EXAMPLES = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(EXAMPLES))
 
 from megatron_dmc.cli import main as cli
-from megatron_dmc.cli import silence_optional_packages
+from megatron_dmc.quiet import silence_optional_packages
 
 import demo
 import results
@@ -74,7 +74,8 @@ def stage_flags(arm: Arm, stage: str, plan: demo.Plan) -> list[str]:
             continue
         flag = "--dmc-" + key.replace("_", "-")
         extra += [flag] if value is True else [flag, str(value)]
-    return [*demo.dmc_flags(stage, plan), *extra]
+    # arms leave stages out, and change the target between them
+    return [*demo.dmc_flags(stage, plan), *extra, "--dmc-no-stage-check"]
 
 
 def shape_flags(arm: Arm) -> list[str]:

@@ -46,7 +46,7 @@ def application(args: argparse.Namespace) -> serve.Application:
 
     def build():
         """In the replica's process: load the model and make the application."""
-        from megatron_dmc.cli import silence_optional_packages
+        from megatron_dmc.quiet import silence_optional_packages
 
         silence_optional_packages()
         app, service = make_app(args)

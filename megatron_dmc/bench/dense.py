@@ -21,6 +21,7 @@ from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import page_ops
 from megatron_dmc.ops.cache_ops import apply_rope
+from megatron_dmc.ops.tensors import to_device
 
 
 def _flash_with_cache(device: torch.device) -> Any | None:
@@ -69,10 +70,10 @@ class DenseContext(PagedContext):
 
     def end_step(self) -> None:
         """As `PagedContext.end_step`; every token is an entry, with a page that stays empty."""
-        rows = [chunk.row for chunk in self._chunks]
-        sizes = torch.tensor(
-            [chunk.num_tokens for chunk in self._chunks], device=self.k_LRSGD.device
-        )
+        rows, sizes = to_device(
+            [[c.row for c in self._chunks], [c.num_tokens for c in self._chunks]],
+            self.k_LRSGD.device,
+        )  # fmt: skip
         entries_LRG = self.tables.num_entries_LRG
         entries_LRG[:, rows] += sizes[None, :, None]
         for chunk in self._chunks:

@@ -1,21 +1,24 @@
 """Merge decisions imposed on a model that has none of its own (random weights, `--simulate-cr`).
 
-The borrowed channels of keys and queries are overwritten before attention sees them, so that whatever comes
-after (gates, append, attention, fused or not) takes its ordinary path. A decision is a pure function of
-(layer, KV head, position, request): a counter-based hash against the head's merge rate. Batch, chunks and
-preemption do not change it.
+All that a step's tokens decide, in all layers, is computed in one launch, and the append kernel gets it in
+place of what it reads in the borrowed channels. Where the engine computes gates outside of that kernel
+(prompts, heads that decide together), it does so here too, and the outcome is replaced. A decision is a pure
+function of (layer, KV head, position, request): a counter-based hash against the head's merge rate. Batch,
+chunks and preemption do not change it.
 
 How the heads' rates spread: as a report measured it (`measured_cr_per_layer_head`), or, without one, the part
 of the tokens that a head appends is log-normal, exp(0.6 x) with x standard normal, the same draw in every
 run. Either is scaled, and cut off at 1, so that total tokens / total entries is the CR asked for.
 
-Dimension letters: L layers, G key/value heads, T packed tokens of a step, N query heads, D head dim.
+Dimension letters: L layers, G key/value heads, T packed tokens of a step, B those of them that are decoded,
+R rows of running requests.
 """
 
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +27,11 @@ from torch import Tensor
 
 from megatron_dmc.engine.chunks import PackedChunk
 from megatron_dmc.engine.context import PagedContext
+from megatron_dmc.engine.request import Request
 from megatron_dmc.errors import DMCError
-from megatron_dmc.ops.gates import DECISION_CHANNEL, IMPORTANCE_CHANNEL
-from megatron_dmc.ops.tensors import to_device
+from megatron_dmc.ops.tensors import accumulator_dtype, to_device
 
 SPREAD = 0.6
-MARGIN = 8.0
-"""How far a decision's logit is from the threshold: exact in every dtype."""
 _MASK = 0xFFFFFFFF
 _ELEMENTS_AT_ONCE = 1 << 20
 
@@ -161,12 +162,42 @@ def hashes(positions_T: Tensor, seeds_T: Tensor, salt_L1G: Tensor) -> Tensor:
     return _mix(token_T[None, :, None] ^ salt_L1G)
 
 
+def decide(
+    positions_T: Tensor,
+    rows_T: Tensor,
+    seeds_R: Tensor,
+    limit_L1G: Tensor,
+    salt_L1G: Tensor,
+    is_merge_LTG: Tensor,
+    omega_LTG: Tensor,
+    eps: float,
+) -> None:
+    """What tokens decide in all layers. Mutates `is_merge_LTG` and `omega_LTG`.
+
+    Args:
+        positions_T, rows_T: int64; row -1 is padding, about which anything is decided.
+        seeds_R: int64, of the rows' requests.
+        limit_L1G, salt_L1G: `ImposedDecisions.thresholds`.
+        is_merge_LTG, omega_LTG: bool and floating, views of any stride between layers.
+        eps: added to importances, as `ops.gates.importance` does.
+    """
+    num_tokens, (num_layers, _, num_heads) = len(positions_T), salt_L1G.shape
+    seeds_T = seeds_R[rows_T.clamp_min(0)]
+    step = max(1, _ELEMENTS_AT_ONCE // (num_tokens * num_heads))
+    for first in range(0, num_layers, step):
+        layers = slice(first, first + step)
+        drawn = hashes(positions_T, seeds_T, salt_L1G[layers])
+        is_merge_LTG[layers] = drawn >= limit_L1G[layers]
+        # an importance logit in [-2, 2)
+        logits = (_mix(drawn) & 0xFFFF).to(omega_LTG.dtype) / 2.0**14 - 2.0
+        omega_LTG[layers] = torch.sigmoid(logits) + eps
+
+
 class ImposingContext(PagedContext):
     """`PagedContext` for models whose decisions are imposed.
 
-    What a step's tokens decide is computed for all layers in `begin_step`, outside of the model (and of a
-    CUDA graph of it), into buffers that stay where they are; `attend` makes two copies. No host
-    synchronisation.
+    Decoded tokens are decided about within the model's run (and its CUDA graph), before the first layer;
+    prompts' tokens in `begin_step`. No host synchronisation.
 
     Args:
         decisions: for all heads of the model.
@@ -181,43 +212,55 @@ class ImposingContext(PagedContext):
         assert self.rule is not None and self.rule.may_merge, "a plain model cannot merge"
         device, num_heads = torch.device(others.get("device", "cpu")), others["num_kv_heads"]
         first = others.get("rank", 0) * num_heads
-        self._limit_L1G, self._salt_L1G = decisions.thresholds(
-            device, slice(first, first + num_heads)
-        )
-        shape = (others["num_layers"], max_num_batched_tokens, num_heads)
-        # decision logits, then importance logits, as the channels hold them
-        self._channels = [torch.zeros(shape, dtype=others["dtype"], device=device) for _ in "kq"]
+        self._thresholds = decisions.thresholds(device, slice(first, first + num_heads))
+        # a captured step of few requests is padded
+        most = max(max_num_batched_tokens, others["max_num_seqs"])
+        shape = (others["num_layers"], most, num_heads)
+        dtype = others["dtype"]
+        self._eps = torch.finfo(dtype).eps
+        self._is_merge_LTG = torch.zeros(shape, dtype=torch.bool, device=device)
+        self._omega_LTG = torch.ones(shape, dtype=accumulator_dtype(dtype), device=device)
+        self._seeds_R = torch.zeros(others["max_num_seqs"], dtype=torch.int64, device=device)
+        self._decide_on_device = decide
+        if device.type == "cuda" and find_spec("triton"):
+            from megatron_dmc.bench import imposed_kernel
+
+            self._decide_on_device = imposed_kernel.decide
+
+    def start(self, request: Request, *, use_prefix: bool = False) -> None:
+        """As `PagedContext.start`."""
+        super().start(request, use_prefix=use_prefix)
+        self._seeds_R[request.row] = request.number
 
     def begin_step(self, chunks: Sequence[PackedChunk]) -> None:
-        """As `PagedContext.begin_step`; also decides about the step's tokens."""
+        """As `PagedContext.begin_step`; also decides about the prompts' tokens."""
         super().begin_step(chunks)
-        rows = [
-            [x for c in chunks for x in range(c.start, c.end)],
-            [c.request.number for c in chunks for _ in range(c.num_tokens)],
-        ]
-        positions_T, seeds_T = to_device(rows, self._salt_L1G.device)
-        self._decide(positions_T, seeds_T)
+        prompts = [c for c in chunks if c.num_tokens > 1]
+        if prompts:
+            positions_T, rows_T = to_device(
+                [
+                    [x for c in prompts for x in range(c.start, c.end)],
+                    [c.row for c in prompts for _ in range(c.num_tokens)],
+                ],
+                self._seeds_R.device,
+            )
+            self._decide(len(chunks) - len(prompts), positions_T, rows_T)
 
-    def _decide(self, positions_T: Tensor, seeds_T: Tensor) -> None:
-        assert self.rule is not None
-        num_tokens, (num_layers, _, num_heads) = len(positions_T), self._salt_L1G.shape
-        step = max(1, _ELEMENTS_AT_ONCE // (num_tokens * num_heads))
-        k_logits, q_logits = self._channels
-        for first in range(0, num_layers, step):
-            layers = slice(first, first + step)
-            drawn = hashes(positions_T, seeds_T, self._salt_L1G[layers])
-            margin = torch.where(drawn < self._limit_L1G[layers], -MARGIN, MARGIN)
-            k_logits[layers, :num_tokens] = margin + self.rule.alpha_offset
-            # an importance logit in [-2, 2)
-            spread = (_mix(drawn) & 0xFFFF) / 2.0**14 - 2.0
-            q_logits[layers, :num_tokens] = spread - self.rule.alpha_offset
+    def set_decode(self, rows_B: Tensor, positions_B: Tensor) -> None:
+        """As `PagedContext.set_decode`; also decides about these tokens."""
+        super().set_decode(rows_B, positions_B)
+        if len(rows_B):
+            self._decide(0, positions_B, rows_B)
 
-    def attend(
-        self, layer_index: int, q_TND: Tensor, k_TGD: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """As `PagedContext.attend`. Mutates the borrowed channels of `q_TND` and `k_TGD`."""
-        k_logits, q_logits = (x[layer_index, : len(k_TGD)] for x in self._channels)
-        k_TGD[..., DECISION_CHANNEL] = k_logits
-        grouped = q_TND.unflatten(1, (k_TGD.shape[1], -1))
-        grouped[..., IMPORTANCE_CHANNEL] = q_logits[..., None]
-        return super().attend(layer_index, q_TND, k_TGD, *args, **kwargs)
+    def _decide(self, first: int, positions_T: Tensor, rows_T: Tensor) -> None:
+        tokens = slice(first, first + len(positions_T))
+        self._decide_on_device(
+            positions_T, rows_T, self._seeds_R, *self._thresholds,
+            self._is_merge_LTG[:, tokens], self._omega_LTG[:, tokens], self._eps,
+        )  # fmt: skip
+
+    def _given_gates(
+        self, layer_index: int, first: int, count: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        tokens = slice(first, first + count)
+        return self._is_merge_LTG[layer_index, tokens], self._omega_LTG[layer_index, tokens]

@@ -118,8 +118,9 @@ class Subject:
         else:
             trusted = args.trust_remote_code
             self.loaded = load_model(
-                model_path(args), device=self.device, dtype=dtype, trust_remote_code=trusted
-            )
+                model_path(args), device=self.device, dtype=dtype, allow_pickle=args.allow_pickle,
+                verify_checkpoint=args.verify_checkpoint, trust_remote_code=trusted,
+            )  # fmt: skip
             if (place := given_tokenizer(args)) is not None:
                 self.loaded = replace(
                     self.loaded, tokenizer=load_tokenizer(place, trust_remote_code=trusted)

@@ -16,11 +16,13 @@ from tqdm import tqdm
 
 from megatron_dmc.checkpoint import legacy_torch, torch_dist, torch_dist_write
 from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.field_checks import shown
 from megatron_dmc.checkpoint.generation_config import (
     copy_generation_config,
     find_generation_config,
 )
 from megatron_dmc.checkpoint.hf_folder import HFFolder, write_folder
+from megatron_dmc.checkpoint.integrity import verify_checksums
 from megatron_dmc.checkpoint.legacy_torch import LegacyCheckpoint
 from megatron_dmc.checkpoint.remote_code import write_remote_code
 from megatron_dmc.checkpoint.tokenizer import (
@@ -79,6 +81,9 @@ def open_checkpoint(
     target_cr: float | None = None,
     tokenizer: str | Path | None = None,
     allow_pickle: bool = False,
+    verify_checkpoint: bool = True,
+    progress: bool = False,
+    check: Callable[[ModelDescription], None] | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[ModelDescription, WeightSource, Path | None]:
     """(description, source of the weights, place of the tokenizer) of a folder of any format.
@@ -88,7 +93,12 @@ def open_checkpoint(
             that code's arguments in the checkpoint.
         target_cr: of a released checkpoint whose arguments do not hold it.
         tokenizer: where the checkpoint has none.
-        allow_pickle: see `LegacyCheckpoint`.
+        allow_pickle: unpickle a Megatron checkpoint without a guard, which lets it run code.
+        verify_checkpoint: where there are checksums beside the weights, compare them, which reads every
+            file once. Collective over all ranks, if there are several. False: for a look at the
+            description or the tokenizer.
+        progress: show a progress bar for it on a terminal.
+        check: called with the description before whole files are read; may raise.
         trust_remote_code: see `load_tokenizer`.
 
     Raises:
@@ -101,6 +111,10 @@ def open_checkpoint(
         description = ModelDescription.from_hf_folder(path)
         folder = HFFolder(path, description)
         description.dtype = folder.dtype
+        if check is not None:
+            check(description)
+        if verify_checkpoint:
+            verify_checksums(path, progress=progress)
         return description, folder, Path(tokenizer) if tokenizer else find_tokenizer(path)
     legacy = _legacy_folder(path)
     checkpoint: LegacyCheckpoint | torch_dist.TorchDistCheckpoint
@@ -113,9 +127,11 @@ def open_checkpoint(
             f"(mp_rank_00/{legacy_torch.FILE}); use --from megatron"
         )
     else:
-        checkpoint = torch_dist.TorchDistCheckpoint(path)
+        checkpoint = torch_dist.TorchDistCheckpoint(path, allow_pickle=allow_pickle)
         root = checkpoint.root
     args = checkpoint.args
+    if not isinstance(getattr(args, "tokenizer_model", None), str | Path | None):
+        raise CheckpointError(f"{path}: the saved tokenizer_model is {shown(args.tokenizer_model)}")
     place = Path(tokenizer) if tokenizer else find_tokenizer(root, args)
     loaded = None
     if place is not None:
@@ -125,13 +141,20 @@ def open_checkpoint(
         description.bos_token_id = loaded.bos_id
     if loaded and description.eos_token_id is None:
         description.eos_token_id = loaded.eos_id
+    source: WeightSource
     if isinstance(checkpoint, torch_dist.TorchDistCheckpoint):
-        return description, checkpoint.weights(description), place
-    if released_dmc or hasattr(args, "dmc_init_val"):
-        dmc = legacy_torch.released_dmc_config(args, target_cr=target_cr)
-        description = replace(description, dmc=dmc)
-    checkpoint.check(description)
-    return description, checkpoint, place
+        source = checkpoint.weights(description)
+    else:
+        if released_dmc or hasattr(args, "dmc_init_val"):
+            dmc = legacy_torch.released_dmc_config(args, target_cr=target_cr)
+            description = replace(description, dmc=dmc)
+        checkpoint.check(description)
+        source = checkpoint
+    if check is not None:
+        check(description)
+    if verify_checkpoint:
+        verify_checksums(checkpoint.folder, progress=progress)
+    return description, source, place
 
 
 def read_weights(source: WeightSource, state: dict[str, Tensor], *, progress: bool = False) -> None:
@@ -155,6 +178,7 @@ def convert(
     target_cr: float | None = None,
     tokenizer: str | Path | None = None,
     allow_pickle: bool = False,
+    verify_checkpoint: bool = True,
     trust_remote_code: bool = False,
 ) -> ModelDescription:
     """Convert a checkpoint; weights keep their dtype and, without `dtype`, every bit.
@@ -169,7 +193,7 @@ def convert(
         force: replace what is in `out`.
         progress: show progress bars on a terminal.
         transform: makes another model of it on the way.
-        target_cr, tokenizer, allow_pickle, trust_remote_code: see `open_checkpoint`.
+        target_cr, tokenizer, allow_pickle, verify_checkpoint, trust_remote_code: see `open_checkpoint`.
 
     Returns:
         what was written.
@@ -195,7 +219,8 @@ def convert(
 
     description, source, place = open_checkpoint(
         path, released_dmc=released, target_cr=target_cr, tokenizer=tokenizer,
-        allow_pickle=allow_pickle, trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle, verify_checkpoint=verify_checkpoint, progress=progress,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if place is not None:
         check_vocab(load_tokenizer(place, trust_remote_code=trust_remote_code), description)

@@ -4,15 +4,15 @@ The spellings are a Hugging Face `config.json`, Megatron's parsed arguments as s
 checkpoint, and Megatron's command-line flags.
 """
 
-import json
 from argparse import Namespace
 from dataclasses import dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 
-from megatron_dmc.checkpoint.families import family_with
+from megatron_dmc.checkpoint.families import check_names, family_with
+from megatron_dmc.checkpoint.field_checks import field_problems, read_json_object, shown
 from megatron_dmc.checkpoint.hf_config import description_fields, hf_config
 from megatron_dmc.checkpoint.remote_code import plain_config
 from megatron_dmc.config import DMCConfig
@@ -42,8 +42,27 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
     """
     key = str(name).removeprefix("torch.")
     if key not in DTYPES:
-        raise UnsupportedConfig(f"dtype {name!r} is not supported; use one of {', '.join(DTYPES)}")
+        raise UnsupportedConfig(
+            f"dtype {shown(name)} is not supported; use one of {', '.join(DTYPES)}"
+        )
     return DTYPES[key]
+
+
+_PLAIN = (str, bool, int, float, list, tuple, torch.dtype, PurePath, type(None))
+
+
+def saved_args(args: Any, folder: Path) -> Namespace:
+    """The plain values among a checkpoint's saved arguments; enums, tensors and the rest are left out.
+
+    Raises:
+        CheckpointError: it holds none.
+    """
+    if not isinstance(args, Namespace):
+        raise CheckpointError(
+            f"{folder}: holds no saved arguments, so the model's sizes are unknown"
+        )
+    plain = {name: value for name, value in vars(args).items() if isinstance(value, _PLAIN)}
+    return Namespace(**plain)
 
 
 @dataclass
@@ -132,47 +151,15 @@ class ModelDescription:
     """Padding token, where known."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_layers",
-            "hidden_size",
-            "ffn_hidden_size",
-            "num_attention_heads",
-            "num_query_groups",
-            "kv_channels",
-            "vocab_size",
-            "max_position_embeddings",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UnsupportedConfig(f"{name}={value!r} must be a positive integer")
-        if self.num_experts is not None and not 1 <= self.moe_router_topk <= self.num_experts:
-            raise UnsupportedConfig(
-                f"moe_router_topk={self.moe_router_topk} (num_experts_per_tok) must be 1 to "
-                f"num_experts={self.num_experts}"
-            )
+        problems = field_problems(vars(self))
+        if problems:
+            raise UnsupportedConfig("; ".join(problems))
         if self.num_experts is not None and self.moe_ffn_hidden_size is None:
             self.moe_ffn_hidden_size = self.ffn_hidden_size
-        if self.num_attention_heads % self.num_query_groups:
-            raise UnsupportedConfig(
-                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
-                f"num_query_groups={self.num_query_groups} (num_key_value_heads)"
-            )
-        if self.kv_channels % 2:
-            raise UnsupportedConfig(
-                f"kv_channels={self.kv_channels} (head dim) is odd: RoPE rotates pairs"
-            )
-        if int(self.rotary_base) != self.rotary_base or self.rotary_base <= 0:
-            raise UnsupportedConfig(
-                f"rotary_base={self.rotary_base}: Megatron's --rotary-base is a positive integer"
-            )
         self.rotary_base = int(self.rotary_base)
         self.dtype = parse_dtype(self.dtype)
         if not self.padded_vocab_size:
             self.padded_vocab_size = -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        if self.padded_vocab_size < self.vocab_size:
-            raise UnsupportedConfig(
-                f"padded_vocab_size={self.padded_vocab_size} is below vocab_size={self.vocab_size}"
-            )
 
     def summary(self) -> str:
         """One line for people."""
@@ -191,10 +178,19 @@ class ModelDescription:
         """From the contents of a `config.json`.
 
         Raises:
-            UnsupportedConfig: names the setting that has no counterpart here, and its value.
-            CheckpointError: a size is missing.
+            UnsupportedConfig: lists every setting that is missing, of a wrong type, out of bounds or
+                without a counterpart here, with its value.
         """
-        return cls(**description_fields(plain_config(config)))
+        check_names(config)
+        values, problems = description_fields(plain_config(config))
+        problems += field_problems(values)
+        try:
+            values["dtype"] = parse_dtype(values["dtype"])
+        except UnsupportedConfig as e:
+            problems.append(str(e))
+        if problems:
+            raise UnsupportedConfig(f"config.json: {'; '.join(dict.fromkeys(problems))}")
+        return cls(**values)
 
     @classmethod
     def from_hf_folder(cls, path: str | Path) -> "ModelDescription":
@@ -204,16 +200,7 @@ class ModelDescription:
             CheckpointError: the file is missing or is not JSON.
             UnsupportedConfig: see `from_hf_config`.
         """
-        file = Path(path) / "config.json"
-        try:
-            config = json.loads(file.read_text())
-        except OSError as e:
-            raise CheckpointError(f"{file}: cannot be read ({e.strerror or e})") from e
-        except ValueError as e:
-            raise CheckpointError(f"{file}: not valid JSON ({e}); copy the file again") from e
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{file}: holds {type(config).__name__}, not a JSON object")
-        return cls.from_hf_config(config)
+        return cls.from_hf_config(read_json_object(Path(path) / "config.json"))
 
     def to_hf_config(self) -> dict[str, Any]:
         """The contents of a `config.json`, readable by transformers 4 and 5."""
@@ -365,7 +352,7 @@ class ModelDescription:
             value = getattr(args, name, expected)
             if value != expected and (value or expected):
                 raise UnsupportedConfig(
-                    f"the checkpoint was trained with {flag} ({name}={value!r}); only models with "
+                    f"the checkpoint was trained with {flag} ({name}={shown(value)}); only models with "
                     f"{name}={expected!r} are supported"
                 )
 
@@ -375,8 +362,21 @@ class ModelDescription:
                 raise CheckpointError(f"the checkpoint's saved arguments have no {name}")
             return value
 
+        def flag_of(name: str) -> bool:
+            value = getattr(args, name, False)
+            if not isinstance(value, bool | None):
+                raise UnsupportedConfig(
+                    f"the checkpoint's saved arguments have {name}={shown(value)}; it must be a flag"
+                )
+            return bool(value)
+
         heads = size("num_attention_heads")
         hidden = size("hidden_size")
+        channels = getattr(args, "kv_channels", None)
+        if channels is None:
+            sizes = (hidden, heads)
+            whole = all(type(n) is int and n > 0 for n in sizes)
+            channels = hidden // heads if whole else 2  # of what is wrong already
         padded = size("padded_vocab_size")
         known = {f.name for f in fields(DMCConfig)}
         dmc_values = {
@@ -388,8 +388,8 @@ class ModelDescription:
         experts = getattr(args, "num_experts", None) or None
         family = family_with(
             model_type=getattr(args, "hf_model_type", None),
-            add_qkv_bias=bool(getattr(args, "add_qkv_bias", False)),
-            qk_layernorm=bool(getattr(args, "qk_layernorm", False)),
+            add_qkv_bias=flag_of("add_qkv_bias"),
+            qk_layernorm=flag_of("qk_layernorm"),
             experts=experts is not None,
         )
         moe = {}
@@ -398,9 +398,9 @@ class ModelDescription:
                 "num_experts": experts,
                 "moe_router_topk": getattr(args, "moe_router_topk", 2),
                 "moe_ffn_hidden_size": getattr(args, "moe_ffn_hidden_size", None),
-                "moe_router_pre_softmax": getattr(args, "moe_router_pre_softmax", False),
+                "moe_router_pre_softmax": flag_of("moe_router_pre_softmax"),
             }
-        scaled = getattr(args, "use_rope_scaling", False)
+        scaled = flag_of("use_rope_scaling")
         return cls(
             **moe,
             model_type=family.model_type,
@@ -412,17 +412,15 @@ class ModelDescription:
             hidden_size=hidden,
             ffn_hidden_size=size("ffn_hidden_size"),
             num_attention_heads=heads,
-            num_query_groups=(
-                size("num_query_groups") if getattr(args, "group_query_attention", False) else heads
-            ),
-            kv_channels=getattr(args, "kv_channels", None) or hidden // heads,
+            num_query_groups=size("num_query_groups")
+            if flag_of("group_query_attention")
+            else heads,
+            kv_channels=channels,
             vocab_size=getattr(args, "vocab_size", None) or min(vocab_size or padded, padded),
             max_position_embeddings=size("max_position_embeddings"),
             rotary_base=getattr(args, "rotary_base", 10000),
             layernorm_epsilon=getattr(args, "layernorm_epsilon", 1e-5),
-            share_embeddings_and_output_weights=not getattr(
-                args, "untie_embeddings_and_output_weights", False
-            ),
+            share_embeddings_and_output_weights=not flag_of("untie_embeddings_and_output_weights"),
             dtype=parse_dtype(getattr(args, "params_dtype", None) or torch.float32),
             dmc=dmc if dmc.stage != "off" else None,
             padded_vocab_size=padded,

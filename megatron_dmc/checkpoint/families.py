@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_dmc.checkpoint.field_checks import shown
 from megatron_dmc.errors import UnsupportedConfig
 
 
@@ -110,6 +111,20 @@ _REASONS = {
 }
 
 
+def check_names(config: dict[str, Any]) -> None:
+    """Raises:
+    UnsupportedConfig: `architectures` is no list of names, or `model_type` no name.
+    """
+    architectures, model_type = config.get("architectures"), config.get("model_type")
+    names = architectures if architectures is not None else []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UnsupportedConfig(
+            f"config.json: architectures={shown(architectures)} must be a list of names"
+        )
+    if not isinstance(model_type, str | None):
+        raise UnsupportedConfig(f"config.json: model_type={shown(model_type)} must be a name")
+
+
 def family_of(config: dict[str, Any]) -> Family:
     """The family of a `config.json`, by `architectures` or, where that is absent, `model_type`.
 
@@ -124,7 +139,7 @@ def family_of(config: dict[str, Any]) -> Family:
         if not architectures and config.get("model_type") == family.model_type:
             return family
     field_name = "architectures" if architectures else "model_type"
-    found = ", ".join(map(str, architectures)) or config.get("model_type") or "none"
+    found = ", ".join(architectures)[:100] or config.get("model_type") or "none"
     reason = next((f": {why}" for part, why in _REASONS.items() if part in str(found)), "")
     supported = ", ".join(f.architecture for f in FAMILIES)
     raise UnsupportedConfig(

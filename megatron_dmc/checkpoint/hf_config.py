@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from megatron_dmc.checkpoint.families import Family, family_named, family_of
+from megatron_dmc.checkpoint.field_checks import shown
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.errors import CheckpointError, UnsupportedConfig
+from megatron_dmc.errors import UnsupportedConfig
 
 if TYPE_CHECKING:
     from megatron_dmc.checkpoint.description import ModelDescription
@@ -17,26 +18,38 @@ LLAMA3_ROPE = {
 """What Megatron's --use-rope-scaling has built in; only the factor can be chosen."""
 
 
-def description_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `ModelDescription` from the contents of a `config.json`.
+def description_fields(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The arguments of `ModelDescription` from the contents of a `config.json`, and what is wrong.
+
+    Returns:
+        the fields, as found: `field_checks.field_problems` says whether they can be; and a text for
+        every setting that is missing, of a wrong type, or has no counterpart here.
 
     Raises:
-        UnsupportedConfig: names the setting that has no counterpart here, its value, and what can be
-            done.
-        CheckpointError: a size is missing.
+        UnsupportedConfig: the architecture is not supported, and nothing else can be said then.
     """
     family = family_of(config)
     config = {**family.defaults, **config}
-    _check_settings(config, family)
+    problems = _setting_problems(config, family)
 
-    def size(*names: str, default: int | None = None) -> int:
+    def size(*names: str, default: Any = None) -> Any:
         value = next((config[n] for n in names if config.get(n) is not None), default)
         if value is None:
-            raise CheckpointError(f"config.json: {names[0]} is missing")
+            problems.append(f"{names[0]} is missing")
         return value
 
-    heads = size("num_attention_heads")
-    hidden = size("hidden_size")
+    heads, hidden = size("num_attention_heads"), size("hidden_size")
+    head_dim = None
+    if type(heads) is int and type(hidden) is int and heads > 0:
+        head_dim = hidden // heads
+    elif config.get("head_dim") is None:
+        head_dim = 2  # the sizes that it would come from are wrong already
+    dmc = None
+    if config.get("dmc") not in (None, {}):
+        try:
+            dmc = DMCConfig.from_dict(config["dmc"])
+        except UnsupportedConfig as e:
+            problems.append(f"dmc: {e}")
     fields = {
         "model_type": family.model_type,
         "num_layers": size("num_hidden_layers"),
@@ -44,34 +57,45 @@ def description_fields(config: dict[str, Any]) -> dict[str, Any]:
         "ffn_hidden_size": size("intermediate_size"),
         "num_attention_heads": heads,
         "num_query_groups": size("num_key_value_heads", default=heads),
-        "kv_channels": size("head_dim", default=hidden // max(1, heads)),
+        "kv_channels": size("head_dim", default=head_dim),
         "vocab_size": size("vocab_size"),
         "max_position_embeddings": size("max_position_embeddings", default=2048),
         "layernorm_epsilon": config.get("rms_norm_eps", 1e-6),
-        "share_embeddings_and_output_weights": bool(config.get("tie_word_embeddings", False)),
+        "share_embeddings_and_output_weights": config.get("tie_word_embeddings", False),
         "add_qkv_bias": family.add_qkv_bias,
         "qk_layernorm": family.qk_layernorm,
-        "dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
-        "dmc": DMCConfig.from_dict(config["dmc"]) if config.get("dmc") else None,
+        "dtype": next((config[n] for n in _DTYPE_KEYS if config.get(n) is not None), "float32"),
+        "dmc": dmc,
         "init_method_std": config.get("initializer_range", 0.02),
         # a key that is absent means the family's default; a null means none
         "bos_token_id": config.get("bos_token_id"),
         "eos_token_id": config.get("eos_token_id"),
         "pad_token_id": config.get("pad_token_id"),
-        **_rope_fields(config),
+        **_rope_fields(config, problems),
     }
     if family.experts is not None:
+        normalised = config.get("norm_topk_prob", True)
+        if not isinstance(normalised, bool):
+            problems.append(f"norm_topk_prob={shown(normalised)} must be true or false")
         fields |= {
             "num_experts": size(*family.experts.count_keys),
             "moe_router_topk": size("num_experts_per_tok"),
             "moe_ffn_hidden_size": size(family.experts.width_key),
-            "moe_router_pre_softmax": not config.get("norm_topk_prob", True),
+            "moe_router_pre_softmax": not normalised,
         }
-    return fields
+    missing = {name for name in _SIZES if fields.get(name) is None}
+    return {name: value for name, value in fields.items() if name not in missing}, problems
 
 
-def _check_settings(config: dict[str, Any], family: Family) -> None:
-    """Refuse what changes the computation and has no counterpart."""
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+          "kv_channels", "vocab_size", "num_experts", "moe_router_topk", "moe_ffn_hidden_size")  # fmt: skip
+"""Fields that are left out where `config.json` has none: it was said already that they are missing."""
+
+
+def _setting_problems(config: dict[str, Any], family: Family) -> list[str]:
+    """What changes the computation and has no counterpart."""
+    problems = []
     required = {"hidden_act": "silu", "quantization_config": None, **family.required}
     if required.get("use_sliding_window") is False:
         del required["use_sliding_window"]  # looked at below: it may be set without effect
@@ -82,52 +106,66 @@ def _check_settings(config: dict[str, Any], family: Family) -> None:
         value = config.get(name)
         if value is not None and value != plain:
             only = f"; only {plain!r} is" if plain is not None else ""
-            raise UnsupportedConfig(
-                f"config.json: {name}={value!r} is not supported for {family.architecture}"
+            problems.append(
+                f"{name}={shown(value)} is not supported for {family.architecture}"
                 + remedies.get(name, only)
             )
     window, context = config.get("sliding_window"), config.get("max_position_embeddings")
+    for name in ("sliding_window", "max_window_layers"):
+        value = config.get(name)
+        if value is not None and (type(value) is not int or value < 0):
+            return [*problems, f"{name}={shown(value)} must be a whole number or null"]
     if "use_sliding_window" in family.required:
-        first = config.get("max_window_layers")
+        first, layers = config.get("max_window_layers"), config.get("num_hidden_layers")
+        kinds = config.get("layer_types")
+        if not isinstance(kinds, list | None):
+            problems.append(f"layer_types={shown(kinds)} must be a list")
+            kinds = None
         used = config.get("use_sliding_window") and (
-            first is None or first < config.get("num_hidden_layers", 0)
+            first is None or type(layers) is not int or first < layers
         )
-        used = used or "sliding_attention" in (config.get("layer_types") or [])
+        used = used or "sliding_attention" in (kinds or [])
         window = window if used else None
-    if window is not None and (context is None or window < context):
-        raise UnsupportedConfig(
-            f"config.json: sliding_window={window} below max_position_embeddings={context} is "
+    if window is not None and (type(context) is not int or window < context):
+        problems.append(
+            f"sliding_window={window} below max_position_embeddings={shown(context)} is "
             "active, and a DMC entry stands for many positions, so a window over positions is not "
             f"defined; set max_position_embeddings to {window} (within it the window leaves "
             "nothing out) or, if the model was trained with full attention, sliding_window to null"
         )
+    return problems
 
 
-def _rope_fields(config: dict[str, Any]) -> dict[str, Any]:
+def _rope_fields(config: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     """rotary_base and RoPE scaling from either spelling (`rope_parameters`, `rope_scaling`)."""
     base = config.get("rope_theta")
     found: dict[str, Any] = {"rotary_base": base if base is not None else 10000.0}
     for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(key), dict | None):
+            problems.append(f"{key}={shown(config[key])} must be an object or null")
+            continue
         rope = dict(config.get(key) or {})
         if not rope:
             continue
-        found["rotary_base"] = rope.pop("rope_theta", None) or found["rotary_base"]
+        base = rope.pop("rope_theta", None)
+        found["rotary_base"] = base if base is not None else found["rotary_base"]
         kind = rope.pop("rope_type", rope.pop("type", "default"))
         rope.pop("type", None)
         partial = rope.pop("partial_rotary_factor", 1.0)
         factor = rope.pop("factor", None)
+        number = isinstance(factor, int | float) and not isinstance(factor, bool)
         if partial != 1.0 or config.get("partial_rotary_factor", 1.0) != 1.0:
-            raise UnsupportedConfig(
-                f"config.json: {key}.partial_rotary_factor={partial}: RoPE over a part of the head "
-                "is not supported; only 1.0 is"
+            problems.append(
+                f"{key}.partial_rotary_factor={shown(partial)}: RoPE over a part of the head is not "
+                "supported; only 1.0 is"
             )
-        if kind == "llama3" and rope == LLAMA3_ROPE and factor is not None:
-            found["rope_scaling_factor"] = float(factor)
-        elif kind == "linear" and not rope and factor is not None and float(factor).is_integer():
+        elif kind == "llama3" and rope == LLAMA3_ROPE and factor is not None:
+            found["rope_scaling_factor"] = float(factor) if number else factor
+        elif kind == "linear" and not rope and number and factor == factor // 1:
             found["rope_linear_factor"] = int(factor)
         elif kind != "default" or rope or factor is not None:
-            raise UnsupportedConfig(
-                f"config.json: {key}={config[key]}: Megatron has plain RoPE, rope_type 'llama3' "
+            problems.append(
+                f"{key}={shown(config[key])}: Megatron has plain RoPE, rope_type 'llama3' "
                 f"with {LLAMA3_ROPE} and any factor, and 'linear' with a whole factor; a model "
                 "whose scaling only lengthens its context can be converted without it: remove "
                 f"{key}'s scaling and set max_position_embeddings to the original length"

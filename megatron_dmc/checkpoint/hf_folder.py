@@ -7,7 +7,7 @@ feed-forward size, V vocabulary size.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.families import family_named
+from megatron_dmc.checkpoint.field_checks import read_json_object, shown
 from megatron_dmc.checkpoint.weights import (
     StateSource,
     WeightSource,
@@ -29,6 +30,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 BLOCK_BYTES = 64_000_000
 """Large tensors are read in blocks of rows of at most this size."""
+HEADER_BYTES = INDEX_BYTES = 16 * 2**20
+"""Longer headers and indices are refused; those of known models are shorter."""
 SHARD_BYTES = 5_000_000_000
 """A folder's weights are split into files of at most this size."""
 
@@ -155,13 +158,14 @@ class HFFolder:
     def __init__(self, path: str | Path, description: ModelDescription):
         self.path = Path(path)
         self.description = description
+        self.stored: dict[str, _Stored] = {}
+        for file, expected in self._files().items():
+            self._read_header(file, expected)
+        self._check_count()
         self.pieces = pieces(description)
         self._parts: dict[str, list[Piece]] = {}
         for piece in self.pieces:
             self._parts.setdefault(piece.megatron_name, []).append(piece)
-        self.stored: dict[str, _Stored] = {}
-        for file, expected in self._files().items():
-            self._read_header(file, expected)
         self._check_tensors()
 
     @property
@@ -176,15 +180,23 @@ class HFFolder:
     def _files(self) -> dict[Path, set[str] | None]:
         single, index = self.path / SINGLE_FILE, self.path / INDEX_FILE
         if index.is_file():
-            try:
-                weight_map = json.loads(index.read_text())["weight_map"]
-                files: dict[Path, set[str] | None] = {}
-                for name, file in weight_map.items():
-                    names = files.setdefault(self.path / file, set())
-                    assert names is not None
-                    names.add(name)
-            except (ValueError, KeyError, TypeError, AttributeError) as e:
-                raise CheckpointError(f"{index}: not a safetensors index ({e})") from e
+            weight_map = read_json_object(index, most_bytes=INDEX_BYTES).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CheckpointError(f"{index}: not a safetensors index; copy it again")
+            files: dict[Path, set[str] | None] = {}
+            for name, file in weight_map.items():
+                if not isinstance(file, str) or not 0 < len(file) < 256:
+                    raise CheckpointError(
+                        f"{index}: {shown(name)} is in {shown(file)}, not a file name"
+                    )
+                if PurePath(file).is_absolute() or ".." in PurePath(file).parts:
+                    raise CheckpointError(
+                        f"{index}: says that {shown(name)} is in {shown(file)}, outside of its folder; put "
+                        "the weights into the folder and correct the index"
+                    )
+                names = files.setdefault(self.path / file, set())
+                assert names is not None
+                names.add(name)
             return files
         if single.is_file():
             return {single: None}
@@ -199,6 +211,13 @@ class HFFolder:
         if not file.is_file():
             raise CheckpointError(f"{file}: is missing, and {INDEX_FILE} names it; copy it again")
         try:
+            with open(file, "rb") as head:
+                length = int.from_bytes(head.read(8), "little")
+            if length > HEADER_BYTES:
+                raise CheckpointError(
+                    f"{file}: truncated or not a safetensors file (a header of {length} bytes); copy it "
+                    "again"
+                )
             with safe_open(file, framework="pt") as f:
                 names = set(f.keys())
                 for name in names:
@@ -209,6 +228,11 @@ class HFFolder:
                             f"{file}: {name} has dtype {part.get_dtype()}; only "
                             f"{', '.join(_SAFETENSORS_DTYPES)} are supported"
                         )
+                    if name in self.stored:
+                        other = self.stored[name].file
+                        raise CheckpointError(
+                            f"{file}: {name} is in {other.name} too; remove the file that is not the model's"
+                        )
                     self.stored[name] = _Stored(file, tuple(part.get_shape()), dtype)
         except (SafetensorError, OSError) as e:
             raise CheckpointError(
@@ -217,6 +241,18 @@ class HFFolder:
         if expected is not None and expected - names:
             raise CheckpointError(
                 f"{file}: lacks tensors that {INDEX_FILE} says it has: {_some(expected - names)}"
+            )
+
+    def _check_count(self) -> None:
+        """Before a list of all tensors is made: whether as many could be there."""
+        d = self.description
+        expected = 3 - d.share_embeddings_and_output_weights + d.num_layers * len(_layer_rows(d))
+        if expected > 10 * len(self.stored) + 100:
+            experts = f" with num_experts={d.num_experts}" if d.num_experts else ""
+            raise CheckpointError(
+                f"{self.path}: config.json describes {expected} tensors (num_hidden_layers="
+                f"{d.num_layers}{experts}), the files hold {len(self.stored)}; correct config.json or copy "
+                "the missing files"
             )
 
     def _check_tensors(self) -> None:

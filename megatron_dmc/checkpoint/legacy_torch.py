@@ -5,21 +5,15 @@ names are those of Megatron-Core's GPTModel, of the local or of the Transformer 
 The released DMC checkpoints have this format (NVIDIA/Megatron-LM, branch dmc: `save_checkpoint`).
 """
 
-import io
 import re
-import signal
 from argparse import Namespace
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from megatron.core.enums import ModelType
-from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 
-from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint import pickles
+from megatron_dmc.checkpoint.description import ModelDescription, saved_args
 from megatron_dmc.checkpoint.weights import TE_NAMES, join, megatron_shapes
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.errors import CheckpointError
@@ -34,52 +28,6 @@ _TIED_COPY = "output_layer.weight"
 def is_iteration(folder: Path) -> bool:
     """True for an iteration's folder of this format."""
     return any(folder.glob(f"mp_rank_*/{FILE}"))
-
-
-def _load(file: Path, *, allow_pickle: bool) -> dict[str, Any]:
-    """One rank's file, its tensors mapped into memory and read when they are used.
-
-    Raises:
-        CheckpointError: damaged, or it names classes that only unpickling without a guard makes.
-    """
-    options: dict[str, Any] = {"map_location": "cpu", "mmap": True}
-    try:
-        if allow_pickle:
-            return torch.load(file, weights_only=False, **options)
-        with torch.serialization.safe_globals(_harmless()):
-            try:
-                return torch.load(file, weights_only=True, **options)
-            except Exception:
-                unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-                if not unsafe:
-                    raise
-    except Exception as e:  # zip, pickle, I/O
-        first = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise CheckpointError(f"{file}: damaged or not a torch checkpoint ({first})") from e
-    raise CheckpointError(
-        f"{file}: its pickle calls {', '.join(sorted(unsafe))}, which loading tensors safely does not "
-        "allow; if you trust who made this file, pass --allow-pickle, which lets it run code"
-    )
-
-
-def _harmless() -> list[Any]:
-    """Classes that Megatron's saves hold beside tensors; making one runs nothing of the file's.
-
-    Arguments and their enums, Transformer Engine's extra states, the random generators' states.
-    """
-    reconstruct = np.ndarray.__reduce__(np.empty(0))[0]
-    return [
-        Namespace,
-        ModelType,
-        AttnBackend,
-        signal.Signals,
-        io.BytesIO,
-        np.ndarray,
-        np.dtype,
-        type(np.dtype(np.uint32)),
-        reconstruct,
-        (reconstruct, "numpy.core.multiarray._reconstruct"),  # as numpy 1 named it
-    ]
 
 
 class LegacyCheckpoint:
@@ -106,22 +54,18 @@ class LegacyCheckpoint:
             files[int(match[1]), int(match[2] or 0)] = file
         self._tp = 1 + max(tp for tp, _ in files)
         self._pp = 1 + max(pp for _, pp in files)
-        states = {rank: _load(file, allow_pickle=allow_pickle) for rank, file in files.items()}
+        states = {
+            rank: pickles.load(file, file, allow_pickle=allow_pickle)
+            for rank, file in files.items()
+        }
         first = next(iter(states.values()))
-        self.args: Namespace = self._saved_args(first)
-        self.iteration = int(first.get("iteration") or 0)
+        if not all(isinstance(state, dict) for state in states.values()):
+            raise CheckpointError(f"{self.folder}: a rank's file holds no dict")
+        self.args: Namespace = saved_args(first.get("args"), self.folder)
         self._check_ranks(states)
         self._shards: dict[str, list[Tensor]] = defaultdict(list)
         for tp in range(self._tp):
             self._add_rank(tp, states)
-
-    def _saved_args(self, state: dict[str, Any]) -> Namespace:
-        args = state.get("args") if isinstance(state, dict) else None
-        if not isinstance(args, Namespace):
-            raise CheckpointError(
-                f"{self.folder}: holds no saved arguments, so the model's sizes are unknown"
-            )
-        return args
 
     def _check_ranks(self, states: dict[tuple[int, int], dict]) -> None:
         for what, found in (
@@ -147,12 +91,18 @@ class LegacyCheckpoint:
         """A tensor-parallel rank's parts of the model in the order of the layers."""
         ranks = [states[tp, pp] for pp in range(self._pp)]
         if "model" in ranks[0]:
-            return [rank["model"] for rank in ranks]
+            return self._parts(ranks, ["model"])
         count = sum(re.fullmatch(r"model\d+", str(key)) is not None for key in ranks[0])
         if not count:
             raise CheckpointError(f"{self.folder}: mp_rank_{tp:02d} holds no model")
         # interleaved: the first chunks of all pipeline ranks, then the second ones
-        return [rank[f"model{i}"] for i in range(count) for rank in ranks]
+        return self._parts(ranks, [f"model{i}" for i in range(count)])
+
+    def _parts(self, ranks: list[dict], keys: list[str]) -> list[dict[str, Tensor]]:
+        parts = [rank.get(key) for key in keys for rank in ranks]
+        if not all(isinstance(part, dict) for part in parts):
+            raise CheckpointError(f"{self.folder}: a rank's file has no {' or no '.join(keys)}")
+        return parts  # type: ignore[return-value]
 
     def _add_rank(self, tp: int, states: dict[tuple[int, int], dict]) -> None:
         offset = 0
@@ -226,10 +176,10 @@ def released_dmc_config(args: Namespace, *, target_cr: float | None = None) -> D
     stage = "finetune" if getattr(args, "dmc_finetune", True) else "retrofit"
     if getattr(args, "dmc_is_stage_one", False):
         stage = "zero-out"
-    return DMCConfig(
-        stage=stage,  # type: ignore[arg-type]
-        target_cr=float(cr),
-        alpha_offset=float(getattr(args, "dmc_init_val", 5.0)),
-        temperature=float(getattr(args, "dmc_temp", 0.1)),
-        merge_window=int(getattr(args, "dmc_window_size", 12)),
-    )
+    return DMCConfig.from_dict({
+        "stage": stage,
+        "target_cr": cr,
+        "alpha_offset": getattr(args, "dmc_init_val", 5.0),
+        "temperature": getattr(args, "dmc_temp", 0.1),
+        "merge_window": getattr(args, "dmc_window_size", 12),
+    })  # fmt: skip

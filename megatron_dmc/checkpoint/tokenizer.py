@@ -10,10 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_dmc.checkpoint.companions import copy_companion
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.errors import CheckpointError
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 TOKENIZER_FOLDER = "tokenizer"
@@ -42,6 +43,8 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     """Largest token id + 1."""
+    longest_token_bytes: int
+    """UTF-8 bytes of the longest token, at least; servers bound a text's tokens with it."""
     bos_id: int | None
     eos_id: int | None
     special_ids: frozenset[int]
@@ -81,6 +84,8 @@ class SentencePieceTokenizer:
         except (OSError, RuntimeError) as e:
             raise CheckpointError(f"{file}: not a sentencepiece model ({e}); copy it again") from e
         self.vocab_size: int = self._model.vocab_size()
+        pieces = self._model.id_to_piece(list(range(self.vocab_size)))
+        self.longest_token_bytes = max(len(piece.encode()) for piece in pieces)
         bos, eos = self._model.bos_id(), self._model.eos_id()
         self.bos_id: int | None = bos if bos >= 0 else None
         self.eos_id: int | None = eos if eos >= 0 else None
@@ -135,7 +140,9 @@ class HuggingFaceTokenizer:
         )
         # settles padding and truncation: from then on encoding changes nothing, in no thread
         self.inner.encode("")
-        self.vocab_size: int = max(self.inner.get_vocab().values()) + 1
+        vocab = self.inner.get_vocab()
+        self.vocab_size: int = max(vocab.values()) + 1
+        self.longest_token_bytes = max(len(piece.encode()) for piece in vocab)
         self.bos_id: int | None = self.inner.bos_token_id
         self.eos_id: int | None = self.inner.eos_token_id
         added = self.inner.added_tokens_decoder.items()
@@ -295,7 +302,7 @@ def _sentencepiece_file(path: Path) -> Path | None:
         try:
             added = json.loads(fast.read_text()).get("added_tokens") or []
             last = max((int(token["id"]) for token in added), default=-1)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise CheckpointError(f"{fast}: damaged ({e}); copy it again") from e
         if last >= SentencePieceTokenizer(file).vocab_size:
             return None
@@ -332,6 +339,11 @@ def find_tokenizer(path: str | Path, args: Namespace | None = None) -> Path | No
             (place / name).is_file() for name in (SENTENCEPIECE_FILE, *_FAST_FILES)
         ):
             return place
+    if trained_with := getattr(args, "tokenizer_model", None):
+        _logger.warning(
+            "%s: has no tokenizer, and the one that it was trained with is not at %s (from %s); copy it to "
+            "%s or name it", path, trained_with, Path.cwd(), Path(path) / TOKENIZER_FOLDER,
+        )  # fmt: skip
     return None
 
 
@@ -339,7 +351,7 @@ def check_vocab(tokenizer: Tokenizer, description: ModelDescription) -> None:
     """Warn where the tokenizer has ids for which the model has no embedding: a padding token that was
     added later, or the tokenizer of another model. A prompt that uses one is refused."""
     if tokenizer.vocab_size > description.vocab_size:
-        logger.warning(
+        _logger.warning(
             "the tokenizer has %d token ids, the model's vocabulary %d: prompts with a token from %d on "
             "are refused",
             tokenizer.vocab_size, description.vocab_size, description.vocab_size,
@@ -359,8 +371,8 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         if source.is_file() and name == SENTENCEPIECE_FILE and source.name not in _FAST_FILES:
             shutil.copyfile(source, target / name)
         elif (folder / name).is_file() and (source.is_dir() or source.name in _COMPANIONS):
-            shutil.copyfile(folder / name, target / name)
+            copy_companion(folder / name, target / name)
     if source.is_dir() or source.name in _COMPANIONS:
         for template in sorted((folder / _TEMPLATE_FOLDER).glob("*.jinja")):
             (target / _TEMPLATE_FOLDER).mkdir(exist_ok=True)
-            shutil.copyfile(template, target / _TEMPLATE_FOLDER / template.name)
+            copy_companion(template, target / _TEMPLATE_FOLDER / template.name)

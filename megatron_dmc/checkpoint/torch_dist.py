@@ -7,7 +7,7 @@ stacked into one tensor (`decoder.layers.mlp.linear_fc2.weight`: [layers, ...]),
 names of the Transformer Engine layer spec. The local layer spec maps its names to these.
 """
 
-import json
+import io
 import re
 from argparse import Namespace
 from collections import defaultdict
@@ -16,28 +16,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core import dist_checkpointing
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint import pickles
+from megatron_dmc.checkpoint.description import ModelDescription, saved_args
+from megatron_dmc.checkpoint.field_checks import read_json_object, shown
 from megatron_dmc.checkpoint.integrity import verify_checksums
-from megatron_dmc.checkpoint.single_process import ensure_single_process
-from megatron_dmc.checkpoint.weights import (
-    EXPERT,
-    TE_NAMES,
-    megatron_shapes,
-)
+from megatron_dmc.checkpoint.torch_dist_places import Place, chunk_of, places_of
+from megatron_dmc.checkpoint.weights import megatron_shapes
 from megatron_dmc.errors import CheckpointError
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -60,8 +61,8 @@ def newest_folder(path: Path) -> Path:
             f"{tracker}: cannot be read ({e}); a Megatron checkpoint folder has it, and so does "
             "none that was only begun"
         ) from e
-    if newest != RELEASE and not newest.isdigit():
-        raise CheckpointError(f"{tracker}: {newest!r} is neither an iteration nor {RELEASE!r}")
+    if newest != RELEASE and not re.fullmatch("[0-9]{1,12}", newest):
+        raise CheckpointError(f"{tracker}: {shown(newest)} is neither an iteration nor {RELEASE!r}")
     folder = path / (RELEASE if newest == RELEASE else f"iter_{int(newest):07d}")
     if not folder.is_dir():
         raise CheckpointError(
@@ -94,12 +95,9 @@ def iteration_folder(path: str | Path) -> Path:
 
 
 def _check_backend(file: Path) -> None:
-    try:
-        backend = json.loads(file.read_text())["sharded_backend"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{file}: damaged ({e}); copy it again") from e
+    backend = read_json_object(file).get("sharded_backend")
     if backend != "torch_dist":
-        raise CheckpointError(f"{file}: the format is {backend!r}; only 'torch_dist' is read")
+        raise CheckpointError(f"{file}: the format is {shown(backend)}; only 'torch_dist' is read")
 
 
 class StoredTensor(NamedTuple):
@@ -109,21 +107,30 @@ class StoredTensor(NamedTuple):
     dtype: torch.dtype
 
 
-def read_metadata(folder: Path) -> dict[str, StoredTensor]:
-    """What an iteration's folder holds, after a check that its files are there in full length.
+class Reader(FileSystemReader):
+    """torch's reader of a `torch_dist` folder, with our unpickler in place of its own."""
 
-    Raises:
-        CheckpointError: names the file that is missing, damaged or truncated.
-    """
-    file = folder / ".metadata"
-    try:
-        metadata = FileSystemReader(folder).read_metadata()
-        ends: dict[str, int] = {}
-        for info in (metadata.storage_data or {}).values():
-            end = info.offset + info.length
-            ends[info.relative_path] = max(end, ends.get(info.relative_path, 0))
-    except Exception as e:  # pickle raises anything on a damaged file
-        raise CheckpointError(f"{file}: missing or damaged ({e}); copy it again") from e
+    def __init__(self, folder: Path, *, allow_pickle: bool = False):
+        super().__init__(folder)
+        self.folder, self.allow_pickle = folder, allow_pickle
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """See `pickles.load_index`."""
+        return pickles.load_index(self.folder / ".metadata", allow_pickle=self.allow_pickle)
+
+    def open(self) -> Metadata:
+        """Read the index, after which `read_data` can be called."""
+        index = self.read_metadata()
+        self.set_up_storage_reader(index, is_coordinator=True)
+        return index
+
+
+def _check_lengths(folder: Path, index: Metadata) -> None:
+    """Raises CheckpointError for a file that is missing or shorter than what lies in it."""
+    ends: dict[str, int] = {}
+    for info in index.storage_data.values():
+        end = info.offset + info.length
+        ends[info.relative_path] = max(end, ends.get(info.relative_path, 0))
     for name, end in sorted(ends.items()):
         part = folder / name
         if not part.is_file():
@@ -133,22 +140,65 @@ def read_metadata(folder: Path) -> dict[str, StoredTensor]:
                 f"{part}: truncated, {part.stat().st_size} of at least {end} bytes; copy the "
                 "checkpoint again"
             )
+
+
+def read_metadata(folder: Path, *, allow_pickle: bool = False) -> dict[str, StoredTensor]:
+    """What an iteration's folder holds, after a check that its files are there in full length.
+
+    Raises:
+        CheckpointError: names the file that is missing, damaged, truncated or a refused pickle.
+    """
+    index = Reader(folder, allow_pickle=allow_pickle).read_metadata()
+    _check_lengths(folder, index)
     return {
         name: StoredTensor(tuple(entry.size), entry.properties.dtype)
-        for name, entry in metadata.state_dict_metadata.items()
+        for name, entry in index.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
 
 
-def read_common(folder: Path) -> dict[str, Any]:
+_COMMON_KEY = "common_state/shard_0_1"
+"""Megatron's name of the object that holds what is no tensor; earlier versions have a file instead."""
+_COMMON_FILE = "common.pt"
+
+
+class _CollectBytes(DefaultLoadPlanner):
+    """Keeps an object's bytes; torch's own planner unpickles them."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.value = value
+
+
+def read_common(folder: Path, *, allow_pickle: bool = False) -> dict[str, Any]:
     """What an iteration holds beside its sharded tensors: arguments, step, schedules.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it cannot be read, or is a refused pickle.
     """
     try:
-        return dist_checkpointing.load_common_state_dict(str(folder))
+        place = folder / _COMMON_FILE
+        if place.is_file():
+            common = pickles.load(place, place, allow_pickle=allow_pickle)
+        else:
+            reader = Reader(folder, allow_pickle=allow_pickle)
+            key, zero = MetadataIndex(_COMMON_KEY), torch.Size((0,))
+            info = reader.open().storage_data.get(key)
+            if info is None:
+                raise CheckpointError(f"has neither {_COMMON_FILE} nor {_COMMON_KEY}")
+            item = ReadItem(LoadItemType.BYTE_IO, key, zero, key, zero, torch.Size((info.length,)))
+            planner = _CollectBytes()
+            reader.read_data(LoadPlan([item]), planner).wait()
+            place = folder / info.relative_path
+            common = pickles.load(planner.value, place, allow_pickle=allow_pickle)
+            if isinstance(common, io.BytesIO):  # a torch file within a torch file
+                common = pickles.load(common, place, allow_pickle=allow_pickle)
+            common = common[0]
+        if not isinstance(common, dict):
+            raise CheckpointError(f"it is a {type(common).__name__}, not a dict")
+        return common
     except (Exception, CheckpointException) as e:  # the latter is a BaseException
+        if isinstance(e, pickles.RefusedPickle):
+            raise
         raise CheckpointError(
             f"{folder}: its common state (saved arguments) cannot be read ({e})"
         ) from e
@@ -163,8 +213,11 @@ def check_whole(folder: Path) -> None:
         CheckpointError: names what is missing or damaged.
     """
     _check_backend(folder / "metadata.json")
-    read_metadata(folder)
-    read_common(folder)
+    try:
+        read_metadata(folder)
+        read_common(folder)
+    except pickles.RefusedPickle:
+        pass  # not damaged: Megatron unpickles what it loads without a guard
     verify_checksums(folder)
 
 
@@ -205,29 +258,25 @@ class TorchDistCheckpoint:
 
     Args:
         path: the checkpoint folder (its newest iteration is taken) or an iteration's folder.
+        allow_pickle: unpickle without a guard, which lets the files run code.
 
     Raises:
         CheckpointError: missing, truncated or unreadable; names the file.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, allow_pickle: bool = False):
         self.folder = iteration_folder(path)
         self.root = self.folder if self.folder == Path(path) else Path(path)
         if self.root == self.folder and (self.folder.parent / TRACKER_FILE).is_file():
             self.root = self.folder.parent
-        ensure_single_process()
-        self.stored = read_metadata(self.folder)
-        self.common: dict[str, Any] = read_common(self.folder)
+        self.allow_pickle = allow_pickle
+        self.stored = read_metadata(self.folder, allow_pickle=allow_pickle)
+        self.common: dict[str, Any] = read_common(self.folder, allow_pickle=allow_pickle)
 
     @property
     def args(self) -> Namespace:
-        """Megatron's arguments of the run that saved it."""
-        args = self.common.get("args")
-        if args is None:
-            raise CheckpointError(
-                f"{self.folder}: holds no saved arguments, so the model's sizes are unknown"
-            )
-        return args
+        """Megatron's arguments of the run that saved it, the plain ones."""
+        return saved_args(self.common.get("args"), self.folder)
 
     @property
     def iteration(self) -> int:
@@ -254,9 +303,11 @@ class TorchDistCheckpoint:
                 model.
         """
         places: dict[str, Place] = {}
-        complaints = []
+        complaints: list[str] = []
         known = set()
         for name, shape in megatron_shapes(description).items():
+            if len(complaints) >= 20:
+                raise CheckpointError(f"{self.folder}: {'; '.join(dict.fromkeys(complaints))}")
             candidates = places_of(name, shape, description)
             known |= {place.key for place in candidates}
             place = next((p for p in candidates if p.key in self.stored), None)
@@ -280,52 +331,7 @@ class TorchDistCheckpoint:
         if complaints:
             complaints = list(dict.fromkeys(complaints))
             raise CheckpointError(f"{self.folder}: {'; '.join(complaints[:20])}")
-        return TorchDistWeights(self.folder, places)
-
-
-class Place(NamedTuple):
-    """Where a tensor of the model lies in a checkpoint: `tensor[at]` of a stored tensor."""
-
-    key: str
-    at: tuple[int, ...]
-    shape: tuple[int, ...]
-    """Of the whole stored tensor."""
-
-
-def places_of(name: str, shape: tuple[int, ...], d: ModelDescription) -> list[Place]:
-    """Where Megatron stores a name of `megatron_shapes`; the first is where `write` puts it.
-
-    Layers, and a layer's experts, are stacked or (layers that differ) stored one by one; a norm has
-    the name of the local or of the Transformer Engine layer spec.
-    """
-    match = _LAYER.fullmatch(name)
-    if not match:
-        return [Place(name, (), shape)]
-    layer, inner = int(match[1]), match[2]
-    index: tuple[int, ...] = ()
-    sizes: tuple[int, ...] = ()
-    inners = [TE_NAMES[inner], inner] if inner in TE_NAMES else [inner]
-    if expert := EXPERT.fullmatch(inner):
-        assert d.num_experts is not None
-        inners = [f"mlp.experts.experts.{expert[2]}"]
-        index, sizes = (int(expert[1]),), (d.num_experts,)
-    return [
-        place
-        for inner in inners
-        for place in (
-            Place(f"decoder.layers.{inner}", (layer, *index), (d.num_layers, *sizes, *shape)),
-            Place(f"decoder.layers.{layer}.{inner}", index, (*sizes, *shape)),
-        )
-    ]
-
-
-def chunk_of(place: Place) -> ChunkStorageMetadata:
-    """The part of a stored tensor that is one tensor of the model."""
-    rest = place.shape[len(place.at) :]
-    return ChunkStorageMetadata(
-        torch.Size((*place.at, *(0 for _ in rest))),
-        torch.Size((*(1 for _ in place.at), *rest)),
-    )
+        return TorchDistWeights(Reader(self.folder, allow_pickle=self.allow_pickle), places)
 
 
 class _ReadOne(DefaultLoadPlanner):
@@ -346,11 +352,9 @@ class _ReadOne(DefaultLoadPlanner):
 class TorchDistWeights:
     """The weights of a checkpoint, read one tensor at a time: a `WeightSource`."""
 
-    def __init__(self, folder: Path, places: dict[str, Place]):
-        self._folder, self._places = folder, places
-        self._reader = FileSystemReader(folder)
-        self._metadata = self._reader.read_metadata()
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+    def __init__(self, reader: Reader, places: dict[str, Place]):
+        self._folder, self._places = reader.folder, places
+        self._reader, self._metadata = reader, reader.open()
         self._chunks: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
 
     def _chunks_at(self, place: Place) -> TensorStorageMetadata:
@@ -379,6 +383,8 @@ class TorchDistWeights:
             target = torch.empty(target.shape, dtype=target.dtype)
         try:
             items = create_read_items_for_chunk_list(place.key, stored, [chunk])
+            if sum(item.lengths.numel() for item in items) != target.numel():
+                raise ValueError("its stored chunks do not make it up")
             self._reader.read_data(LoadPlan(items), _ReadOne(target, chunk)).wait()
         except (Exception, CheckpointException) as e:  # zip, pickle, I/O of a damaged file
             raise CheckpointError(

@@ -30,7 +30,8 @@ from tqdm import tqdm
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.integrity import write_checksums
 from megatron_dmc.checkpoint.single_process import ensure_single_process
-from megatron_dmc.checkpoint.torch_dist import RELEASE, TRACKER_FILE, Place, chunk_of, places_of
+from megatron_dmc.checkpoint.torch_dist import RELEASE, TRACKER_FILE
+from megatron_dmc.checkpoint.torch_dist_places import Place, chunk_of, places_of
 from megatron_dmc.checkpoint.weights import WeightSource, megatron_shapes, read_tensor
 from megatron_dmc.errors import CheckpointError
 

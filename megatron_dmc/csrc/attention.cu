@@ -30,9 +30,7 @@ template <class T, class S, int kHeadDim, int kQueryBlocks>
 cudaError_t launch(const AttentionParams<T>& p, cudaStream_t stream) {
   constexpr int kBytes = kWarpsPerBlock * Stages<S, kHeadDim>::kBytes;
   const auto kernel = attend_kernel<T, S, kHeadDim, kQueryBlocks>;
-  // set for every device that a process uses, so at every launch; it costs no launch
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  cudaError_t error = reserve_shared_memory(kernel, kBytes);
   if (error != cudaSuccess) return error;
   const int blocks = (p.num_workers + kWarpsPerBlock - 1) / kWarpsPerBlock;
   kernel<<<blocks, kWarpsPerBlock * kWarp, kBytes, stream>>>(p);
@@ -63,7 +61,7 @@ cudaError_t workers(int* count) {
   if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  error = reserve_shared_memory(kernel, kBytes);
   if (error != cudaSuccess) return error;
   error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kWarpsPerBlock * kWarp,
                                                         kBytes);

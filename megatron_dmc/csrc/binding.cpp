@@ -331,6 +331,7 @@ void prefill_attention(const Tensor& q, const OptionalTensor& own_k, const Optio
       check_shape(**x, "own_k, own_v", {tokens, heads, dim});
       check_dtype(**x, "own_k, own_v", dtype);
       check_dense(**x, "own_k, own_v");
+      check_aligned(**x, "own_k, own_v");
     }
   }
   check_ints(entry, "entry", {tokens, heads});

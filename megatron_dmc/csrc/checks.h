@@ -41,6 +41,12 @@ void check_dense(const Tensor& x, const char* name) {
   TORCH_CHECK_VALUE(x.is_contiguous(), name, " must be contiguous");
 }
 
+// Of what kernels copy by 16 bytes: a view may start anywhere.
+void check_aligned(const Tensor& x, const char* name) {
+  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, name,
+                    " must start at a multiple of 16 bytes; call clone()");
+}
+
 void check_device(const Tensor& x, const char* name, const Tensor& like) {
   TORCH_CHECK_VALUE(x.is_cuda() && x.device() == like.device(), name, " is on ", x.device(),
                     "; all tensors must be on one GPU");
@@ -99,10 +105,13 @@ void check_pages(const Tensor& k_pages, const Tensor& v_pages, const OptionalTen
     check_shape(**scales, "k_scales, v_scales", {k_pages.size(0), k_pages.size(1)});
     check_dtype(**scales, "k_scales, v_scales", ScalarType::Float);
     check_dense(**scales, "k_scales, v_scales");
+    check_aligned(**scales, "k_scales, v_scales");
     check_device(**scales, "k_scales, v_scales", k_pages);
   }
   check_dense(k_pages, "k_pages");
   check_dense(v_pages, "v_pages");
+  check_aligned(k_pages, "k_pages");
+  check_aligned(v_pages, "v_pages");
   const int64_t page = k_pages.size(1);
   TORCH_CHECK_VALUE(page == 8 || page == 16 || page == 32 || page == 64, "page_size=", page,
                     "; the kernels take 8, 16, 32 and 64");

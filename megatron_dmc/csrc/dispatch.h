@@ -1,13 +1,25 @@
 // From sizes and kinds to the template arguments of kernels: what kernels are built for.
 #pragma once
 
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 
 #include <type_traits>
 
 #include "dmc/stored.h"
 
 namespace dmc {
+
+// Lets a kernel's blocks have so much dynamic shared memory, and asks for the split of L1 and shared memory
+// under which most of them are resident; the driver's own choice may hold fewer. Both are set for every
+// device that a process uses, so at every launch; that costs no launch.
+template <class Kernel>
+cudaError_t reserve_shared_memory(Kernel kernel, int bytes) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                              cudaSharedmemCarveoutMaxShared);
+}
 
 // f(std::integral_constant<int, head_dim>{}).
 template <class F>

@@ -16,8 +16,7 @@ cudaError_t launch(const PrefillAttentionParams<T>& p, cudaStream_t stream) {
   using Sizes = PrefillSizes<kHeadDim>;
   static_assert(Sizes::kRows == prefill_rows(kHeadDim));
   const auto kernel = prefill_kernel<T, kHeadDim>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Sizes::kBytes);
+  const cudaError_t error = reserve_shared_memory(kernel, Sizes::kBytes);
   if (error != cudaSuccess) return error;
   kernel<<<p.num_tiles * p.num_kv_heads, Sizes::kThreads, Sizes::kBytes, stream>>>(p);
   return cudaGetLastError();

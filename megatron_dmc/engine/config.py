@@ -11,6 +11,14 @@ from megatron_dmc.engine.decode_graphs import default_sizes
 from megatron_dmc.engine.scheduler import SchedulingPolicy
 from megatron_dmc.errors import UnsupportedConfig
 
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "half": torch.float16,
+}
 KV_CACHE_DTYPES = {
     "auto": None,
     "fp8": torch.float8_e4m3fn,
@@ -18,6 +26,22 @@ KV_CACHE_DTYPES = {
     "int8": torch.int8,
 }
 """What `kv_cache_dtype` may be; None: the model's dtype."""
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """The model's dtype by name; None for "auto": as the checkpoint stores it.
+
+    Raises:
+        UnsupportedConfig: for any other name.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    name = dtype.removeprefix("torch.")
+    if name == "auto":
+        return None
+    if name not in _DTYPES:
+        raise UnsupportedConfig(f"dtype={dtype!r}: use one of auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def parse_kv_cache_dtype(name: str) -> torch.dtype | None:

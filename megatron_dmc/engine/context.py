@@ -339,7 +339,7 @@ class PagedContext(BaseInferenceContext):
                 layer_index, q_TND[single], k_TGD[single], v_TGD[single], freqs_SF, softmax_scale
             )
         q, k, v = (x[num_singles:] for x in (q_TND, k_TGD, v_TGD))
-        is_merge, omega = self._gates(q, k)
+        is_merge, omega = self._gates(layer_index, num_singles, q, k)
         if self.flips is not None and is_merge is not None:
             self.flips.prefilled(is_merge)
         layer, segments = self._layer(layer_index), self._segments_of(layer_index)
@@ -397,7 +397,7 @@ class PagedContext(BaseInferenceContext):
         if rule is not None and rule.shared_decisions:
             # the heads' logits have to meet first
             freqs_BF = None if freqs_SF is None else freqs_SF[self._positions_B]
-            is_merge_BG, omega_BG = self._gates(q_BND, k_BGD)
+            is_merge_BG, omega_BG = self._gates(layer_index, 0, q_BND, k_BGD)
             cache_ops.decode_append(
                 k_BGD, v_BGD, is_merge_BG, omega_BG, freqs_BF, *layer, segments, rows_B,
                 merge_window=self._window, free_pages=free_pages, backend=self._backend,
@@ -405,11 +405,13 @@ class PagedContext(BaseInferenceContext):
             q_BND = cache_ops.rotate_query(q_BND, freqs_BF, compress=True)
         else:
             cos_SF, sin_SF = self._cosine_and_sine(freqs_SF, q_BND.dtype)
+            is_merge_BG, omega_BG = self._given_gates(layer_index, 0, q_BND.shape[0])
             q_BND = cache_ops.gate_and_append(
                 q_BND, k_BGD, v_BGD, cos_SF, sin_SF, self._positions_B, *layer, segments, rows_B,
                 alpha_offset=0.0 if rule is None else rule.alpha_offset,
                 compress=rule is not None, may_merge=rule is not None and rule.may_merge,
-                merge_window=self._window, free_pages=free_pages, backend=self._backend,
+                merge_window=self._window, is_merge_BG=is_merge_BG, omega_BG=omega_BG,
+                free_pages=free_pages, backend=self._backend,
             )  # fmt: skip
         return cache_ops.paged_decode_attention(
             q_BND, *layer, softmax_scale=softmax_scale, rows_B=rows_B,
@@ -430,7 +432,7 @@ class PagedContext(BaseInferenceContext):
         layer, rows_B, free_pages = self._layer(layer_index), self._rows_B, self.pool.free_pages
         k_pages, v_pages, table_RGM, num_entries_RG = layer
         rings, num_singles = self.rings[layer_index], rows_B.shape[0]
-        is_evict_TG, _ = self._gates(q_TND, k_TGD)
+        is_evict_TG, _ = self._gates(layer_index, 0, q_TND, k_TGD)
         assert is_evict_TG is not None
         out = torch.empty_like(q_TND)
         if num_singles:
@@ -482,8 +484,18 @@ class PagedContext(BaseInferenceContext):
             self._angles = (freqs_SF, cos, sin)
         return self._angles[1], self._angles[2]
 
-    def _gates(self, q_TND: Tensor, k_TGD: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Decisions and importances; a sequence's first token never merges (the ops see to it)."""
+    def _given_gates(
+        self, layer_index: int, first: int, count: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Decisions and importances (count, G) that stand in for those of a layer's channels, of packed
+        tokens from `first` on; None, None: none do."""
+        return None, None
+
+    def _gates(
+        self, layer_index: int, first: int, q_TND: Tensor, k_TGD: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Decisions and importances of packed tokens from `first` on; a sequence's first token never merges
+        (the ops see to it)."""
         if self.rule is None:
             return None, None
         logit_TG = gates.decision_logit(k_TGD, alpha_offset=self.rule.alpha_offset)
@@ -494,4 +506,5 @@ class PagedContext(BaseInferenceContext):
         if not self.rule.may_merge:
             is_merge_TG = torch.zeros_like(is_merge_TG)
         omega_TG = gates.importance(q_TND, k_TGD.shape[1], alpha_offset=self.rule.alpha_offset)
-        return is_merge_TG, omega_TG
+        given_TG = self._given_gates(layer_index, first, len(q_TND))
+        return (is_merge_TG, omega_TG) if given_TG[0] is None else given_TG

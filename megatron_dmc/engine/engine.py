@@ -17,7 +17,7 @@ from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.decision_record import DecisionRecord
 from megatron_dmc.engine.detokenizer import IncrementalDetokenizer, find_stop
 from megatron_dmc.engine.logit_rules import bad_words_token_ids, check_token_ids
-from megatron_dmc.engine.model_runner import ModelRunner
+from megatron_dmc.engine.model_runner import ModelRunner, device_of_weights
 from megatron_dmc.engine.outputs import output_of
 from megatron_dmc.engine.prompts import read_prompt
 from megatron_dmc.engine.request import Request, RequestOutput, RequestStatus
@@ -25,21 +25,24 @@ from megatron_dmc.engine.rule import check_combinations, compression_rule
 from megatron_dmc.engine.sampler import SampledToken, Sampler, token_logprobs
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.engine.scheduler import ScheduledChunk, Scheduler
+from megatron_dmc.engine.sizes import check_fits_model
 from megatron_dmc.engine.stats import Counters, EngineStats
 from megatron_dmc.engine.tensor_parallel import Command, TensorParallel
-from megatron_dmc.errors import EngineDead, InvalidRequest, UnsupportedConfig
+from megatron_dmc.errors import EngineDead, InvalidRequest
+from megatron_dmc.ops.tensors import take_rows
 
 
 class LLMEngine:
     """Generates for many requests at a time with continuous batching over a paged cache.
 
     Args:
-        model: Megatron's GPTModel whose attention calls `PagedContext.attend`, on `device`.
+        model: Megatron's GPTModel whose attention calls `PagedContext.attend`.
         description: `num_layers, num_query_groups, kv_channels, vocab_size,
             max_position_embeddings, dmc`.
         tokenizer: see `as_tokenizer`; None: token ids only, no texts.
         config: sizes.
         dtype: the model's.
+        device: of the cache and of all computation; default: where the model's weights are.
         enable_dmc: None: as the model. False: never merge (the borrowed channel of a DMC model still
             carries no content). True: refuse a plain model.
         eos_id: end-of-text token; default: the tokenizer's.
@@ -59,7 +62,7 @@ class LLMEngine:
         config: EngineConfig,
         *,
         dtype: torch.dtype,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         enable_dmc: bool | None = None,
         eos_id: int | None = None,
         further_eos_ids: Collection[int] = (),
@@ -67,19 +70,10 @@ class LLMEngine:
         parallel: TensorParallel | None = None,
         make_context: Callable[..., PagedContext] = PagedContext,
     ):
+        device = device_of_weights(model, device)
         num_ranks = 1 if parallel is None else parallel.size
         heads_per_rank = description.num_query_groups // num_ranks
-        num_heads = description.num_layers * heads_per_rank
-        if config.num_pages < num_heads:
-            raise UnsupportedConfig(
-                f"num_pages={config.num_pages} cannot hold a single token: {description.num_layers} "
-                f"layers of {heads_per_rank} KV heads need {num_heads} pages at least"
-            )
-        if config.max_model_len > description.max_position_embeddings:
-            raise UnsupportedConfig(
-                f"max_model_len={config.max_model_len} is more than the model's "
-                f"{description.max_position_embeddings} positions; lower it"
-            )
+        check_fits_model(config, description, heads_per_rank)
         rule = compression_rule(description.dmc, enable_dmc)
         check_combinations(config, rule, num_ranks)
         evicts = rule is not None and rule.eviction_delay is not None
@@ -125,7 +119,7 @@ class LLMEngine:
         )
         # eviction's PyTorch selects by masks, which a graph cannot
         eager = config.enforce_eager or evicts or config.cache_policy is not None
-        if torch.device(device).type == "cuda" and not eager:
+        if device.type == "cuda" and not eager:
             self.runner.capture_on_gpu(
                 config.graph_sizes(), progress=parallel is None or parallel.rank == 0
             )
@@ -272,9 +266,10 @@ class LLMEngine:
                 sampling.append(request)
                 sample_rows.append(rows.pop())
             if rows:
-                self._record_prompt_logprobs(request, chunk.start + offsets[0], logits_XV[rows])
+                logits = take_rows(logits_XV, rows)
+                self._record_prompt_logprobs(request, chunk.start + offsets[0], logits)
             request.num_computed_tokens = chunk.end
-        tokens = self._sample(logits_XV[sample_rows], sampling) if sampling else []
+        tokens = self._sample(take_rows(logits_XV, sample_rows), sampling) if sampling else []
         # the device is done: the counts wait for nothing more
         self.context.settle()
         self._counters.peak_pages = max(self._counters.peak_pages, self._pages_in_use)

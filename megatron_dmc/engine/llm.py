@@ -1,5 +1,6 @@
 """`LLM(model=...).generate(prompts, params)`, in vLLM's manner."""
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,25 +12,20 @@ from megatron_dmc.checkpoint.generation_config import (
     sampling_defaults,
     token_ids,
 )
-from megatron_dmc.engine.config import EngineConfig, parse_kv_cache_dtype
+from megatron_dmc.engine.config import EngineConfig, parse_dtype, parse_kv_cache_dtype
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.engine import LLMEngine
+from megatron_dmc.engine.model_runner import device_of_weights
 from megatron_dmc.engine.request import RequestOutput
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.engine.scheduler import SchedulingPolicy
+from megatron_dmc.engine.sizes import check_arguments, check_memory
 from megatron_dmc.engine.start import ended_on_failure, start_ranks
 from megatron_dmc.engine.stats import EngineStats
 from megatron_dmc.errors import EngineDead, InvalidRequest, UnsupportedConfig
 from megatron_dmc.ops.kv_pages import entry_bytes
+from megatron_dmc.quiet import quietly
 
-_DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "half": torch.float16,
-}
 _DEFAULT_CPU_CACHE_BYTES = 2**30
 
 
@@ -67,7 +63,9 @@ class LLM:
             those it started: every process then makes an `LLM`, and all but rank 0 call `follow`.
         distributed_timeout_seconds: a process that takes longer over its part of a step is given up.
         seed: of requests without a seed.
-        device: default: the GPU if there is one.
+        device: default: where the weights of a loaded model are, else the GPU if there is one.
+        allow_pickle: let a Megatron checkpoint run the code in its pickles; only if you trust it.
+        verify_checkpoint: compare the files with the checksums beside them, where there are any.
         make_context: see `LLMEngine`.
     """
 
@@ -100,6 +98,8 @@ class LLM:
         distributed_timeout_seconds: float = 60.0,
         seed: int = 0,
         device: str | torch.device | None = None,
+        allow_pickle: bool = False,
+        verify_checkpoint: bool = True,
         make_context: Callable[..., PagedContext] = PagedContext,
     ):
         given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -107,10 +107,13 @@ class LLM:
             raise UnsupportedConfig(
                 f"block_size={block_size} and page_size={page_size} are one thing; give one"
             )
+        check_arguments(given)
         cache_dtype = parse_kv_cache_dtype(kv_cache_dtype)
         chosen = block_size if block_size is not None else page_size
         page_size = 16 if chosen is None else chosen
-        if device is None:
+        if hasattr(model, "description"):
+            device = device_of_weights(model.model, device)
+        elif device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(device)
         parallel = None
@@ -123,13 +126,19 @@ class LLM:
                 from megatron_dmc.checkpoint.tokenizer import load_tokenizer
 
                 tokenizer = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
-            if not hasattr(model, "description"):
-                from megatron_dmc.models import load_model
+            check = functools.partial(check_memory, arguments=given, device=device)
+            if hasattr(model, "description"):
+                check(model.description)
+            else:
+                with quietly():
+                    from megatron_dmc.models import load_model
 
-                model = load_model(
-                    model, device=device, dtype=parse_dtype(dtype),
-                    tensor_parallel_size=tensor_parallel_size, trust_remote_code=trust_remote_code,
-                )  # fmt: skip
+                    model = load_model(
+                        model, device=device, dtype=parse_dtype(dtype),
+                        tensor_parallel_size=tensor_parallel_size, allow_pickle=allow_pickle,
+                        verify_checkpoint=verify_checkpoint, check=check,
+                        trust_remote_code=trust_remote_code,
+                    )  # fmt: skip
             description = model.description
             eos_ids, sampling = _generation_defaults(generation_config, model)
             gpt = model.model
@@ -270,22 +279,6 @@ class LLM:
                         finished[output.request_id] = output
                         bar.update()
         return finished
-
-
-def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """The model's dtype by name; None for "auto": as the checkpoint stores it.
-
-    Raises:
-        UnsupportedConfig: for any other name.
-    """
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    name = dtype.removeprefix("torch.")
-    if name == "auto":
-        return None
-    if name not in _DTYPES:
-        raise UnsupportedConfig(f"dtype={dtype!r}: use one of auto, {', '.join(_DTYPES)}")
-    return _DTYPES[name]
 
 
 def _generation_defaults(choice: str | Path, model: Any) -> tuple[list[int], dict[str, Any]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_dmc.engine.request import Request
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.errors import InvalidRequest
+from megatron_dmc.ops.tensors import to_device
 
 
 @dataclass
@@ -52,30 +53,33 @@ class LogitRules:
         if not ruled:
             return logits_BV
         scores_BV = logits_BV.clone()
+        device, dtype = scores_BV.device, scores_BV.dtype
         states = {b: self._state(requests[b], logits_BV[b]) for b in ruled}
         biased = [b for b in ruled if states[b].bias_V is not None]
         if biased:
-            scores_BV[biased] += torch.stack([_given(states[b].bias_V) for b in biased])
+            scores_BV[to_device(biased, device)] += torch.stack(
+                [_given(states[b].bias_V) for b in biased]
+            )
         counted = [b for b in ruled if states[b].counts_V is not None]
         if counted:
             params = [requests[b].params for b in counted]
-            scores_BV[counted] = penalised(
-                scores_BV[counted],
+            penalties_B3 = to_device(
+                [[p.repetition_penalty, p.frequency_penalty, p.presence_penalty] for p in params],
+                device, dtype=dtype,
+            )  # fmt: skip
+            index = to_device(counted, device)
+            scores_BV[index] = penalised(
+                scores_BV[index],
                 torch.stack([_given(states[b].counts_V) for b in counted]),
                 torch.stack([_given(states[b].is_known_V) for b in counted]),
-                *(
-                    scores_BV.new_tensor([[getattr(p, name)] for p in params])
-                    for name in ("repetition_penalty", "frequency_penalty", "presence_penalty")
-                ),
+                *penalties_B3.split(1, dim=1),
             )
-        rows, tokens = [], []
-        for b in ruled:
-            for token in self._forbidden(requests[b]):
-                rows.append(b)
-                tokens.append(token)
-        if rows:
+        forbidden = [(b, token) for b in ruled for token in self._forbidden(requests[b])]
+        if forbidden:
             allowed_BV = scores_BV.clone()
-            scores_BV[rows, tokens] = float("-inf")
+            # a number in place of the tensor would be copied to the device, and waited for
+            lowest = scores_BV.new_full((), float("-inf"))
+            scores_BV.index_put_(tuple(to_device(forbidden, device).unbind(1)), lowest)
             # where nothing would be left, the forbidden tokens are taken after all
             is_empty_B1 = scores_BV.isneginf().all(-1, keepdim=True)
             scores_BV = torch.where(is_empty_B1, allowed_BV, scores_BV)
@@ -92,9 +96,9 @@ class LogitRules:
             state = self._states[request.number] = _begin(request, like_V)
         new = request.output_token_ids[state.num_counted :]
         if new and state.counts_V is not None:
-            ids = torch.tensor(new, device=like_V.device)
+            ids = to_device(new, like_V.device)
             state.counts_V.index_add_(0, ids, torch.ones_like(ids, dtype=like_V.dtype))
-            _given(state.is_known_V)[ids] = True
+            _given(state.is_known_V).index_fill_(0, ids, True)
             state.num_counted = len(request.output_token_ids)
         return state
 
@@ -183,16 +187,19 @@ def _begin(request: Request, like_V: Tensor) -> _State:
     if params.logit_bias or params.allowed_token_ids is not None:
         bias_V = torch.zeros_like(like_V)
         if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=like_V.device)
-            bias_V[ids] = bias_V.new_tensor(list(params.logit_bias.values()))
+            ids = to_device(list(params.logit_bias), like_V.device)
+            bias_V[ids] = to_device(
+                list(params.logit_bias.values()), like_V.device, dtype=like_V.dtype
+            )
         if params.allowed_token_ids is not None:
             is_allowed_V = torch.zeros_like(like_V, dtype=torch.bool)
-            is_allowed_V[params.allowed_token_ids] = True
+            allowed = to_device(params.allowed_token_ids, like_V.device)
+            is_allowed_V.index_fill_(0, allowed, True)
             bias_V.masked_fill_(~is_allowed_V, float("-inf"))
     if params.has_penalties:
         counts_V = torch.zeros_like(like_V)
         is_known_V = torch.zeros_like(like_V, dtype=torch.bool)
-        is_known_V[request.prompt_token_ids] = True
+        is_known_V.index_fill_(0, to_device(request.prompt_token_ids, like_V.device), True)
     return _State(bias_V, counts_V, is_known_V)
 
 

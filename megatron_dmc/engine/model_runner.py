@@ -15,7 +15,8 @@ from megatron_dmc.engine.chunks import PackedChunk
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.decode_graphs import Capture, CudaGraphs, DecodeGraphs
 from megatron_dmc.engine.scheduler import ScheduledChunk
-from megatron_dmc.ops.tensors import to_device
+from megatron_dmc.errors import UnsupportedConfig
+from megatron_dmc.ops.tensors import take_rows, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,28 @@ def _logits_of_rows(
         hidden_states = hidden_states[context]
     logits, _ = output_layer(hidden_states, weight=output_weight, runtime_gather_output=False)
     return logits if scale_logits is None else scale_logits(logits)
+
+
+def device_of_weights(model: torch.nn.Module, device: torch.device | str | None) -> torch.device:
+    """Where the model's weights are.
+
+    Args:
+        device: what was asked for; None: nothing.
+
+    Raises:
+        UnsupportedConfig: that is another device.
+    """
+    weight = next(model.parameters(), None)
+    asked = None if device is None else torch.device(device)
+    found = weight.device if weight is not None else asked or torch.device("cpu")
+    if asked is None:
+        return found
+    if asked.type != found.type or asked.index not in (None, found.index):
+        raise UnsupportedConfig(
+            f"device={str(asked)!r}, and the model's weights are on {str(found)!r}; move the model, or "
+            "leave device out"
+        )
+    return found
 
 
 class ModelRunner:
@@ -109,9 +132,7 @@ class ModelRunner:
         self.context.begin_step(packed)
         graphs = self._graphs
         if graphs is not None and len(packed) == len(decode_rows) <= graphs.largest:
-            logits_XV = graphs.run(token_ids, positions, decode_rows)
-            if logit_rows != list(range(len(packed))):
-                logits_XV = logits_XV[self._on_device([logit_rows])[0]]
+            logits_XV = take_rows(graphs.run(token_ids, positions, decode_rows), logit_rows)
         else:
             parts = (token_ids, positions, decode_rows, logit_rows)
             ids_T, positions_T, rows_B, rows_X = self._on_device(parts)

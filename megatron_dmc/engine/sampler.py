@@ -6,14 +6,16 @@ Dimension letters: B requests, V vocabulary.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_dmc.cache import LateCopy
 from megatron_dmc.engine.draws import uniforms
 from megatron_dmc.engine.logit_rules import LogitRules
 from megatron_dmc.engine.request import Logprob, Request
 from megatron_dmc.ops.gates import mix_seed
-from megatron_dmc.ops.tensors import accumulator_dtype
+from megatron_dmc.ops.tensors import accumulator_dtype, take_rows, to_device
 
 
 @dataclass
@@ -29,16 +31,35 @@ class SampledToken:
 def token_logprobs(
     logits_BV: Tensor, token_ids: Sequence[int], counts: Sequence[int]
 ) -> list[dict[int, Logprob]]:
-    """Log-probabilities of the given tokens and of the `counts[b]` most likely ones."""
+    """Log-probabilities of the given tokens and of the `counts[b]` most likely ones. Waits for the device
+    once."""
+    ids_B = to_device(token_ids, logits_BV.device)
+    found = LateCopy(_likeliest(logits_BV, ids_B, max(counts))).read()
+    return _rows_of_logprobs(token_ids, counts, *found)
+
+
+def _likeliest(logits_BV: Tensor, token_ids_B: Tensor, most: int) -> tuple[Tensor, ...]:
+    """On the device: the given tokens' log-probabilities and ranks (B,), and log-probabilities and ids of
+    the `most` likely tokens, (B, most)."""
     logprobs_BV = torch.log_softmax(logits_BV.double(), dim=-1)
-    chosen = torch.as_tensor(token_ids, device=logits_BV.device)[:, None]
-    chosen_B1 = logprobs_BV.gather(1, chosen)
-    ranks = ((logprobs_BV > chosen_B1).sum(1) + 1).tolist()
-    values, ids = logprobs_BV.topk(min(max(counts), logits_BV.shape[1]), dim=-1)
+    chosen_B1 = logprobs_BV.gather(1, token_ids_B[:, None])
+    ranks_B = (logprobs_BV > chosen_B1).sum(1) + 1
+    return chosen_B1[:, 0], ranks_B, *logprobs_BV.topk(min(most, logits_BV.shape[1]), dim=-1)
+
+
+def _rows_of_logprobs(
+    token_ids: Sequence[int],
+    counts: Sequence[int],
+    chosen_B: np.ndarray,
+    ranks_B: np.ndarray,
+    values_BK: np.ndarray,
+    ids_BK: np.ndarray,
+) -> list[dict[int, Logprob]]:
+    """What `_likeliest` found, as requests get it."""
     rows = []
     for b, count in enumerate(counts):
-        row = {int(token_ids[b]): Logprob(float(chosen_B1[b, 0]), ranks[b])}
-        top = zip(ids[b, :count].tolist(), values[b, :count].tolist(), strict=True)
+        row = {int(token_ids[b]): Logprob(float(chosen_B[b]), int(ranks_B[b]))}
+        top = zip(ids_BK[b, :count].tolist(), values_BK[b, :count].tolist(), strict=True)
         for rank, (token_id, value) in enumerate(top, start=1):
             row.setdefault(token_id, Logprob(value, rank))
         rows.append(row)
@@ -99,17 +120,19 @@ class Sampler:
         chosen_B = scores_BV.argmax(-1)
         drawn = [b for b, request in enumerate(requests) if not request.params.greedy]
         if drawn:
-            index = torch.tensor(drawn, device=logits_BV.device)
+            index = to_device(drawn, logits_BV.device)
             chosen_B[index] = self._draw(scores_BV[index], [requests[b] for b in drawn])
-        token_ids = chosen_B.tolist()
-        sampled = [SampledToken(token_id, None, None) for token_id in token_ids]
         asked = [b for b, request in enumerate(requests) if request.params.logprobs is not None]
+        counts = [requests[b].params.logprobs or 0 for b in asked]
+        late = [chosen_B]
         if asked:
-            rows = token_logprobs(
-                logits_BV[asked],
-                [token_ids[b] for b in asked],
-                [requests[b].params.logprobs or 0 for b in asked],
-            )
+            late += _likeliest(take_rows(logits_BV, asked), take_rows(chosen_B, asked), max(counts))
+        # the host's one wait of a step
+        token_ids_B, *found = LateCopy(late).read()
+        token_ids = token_ids_B.tolist()
+        sampled = [SampledToken(token_id, None, None) for token_id in token_ids]
+        if asked:
+            rows = _rows_of_logprobs([token_ids[b] for b in asked], counts, *found)
             for b, row in zip(asked, rows, strict=True):
                 sampled[b] = SampledToken(token_ids[b], row[token_ids[b]].logprob, row)
         return sampled
@@ -121,18 +144,18 @@ class Sampler:
     def _draw(self, scores_BV: Tensor, requests: Sequence[Request]) -> Tensor:
         """Token ids by inverse transform sampling, all rows at once."""
         device, params = scores_BV.device, [request.params for request in requests]
-        numbers_B2 = torch.tensor(
-            [[self._seed_of(r), len(r.output_token_ids)] for r in requests], device=device
+        numbers_B2 = to_device(
+            [[self._seed_of(r), len(r.output_token_ids)] for r in requests], device
         )
-        values_B4 = torch.tensor(
+        values_B4 = to_device(
             [[p.temperature, p.top_k, p.top_p, p.min_p] for p in params],
-            dtype=torch.float64, device=device,
+            device, dtype=torch.float64,
         )  # fmt: skip
         temperature_B, top_k_B, top_p_B, min_p_B = values_B4.to(scores_BV.dtype).unbind(1)
         scores_BV = scores_BV / temperature_B[:, None]
         cut = [b for b, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
         if cut:
-            index = torch.tensor(cut, device=device)
+            index = to_device(cut, device)
             top_k_B = values_B4[:, 1].long()
             scores_BV[index] = truncate(
                 scores_BV[index], top_k_B[index], top_p_B[index], min_p_B[index]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_dmc.engine.sizes import check_memory
 from megatron_dmc.engine.tensor_parallel import TensorParallel
 from megatron_dmc.engine.workers import WorkerProcesses, join_group
 from megatron_dmc.errors import UnsupportedConfig
@@ -38,7 +39,7 @@ def start_ranks(arguments: dict[str, Any], device: torch.device) -> TensorParall
     launched = is_launched() or dist.is_initialized()
     workers = None
     if not launched:
-        _check(arguments)
+        _check(arguments, device)
         workers = WorkerProcesses(size, arguments, device=device)
     if device.type == "cuda" and device.index is None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -66,7 +67,7 @@ def ended_on_failure(parallel: TensorParallel | None) -> Iterator[None]:
         raise
 
 
-def _check(arguments: dict[str, Any]) -> None:
+def _check(arguments: dict[str, Any], device: torch.device) -> None:
     """Tell what cannot be before there are processes."""
     from megatron_dmc.checkpoint.convert import open_checkpoint
     from megatron_dmc.models import check_divisible
@@ -77,8 +78,12 @@ def _check(arguments: dict[str, Any]) -> None:
             f"tensor_parallel_size={size} with a model that is loaded already: every rank loads its "
             "own share; give the checkpoint's path"
         )
-    trusted = arguments["trust_remote_code"]
-    check_divisible(open_checkpoint(model, trust_remote_code=trusted)[0], size)
+    description, *_ = open_checkpoint(
+        model, allow_pickle=arguments["allow_pickle"], verify_checkpoint=False,
+        trust_remote_code=arguments["trust_remote_code"],
+    )  # fmt: skip
+    check_divisible(description, size)
+    check_memory(description, arguments, device)
     try:
         pickle.dumps(arguments)
     except Exception as error:

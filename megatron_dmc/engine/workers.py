@@ -7,6 +7,7 @@ A child ends when its standard input does: whatever becomes of the parent, none 
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,12 +15,14 @@ import weakref
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from megatron_dmc.errors import EngineDead, UnsupportedConfig
 
 _HOST = "127.0.0.1"
+_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _START = timedelta(minutes=10)
 
 
@@ -36,11 +39,10 @@ class WorkerProcesses:
                 f"tensor_parallel_size={size}: this machine has {torch.cuda.device_count()} GPUs; lower "
                 "it, or start one process per GPU on several machines with torchrun"
             )
-        # the system chooses a free port
-        self.store = dist.TCPStore(_HOST, 0, size, is_master=True, wait_for_workers=False)
         self.size = size
         self.processes: list[subprocess.Popen] = []
-        self._finalizer = weakref.finalize(self, _kill, self.processes)
+        self._finalizer = weakref.finalize(self, _end, self.processes, _use_loopback())
+        self.store = _local_store(size)
         paths = [os.path.abspath(path) for path in sys.path]
         for rank in range(1, size):
             message = pickle.dumps((rank, size, self.store.port, device.type, arguments))
@@ -96,6 +98,17 @@ class WorkerProcesses:
         self._finalizer()
 
 
+def _local_store(size: int) -> dist.TCPStore:
+    """A store that only this machine reaches; one that binds by itself listens on every interface. The
+    system chooses a free port."""
+    listener = socket.create_server((_HOST, 0))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        _HOST, port, size, is_master=True, wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )  # fmt: skip
+
+
 def join_group(rank: int, size: int, store: Any, device: torch.device) -> None:
     """Start torch.distributed over the parent's store. Every rank calls it."""
     dist.init_process_group(
@@ -111,7 +124,26 @@ def connect(rank: int, size: int, port: int) -> Any:
     return store
 
 
-def _kill(processes: list[subprocess.Popen]) -> None:
+def _use_loopback() -> list[str]:
+    """Have gloo and NCCL, which would choose the interface of the host's name, or any, listen on loopback
+    only. What the user has set stands.
+
+    Returns:
+        the variables that were set, for this process and its children.
+    """
+    names = [
+        name
+        for name, addresses in psutil.net_if_addrs().items()
+        if any(address.address == _HOST for address in addresses)
+    ]
+    ours = [v for v in _INTERFACE_VARIABLES if names and v not in os.environ]
+    os.environ.update(dict.fromkeys(ours, names[0] if names else ""))
+    return ours
+
+
+def _end(processes: list[subprocess.Popen], variables: list[str]) -> None:
+    for variable in variables:
+        os.environ.pop(variable, None)
     for process in processes:
         if process.poll() is None:
             process.kill()

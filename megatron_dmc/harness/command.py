@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     llm = make_llm(args, cache_policy=args.cache_policy, cache_budget=args.cache_budget)
     model = MegatronDMC(
         path, tokenizer=args.tokenizer, llm=llm, max_gen_toks=args.max_gen_toks,
+        allow_pickle=args.allow_pickle,
         trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
     results: dict[str, Any] = {key: {} for key in _PARTS}

@@ -86,10 +86,12 @@ class MegatronDMC(TemplateLM):
                 "megatron-dmc needs pretrained=PATH: a Hugging Face folder or checkpoint"
             )
         place: Path | None
-        if tokenizer is not None:
-            place = Path(tokenizer)
-        else:
-            place = open_checkpoint(pretrained, trust_remote_code=trust_remote_code)[2]
+        place = Path(tokenizer) if tokenizer is not None else None
+        if place is None:
+            place = open_checkpoint(
+                pretrained, allow_pickle=engine.get("allow_pickle", False), verify_checkpoint=False,
+                trust_remote_code=trust_remote_code,
+            )[2]  # fmt: skip
         if place is None:
             raise DMCError(f"{pretrained}: no tokenizer beside the checkpoint; give tokenizer=PATH")
         self._plain = load_tokenizer(place, trust_remote_code=trust_remote_code)

@@ -249,6 +249,8 @@ def gate_and_append(
     merge_window: int = 0,
     compress: bool = True,
     may_merge: bool = True,
+    is_merge_BG: Tensor | None = None,
+    omega_BG: Tensor | None = None,
     free_pages: FreePages | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -266,6 +268,8 @@ def gate_and_append(
         alpha_offset: docs/method.md, section 1.
         compress: False: a plain cache (see `decode_append`); the gates are not looked at.
         may_merge: False: every token is appended, though the borrowed channel carries no content.
+        is_merge_BG, omega_BG: gates that stand in for those of the channels, as in `decode_append`; for
+            benchmarks.
         free_pages: None: the block table must hold the page already.
 
     Returns:
@@ -274,7 +278,8 @@ def gate_and_append(
     chosen = choose_backend(backend, k_BGD, k_pages_PSD.shape[1])
     if chosen != "torch":
         rotated: Tensor = kernels(chosen).decode_append(
-            q_BND, k_BGD, v_BGD, None, None, cos_XF, sin_XF, positions_B, k_pages_PSD, v_pages_PSD,
+            q_BND, k_BGD, v_BGD, is_merge_BG, omega_BG, cos_XF, sin_XF, positions_B, k_pages_PSD,
+            v_pages_PSD,
             block_table_RGM, num_entries_RG, segments_RGUA, rows_B,
             None if free_pages is None else free_pages.page_ids,
             None if free_pages is None else free_pages.state,
@@ -283,8 +288,8 @@ def gate_and_append(
         )  # fmt: skip
         return rotated
     cos, sin = (None if x is None else x[positions_B] for x in (cos_XF, sin_XF))
-    is_merge = omega = None
-    if compress:
+    is_merge, omega = is_merge_BG, omega_BG
+    if compress and is_merge is None:
         logit = gates.decision_logit(k_BGD, alpha_offset=alpha_offset)
         is_merge = gates.hard_decisions(logit) & may_merge
         omega = gates.importance(q_BND, k_BGD.shape[1], alpha_offset=alpha_offset)

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_dmc.ops.flash_check import fault
+
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT = "DMC_ATTENTION_BACKEND"
@@ -314,15 +316,40 @@ KERNELS = {
     kernel.name: kernel
     for kernel in (
         Kernel("flash-attn-3", _fa3_takes, _fa3_forward, _fa3_backward),
-        Kernel("cudnn", _cudnn_takes, _cudnn_forward, _cudnn_backward),
         Kernel("flash-attn-2", _fa2_takes, _fa2_forward, _fa2_backward),
         Kernel("flash", _flash_takes, _flash_forward, _flash_backward),
+        Kernel("cudnn", _cudnn_takes, _cudnn_forward, _cudnn_backward),
         Kernel("cpu", _cpu_takes, _cpu_forward, _cpu_backward),
         Kernel("efficient", _efficient_takes, _efficient_forward, _efficient_backward),
         Kernel("dense", lambda q, k, v, causal: "", _dense_forward, _dense_backward),
     )
 }
-"""By name, the fastest first; flash, cudnn, efficient and cpu are PyTorch's own."""
+"""By name, in order of preference; flash, cudnn, efficient and cpu are PyTorch's own. cuDNN is often the
+faster of PyTorch's two on Hopper, but has open reports of wrong results with few key heads."""
+
+
+def _refusal(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str:
+    """Why a kernel cannot have these tensors; "" if it can. On a GPU what it computes counts too."""
+    refusal = kernel.takes(q, k, v, causal)
+    if refusal or kernel.name == "dense" or not _on_gpu(q):
+        return refusal
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        return ""  # nothing can be read here; what ran before the capture was checked
+    kind = (q.device, q.dtype, q.shape[1], k.shape[1], q.shape[3])
+    if refusal := fault(kernel, KERNELS["dense"], *kind, causal):
+        _report(kernel.name, *kind, refusal)
+    return refusal
+
+
+@functools.cache
+def _report(
+    name: str, device: torch.device, dtype: torch.dtype, num_heads: int, num_kv_heads: int,
+    head_dim: int, reason: str,
+) -> None:  # fmt: skip
+    logger.warning(
+        "attention kernel %r is not used on %s for %s, %d query heads, %d KV heads, head dim %d: %s",
+        name, device, dtype, num_heads, num_kv_heads, head_dim, reason,
+    )  # fmt: skip
 
 
 @functools.cache
@@ -338,14 +365,16 @@ def choose_kernel(
     causal: bool = True,
     backend: str | None = None,
 ) -> Kernel:
-    """The fastest stock kernel that takes these tensors. Each choice is logged once.
+    """The first of `KERNELS` that takes these tensors and, on a GPU, computes what a small dense computation
+    gives: compared once for each device, dtype and shape of heads. Choices and refusals are logged once.
 
     Args:
         backend: a name of `KERNELS`; None: as the environment variable `ENVIRONMENT` says, and
             without it the first that takes the tensors.
 
     Raises:
-        ValueError: if the name is unknown, or its kernel does not take the tensors.
+        ValueError: if the name is unknown, or its kernel does not take the tensors or computes
+            something else.
     """
     name, source = backend, "backend"
     if name is None:
@@ -353,7 +382,7 @@ def choose_kernel(
     if name is not None and name not in KERNELS:
         raise ValueError(f"{source}={name!r} is no attention kernel; choose {', '.join(KERNELS)}")
     for kernel in KERNELS.values() if name is None else [KERNELS[name]]:
-        refusal = kernel.takes(q_BNTD, k_BGTD, v_BGTD, causal)
+        refusal = _refusal(kernel, q_BNTD, k_BGTD, v_BGTD, causal)
         if not refusal:
             _announce(kernel.name, q_BNTD.device.type, q_BNTD.dtype)
             return kernel

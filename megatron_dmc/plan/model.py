@@ -1,11 +1,11 @@
 """The model to train, by name or from a Hugging Face `config.json`."""
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from megatron_dmc.checkpoint.description import ModelDescription
-from megatron_dmc.errors import CheckpointError, UnsupportedConfig
+from megatron_dmc.checkpoint.field_checks import read_json_object
+from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.plan.presets import PRESETS
 
 
@@ -62,12 +62,7 @@ def find_model(name: str) -> PlannedModel:
     if path.is_dir():
         description = ModelDescription.from_hf_folder(path)
     elif path.is_file():
-        try:
-            config = json.loads(path.read_text())
-        except (OSError, ValueError) as e:
-            raise CheckpointError(f"--model {path}: not a readable config.json ({e})") from e
-        if not isinstance(config, dict):
-            raise CheckpointError(f"--model {path}: holds no JSON object; give a config.json")
+        config = read_json_object(path)
         description = ModelDescription.from_hf_config(config)
     else:
         raise UnsupportedConfig(

@@ -120,6 +120,8 @@ def measure(
     num_prompts: int = 4,
     max_tokens: int = 128,
     device: str | None = None,
+    allow_pickle: bool = False,
+    verify_checkpoint: bool = True,
     trust_remote_code: bool = False,
 ) -> ReportData:
     """Load both models, measure them, and gather the training curves.
@@ -131,7 +133,7 @@ def measure(
         stages: name -> TensorBoard folder, in the order in which they ran.
         num_windows: most windows to evaluate; None: all.
         max_tokens: length of the completions.
-        trust_remote_code: see `load_model`.
+        allow_pickle, verify_checkpoint, trust_remote_code: see `load_model`.
 
     Raises:
         CheckpointError: see `load_model`, and for a model without a tokenizer.
@@ -142,7 +144,8 @@ def measure(
     tokens = read_tokens(data_prefix)
     dtype = torch.float32 if device == "cpu" else None
     options: dict[str, Any] = {
-        "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code
+        "device": device, "dtype": dtype, "allow_pickle": allow_pickle,
+        "verify_checkpoint": verify_checkpoint, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     base, dmc = load_model(base_path, **options), load_model(dmc_path, **options)
     for path, loaded in ((base_path, base), (dmc_path, dmc)):

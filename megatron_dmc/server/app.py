@@ -7,10 +7,12 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from megatron_dmc import __version__
 from megatron_dmc.server import errors
+from megatron_dmc.server.bodies import BodyReader
 from megatron_dmc.server.completions import answer
 from megatron_dmc.server.errors import ApiError, JsonResponse
 from megatron_dmc.server.limits import Gate
@@ -41,6 +43,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
         400: "wrong request",
         401: "no valid API key",
         404: "no such model",
+        408: "the request did not arrive in time",
         413: "body too large",
         429: "too many completions in progress",
         503: "the engine has failed or is shutting down",
@@ -51,9 +54,9 @@ _COMPLETION: dict[int | str, dict[str, Any]] = {
         "description": "the completion, or server-sent events where stream is true",
         "content": {"application/json": {}, "text/event-stream": {}},
     },
-    422: {"description": "never sent: wrong requests get 400"},
     **_REFUSALS,
 }
+_BODIES = (CompletionRequest, ChatCompletionRequest)
 
 _MODEL: dict[int | str, dict[str, Any]] = {
     401: _REFUSALS[401],
@@ -79,13 +82,17 @@ def build_app(
     errors.install(app)
     app.add_middleware(Gate, api_keys=api_keys, max_body_bytes=max_body_bytes)  # type: ignore[arg-type]
 
-    @app.post("/v1/completions", responses=_COMPLETION)
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        return await answer(service, request, body)
+    bodies = BodyReader(max_body_bytes)
 
-    @app.post("/v1/chat/completions", responses=_COMPLETION)
-    async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
-        return await answer(service, request, body)
+    @app.post("/v1/completions", responses=_COMPLETION, openapi_extra=_body(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        return await answer(service, request, bodies.read(request, CompletionRequest))
+
+    @app.post(
+        "/v1/chat/completions", responses=_COMPLETION, openapi_extra=_body(ChatCompletionRequest)
+    )
+    async def chat_completions(request: Request) -> Response:
+        return await answer(service, request, bodies.read(request, ChatCompletionRequest))
 
     def card(name: str) -> dict[str, Any]:
         return {
@@ -131,7 +138,25 @@ def build_app(
     async def root() -> Response:
         return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
 
+    document = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        """With the bodies' schemas, which FastAPI does not see."""
+        if app.openapi_schema is None:
+            _, models = models_json_schema(
+                [(model, "validation") for model in _BODIES],
+                ref_template="#/components/schemas/{model}",
+            )
+            document()["components"]["schemas"] |= models["$defs"]
+        return document()
+
+    app.openapi = openapi  # type: ignore[method-assign]
     return app
+
+
+def _body(model: type[BaseModel]) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 _PAGE_POLICY = (

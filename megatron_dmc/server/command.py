@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from megatron_dmc.engine_flags import add_engine_arguments, is_follower, make_llm, model_path
@@ -15,10 +16,13 @@ from megatron_dmc.errors import DMCError
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from megatron_dmc.engine import AsyncLLM
     from megatron_dmc.server.service import Service
 
 API_KEY_VARIABLE = "MEGATRON_DMC_API_KEY"
+BACKLOG = 2048
+"""Connections that the system holds until they are accepted."""
+LAST_WORDS_S = 5.0
+"""For requests whose time is over to be told, and connections to close."""
 FAILURE_NOTICE_S = 2.0
 """After the engine has failed requests and /health get 503 for so long; then the process ends."""
 
@@ -50,8 +54,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="longer bodies are refused with 413",
     )  # fmt: skip
     group.add_argument(
+        "--max-connections", type=int, default=4096,
+        help="open connections; a new one takes the place of the one that has waited longest for its "
+        "client, or gets 503",
+    )  # fmt: skip
+    group.add_argument(
+        "--client-timeout", type=float, default=60, metavar="SECONDS",
+        help="within which a request, headers and body, must arrive (else 408), and within which a "
+        "client must read on while its answer waits",
+    )  # fmt: skip
+    group.add_argument(
         "--shutdown-timeout", type=int, default=60, metavar="SECONDS",
-        help="on SIGTERM: time for requests in progress to end; then they are aborted",
+        help="on SIGTERM: time for requests in progress to end; then they get 503",
     )  # fmt: skip
     group.add_argument(
         "--uvicorn-log-level", default="info",
@@ -75,6 +89,15 @@ def run(args: argparse.Namespace) -> int:
         return 0
     import uvicorn
 
+    from megatron_dmc.server.connections import bounded, connections_within_file_limit
+
+    max_connections = connections_within_file_limit(args.max_connections)
+    if max_connections < args.max_connections:
+        print(
+            f"--max-connections {max_connections}: more do not fit into this process's limit of open "
+            "files; raise it (ulimit -Hn)",
+            file=sys.stderr,
+        )
     listener = _listen(args.host, args.port)
     with listener:
         print(f"loading {model_path(args)}", file=sys.stderr, flush=True)
@@ -84,7 +107,11 @@ def run(args: argparse.Namespace) -> int:
             uvicorn.Config(
                 app, log_level=args.uvicorn_log_level, lifespan="off",
                 access_log=not args.disable_uvicorn_access_log,
-                timeout_graceful_shutdown=args.shutdown_timeout,
+                http=bounded(
+                    client_timeout_s=args.client_timeout, max_connections=max_connections
+                ),
+                ws="none", backlog=min(BACKLOG, max_connections),
+                timeout_graceful_shutdown=int(args.shutdown_timeout + LAST_WORDS_S),
             )
         )  # fmt: skip
         config = engine.config
@@ -98,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         # uvicorn raises the signals that ended it once more: by then they are done with
         before = {s: signal.signal(s, _ignore) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
-            engine_failed = asyncio.run(_serve(server, listener, llm))
+            engine_failed = asyncio.run(_serve(server, listener, service, args.shutdown_timeout))
         finally:
             llm.shutdown(timeout=10)
             for number, handler in before.items():
@@ -121,9 +148,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         import uvicorn  # noqa: F401
     except ModuleNotFoundError as e:
         raise DMCError(f"{e.name} is not installed: pip install 'megatron-dmc[serve]'") from e
-    for name in ("max_concurrent_requests", "max_request_bytes"):
+    for name in ("max_concurrent_requests", "max_request_bytes", "max_connections"):
         if getattr(args, name) < 1:
             raise DMCError(f"--{name.replace('_', '-')} {getattr(args, name)}: use 1 or more")
+    if not 0 < args.client_timeout < float("inf"):
+        raise DMCError(f"--client-timeout {args.client_timeout}: use a positive number of seconds")
     if args.shutdown_timeout < 0:
         raise DMCError(f"--shutdown-timeout {args.shutdown_timeout}: use 0 or more seconds")
     model_path(args)
@@ -155,16 +184,23 @@ def make_app(args: argparse.Namespace) -> "tuple[FastAPI, Service]":
     return app, service
 
 
-async def _serve(server: Any, listener: socket.socket, llm: "AsyncLLM") -> bool:
+async def _serve(
+    server: Any, listener: socket.socket, service: "Service", shutdown_timeout: float
+) -> bool:
     """Serve until a signal, or until the engine fails: then whoever supervises this process starts it
     anew. True after a failure."""
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+    llm, deadline = service.llm, float("inf")
     while not serving.done():
-        await asyncio.wait({serving}, timeout=0.5)
+        await asyncio.wait({serving}, timeout=0.1)
         if llm.failure is not None and not server.should_exit:
             # whoever asks meanwhile is told, and a proxy's health check sees it
             await asyncio.wait({serving}, timeout=FAILURE_NOTICE_S)
             server.should_exit = True
+        if server.should_exit:
+            deadline = min(deadline, time.monotonic() + shutdown_timeout)
+            if time.monotonic() >= deadline:
+                service.close()
     await serving
     return llm.failure is not None
 
@@ -177,7 +213,7 @@ def _listen(host: str, port: int) -> socket.socket:
     """Taken before the model is loaded: a port in use is told at once."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, OverflowError) as e:
         raise DMCError(f"--host {host} --port {port}: {e}; choose another") from e
 

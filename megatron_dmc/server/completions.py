@@ -3,18 +3,19 @@
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 
 from megatron_dmc.engine import RequestOutput, RequestStream, SamplingParams
 from megatron_dmc.server import text
 from megatron_dmc.server.errors import ApiError, JsonResponse, as_api_error, to_json
 from megatron_dmc.server.protocol import ChatCompletionRequest, CompletionRequest
-from megatron_dmc.server.service import Service, new_id, unless_disconnected
+from megatron_dmc.server.service import Service, disconnected, new_id
 
 DEFAULT_MAX_TOKENS = 16
 """Of a text completion; OpenAI's default."""
@@ -35,6 +36,8 @@ class _Answer(ABC):
         self.per_prompt = body.num_completions
         self.num_choices = num_prompts * self.per_prompt
         self.includes_usage = body.includes_usage
+        self.continuous_usage = body.continuous_usage
+        self.has_logprobs = body.logprobs is not None and body.logprobs is not False
         self.priority = body.priority or 0
         self.keeps_new = True
         self.num_prompt_tokens = 0
@@ -91,9 +94,13 @@ class _Answer(ABC):
         last: dict[int, RequestOutput] = {}
         async for index, output in self.service.outputs(streams):
             last[index] = output
-        choices = [self.choice(index, last[index]) for index in range(len(streams))]
-        body = self.document(choices, chunk=False)
-        return JsonResponse(body | {"usage": self.usage(last)})
+
+        def response() -> Response:
+            choices = [self.choice(index, last[index]) for index in range(len(streams))]
+            return JsonResponse(self.document(choices, chunk=False) | {"usage": self.usage(last)})
+
+        # log-probabilities of many tokens take seconds to write
+        return await asyncio.to_thread(response) if self.has_logprobs else response()
 
     async def events(self, streams: Sequence[RequestStream]) -> AsyncGenerator[str, None]:
         """Server-sent events: chunks, perhaps the usage, and [DONE]."""
@@ -103,6 +110,8 @@ class _Answer(ABC):
         try:
             async for index, output in outputs:
                 last[index] = output
+                if self.continuous_usage:
+                    rest = {"usage": self.usage({index: output})}
                 for choice in self.deltas(index, output):
                     yield _event(self.document([choice], chunk=True) | rest)
             if self.includes_usage:
@@ -137,7 +146,10 @@ class _TextAnswer(_Answer):
         for prompt in body.prompts:
             given: Any = prompt
             if isinstance(prompt, str):
+                self.service.check_text(prompt)
                 given = {"prompt": prompt, "add_special_tokens": body.add_special_tokens}
+            else:
+                self.service.check_room(len(prompt), body.max_tokens)
             token_ids = await llm.tokenize(given, self.id)
             self.service.check_room(len(token_ids), body.max_tokens)
             self.num_prompt_tokens += len(token_ids)
@@ -151,15 +163,13 @@ class _TextAnswer(_Answer):
                     if tokenizer is not None:
                         shown = tokenizer.decode(token_ids, skip_special_tokens=skip)
                 self._prompt_texts.append(shown)
-            for n in range(self.per_prompt):
-                params = body.sampling_params(
-                    n,
-                    defaults=defaults,
-                    max_tokens=max(max_tokens, 1),
-                    logprobs=body.logprobs,
-                    prompt_logprobs=body.logprobs if self.echo else None,
-                )
-                jobs.append(({"prompt_token_ids": token_ids}, params))
+            every = body.sampling_params(
+                defaults=defaults,
+                max_tokens=max(max_tokens, 1),
+                logprobs=body.logprobs,
+                prompt_logprobs=body.logprobs if self.echo else None,
+            )
+            jobs += [({"prompt_token_ids": token_ids}, params) for params in every]
         return jobs
 
     def choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
@@ -237,9 +247,11 @@ class _ChatAnswer(_Answer):
                 "this model has no chat template; use /v1/completions",
                 code="no_chat_template",
             )
+        messages = [message.as_dict() for message in body.messages]
+        self.service.check_text(*(message["content"] for message in messages))
         token_ids = await asyncio.to_thread(
             template.token_ids,
-            [message.as_dict() for message in body.messages],
+            messages,
             add_generation_prompt=body.add_generation_prompt,
             arguments=body.chat_template_kwargs,
             add_special_tokens=body.add_special_tokens,
@@ -250,15 +262,8 @@ class _ChatAnswer(_Answer):
         max_tokens = min((limit for limit in limits if limit is not None), default=None)
         self.num_prompt_tokens = len(token_ids)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return [
-            (
-                {"prompt_token_ids": token_ids},
-                body.sampling_params(
-                    n, defaults=defaults, max_tokens=max_tokens, logprobs=logprobs
-                ),
-            )
-            for n in range(self.per_prompt)
-        ]
+        every = body.sampling_params(defaults=defaults, max_tokens=max_tokens, logprobs=logprobs)
+        return [({"prompt_token_ids": token_ids}, params) for params in every]
 
     def choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
         message = {"role": "assistant", "content": output.outputs[0].text, "refusal": None}
@@ -311,27 +316,50 @@ class _ChatAnswer(_Answer):
 
 
 async def answer(
-    service: Service, request: Request, body: CompletionRequest | ChatCompletionRequest
+    service: Service,
+    request: Request,
+    reading: Awaitable[CompletionRequest | ChatCompletionRequest],
 ) -> Response:
-    """Answer a checked request. A client that leaves ends its engine requests.
+    """Answer a request. A client that leaves ends its engine requests.
+
+    Args:
+        reading: gives the checked body.
 
     Raises:
         ApiError, InvalidRequest, EngineDead: before anything has been sent.
     """
+    try:
+        body = await service.until_closing(reading)
+    except ClientDisconnect:
+        return _nobody()
+    assert body is not None
     service.check_model(body.model)
-    make: Callable[..., _Answer] = (
-        _ChatAnswer if isinstance(body, ChatCompletionRequest) else _TextAnswer
-    )
-    pending = make(service, body)
+    num_prompts = 1 if isinstance(body, ChatCompletionRequest) else len(body.prompts)
     with ExitStack() as places:
-        places.enter_context(service.concurrency.admit(pending.num_choices))
-        if body.stream:
-            return _EventStream(pending, await pending.start(), places.pop_all())
-        return await unless_disconnected(request, _whole(pending))
+        places.enter_context(service.concurrency.admit(num_prompts * body.num_completions))
+        make: Callable[..., _Answer] = (
+            _ChatAnswer if isinstance(body, ChatCompletionRequest) else _TextAnswer
+        )
+        pending = make(service, body)
+        leaving = asyncio.ensure_future(disconnected(request))
+        try:
+            if not body.stream:
+                return await service.until_closing(_whole(pending), leaving) or _nobody()
+            streams = await service.until_closing(pending.start(), leaving)
+        finally:
+            leaving.cancel()
+        if streams is None:
+            return _nobody()
+        return _EventStream(pending, streams, places.pop_all())
 
 
 async def _whole(pending: _Answer) -> Response:
     return await pending.whole(await pending.start())
+
+
+def _nobody() -> Response:
+    """For a client that has left."""
+    return Response(status_code=499)
 
 
 class _EventStream(StreamingResponse):

@@ -1,15 +1,18 @@
 """Every refusal in the OpenAI error shape: `{"error": {message, type, param, code}}`."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from megatron_dmc.errors import EngineDead, InvalidRequest
 
+_FORMS = {"str", "int", "float", "bool", "dict"}
+"""Pydantic's names of a union's forms; the others are no identifiers."""
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -36,7 +39,11 @@ class ApiError(HTTPException):
 
     def response(self) -> "JsonResponse":
         """The HTTP response."""
-        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
+        headers = {
+            401: {"WWW-Authenticate": "Bearer"},
+            413: {"Connection": "close"},
+            429: {"Retry-After": "1"},
+        }
         return JsonResponse(self.body(), self.status_code, headers=headers.get(self.status_code))
 
 
@@ -65,29 +72,32 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(500, f"{type(error).__name__}: {error}")
 
 
-def validation_message(error: RequestValidationError) -> tuple[str, str | None]:
-    """(message, param) of the first field that is wrong; of a union, what all its forms would be."""
-    errors = error.errors()
-    first = errors[0]
-    path = [str(part) for part in first["loc"] if part != "body"]
-    if first["type"] == "not_supported":
-        return first["msg"], first["ctx"]["name"]
-    if first["type"] == "value_error" and not path:
-        return first["msg"].removeprefix("Value error, "), None
-    if first["type"] == "json_invalid" or not path or first["loc"] == ("body",):
-        return (
-            f"the body is not a JSON object (Content-Type: application/json): {first['msg']}",
-            None,
-        )
-    param = path[0]
-    if first["type"] == "extra_forbidden":
-        return f"{param}: this server does not know the parameter; leave it out", param
-    if first["type"] == "missing":
-        return f"{'.'.join(path)}: missing; it is required", param
-    same = [e["msg"] for e in errors if param in e["loc"]]
-    if len(same) > 1:  # one for each form that would have been right
-        return f"{param}: {'; or '.join(dict.fromkeys(same))}", param
-    return f"{'.'.join(path)}: {first['msg'].removeprefix('Value error, ')}", param
+def validation_error(error: ValidationError) -> ApiError:
+    """What a client is told of a body that is JSON and wrong: the first error that lies deepest, or what
+    all forms of that field would be."""
+    errors = error.errors(include_url=False, include_input=False)
+    first = max(errors, key=lambda e: len(_path(e["loc"])))
+    path = _path(first["loc"])
+    if name := first.get("ctx", {}).get("name"):
+        param = _dotted([*path, name])
+        middle = " is " if first["type"] == "not_supported" else ": "
+        return ApiError(400, f"{param}{middle}{first['msg']}", param=param)
+    same = [e["msg"].removeprefix("Value error, ") for e in errors if _path(e["loc"]) == path]
+    message = "; or ".join(dict.fromkeys(same))
+    if not path:
+        return ApiError(400, message)
+    return ApiError(400, f"{_dotted(path)}: {message}", param=_dotted(path))
+
+
+def _path(location: Sequence[str | int]) -> list[str | int]:
+    """A place in the body; pydantic also names the form of a union that it has tried."""
+    return [p for p in location if isinstance(p, int) or (p.isidentifier() and p not in _FORMS)]
+
+
+def _dotted(path: Sequence[str | int]) -> str:
+    """As OpenAI writes it: messages[0].content."""
+    text = "".join(f"[{p}]" if isinstance(p, int) else f".{p[:60]}" for p in path)
+    return text.removeprefix(".")
 
 
 def install(app: FastAPI) -> None:
@@ -95,11 +105,6 @@ def install(app: FastAPI) -> None:
 
     async def refused(_: Request, error: Exception) -> Response:
         return as_api_error(error).response()
-
-    async def invalid(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        message, param = validation_message(error)
-        return ApiError(400, message, param=param).response()
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -111,6 +116,5 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ApiError, refused)
     app.add_exception_handler(InvalidRequest, refused)
     app.add_exception_handler(EngineDead, refused)
-    app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, refused)

@@ -13,6 +13,15 @@ type Send = Callable[[Message], Awaitable[None]]
 type App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 
+_DRAINED_BODIES = 16
+"""Of the body of a request that is refused so many times the limit is read and dropped: a client that
+is still sending would miss the answer. It is cut off after that."""
+
+
+class _BodyTooLarge(Exception):
+    """Raised where the application reads on."""
+
+
 class Gate:
     """ASGI middleware: API keys for paths below /v1, and the size of bodies.
 
@@ -31,26 +40,42 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        size, ended = 0, not (self._declared_size(headers) or b"transfer-encoding" in headers)
+
+        async def counted() -> Message:
+            nonlocal size, ended
+            message = await receive()
+            size += len(message.get("body", b""))
+            ended = not message.get("more_body", False)
+            return message
+
+        async def limited() -> Message:
+            message = await counted()
+            if size > self._max_body_bytes:
+                raise _BodyTooLarge
+            return message
+
+        async def answered(message: Message) -> None:
+            """An answer that comes before the body's end ends after it."""
+            last = message["type"] == "http.response.body" and not message.get("more_body", False)
+            # who waits for "100 Continue" sends nothing
+            if last and not ended and (size > 0 or b"expect" not in headers):
+                await send({**message, "more_body": True})
+                while not ended and size <= _DRAINED_BODIES * self._max_body_bytes:
+                    await counted()
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
         refusal = self._key_refusal(scope["path"], headers)
         if refusal is None and self._declared_size(headers) > self._max_body_bytes:
             refusal = self._too_large()
-            await self._discard(receive)
-        if refusal is not None:
-            await refusal.response()(scope, receive, send)
-            return
-        size = 0
-
-        async def counted() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self._max_body_bytes:
-                if message.get("more_body"):
-                    await self._discard(receive)
-                raise self._too_large()
-            return message
-
-        await self._app(scope, counted, send)
+        if refusal is None:
+            try:
+                await self._app(scope, limited, answered)
+                return
+            except _BodyTooLarge:
+                refusal = self._too_large()
+        await refusal.response()(scope, counted, answered)
 
     def _key_refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
         if not self._keys or not (path == "/v1" or path.startswith("/v1/")):
@@ -68,14 +93,6 @@ class Gate:
     def _declared_size(headers: dict[bytes, bytes]) -> int:
         declared = headers.get(b"content-length", b"0")
         return int(declared[:20]) if declared.isdigit() else 0
-
-    async def _discard(self, receive: Receive) -> None:
-        """Read on, up to the limit again: a client that is still sending would miss the answer."""
-        size, more = 0, True
-        while more and size <= self._max_body_bytes:
-            message = await receive()
-            size += len(message.get("body", b""))
-            more = message.get("more_body", False)
 
     def _too_large(self) -> ApiError:
         return ApiError(

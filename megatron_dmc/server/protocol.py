@@ -1,79 +1,90 @@
-"""What clients send: OpenAI's parameters, and vLLM's beyond them, checked here.
+"""What clients send: OpenAI's parameters, and vLLM's beyond them, checked here."""
 
-Nothing is accepted and then ignored: a parameter that the engine lacks is taken only where it asks for
-nothing (its neutral value), so that clients which always send it still work.
-"""
-
-import json
+import copy
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from megatron_dmc.engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from megatron_dmc.server.fields import UNSUPPORTED, LenientModel
 
 MAX_COMPLETIONS = 128
 """Completions per prompt, at most."""
+MAX_MESSAGES = 2**14
+"""Turns of a conversation, and parts of a turn, at most."""
+MAX_BIASES = 1024
+"""Tokens of a request with a bias, at most."""
+
+type Text = Annotated[str, Field(min_length=1, max_length=4096)]
+type TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+type TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=2**20, fail_fast=True)]
+type TokenIdText = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+type Stop = Text | Annotated[list[Text], Field(max_length=64)] | None
+
+_TOKEN_IDS_SCHEMA = {
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0, "exclusiveMaximum": 2**31},
+    "minItems": 1,
+}
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        _TOKEN_IDS_SCHEMA,
+        {"type": "array", "items": _TOKEN_IDS_SCHEMA, "minItems": 1},
+    ]
+}
 
 
-def _unicode(value: Any) -> Any:
-    """Refuse text that no tokenizer can read, wherever in a value it stands."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"not Unicode text ({error.reason}): a lone surrogate; leave it out"
-        ) from error
+def _prompts(value: Any) -> list[str | list[int]]:
+    """One item per prompt. Not a union of pydantic's, which would collect an error of every form for
+    each of a million items."""
+    kinds = set(map(type, value)) if isinstance(value, list) else {type(value)}
+    if kinds == {str}:
+        return [value] if isinstance(value, str) else value
+    if kinds == {int}:
+        value = [value]
+    elif kinds != {list}:
+        raise PydanticCustomError(
+            "prompt", "use a text, a list of texts, token ids, or a list of lists of token ids"
+        )
+    for token_ids in value:
+        if not isinstance(token_ids, list) or set(map(type, token_ids)) != {int}:
+            raise PydanticCustomError(
+                "prompt", "a list of token ids has whole numbers, one at least"
+            )
+        if min(token_ids) < 0 or max(token_ids) >= 2**31:
+            raise PydanticCustomError("prompt", "token ids are 0 or more, and below 2**31")
     return value
 
 
-type AnyText = Annotated[str, AfterValidator(_unicode)]
-type Text = Annotated[str, Field(min_length=1)]
-type TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-type TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-type TokenIdText = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
-type Stop = Text | Annotated[list[Text], Field(max_length=64)] | None
-type Prompts = (
-    str
-    | Annotated[list[str], Field(min_length=1)]
-    | TokenIds
-    | Annotated[list[TokenIds], Field(min_length=1)]
-)
-
-_NEUTRAL: dict[str, tuple] = {
-    "best_of": (),
-    "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "use_beam_search": (False,),
-    "length_penalty": (1,),
-}
-"""Parameters that the engine lacks: the values, beside null, that ask for nothing."""
+type Prompts = Annotated[
+    list[str | list[int]], PlainValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)
+]
 
 
-class StreamOptions(BaseModel):
-    """How a stream ends."""
+class StreamOptions(LenientModel):
+    """Where a stream has token counts."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    include_usage: bool | None = Field(None, description="Send the token counts in a last chunk.")
+    continuous_usage_stats: bool | None = Field(
+        None, description="Send each chunk's choice's counts so far, too. Needs include_usage."
+    )
 
-    include_usage: bool = Field(False, description="Send the token counts in a last chunk.")
-    include_obfuscation: Literal[False] | None = None
 
-
-class _SamplingRequest(BaseModel):
+class _SamplingRequest(LenientModel):
     """What both kinds of completions share."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    unsupported = UNSUPPORTED
 
-    model: AnyText | None = Field(
-        None, description="A name that /v1/models lists; default: the first."
-    )
+    model: str | None = Field(None, description="A name that /v1/models lists; default: the first.")
     n: int | None = Field(None, ge=1, le=MAX_COMPLETIONS, description="Completions per prompt.")
     temperature: float | None = Field(None, ge=0, allow_inf_nan=False, description="0 is greedy.")
     top_p: float | None = Field(None, gt=0, le=1)
@@ -84,7 +95,8 @@ class _SamplingRequest(BaseModel):
     repetition_penalty: float | None = Field(None, ge=0.01, le=100, description="1 is none.")
     logit_bias: (
         Annotated[
-            dict[TokenIdText, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)
+            dict[TokenIdText, Annotated[float, Field(ge=-100, le=100)]],
+            Field(max_length=MAX_BIASES),
         ]
         | None
     ) = Field(None, description="Added to these tokens' logits.")
@@ -105,28 +117,24 @@ class _SamplingRequest(BaseModel):
     skip_special_tokens: bool = True
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: AnyText | None = Field(
-        None, description="Taken for compatibility; nothing is done with it."
-    )
+    user: str | None = Field(None, description="Taken for compatibility; nothing is done with it.")
 
-    @model_validator(mode="before")
     @classmethod
-    def _refuse_what_the_engine_lacks(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        kept = {}
-        for name, value in values.items():
-            if name not in _NEUTRAL:
-                kept[name] = value
-            elif name == "best_of" and value == (values.get("n") or 1):
-                pass
-            elif value is not None and not any(value == v for v in _NEUTRAL[name]):
-                raise PydanticCustomError(
-                    "not_supported",
-                    "{name} is not supported by this server; leave it out",
-                    {"name": name},
-                )
-        return kept
+    def _is_neutral(cls, name: str, value: Any, values: dict[str, Any]) -> bool:
+        if name == "best_of":
+            return value == (values.get("n") or 1)
+        return super()._is_neutral(name, value, values)
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _few_biases(cls, value: Any) -> Any:
+        """Before a million of them are looked at."""
+        if isinstance(value, dict) and len(value) > MAX_BIASES:
+            raise PydanticCustomError(
+                "too_many", "{number} biases; use at most {most}",
+                {"number": len(value), "most": MAX_BIASES},
+            )  # fmt: skip
+        return value
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> "_SamplingRequest":
@@ -142,18 +150,23 @@ class _SamplingRequest(BaseModel):
     @property
     def includes_usage(self) -> bool:
         """Whether a stream ends with the token counts."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk has them."""
+        options = self.stream_options
+        return self.includes_usage and bool(options and options.continuous_usage_stats)
 
     def sampling_params(
         self,
-        index: int,
         *,
         defaults: dict[str, Any],
         max_tokens: int | None,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
-    ) -> SamplingParams:
-        """The engine's parameters of completion `index` of a prompt; each has its own seed.
+    ) -> list[SamplingParams]:
+        """The engine's parameters of each completion of a prompt: they share everything except the seed.
 
         Args:
             defaults: arguments of `SamplingParams` in place of its own defaults.
@@ -166,7 +179,7 @@ class _SamplingRequest(BaseModel):
             asked = getattr(self, name)
             return defaults.get(name, getattr(SamplingParams, name)) if asked is None else asked
 
-        return SamplingParams(
+        first = SamplingParams(
             temperature=chosen("temperature"),
             top_p=chosen("top_p"),
             top_k=chosen("top_k"),
@@ -178,7 +191,7 @@ class _SamplingRequest(BaseModel):
             allowed_token_ids=self.allowed_token_ids,
             bad_words=list(self.bad_words or []),
             min_tokens=self.min_tokens or 0,
-            seed=None if self.seed is None else self.seed + index,
+            seed=self.seed,
             stop=[self.stop] if isinstance(self.stop, str) else list(self.stop or []),
             stop_token_ids=list(self.stop_token_ids or []),
             max_tokens=max_tokens,
@@ -188,6 +201,10 @@ class _SamplingRequest(BaseModel):
             include_stop_str_in_output=self.include_stop_str_in_output,
             skip_special_tokens=self.skip_special_tokens,
         )
+        every = [copy.copy(first) for _ in range(self.num_completions)]
+        for index, params in enumerate(every):
+            params.seed = None if self.seed is None else self.seed + index
+        return every
 
 
 class CompletionRequest(_SamplingRequest):
@@ -214,39 +231,43 @@ class CompletionRequest(_SamplingRequest):
     @property
     def prompts(self) -> list[str | list[int]]:
         """One item per prompt."""
-        prompt: Any = self.prompt
-        if isinstance(prompt, str) or isinstance(prompt[0], int):
-            return [prompt]
-        return list(prompt)
+        return self.prompt
 
 
-class TextPart(BaseModel):
+class TextPart(LenientModel):
     """A part of a message's content."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
     type: Literal["text"]
-    text: AnyText
+    text: str
 
 
-class Message(BaseModel):
+class Message(LenientModel):
     """A turn of the conversation."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    unsupported = {
+        "audio": (),
+        "function_call": (),
+        "tool_calls": ([],),
+        "tool_call_id": (),
+    }
 
     role: Text
-    content: AnyText | list[TextPart]
-    name: AnyText | None = None
-    # what the OpenAI client sends along when an answer's message becomes a turn
-    refusal: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    content: (
+        str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None
+    ) = Field(None, description="Of an assistant's turn it may be null: no text.")
+    name: str | None = None
+
+    @model_validator(mode="after")
+    def _only_an_assistant_says_nothing(self) -> "Message":
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError(
+                "no_content", "content is missing; it is a text or text parts"
+            )
+        return self
 
     def as_dict(self) -> dict[str, str]:
         """As chat templates take it: the content is one text."""
-        content = self.content
+        content = self.content or ""
         if not isinstance(content, str):
             content = "".join(part.text for part in content)
         return {"role": self.role, "content": content} | ({"name": self.name} if self.name else {})
@@ -255,7 +276,7 @@ class Message(BaseModel):
 class ChatCompletionRequest(_SamplingRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_tokens: int | None = Field(None, ge=1, description="Default: up to the context's end.")
     max_completion_tokens: int | None = Field(None, ge=1, description="The same; it goes first.")
     logprobs: bool | None = None
@@ -264,7 +285,7 @@ class ChatCompletionRequest(_SamplingRequest):
     add_special_tokens: bool = Field(
         False, description="Add the tokenizer's to what the template made, which has its own."
     )
-    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_unicode)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> "ChatCompletionRequest":

@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator, Awaitable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from fastapi import Request
-from starlette.responses import Response
 
 from megatron_dmc.engine import AsyncLLM, RequestOutput, RequestStream, SamplingParams
 from megatron_dmc.server.chat_template import ChatTemplate
@@ -29,10 +28,50 @@ class Service:
 
     def __post_init__(self) -> None:
         self.texts = TokenTexts(self.llm.engine.tokenizer)
+        self._longest_token = getattr(self.llm.engine.tokenizer, "longest_token_bytes", None)
+        self._closing: asyncio.Future | None = None
 
     @property
     def max_model_len(self) -> int:
         return self.llm.engine.config.max_model_len
+
+    # The end of the server.
+
+    @property
+    def closing(self) -> asyncio.Future:
+        """Done once requests in progress are given no more time."""
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_future()
+        return self._closing
+
+    def close(self) -> None:
+        """End every request in progress: answers get 503, streams an error event. In the event loop."""
+        if not self.closing.done():
+            self.closing.set_result(None)
+
+    async def until_closing[Anything](
+        self, work: Awaitable[Anything], *ends: asyncio.Future
+    ) -> Anything | None:
+        """The result of the work; None if one of `ends` comes first. The work is cancelled then.
+
+        Raises:
+            ApiError: 503, the server closed first.
+        """
+        working = asyncio.ensure_future(work)
+        try:
+            everything = {working, self.closing, *ends}
+            await asyncio.wait(everything, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            if self.closing.done():
+                raise _shut_down()
+            return None
+        finally:
+            if not working.done():
+                working.cancel()
+                await asyncio.wait({working})
+
+    # Requests.
 
     def check_model(self, name: str | None) -> None:
         """Raises:
@@ -50,14 +89,36 @@ class Service:
         """Raises:
         ApiError: 400, prompt and completion do not fit into the context.
         """
-        if num_prompt + (max_tokens or 1) > self.max_model_len:
-            raise ApiError(
-                400,
-                f"this model's context is {self.max_model_len} tokens; the prompt has {num_prompt} "
-                f"and max_tokens is {max_tokens or 1}; shorten the prompt or lower max_tokens",
-                param="max_tokens",
-                code="context_length_exceeded",
+        num_new = max_tokens or 1
+        if num_prompt + num_new > self.max_model_len:
+            raise self._overflow(
+                f"you requested {num_prompt + num_new} tokens ({num_prompt} in the prompt, {num_new} in "
+                "the completion). Please reduce the length of the prompt or of the completion."
             )
+
+    def check_text(self, *texts: str) -> None:
+        """Before texts are tokenised: refuse what cannot fit, however few tokens they are.
+
+        Raises:
+            ApiError: 400, as `check_room`.
+        """
+        if self._longest_token is None:
+            return
+        num_bytes = sum(len(text.encode()) for text in texts)
+        least = num_bytes // self._longest_token
+        if least >= self.max_model_len:
+            raise self._overflow(
+                f"your prompt of {num_bytes} bytes has at least {least} tokens. Please reduce its length."
+            )
+
+    def _overflow(self, what: str) -> ApiError:
+        """Clients look for the first words, which are OpenAI's."""
+        return ApiError(
+            400,
+            f"This model's maximum context length is {self.max_model_len} tokens. However, {what}",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
 
     async def start(
         self,
@@ -101,8 +162,12 @@ class Service:
             for index in range(len(streams)):
                 read(index)
             while waiting:
-                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait(
+                    {*waiting, self.closing}, return_when=asyncio.FIRST_COMPLETED
+                )
                 for task in done:
+                    if task is self.closing:
+                        raise _shut_down()
                     index = waiting.pop(task)
                     output = task.result()
                     if not output.finished:
@@ -119,22 +184,14 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
-async def unless_disconnected(request: Request, work: Awaitable[Response]) -> Response:
-    """The answer, or the end of the work once nobody waits for it any more."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        return Response(status_code=499)  # nobody reads it
-    finally:
-        leaving.cancel()
-        if not working.done():
-            working.cancel()
-            await asyncio.wait({working})
-
-
-async def _disconnected(request: Request) -> None:
+async def disconnected(request: Request) -> None:
+    """Returns when the client has left. Its body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _shut_down() -> ApiError:
+    return ApiError(
+        503, "the server is shutting down and the request's time is over (--shutdown-timeout); send it "
+        "again", code="shutting_down",
+    )  # fmt: skip

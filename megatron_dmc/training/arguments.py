@@ -16,8 +16,9 @@ from megatron_dmc.checkpoint.torch_dist import (
     iteration_folder,
     older_usable_iteration,
 )
-from megatron_dmc.config import DMCConfig, DMCTransformerConfig, Stage
+from megatron_dmc.config import DMCConfig, DMCTransformerConfig
 from megatron_dmc.errors import DMCError, UnsupportedConfig
+from megatron_dmc.training import accelerators
 
 
 class _PrefixedGroup(ArgumentGroupFactory):
@@ -35,8 +36,14 @@ class _PrefixedGroup(ArgumentGroupFactory):
 
 
 def add_dmc_args(parser: ArgumentParser) -> ArgumentParser:
-    """Megatron's `extra_args_provider`: the flags of `DMCConfig`, and the teacher's."""
-    _PrefixedGroup(DMCConfig).build_group(parser, title="dynamic memory compression")
+    """Megatron's `extra_args_provider`: the flags of `DMCConfig` and the teacher's, and for Megatron's
+    own flags the defaults that this machine can run (`accelerators`)."""
+    accelerators.set_defaults(parser)
+    dmc = _PrefixedGroup(DMCConfig).build_group(parser, title="dynamic memory compression")
+    dmc.add_argument(
+        "--dmc-no-stage-check", action="store_false", dest="dmc_stage_check",
+        help="start or go on from a checkpoint of any stage, target CR or setting",
+    )  # fmt: skip
     group = parser.add_argument_group("distillation")
     group.add_argument(
         "--dmc-teacher", metavar="CHECKPOINT",
@@ -51,24 +58,26 @@ def add_dmc_args(parser: ArgumentParser) -> ArgumentParser:
 
 
 def dmc_config_from_args(args: Namespace) -> DMCConfig:
-    """The DMCConfig of parsed flags; lengths that were not given become `--train-iters`.
+    """The DMCConfig of parsed flags. A ramp or fade whose length was not given takes all of the stage:
+    `CompressionLoss.progress`.
 
     Raises:
         UnsupportedConfig: for a value out of range.
     """
-    dmc = DMCConfig(**{f.name: getattr(args, f"dmc_{f.name}") for f in fields(DMCConfig)})
-    stage = Stage(dmc.stage)
-    if dmc.zero_out_steps is None and stage is Stage.ZERO_OUT:
-        dmc.zero_out_steps = args.train_iters
-    if dmc.ramp_steps is None:
-        dmc.ramp_steps = args.train_iters if stage is Stage.RETROFIT else 0
-    return dmc
+    return DMCConfig(**{f.name: getattr(args, f"dmc_{f.name}") for f in fields(DMCConfig)})
 
 
 def transformer_config_from_args(args: Namespace) -> DMCTransformerConfig:
-    """Megatron's `core_transformer_config_from_args` with DMC's settings in it, validated."""
+    """Megatron's `core_transformer_config_from_args` with DMC's settings in it, validated.
+
+    Raises:
+        UnsupportedConfig: for what is not installed, and what DMC cannot be combined with.
+    """
+    accelerators.check(args)
     dmc = dmc_config_from_args(args)
     config = core_transformer_config_from_args(args, config_class=DMCTransformerConfig)
+    if config.transformer_impl == "local":  # PyTorch's norms, which have no such kernel
+        config.persist_layer_norm = False
     config.dmc = dmc
     config.validate_dmc()
     return config
@@ -78,7 +87,8 @@ def check_paths(args: Namespace) -> None:
     """Say at once what would otherwise fail minutes later, or silently.
 
     Raises:
-        DMCError: a folder to load from that holds no checkpoint, or data files that do not exist.
+        DMCError: a folder to load from that holds no checkpoint, or data or tokenizer files that do not
+            exist.
     """
     if args.load and not (Path(args.load) / TRACKER_FILE).is_file():
         starts_here = args.save and Path(args.save).resolve() == Path(args.load).resolve()
@@ -94,6 +104,40 @@ def check_paths(args: Namespace) -> None:
                     f"--{flag.replace('_', '-')} {item}: {item}.idx does not exist; build it with "
                     "tools/preprocess_data.py"
                 )
+
+
+def check_flags(args: Namespace) -> None:
+    """Refuse what Megatron's arguments allow and its loop, or ours, then fails at.
+
+    Raises:
+        DMCError: names the flag, the reason and the remedy.
+    """
+    if not (args.train_iters or args.train_samples or args.skip_train):
+        raise DMCError("give --train-iters or --train-samples: how long to train")
+    if args.lr is None and not args.skip_train:
+        raise DMCError("give --lr: Megatron has no learning rate of its own")
+    if args.overlap_moe_expert_parallel_comm:
+        raise UnsupportedConfig(
+            "--overlap-moe-expert-parallel-comm: it asks the forward step for a plan of its layers' "
+            "parts, and those of DMC's attention are not cut into such; leave it out"
+        )
+    if args.mtp_num_layers:
+        raise UnsupportedConfig(
+            f"--mtp-num-layers {args.mtp_num_layers}: the model that pretrain_dmc.py builds has no "
+            "multi-token prediction layers, with any --dmc-stage; leave it out"
+        )
+    if args.cuda_graph_impl != "none":
+        raise UnsupportedConfig(
+            f"--cuda-graph-impl {args.cuda_graph_impl}: a graph would be captured with one microbatch's "
+            "key and replayed with it, so every step would draw the same noise and report the same "
+            "merges; leave it out (and --enable-cuda-graph, --external-cuda-graph)"
+        )
+
+
+def settle_paths(args: Namespace) -> None:
+    """Make the tokenizer's path absolute, since checkpoints name it and are read from other folders."""
+    if args.tokenizer_model and Path(args.tokenizer_model).exists():
+        args.tokenizer_model = str(Path(args.tokenizer_model).resolve())
 
 
 def check_teacher(args: Namespace) -> None:

@@ -2,7 +2,8 @@
 
 `install()` is called by entry points, never on import. It stands in for the CUDA device: factory
 calls that ask for "cuda" make CPU tensors, streams and events do nothing, and the CUDA random
-state is the CPU's. Nothing of it is used where a GPU is present.
+state is the CPU's. Nothing of it is used where a GPU is present. The flags that a CPU needs are defaults:
+`accelerators`.
 """
 
 import contextlib
@@ -11,20 +12,6 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-
-FLAGS = [
-    "--distributed-backend=gloo",
-    "--use-cpu-initialization",
-    "--transformer-impl=local",
-    "--no-masked-softmax-fusion",
-    "--no-gradient-accumulation-fusion",
-    "--no-persist-layer-norm",
-    "--no-bias-swiglu-fusion",
-    "--no-bias-gelu-fusion",
-    "--no-bias-dropout-fusion",
-    "--no-rope-fusion",
-]
-"""Megatron flags that the local layer spec and a CPU need; put before the user's own."""
 
 _installed = False
 

@@ -38,6 +38,7 @@ def compression_loss(
     *,
     target_cr: float,
     hinge: Literal["sequence", "batch", "none"] = "sequence",
+    weight_B: Tensor | None = None,
 ) -> Tensor:
     """What the merge rates lack of their target, a scalar. With `target = 1 - 1 / target_cr`:
 
@@ -49,12 +50,17 @@ def compression_loss(
         hinge: "batch" is over the sequences given. Training gives those of one microbatch on one
             data-parallel rank, so the loss depends on `--micro-batch-size` and the data-parallel
             size; that of the other two does not.
+        weight_B: of the sequences in the mean, not negative; None: all the same. Where their sum is 0
+            the loss is 0.
     """
-    target = target_merge_rate(target_cr)
-    if hinge == "batch":
-        return torch.relu(target - merge_rate_B.mean())
-    short_B = target - merge_rate_B
-    return (short_B if hinge == "none" else torch.relu(short_B)).mean()
+    if weight_B is None:
+        weight_B = torch.ones_like(merge_rate_B)
+    part_B = weight_B / weight_B.sum().clamp_min(torch.finfo(weight_B.dtype).tiny)
+    short_B = target_merge_rate(target_cr) - merge_rate_B
+    if hinge == "sequence":
+        return (torch.relu(short_B) * part_B).sum()
+    mean = (short_B * part_B).sum()
+    return torch.relu(mean) if hinge == "batch" else mean
 
 
 def measured_cr(counts_LB: Tensor, *, num_tokens: int, num_kv_heads: int) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,10 @@
 """The whole run of `pretrain_dmc.py`: set up, train through Megatron's `pretrain()`, finish a stage."""
 
 import functools
+import os
 import shutil
 import sys
+import traceback
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -24,16 +26,20 @@ from megatron_dmc.config import DMCTransformerConfig
 from megatron_dmc.decisions import DecisionRecorder
 from megatron_dmc.errors import DMCError
 from megatron_dmc.training import cpu_adapter, repairs
+from megatron_dmc.training.accelerators import Accelerators
 from megatron_dmc.training.arguments import (
     add_dmc_args,
+    check_flags,
     check_paths,
     check_teacher,
     exit_with,
     pass_over_damaged,
+    settle_paths,
     transformer_config_from_args,
 )
 from megatron_dmc.training.data import dataset_provider
 from megatron_dmc.training.model import CarryingCommunicator, build_model
+from megatron_dmc.training.stages import check_stage
 from megatron_dmc.training.step import CompressionLoss, ForwardStep
 from megatron_dmc.training.teacher import load_teacher
 
@@ -52,6 +58,12 @@ def save_with_checksums() -> None:
     @functools.wraps(save)
     def saving(iteration, *rest, non_persistent_ckpt=False, **options):
         args = get_args()
+        if not args.save:  # only the fault detection saves where nothing was asked for
+            raise DMCError(
+                f"iteration {iteration + 1} was rejected by Megatron's fault detection (its reason is "
+                "above) and would be saved to be repeated on another GPU, and there is no --save; "
+                "give it, or --rerun-mode disabled to stop at the step itself"
+            )
         ours = (
             args.ckpt_format == "torch_dist"
             and not (args.async_save or args.verify_integrity or non_persistent_ckpt)
@@ -69,19 +81,23 @@ def save_with_checksums() -> None:
 def prepare_pipeline(config: DMCTransformerConfig) -> dict[str, Any]:
     """Initialise Megatron, and the arguments of `pretrain()` that carry the merge counts on.
 
-    Call it after the flags are parsed and before `pretrain()`, which initialises again. Also sees to
-    it that checkpoints are saved with checksums and that a damaged newest one is passed over.
+    Call it after the flags are parsed and before `pretrain()`, which initialises again. It also has
+    checkpoints saved with checksums, passes over a damaged newest one, and gives the figures of an
+    evaluation that are not losses a line of their own.
 
     Raises:
-        CheckpointError: the checkpoint to start from is damaged, and there is no other.
+        CheckpointError: the checkpoint to start from is damaged, and there is no other; or it is of
+            another stage than this one starts from.
     """
     repairs.skip_needless_compilation()
+    repairs.report_figures_of_evaluation()
     save_with_checksums()
     # Megatron makes its process groups in pretrain(); the pipeline communicator wants them before,
     # and of the things made here only the rerun state machine refuses to be made again.
     training.initialize_megatron()
     destroy_rerun_state_machine()
     pass_over_damaged(get_args())
+    check_stage(get_args())
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if groups.pp.size() == 1:
         return {}
@@ -105,16 +121,51 @@ def no_room_for_another(save: str | None) -> bool:
 
 
 def parse(argv: list[str] | None = None) -> tuple[Namespace, DMCTransformerConfig]:
-    """Parse and validate Megatron's and DMC's flags; on a CPU, adapt Megatron to it first."""
+    """Parse and validate Megatron's and DMC's flags; on a CPU, adapt Megatron to it first.
+
+    Raises:
+        DMCError: for what Megatron or DMC refuses.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if cpu_adapter.is_needed():
         cpu_adapter.install()
-        argv = [*cpu_adapter.FLAGS, *argv]
     sys.argv = [sys.argv[0], *argv]
-    args = parse_and_validate_args(extra_args_provider=add_dmc_args)
+    set_connections(argv)
+    try:
+        args = parse_and_validate_args(
+            extra_args_provider=repairs.print_changed_arguments(add_dmc_args)
+        )
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise DMCError(as_sentence(error)) from error
+    if args.rank == 0:
+        print(f"pretrain_dmc.py: {Accelerators.found().describe()}", flush=True)
+    check_flags(args)
     check_paths(args)
     check_teacher(args)
-    return args, transformer_config_from_args(args)
+    config = transformer_config_from_args(args)
+    settle_paths(args)
+    repairs.ramp_up_batch_size(args)
+    repairs.evaluate_at_the_end_alone(args)
+    repairs.name_rerun_mode(args)
+    return args, config
+
+
+def set_connections(argv: list[str]) -> None:
+    """Set CUDA_DEVICE_MAX_CONNECTIONS=1 where the user has not set it.
+
+    Megatron asks for it with tensor or context parallelism, and NVIDIA's scripts set it always; its FSDPs
+    want another value. Call it before CUDA is initialised, which reads it.
+    """
+    if not any("fsdp" in word for word in argv):
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def as_sentence(error: Exception) -> str:
+    """Why Megatron refuses its flags: an assertion without words is told by its condition."""
+    if text := " ".join(str(error).split()):
+        return text
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"Megatron's check of the flags fails: {frame.line}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -144,6 +195,8 @@ def main(argv: list[str] | None = None) -> None:
             model_provider=model_provider,
             **pipeline,
         )
+    except DMCError as error:
+        exit_with(error)
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
         if not (is_disk_full(error) or no_room_for_another(args.save)):
             raise

@@ -14,6 +14,7 @@ from megatron.core.num_microbatches_calculator import (
     get_current_global_batch_size,
     get_num_microbatches,
 )
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 from torch import Tensor
@@ -27,10 +28,11 @@ from megatron_dmc.training.loss import compression_loss, measured_cr, merge_rate
 from megatron_dmc.training.model import DMCGPTModel
 from megatron_dmc.training.teacher import Teacher
 
-type Finish = Callable[
-    [Tensor, Tensor, dict[str, Tensor]], tuple[Tensor, Tensor, dict[str, Tensor]]
-]
-"""(summed loss, its tokens, report) -> the same with the compression loss in all three."""
+SPIKY_LOSS_FACTOR = 10
+"""Of the largest loss so far; the factor of Megatron's pretrain_gpt.py."""
+
+type Finish = Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]]
+"""(summed loss, its tokens, report, loss_mask_BT) -> the first three with the compression loss in them."""
 
 
 def _core(model) -> DMCGPTModel:
@@ -42,8 +44,13 @@ def document_starts(position_ids_BT: Tensor) -> list[list[int]]:
     return [(row[1:] == 0).nonzero()[:, 0].add(1).tolist() for row in position_ids_BT.cpu()]
 
 
+def micro_batch_size(args: Namespace, *, training: bool) -> int:
+    """Sequences of a microbatch; evaluation may have its own number."""
+    return args.micro_batch_size if training else args.eval_micro_batch_size
+
+
 def get_batch(
-    data_iterator, *, first_stage: bool, last_stage: bool
+    data_iterator, *, first_stage: bool, last_stage: bool, training: bool = True
 ) -> tuple[dict[str, Tensor | None], list[list[int]] | None]:
     """tokens_BT, labels_BT, loss_mask_BT, position_ids_BT of the next microbatch, and where the
     documents start that are packed into its sequences (None: kept together).
@@ -63,7 +70,7 @@ def get_batch(
     layout = SequenceLayout(mpu.get_context_parallel_group())
     starts = None
     group = mpu.get_tensor_model_parallel_group()
-    shape = (args.micro_batch_size, args.seq_length)
+    shape = (micro_batch_size(args, training=training), args.seq_length)
     data = next(data_iterator) if mpu.get_tensor_model_parallel_rank() == 0 else None
     dtypes = {"tokens": torch.int64, "labels": torch.int64, "loss_mask": torch.float32,
               "position_ids": torch.int64}  # fmt: skip
@@ -87,6 +94,33 @@ def get_batch(
     return empty, starts
 
 
+def check_loss(loss: Tensor) -> None:
+    """Megatron's fault detection on a microbatch's loss, as its pretrain_gpt.py has it: NaN, infinity and,
+    with `--check-for-spiky-loss`, a jump. What is rejected is run again (`--rerun-mode`)."""
+    args, machine = get_args(), get_rerun_state_machine()
+    # it is kept and compared with the repeated one's, and Megatron's schedule divides the loss in place
+    loss = loss.detach().clone()
+    if args.check_for_nan_in_loss_and_grad:
+        for rejects, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            machine.validate_result(
+                result=loss,
+                rejection_func=rejects,
+                message=f"found {what} in the loss of a microbatch",
+                tolerance=0.0,  # the forward pass is deterministic
+                fatal=True,
+            )
+    if args.check_for_spiky_loss:
+        machine.validate_result(
+            result=loss,
+            rejection_func=functools.partial(
+                machine.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss"
+            ),
+            message="spiky loss",
+            tolerance=0.0,
+            fatal=False,
+        )
+
+
 class CompressionLoss:
     """DMC's part of a forward step: names the microbatch, adds the compression loss, reports.
 
@@ -94,7 +128,7 @@ class CompressionLoss:
         output = model(tokens, position_ids, mask, labels=labels)
         finish = compression.end(model)                    # None but on the last pipeline stage
         ...
-        return finish(loss_sum, num_tokens, {"lm loss": ...})
+        return finish(loss_sum, num_tokens, {"lm loss": ...}, loss_mask)
 
     Args:
         dmc: settings.
@@ -105,6 +139,7 @@ class CompressionLoss:
         self.dmc = dmc
         self.recorder = recorder
         self._step: tuple[int, bool] | None = None
+        self._progress: tuple[int, int] | None = None
         self._calls: dict[int, int] = {}
         self._open: tuple[GateKey, list[list[int]] | None] | None = None
         self._layer_counts_L: Tensor | None = None
@@ -137,24 +172,49 @@ class CompressionLoss:
         counts_LB = core.take_counts()
         return functools.partial(self._finish, counts_LB, core.config, starts, key, core.training)
 
-    def target_cr(self, step: int) -> float:
-        """Target CR of a training step of this stage."""
+    def target_cr(self, key: GateKey) -> float:
+        """Target CR of a microbatch."""
         dmc = self.dmc
         return target_cr(
-            step, ramp_steps=dmc.ramp_steps or 0, target=dmc.target_cr, schedule=dmc.cr_schedule
+            key.done, ramp_steps=key.length, target=dmc.target_cr, schedule=dmc.cr_schedule
         )
 
+    def progress(self, args: Namespace, step: int) -> tuple[int, int]:
+        """(done, whole) of this stage's ramp or fade before a training step.
+
+        In steps; in samples where the run's length is given so (`--train-samples`) and the ramp's or
+        fade's is not given at all. Read at each step: Megatron computes `args.train_iters` from the
+        samples, and counts `args.consumed_train_samples`, after the flags are parsed.
+        """
+        stage = Stage(self.dmc.stage)
+        fades = stage is Stage.ZERO_OUT
+        given = self.dmc.zero_out_steps if fades else self.dmc.ramp_steps
+        if given is not None:
+            return step, given
+        if not fades and stage is not Stage.RETROFIT:
+            return 0, 0
+        if getattr(args, "train_samples", None):
+            return args.consumed_train_samples, args.train_samples
+        return step, getattr(args, "train_iters", None) or 0
+
     def _next_key(self, args: Namespace, chunk: int, *, training: bool) -> GateKey:
-        step = getattr(args, "curr_iteration", 0)
+        # without training steps (--skip-train) it is where the checkpoint stopped
+        step = getattr(args, "curr_iteration", getattr(args, "iteration", 0))
         if self._step != (step, training):
             self._step, self._calls = (step, training), {}
+            if training or self._progress is None:
+                self._progress = self.progress(args, step)
         microbatch = self._calls.get(chunk, 0)
         self._calls[chunk] = microbatch + 1
-        size = args.micro_batch_size
+        if training:  # Megatron's fault detection may run a step again, with the same noise
+            microbatch %= get_num_microbatches()
+        size = micro_batch_size(args, training=training)
         samples = microbatch * size * mpu.get_data_parallel_world_size()
         first = samples + mpu.get_data_parallel_rank() * size
         # evaluation's keys must not meet those of the training step that it follows
-        return GateKey(args.seed, step if training else -1 - step, microbatch, first, chunk)
+        step = step if training else -1 - step
+        assert self._progress is not None
+        return GateKey(args.seed, step, microbatch, first, chunk, *self._progress)
 
     def _finish(
         self,
@@ -166,6 +226,7 @@ class CompressionLoss:
         loss: Tensor,
         num_tokens: Tensor,
         report: dict[str, Tensor],
+        loss_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         if training:
             self._log_speed(key)
@@ -174,20 +235,22 @@ class CompressionLoss:
         assert config.num_query_groups is not None
         num_kv_heads = config.num_query_groups
         length = get_args().seq_length
-        target = self.target_cr(key.step if key.step >= 0 else -1 - key.step)
+        target = self.target_cr(key)
         documents_B = None
         if starts is not None:
             documents_B = counts_LB.new_tensor([1.0 + len(row) for row in starts])
         rate_B = merge_rate(
             counts_LB, num_tokens=length, num_kv_heads=num_kv_heads, num_documents_B=documents_B
         )
-        hinge = compression_loss(rate_B, target_cr=target, hinge=self.dmc.hinge)
-        loss = loss + self.dmc.loss_weight * hinge * self._hinge_tokens(num_tokens, config)
-        batch = float(rate_B.numel())
+        weight_B = self._weights(rate_B, num_tokens, loss_mask, config)
+        hinge = compression_loss(rate_B, target_cr=target, hinge=self.dmc.hinge, weight_B=weight_B)
+        # Megatron divides the sum by all microbatches' tokens, or else by this one's (at least 1)
+        divisor = weight_B.sum() if config.calculate_per_token_loss else num_tokens.clamp_min(1)
+        loss = loss + self.dmc.loss_weight * hinge * divisor
         tokens, entries = measured_cr(counts_LB, num_tokens=length, num_kv_heads=num_kv_heads)
         one = torch.ones_like(tokens)
         report = dict(report)
-        report["compression loss"] = torch.stack([hinge.detach() * batch, one * batch])
+        report["compression loss"] = torch.stack([hinge.detach() * weight_B.sum(), weight_B.sum()])
         report["target cr"] = torch.stack([one * target, one])
         report["measured cr"] = torch.stack([tokens, entries])
         if training:
@@ -195,17 +258,26 @@ class CompressionLoss:
         return loss, num_tokens, report
 
     @staticmethod
-    def _hinge_tokens(num_tokens: Tensor, config: DMCTransformerConfig) -> Tensor:
-        """Loss tokens that the compression loss of a microbatch counts for on this rank.
+    def _weights(
+        rate_B: Tensor, num_tokens: Tensor, loss_mask: Tensor | None, config: DMCTransformerConfig
+    ) -> Tensor:
+        """weight_B of the sequences in the compression loss.
 
-        Where Megatron divides by all ranks' tokens (`--calculate-per-token-loss`), the ranks of a
-        sequence share its tokens evenly, however the loss mask spreads them.
+        Each counts the same; with `--calculate-per-token-loss` as its tokens that the loss mask counts,
+        so that every counted token's loss has its own sequence's hinge, however sequences are spread
+        over microbatches. The ranks of a sequence (context parallelism) share its tokens evenly.
         """
-        if not config.calculate_per_token_loss or config.context_parallel_size == 1:
-            return num_tokens
-        total = num_tokens.float()
-        torch.distributed.all_reduce(total, group=mpu.get_context_parallel_group())
-        return total / config.context_parallel_size
+        if not config.calculate_per_token_loss:
+            return torch.ones_like(rate_B)
+        batch = rate_B.numel()
+        if loss_mask is None:
+            weight_B = (num_tokens.float() / batch).expand(batch)
+        else:
+            weight_B = loss_mask.view(batch, -1).float().sum(1)
+        if config.context_parallel_size > 1:
+            weight_B = weight_B.clone()
+            torch.distributed.all_reduce(weight_B, group=mpu.get_context_parallel_group())
+        return weight_B / config.context_parallel_size
 
     def _log_speed(self, key: GateKey) -> None:
         """Tokens per second and GPU to Megatron's writers, after a step's last microbatch.
@@ -270,8 +342,9 @@ class ForwardStep:
         """Returns the model's output and the loss function, as Megatron's schedules expect."""
         core = _core(model)
         batch, starts = get_batch(
-            data_iterator, first_stage=core.pre_process, last_stage=core.post_process
-        )
+            data_iterator, first_stage=core.pre_process, last_stage=core.post_process,
+            training=core.training,
+        )  # fmt: skip
         mask = self.compression.begin(model, starts)
         options = {}
         if self.teacher is not None:
@@ -299,4 +372,6 @@ class ForwardStep:
             for name, value in zip(names, sums.detach(), strict=True)
         }
         loss = sums[0] if self.teacher is None else self.teacher.combine(sums[0], sums[1])
-        return finish(loss, num_tokens, report)
+        result = finish(loss, num_tokens, report, loss_mask_BT)
+        check_loss(result[0])
+        return result

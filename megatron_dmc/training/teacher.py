@@ -98,7 +98,7 @@ def load_teacher(args: Namespace, config: DMCTransformerConfig) -> Teacher:
     """
     folder = iteration_folder(args.dmc_teacher)
     check_whole(folder)
-    common = read_common(folder)
+    common = read_common(folder, allow_pickle=True)  # Megatron's own loading below has no guard
     saved = common.get("args")
     if saved is None:
         raise CheckpointError(f"--dmc-teacher {folder}: holds no saved arguments")

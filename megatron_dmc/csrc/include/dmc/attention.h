@@ -141,6 +141,7 @@ struct Worker {
         const int64_t from = valid ? (row < kHalf ? halves[0] : halves[1]) + row % kHalf : 0;
         copy_async(k + 2 * Sizes::kMatrix + lane * 16, scales + from, valid);
       }
+      sync_warp();  // the products that follow take all lanes at one place
     }
   }
 
