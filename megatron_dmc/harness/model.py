@@ -96,8 +96,9 @@ class MegatronDMC(TemplateLM):
             raise DMCError(f"{pretrained}: no tokenizer beside the checkpoint; give tokenizer=PATH")
         self._plain = load_tokenizer(place, trust_remote_code=trust_remote_code)
         # lm-eval's own functions look for chat templates in it
-        is_read = isinstance(self._plain, HuggingFaceTokenizer)
-        self.tokenizer: Any | None = self._plain.inner if is_read else None
+        self.tokenizer: Any | None = None
+        if isinstance(self._plain, HuggingFaceTokenizer):
+            self.tokenizer = self._plain.inner
         if llm is None:
             llm = LLM(
                 pretrained,
