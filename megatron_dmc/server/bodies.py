@@ -69,7 +69,10 @@ def _parse[Model: BaseModel](body: bytearray, model: type[Model]) -> Model:
     try:
         document = from_json(body)
     except ValueError as e:
-        raise ApiError(400, f"the body is not JSON: {e}") from e
+        hint = ""
+        if "hex escape" in str(e) or "surrogate" in str(e):
+            hint = " (half of a surrogate pair is not Unicode text; leave it out)"
+        raise ApiError(400, f"the body is not JSON: {e}{hint}") from e
     if not isinstance(document, dict):
         raise ApiError(400, "the body is not a JSON object")
     try:
