@@ -1,6 +1,7 @@
 """What a request may give as its prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import index
 from typing import Any
 
 from megatron_dmc.errors import InvalidRequest
@@ -45,7 +46,7 @@ def read_prompt(
         if tokenizer.bos_id is not None and (adds_bos or not token_ids):
             token_ids.insert(0, tokenizer.bos_id)
     else:
-        token_ids = [int(i) for i in prompt]
+        token_ids = _whole_numbers(request_id, prompt)
     for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(
@@ -53,3 +54,18 @@ def read_prompt(
                 f"{vocab_size}; was the prompt encoded with its tokenizer?"
             )
     return text, token_ids
+
+
+def _whole_numbers(request_id: str, prompt: Any) -> list[int]:
+    """Token ids as they were given, numpy's and torch's too; nothing is rounded."""
+    if isinstance(prompt, Iterable):
+        token_ids = list(prompt)
+        try:
+            if not any(isinstance(i, bool) for i in token_ids):
+                return [index(i) for i in token_ids]
+        except TypeError:
+            pass
+    raise InvalidRequest(
+        f"request {request_id}: a prompt of type {type(prompt).__name__} that is neither a text nor token "
+        "ids; token ids are whole numbers"
+    )

@@ -80,6 +80,8 @@ class Request:
     """The cache's row while running."""
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    error: str | None = None
+    """What went wrong, with finish_reason "error"."""
     cumulative_logprob: float = 0.0
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
@@ -128,7 +130,7 @@ class CompletionOutput:
     cumulative_logprob: float | None
     request_logprobs: list[dict[int, Logprob]] | None = field(repr=False)
     finish_reason: str | None
-    """"stop", "length", "abort", or None while it goes on."""
+    """"stop", "length", "abort", "error", or None while it goes on."""
     stop_reason: str | int | None
     """The stop text or token; None for the end-of-text token."""
 
@@ -157,3 +159,5 @@ class RequestOutput:
     metrics: RequestMetrics
     cr: float | None
     """Measured CR of this request: tokens / entries, over all layers and KV heads."""
+    error: str | None = None
+    """What went wrong, with finish_reason "error"; the completion has no text then."""
