@@ -22,7 +22,7 @@ from megatron_dmc.engine.isolation import ends_engine, own_work
 from megatron_dmc.engine.logit_rules import bad_words_token_ids, check_token_ids
 from megatron_dmc.engine.model_runner import ModelRunner, device_of_weights
 from megatron_dmc.engine.outputs import output_of, visible_text
-from megatron_dmc.engine.prompts import read_prompt
+from megatron_dmc.engine.prompts import read_cache_salt, read_prompt
 from megatron_dmc.engine.request import Request, RequestOutput, RequestStatus
 from megatron_dmc.engine.rule import check_combinations, compression_rule
 from megatron_dmc.engine.sampler import SampledToken, Sampler, token_logprobs
@@ -152,7 +152,7 @@ class LLMEngine:
 
         Args:
             prompt: a text, token ids, or `{"prompt_token_ids": [...]}` (`"prompt"` beside it is kept
-                for the output).
+                for the output); a dict's `"cache_salt"` names those who share cached prefixes.
             params: copied and checked anew; later changes of it have no effect.
             priority: lower goes first; only with the scheduling policy "priority".
 
@@ -202,6 +202,7 @@ class LLMEngine:
             params=params,
             max_total_tokens=len(token_ids) + new,
             priority=priority,
+            cache_salt=read_cache_salt(request_id, prompt),
             bad_words_token_ids=bad_words_token_ids(request_id, params, self.tokenizer),
             decisions=DecisionRecord() if self._counts_flips else None,
             prompt_logprobs=[None] * min(params.prompt_logprobs_start, len(token_ids)),

@@ -56,6 +56,18 @@ def read_prompt(
     return text, token_ids
 
 
+def read_cache_salt(request_id: str, prompt: Any) -> str | None:
+    """`"cache_salt"` of a prompt that is a dict, as vLLM's.
+
+    Raises:
+        InvalidRequest: it is no text, or empty.
+    """
+    salt = prompt.get("cache_salt") if isinstance(prompt, dict) else None
+    if salt is not None and not (isinstance(salt, str) and salt):
+        raise InvalidRequest(f"request {request_id}: cache_salt={salt!r}: use a non-empty text")
+    return salt
+
+
 def _whole_numbers(request_id: str, prompt: Any) -> list[int]:
     """Token ids as they were given, numpy's and torch's too; nothing is rounded."""
     if isinstance(prompt, Iterable):

@@ -67,6 +67,8 @@ class Request:
     )
     priority: int = 0
     """Lower goes first, with the scheduling policy "priority"."""
+    cache_salt: str | None = None
+    """Cached prefixes are shared with requests of the same salt only."""
     prefix_keys: list[bytes] = field(default_factory=list)
     """Of the full blocks of its tokens, as far as they were asked for."""
     decisions: DecisionRecord | None = None
