@@ -81,8 +81,8 @@ def test_serve(capsys, tmp_path):
 
 
 def test_figures():
-    a = Result(10, 5, ttft=0.1, e2el=0.6, last_text=0.5, itl=[0.1] * 4)
-    b = Result(20, 1, ttft=0.3, e2el=0.3, last_text=0.3)
+    a = Result(10, 5, ttft=0.1, e2el=0.6, last_token=0.5, itl=[0.1] * 4)
+    b = Result(20, 1, ttft=0.3, e2el=0.3, last_token=0.3)
     c = Result(error="status 500")
     assert a.tpot == pytest.approx(0.1) and b.tpot is None
     s = summarize([a, b, c], 2.0, {"ttft": 0.2, "tpot": 0.2}, [50, 100])
