@@ -2,11 +2,14 @@
 own request's failure, and that the others notice nothing; chunks of tokens without text; cache salts."""
 
 import asyncio
+import gc
 import json
+import logging
 import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -52,7 +55,7 @@ def served():
     while not server.started:
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    yield SimpleNamespace(url=f"http://127.0.0.1:{port}", llm=llm, engine=engine)
+    yield SimpleNamespace(url=f"http://127.0.0.1:{port}", llm=llm, engine=engine, metrics=metrics)
     server.should_exit = True
     thread.join(30)
     llm.shutdown()
@@ -211,3 +214,38 @@ def test_cached_prefixes_are_shared_within_a_salt_only(served):
     assert [cached(cache_salt="a"), cached(cache_salt="b"), cached()] == [16, 16, 16]
     status, document = post(served, {"prompt": "x", "cache_salt": 5})
     assert status == 400 and "cache_salt" in document["error"]["message"]
+
+
+def mixed(number):
+    """Bodies of many kinds, no two alike."""
+    prompt = [4 + number % 31, 4 + number // 31 % 31, *range(4, 4 + number % 13)]
+    body = {"prompt": prompt, "max_tokens": 1 + number % 4, "stream": number % 2 == 0}
+    return body | [
+        {}, {"logprobs": 3}, {"n": 2, "seed": number}, {"stop": [f"{number}"], "min_tokens": 1},
+        {"presence_penalty": 1, "logit_bias": {"5": 1}}, {"cache_salt": f"tenant {number}"},
+        {"temperature": -1}, {"bad_words": [f"w{number}"], "top_p": 0.5}, {"prompt": [4, V - 1]},
+    ][number % 9]  # fmt: skip
+
+
+def test_nothing_is_kept_of_requests_that_ended(served):
+    """`soak/soak_memory.py` looks at the memory itself."""
+    engine = served.engine
+    logging.disable(logging.CRITICAL)  # pytest would keep the tracebacks
+
+    def objects_after(numbers):
+        for number in numbers:
+            assert post(served, mixed(number))[0] in (200, 400, 500)
+        engine.context.prefixes.clear()  # they are kept on purpose, as long as there are pages
+        gc.collect()
+        return Counter(type(o).__name__ for o in gc.get_objects())
+
+    try:
+        first, second, third = (objects_after(range(k, k + 45)) for k in (0, 45, 90))
+    finally:
+        logging.disable(logging.NOTSET)
+    # of each kind there are five requests; what is made once, whenever that is, is not kept of a request
+    growth = min(second - first, third - second, key=Counter.total)
+    assert growth.total() < 5, growth.most_common(10)
+    assert not engine._requests and not engine._detokenizers and not engine.sampler._rules._states
+    assert not served.llm._streams and not served.llm._commands
+    assert not served.metrics._last_token
