@@ -108,9 +108,9 @@ def random_numbers(engine, patch):
 
 @fault
 def log_probabilities(engine, patch):
-    is_meant = lambda logits, ids, counts: 4 in counts
-    broken = raising(sampler_module.token_logprobs, is_meant, MemoryError(), after=3)
-    patch.setattr(sampler_module, "token_logprobs", broken)
+    is_meant = lambda ids, counts, *_: 4 in counts
+    broken = raising(sampler_module._rows_of_logprobs, is_meant, MemoryError(), after=3)
+    patch.setattr(sampler_module, "_rows_of_logprobs", broken)
 
 
 @fault
