@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 from megatron_dmc import __version__
+from megatron_dmc.engine_flags import add_trust_remote_code
 from megatron_dmc.errors import DMCError, EngineDead
 from megatron_dmc.quiet import silence_optional_packages
 
@@ -45,6 +46,7 @@ def add_convert(subparsers: Subparsers) -> None:
         help="of a released DMC checkpoint that does not say it",
     )  # fmt: skip
     add_checkpoint_arguments(parser)
+    add_trust_remote_code(parser)
     parser.add_argument("--force", action="store_true", help="replace what is in OUT")
     parser.set_defaults(run=run_convert)
 
@@ -73,6 +75,7 @@ def run_convert(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         allow_pickle=args.allow_pickle,
         verify_checkpoint=args.verify_checkpoint,
+        trust_remote_code=args.trust_remote_code,
     )
     print(f"{args.out}: {args.to_format} checkpoint, {description.summary()}")
     if args.to_format == "megatron":
@@ -147,6 +150,7 @@ def add_report(subparsers: Subparsers) -> None:
     )  # fmt: skip
     parser.add_argument("--device", help="default: the GPU if there is one")
     add_checkpoint_arguments(parser)
+    add_trust_remote_code(parser)
     parser.set_defaults(run=run_report)
 
 
@@ -172,6 +176,7 @@ def run_report(args: argparse.Namespace) -> int:
         args.base, args.model, args.data, seq_length=args.seq_length, stages=stages,
         num_windows=args.max_windows, max_tokens=args.max_tokens, device=args.device,
         allow_pickle=args.allow_pickle, verify_checkpoint=args.verify_checkpoint,
+        trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
     paths = write_report(data, args.output)
     print(

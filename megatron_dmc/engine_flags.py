@@ -8,6 +8,8 @@ from typing import Any
 from megatron_dmc.errors import DMCError
 
 _PASSED_ON = (
+    "trust_remote_code",
+    "generation_config",
     "dtype",
     "max_model_len",
     "max_num_seqs",
@@ -40,6 +42,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--model", metavar="PATH", help="the same")
     group.add_argument("--tokenizer", metavar="PATH", help="default: the model's own")
+    add_trust_remote_code(group)
+    group.add_argument(
+        "--generation-config", default="auto", metavar="PATH",
+        help="folder or file with the sampling defaults and end-of-text tokens; auto: the model's "
+        "generation_config.json; vllm: no sampling defaults from it (default: auto)",
+    )  # fmt: skip
     group.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, ...")
     group.add_argument("--device", help="default: the GPU if there is one")
     add_checkpoint_arguments(group)
@@ -112,6 +120,14 @@ def add_parallel_arguments(group: argparse._ActionsContainer) -> None:
         "--distributed-timeout-seconds", type=float, default=60, metavar="S",
         help="a process that takes longer over its part of a step is given up, and the engine with it "
         "(default: 60)",
+    )  # fmt: skip
+
+
+def add_trust_remote_code(parser: Any) -> None:
+    """`--trust-remote-code`, for a parser or a group."""
+    parser.add_argument(
+        "--trust-remote-code", action="store_true",
+        help="run the code of a tokenizer that brings its own; a model's code is never run",
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from megatron_dmc.engine_flags import (
     add_checkpoint_arguments,
     add_kv_cache_dtype,
     add_parallel_arguments,
+    add_trust_remote_code,
     is_follower,
 )
 from megatron_dmc.errors import DMCError
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-model-len", type=int, help="longest sequence; default: the model's")
     parser.add_argument("--block-size", type=int, default=16, help="slots per page")
     add_kv_cache_dtype(parser)
+    add_trust_remote_code(parser)
     parser.add_argument(
         "--no-dmc", action="store_true", help="append every token, whatever the model decides"
     )
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     llm = LLM(
         args.model, dtype=args.dtype, device=args.device, max_model_len=args.max_model_len,
         max_num_seqs=1, block_size=args.block_size, kv_cache_dtype=args.kv_cache_dtype,
-        enable_dmc=False if args.no_dmc else None,
+        enable_dmc=False if args.no_dmc else None, trust_remote_code=args.trust_remote_code,
         allow_pickle=args.allow_pickle, verify_checkpoint=args.verify_checkpoint,
         tensor_parallel_size=args.tensor_parallel_size,
         distributed_timeout_seconds=args.distributed_timeout_seconds,

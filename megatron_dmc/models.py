@@ -3,7 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +19,17 @@ from torch.nn.functional import silu
 
 from megatron_dmc.checkpoint.convert import open_checkpoint, read_weights
 from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.generation_config import (
+    find_generation_config,
+    read_generation_config,
+)
 from megatron_dmc.checkpoint.single_process import ensure_single_process
-from megatron_dmc.checkpoint.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from megatron_dmc.checkpoint.tokenizer import (
+    TOKENIZER_FOLDER,
+    Tokenizer,
+    check_vocab,
+    load_tokenizer,
+)
 from megatron_dmc.checkpoint.weights import ShardSource, megatron_shapes
 from megatron_dmc.config import DMCConfig, DMCTransformerConfig
 from megatron_dmc.errors import UnsupportedConfig
@@ -33,6 +42,8 @@ class LoadedModel:
     model: GPTModel
     description: ModelDescription
     tokenizer: Tokenizer | None
+    generation_config: dict[str, Any] = field(default_factory=dict)
+    """The contents of its `generation_config.json`; empty where it has none."""
 
 
 class _RotaryEmbedding(RotaryEmbedding):
@@ -65,25 +76,19 @@ class _MLP(MLP):
         return self.linear_fc2(silu(gate) * up)
 
 
-def _with_mlp(spec: Any) -> Any:
-    """A copy of a dense layer's spec in which the MLP is `_MLP`."""
-    spec = copy.copy(spec)
-    spec.submodules = copy.copy(spec.submodules)
-    mlp = functools.partial(_MLP.as_mlp_submodule, **spec.submodules.mlp.keywords)
-    spec.submodules.mlp = mlp
-    return spec
-
-
-def _with_router(spec: Any) -> Any:
-    """A copy of a block's submodules in which mixtures of experts have `_Router`."""
+def _with_own_mlp(spec: Any, *, is_moe: bool) -> Any:
+    """A copy of a block's submodules in which MLPs are `_MLP`, or mixtures of experts have `_Router`."""
     spec = copy.copy(spec)
     layers = []
     for layer in spec.layer_specs:
         layer = copy.copy(layer)
         layer.submodules = copy.copy(layer.submodules)
         mlp = layer.submodules.mlp
-        submodules = replace(mlp.keywords["submodules"], router=_Router)
-        layer.submodules.mlp = functools.partial(mlp, submodules=submodules)
+        if is_moe:
+            submodules = replace(mlp.keywords["submodules"], router=_Router)
+            layer.submodules.mlp = functools.partial(mlp, submodules=submodules)
+        else:
+            layer.submodules.mlp = functools.partial(_MLP.as_mlp_submodule, **mlp.keywords)
         layers.append(layer)
     spec.layer_specs = layers
     return spec
@@ -187,10 +192,10 @@ def build_model(
     config = transformer_config(
         description, dmc=dmc, dtype=dtype, tensor_parallel_size=tensor_parallel_size
     )
-    spec = dmc_layer_spec(config)
+    spec = _with_own_mlp(dmc_layer_spec(config), is_moe=bool(description.num_experts))
     model = GPTModel(
         config,
-        transformer_layer_spec=_with_router(spec) if description.num_experts else _with_mlp(spec),
+        transformer_layer_spec=spec,
         vocab_size=description.padded_vocab_size,
         max_sequence_length=description.max_position_embeddings,
         parallel_output=False,
@@ -233,6 +238,7 @@ def load_model(
     allow_pickle: bool = False,
     verify_checkpoint: bool = True,
     check: Callable[[ModelDescription], None] | None = None,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """A model from a Hugging Face folder or a Megatron checkpoint.
 
@@ -243,27 +249,32 @@ def load_model(
         tensor_parallel_size: load this rank's share only (every rank reads all weights, one tensor at a
             time); Megatron's groups must be running.
         allow_pickle, verify_checkpoint, check: see `checkpoint.convert.open_checkpoint`.
+        trust_remote_code: run the code of a tokenizer that brings its own; the model's is never run.
 
     Returns:
         the model, ready for `model(input_ids, position_ids, attention_mask=None)`, which gives
         logits [B, T, padded_vocab_size]; columns from `description.vocab_size` on are padding.
 
     Raises:
-        CheckpointError: the checkpoint is missing or damaged, or its tokenizer does not fit.
+        CheckpointError: the checkpoint or its tokenizer is missing or damaged.
         UnsupportedConfig: the model is of no supported family.
     """
     description, source, tokenizer_place = open_checkpoint(
         path, allow_pickle=allow_pickle, verify_checkpoint=verify_checkpoint, progress=progress,
-        check=check,
+        check=check, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if description.num_experts and tensor_parallel_size > 1 and torch.device(device).type == "cpu":
         raise UnsupportedConfig(
             f"tensor_parallel_size={tensor_parallel_size} with num_experts={description.num_experts} on "
             "a CPU: Megatron's token dispatcher gathers on GPUs only; use tensor_parallel_size=1"
         )
-    tokenizer = load_tokenizer(tokenizer_place) if tokenizer_place is not None else None
-    if tokenizer is not None:
+    tokenizer = None
+    if tokenizer_place is not None:
+        tokenizer = load_tokenizer(tokenizer_place, trust_remote_code=trust_remote_code)
         check_vocab(tokenizer, description)
+    generation_config = read_generation_config(
+        find_generation_config(Path(path), Path(path) / TOKENIZER_FOLDER, tokenizer_place)
+    )
     settings = description.dmc if dmc == "auto" else dmc
     description = replace(description, dmc=settings, dtype=dtype or description.dtype)
     model = build_model(description, dmc=settings, tensor_parallel_size=tensor_parallel_size)
@@ -277,7 +288,7 @@ def load_model(
     model.to(device)
     assert isinstance(model.rotary_pos_emb, _RotaryEmbedding)
     model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq.to(device)
-    return LoadedModel(model, description, tokenizer)
+    return LoadedModel(model, description, tokenizer, generation_config)
 
 
 @torch.no_grad()

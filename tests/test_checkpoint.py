@@ -316,7 +316,7 @@ def test_megatron_flags_are_accepted_and_say_the_same(llama):
 # Tokenizers
 
 
-def test_tokenizer_travels_and_must_fit(llama, tmp_path, sentencepiece_model):
+def test_tokenizer_travels(llama, tmp_path, sentencepiece_model, caplog):
     shutil.copyfile(sentencepiece_model, llama / "tokenizer.model")
     convert("hf", "megatron", llama, tmp_path / "megatron")
     convert("megatron", "hf", tmp_path / "megatron", tmp_path / "back")
@@ -328,8 +328,8 @@ def test_tokenizer_travels_and_must_fit(llama, tmp_path, sentencepiece_model):
         assert tokenizer.decode(tokenizer.encode(SENTENCES[0])) == SENTENCES[0]
 
     small = replace(ModelDescription.from_hf_folder(llama), vocab_size=30)
-    with pytest.raises(CheckpointError, match="40 token ids.*vocabulary 30"):
-        check_vocab(load_tokenizer(llama), small)
+    check_vocab(load_tokenizer(llama), small)
+    assert "40 token ids, the model's vocabulary 30" in caplog.text
 
 
 def test_tokenizer_found_through_saved_arguments(llama, tmp_path, sentencepiece_model):

@@ -23,6 +23,7 @@ from tiny_gpt import (
 from transformers.generation.logits_process import TopKLogitsWarper
 
 from megatron_dmc import LLM, SamplingParams
+from megatron_dmc.checkpoint.tokenizer import as_tokenizer
 from megatron_dmc.engine.detokenizer import IncrementalDetokenizer, find_stop
 from megatron_dmc.errors import InvalidRequest, UnsupportedConfig
 
@@ -307,7 +308,7 @@ def test_engine_sizes_are_checked():
 
 
 def test_text_holds_back_unfinished_characters():
-    detokenizer = IncrementalDetokenizer(Letters(), [5, 2])
+    detokenizer = IncrementalDetokenizer(as_tokenizer(Letters()), [5, 2])
     texts = []
     for token_id in (4, 2, 3, 1, 5, 2):
         detokenizer.add(token_id)
@@ -318,7 +319,7 @@ def test_text_holds_back_unfinished_characters():
 
 
 def test_special_tokens_show_on_request():
-    detokenizer = IncrementalDetokenizer(Letters(), [0], skip_special_tokens=False)
+    detokenizer = IncrementalDetokenizer(as_tokenizer(Letters()), [0], skip_special_tokens=False)
     detokenizer.add(1)
     assert detokenizer.text == "</s>"
 

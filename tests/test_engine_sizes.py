@@ -65,3 +65,8 @@ def test_what_all_sizes_ask_for_together_is_compared_with_the_memory(tmp_path, n
         LLM(str(tmp_path / "long"))
     with pytest.raises(AssertionError, match="the weights were read"):  # this one fits
         LLM(str(tmp_path / "long"), max_model_len=1000)
+
+
+def test_a_device_that_is_not_there(capsys, no_loading):
+    assert cli.main(["generate", str(MODEL), "--prompt", "x", "--device", "cuda:99"]) == 2
+    assert "device=cuda:99: this machine has" in capsys.readouterr().err

@@ -67,7 +67,8 @@ def test_fast_tokenizer_and_chat_template_travel(tmp_path):
 
 
 def test_the_tokenizer_that_knows_all_tokens_is_taken(tmp_path):
-    """sentencepiece alone; with a fast tokenizer beside it; with tokens added to the fast one."""
+    """sentencepiece alone; with a fast tokenizer beside it, which transformers reads, and Megatron trains
+    with once it has more tokens."""
     import json
 
     import sentencepiece
@@ -80,7 +81,8 @@ def test_the_tokenizer_that_knows_all_tokens_is_taken(tmp_path):
     assert isinstance(load_tokenizer(tmp_path), SentencePieceTokenizer)
     assert megatron_tokenizer(tmp_path) == ("SentencePieceTokenizer", file)
     fast_tokenizer(tmp_path, vocab=60)
-    assert isinstance(load_tokenizer(tmp_path), SentencePieceTokenizer)
+    assert isinstance(load_tokenizer(tmp_path), HuggingFaceTokenizer)
+    assert megatron_tokenizer(tmp_path) == ("SentencePieceTokenizer", file)
     fast = tmp_path / "tokenizer.json"
     content = json.loads(fast.read_text())
     content["added_tokens"].append(content["added_tokens"][0] | {"id": 60, "content": "<|tool|>"})
@@ -92,6 +94,8 @@ def test_the_tokenizer_that_knows_all_tokens_is_taken(tmp_path):
     assert isinstance(load_tokenizer(file), SentencePieceTokenizer), "a file is what was asked for"
     fast.write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: damaged"):
+        megatron_tokenizer(tmp_path)
+    with pytest.raises(CheckpointError, match="no tokenizer can be read"):
         load_tokenizer(tmp_path)
 
 

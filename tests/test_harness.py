@@ -2,10 +2,12 @@
 cache is compressed."""
 
 import functools
+import importlib.metadata
 import json
 import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from text_models import byte_level_tokenizer, random_llama
 
 from megatron_dmc import LLM, cli
 from megatron_dmc.config import DMCConfig
@@ -157,12 +160,86 @@ def test_special_tokens_and_names(compressed):
 
 
 def test_generation_arguments_that_the_engine_lacks(plain):
-    for bad in ({"num_beams": 4}, {"repetition_penalty": 1.2}, {"typical_p": 0.5}):
+    for bad in ({"num_beams": 4}, {"no_repeat_ngram_size": 2}, {"typical_p": 0.5}):
         with pytest.raises(DMCError, match=next(iter(bad))):
             plain.generate_until(instances("generate_until", ("x", {"until": ["\n"], **bad})))
     harmless = {"until": [], "num_beams": 1, "max_gen_toks": 2, "temperature": 0.5, "top_p": 0.9}
     requests = instances("generate_until", ("def ", harmless))
     assert len(plain.generate_until(requests, disable_tqdm=True)) == 1
+
+
+def test_penalties_are_those_of_lm_evals_hf(plain, huggingface):
+    settings = {"until": [], "max_gen_toks": 24, "repetition_penalty": 1.3}
+    requests = instances("generate_until", *((context, settings) for context, _ in pairs()[:2]))
+    ours = plain.generate_until(requests, disable_tqdm=True)
+    assert ours == huggingface.generate_until(requests, disable_tqdm=True)
+    without = instances(
+        "generate_until",
+        (pairs()[0][0], settings | {"repetition_penalty": 1.0, "do_sample": False}),
+    )
+    assert plain.generate_until(without, disable_tqdm=True)[0] != ours[0]
+    # vLLM's, which `hf` lacks
+    others = {
+        "presence_penalty": 2.0,
+        "frequency_penalty": 1.0,
+        "min_tokens": 3,
+        "bad_words": ["x"],
+    }
+    asked = instances("generate_until", (pairs()[0][0], settings | others))
+    assert plain.generate_until(asked, disable_tqdm=True)[0] not in ("", ours[0])
+
+
+@pytest.mark.parametrize("asked", [511, 512, 513, 100_000])
+def test_a_task_may_ask_for_more_tokens_than_the_context_has(plain, asked, caplog):
+    """The prompt keeps what fits, and the rest of the context is generated."""
+    longest = plain.llm.engine.config.max_model_len
+    assert longest == 512
+    settings = {"until": ["\n"], "max_gen_toks": asked}
+    contexts = ["def f(x):\n    return", CODE[:6000], ""]
+    requests = instances("generate_until", *((context, settings) for context in contexts))
+    texts = plain.generate_until(requests, disable_tqdm=True)
+    assert len(texts) == 3 and "lost their beginning" in caplog.text
+    if asked >= longest:
+        short = {"until": ["\n"], "max_gen_toks": 20}
+        want = plain.generate_until(
+            instances("generate_until", (contexts[0], short)), disable_tqdm=True
+        )
+        assert texts[0][:20] == want[0][:20], "the short prompt is whole"
+
+
+def test_begin_of_text_as_lm_evals_hf_has_it(tmp_path):
+    folder = tmp_path / "model"
+    random_llama(folder, len(byte_level_tokenizer(folder)))
+    texts = ["the cache", "<|begin_of_text|>the cache", "", " a page"]
+    llm = LLM(folder, device="cpu", num_pages=2000, dtype="float32")
+    requests = instances("loglikelihood", ("the cache", " holds keys"), ("", "a page"))
+    rolling = instances("loglikelihood_rolling", ("pages go and pages come",))
+    for add_bos in (None, True, False):
+        ours = MegatronDMC(str(folder), llm=llm, add_bos_token=add_bos)
+        theirs = HFLM(
+            pretrained=str(folder), device="cpu", add_bos_token=add_bos, max_length=ours.max_length,
+            dtype="float32",
+        )  # fmt: skip
+        for text in texts:
+            for add in (None, True, False):
+                assert ours.tok_encode(text, add_special_tokens=add) == theirs.tok_encode(
+                    text, add_special_tokens=add
+                ), (add_bos, text, add)
+        found, want = (m.loglikelihood(requests, disable_tqdm=True) for m in (ours, theirs))
+        for (score, greedy), (their_score, their_greedy) in zip(found, want, strict=True):
+            assert score == pytest.approx(their_score, abs=1e-4) and greedy is their_greedy
+        found, want = (m.loglikelihood_rolling(rolling, disable_tqdm=True) for m in (ours, theirs))
+        assert found == pytest.approx(want, abs=1e-3)
+
+
+def test_the_extra_has_what_lm_evals_clients_of_servers_need():
+    """`local-completions` against this project's server."""
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert any(line.startswith("lm-eval[api]") for line in extra["eval"])
+    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").open()}
+    needed = [r for r in importlib.metadata.requires("lm_eval") if 'extra == "api"' in r]
+    assert "tenacity" in {r.split(";")[0].strip() for r in needed}
+    assert {r.split(";")[0].strip() for r in needed} <= pinned
 
 
 def test_the_eval_command(tmp_path, capsys):

@@ -56,7 +56,7 @@ class TextTokenizer:
     def _huggingface(model: str) -> tuple[Callable[[str], list[int]], int, int | None]:
         from transformers import AutoTokenizer
 
-        hf = AutoTokenizer.from_pretrained(model)
+        hf = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         return partial(hf.encode, add_special_tokens=False), len(hf), hf.eos_token_id
 
 

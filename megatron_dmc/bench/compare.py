@@ -50,8 +50,9 @@ def transformers_row(
         with torch.device(settings.device):
             if path is not None:
                 model = AutoModelForCausalLM.from_pretrained(
-                    path, dtype=settings.dtype, attn_implementation=attention
-                )
+                    path, dtype=settings.dtype, attn_implementation=attention,
+                    trust_remote_code=False,
+                )  # fmt: skip
             else:
                 values = description.to_hf_config()
                 config = AutoConfig.for_model(values.pop("model_type"), **values)

@@ -116,12 +116,15 @@ class Subject:
         elif args.tensor_parallel_slice > 1:
             raise DMCError("--tensor-parallel-slice takes random weights: add --load-format dummy")
         else:
+            trusted = args.trust_remote_code
             self.loaded = load_model(
                 model_path(args), device=self.device, dtype=dtype, allow_pickle=args.allow_pickle,
-                verify_checkpoint=args.verify_checkpoint,
+                verify_checkpoint=args.verify_checkpoint, trust_remote_code=trusted,
             )  # fmt: skip
             if (place := given_tokenizer(args)) is not None:
-                self.loaded = replace(self.loaded, tokenizer=load_tokenizer(place))
+                self.loaded = replace(
+                    self.loaded, tokenizer=load_tokenizer(place, trust_remote_code=trusted)
+                )
 
     @property
     def description(self) -> ModelDescription:

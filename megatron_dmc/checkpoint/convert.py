@@ -17,6 +17,10 @@ from tqdm import tqdm
 from megatron_dmc.checkpoint import legacy_torch, torch_dist, torch_dist_write
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.field_checks import shown
+from megatron_dmc.checkpoint.generation_config import (
+    copy_generation_config,
+    find_generation_config,
+)
 from megatron_dmc.checkpoint.hf_folder import HFFolder, write_folder
 from megatron_dmc.checkpoint.integrity import verify_checksums
 from megatron_dmc.checkpoint.legacy_torch import LegacyCheckpoint
@@ -80,6 +84,7 @@ def open_checkpoint(
     verify_checkpoint: bool = True,
     progress: bool = False,
     check: Callable[[ModelDescription], None] | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[ModelDescription, WeightSource, Path | None]:
     """(description, source of the weights, place of the tokenizer) of a folder of any format.
 
@@ -94,6 +99,7 @@ def open_checkpoint(
             description or the tokenizer.
         progress: show a progress bar for it on a terminal.
         check: called with the description before whole files are read; may raise.
+        trust_remote_code: see `load_tokenizer`.
 
     Raises:
         CheckpointError, UnsupportedConfig: missing, damaged, or of an unsupported architecture.
@@ -127,7 +133,9 @@ def open_checkpoint(
     if not isinstance(getattr(args, "tokenizer_model", None), str | Path | None):
         raise CheckpointError(f"{path}: the saved tokenizer_model is {shown(args.tokenizer_model)}")
     place = Path(tokenizer) if tokenizer else find_tokenizer(root, args)
-    loaded = load_tokenizer(place) if place is not None else None
+    loaded = None
+    if place is not None:
+        loaded = load_tokenizer(place, trust_remote_code=trust_remote_code)
     description = checkpoint.description(vocab_size=loaded.vocab_size if loaded else None)
     if loaded and description.bos_token_id is None:
         description.bos_token_id = loaded.bos_id
@@ -171,6 +179,7 @@ def convert(
     tokenizer: str | Path | None = None,
     allow_pickle: bool = False,
     verify_checkpoint: bool = True,
+    trust_remote_code: bool = False,
 ) -> ModelDescription:
     """Convert a checkpoint; weights keep their dtype and, without `dtype`, every bit.
 
@@ -184,7 +193,7 @@ def convert(
         force: replace what is in `out`.
         progress: show progress bars on a terminal.
         transform: makes another model of it on the way.
-        target_cr, tokenizer, allow_pickle, verify_checkpoint: see `open_checkpoint`.
+        target_cr, tokenizer, allow_pickle, verify_checkpoint, trust_remote_code: see `open_checkpoint`.
 
     Returns:
         what was written.
@@ -211,9 +220,10 @@ def convert(
     description, source, place = open_checkpoint(
         path, released_dmc=released, target_cr=target_cr, tokenizer=tokenizer,
         allow_pickle=allow_pickle, verify_checkpoint=verify_checkpoint, progress=progress,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if place is not None:
-        check_vocab(load_tokenizer(place), description)
+        check_vocab(load_tokenizer(place, trust_remote_code=trust_remote_code), description)
     if transform is not None:
         description, source = transform(description, source)
     if dtype is not None:
@@ -238,6 +248,9 @@ def convert(
         copy = Path() if to_format == "hf" else Path(TOKENIZER_FOLDER)
         if place is not None:
             copy_tokenizer(place, partial / copy)
+        copy_generation_config(
+            find_generation_config(path, path / TOKENIZER_FOLDER, place), partial
+        )
         if to_format == "megatron":
             _write_flags(partial, description, out if place is not None else None)
         _put_in_place(partial, out)

@@ -416,7 +416,7 @@ class ModelDescription:
             if flag_of("group_query_attention")
             else heads,
             kv_channels=channels,
-            vocab_size=getattr(args, "vocab_size", None) or vocab_size or padded,
+            vocab_size=getattr(args, "vocab_size", None) or min(vocab_size or padded, padded),
             max_position_embeddings=size("max_position_embeddings"),
             rotary_base=getattr(args, "rotary_base", 10000),
             layernorm_epsilon=getattr(args, "layernorm_epsilon", 1e-5),

@@ -2,8 +2,11 @@
 
 import json
 import logging
+import re
 import shutil
 from argparse import Namespace
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,20 +21,25 @@ TOKENIZER_FOLDER = "tokenizer"
 """Folder inside a Megatron checkpoint folder."""
 
 _FAST_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
+_CONFIG_FILE = "tokenizer_config.json"
 _COMPANIONS = (
     SENTENCEPIECE_FILE,
     *_FAST_FILES,
     "merges.txt",
-    "tokenizer_config.json",
+    _CONFIG_FILE,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
     "generation_config.json",
 )
+_TEMPLATE_FOLDER = "additional_chat_templates"
+"""Where transformers 5 keeps chat templates other than the default one."""
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_REPLACEMENT = "\ufffd"
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back, without special tokens: callers add `bos_id` where wanted."""
+    """Text to token ids and back."""
 
     vocab_size: int
     """Largest token id + 1."""
@@ -39,18 +47,33 @@ class Tokenizer(Protocol):
     """UTF-8 bytes of the longest token, at least; servers bound a text's tokens with it."""
     bos_id: int | None
     eos_id: int | None
+    special_ids: frozenset[int]
+    """Tokens that `decode` can leave out: begin and end of text, padding, turns of a chat, ..."""
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            add_special_tokens: with the tokens that the tokenizer is set up to put around a text, as
+                transformers does by default.
+        """
         ...
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of token ids; special tokens are left out."""
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 of a token as it continues a text, perhaps a part of a character only."""
         ...
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model file."""
+    """A sentencepiece model file.
+
+    Whether it begins texts with the begin-of-text token (and ends them with the end-of-text token) is
+    said by a `tokenizer_config.json` in the same folder; without one it does not.
+    """
 
     def __init__(self, file: Path):
         from sentencepiece import SentencePieceProcessor
@@ -66,71 +89,209 @@ class SentencePieceTokenizer:
         bos, eos = self._model.bos_id(), self._model.eos_id()
         self.bos_id: int | None = bos if bos >= 0 else None
         self.eos_id: int | None = eos if eos >= 0 else None
+        self.special_ids = frozenset(filter(self._model.IsControl, range(self.vocab_size)))
+        adds_bos, adds_eos = _adds_special_tokens(file.parent / _CONFIG_FILE)
+        self._before = [bos] if adds_bos and bos >= 0 else []
+        self._after = [eos] if adds_eos and eos >= 0 else []
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
-        return list(self._model.EncodeAsIds(text))
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """See `Tokenizer.encode`."""
+        ids = list(self._model.EncodeAsIds(text))
+        return [*self._before, *ids, *self._after] if add_special_tokens else ids
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of token ids; special tokens are left out."""
-        return str(self._model.DecodeIds([int(i) for i in ids if 0 <= i < self.vocab_size]))
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """See `Tokenizer.decode`. Ids outside of the vocabulary have no text."""
+        text, run = "", []
+        for i in [int(i) for i in ids if 0 <= i < self.vocab_size]:
+            if i not in self.special_ids:
+                run.append(i)
+            elif not skip_special_tokens:
+                text += self._text(run, begins=not text) + self._model.IdToPiece(i)
+                run = []
+        return text + self._text(run, begins=not text)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """See `Tokenizer.token_bytes`."""
+        piece = self._model.IdToPiece(token_id)
+        byte = _BYTE_PIECE.fullmatch(piece) if self._model.IsByte(token_id) else None
+        return bytes([int(byte[1], 16)]) if byte else piece.replace("\u2581", " ").encode()
+
+    def _text(self, run: list[int], *, begins: bool) -> str:
+        """sentencepiece drops the space that a text begins with; within one it is kept."""
+        text = str(self._model.DecodeIds(run))
+        is_dropped = run and not begins and self._model.IdToPiece(run[0]).startswith("\u2581")
+        return f" {text}" if is_dropped and not text.startswith(" ") else text
 
 
 class HuggingFaceTokenizer:
     """A tokenizer that transformers reads.
 
+    Args:
+        place: its folder, or a tokenizer of transformers.
+        trust_remote_code: run the folder's own code where it has some.
+
     Attributes:
         inner: transformers' own, with the special tokens and the chat template.
     """
 
-    def __init__(self, folder: Path):
-        from transformers import AutoTokenizer
-
-        try:
-            # without trust_remote_code=False it asks at the keyboard where a model brings code
-            self.inner: Any = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as e:  # transformers raises many kinds
-            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-            raise CheckpointError(f"{folder}: no tokenizer can be read from it ({reason})") from e
+    def __init__(self, place: Path | Any, *, trust_remote_code: bool = False):
+        self.inner = (
+            _read_with_transformers(place, trust_remote_code) if isinstance(place, Path) else place
+        )
+        # settles padding and truncation: from then on encoding changes nothing, in no thread
+        self.inner.encode("")
         vocab = self.inner.get_vocab()
         self.vocab_size: int = max(vocab.values()) + 1
         self.longest_token_bytes = max(len(piece.encode()) for piece in vocab)
         self.bos_id: int | None = self.inner.bos_token_id
         self.eos_id: int | None = self.inner.eos_token_id
+        added = self.inner.added_tokens_decoder.items()
+        self.special_ids = frozenset(
+            [*self.inner.all_special_ids, *(i for i, token in added if token.special)]
+        )
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
-        return list(self.inner.encode(text, add_special_tokens=False))
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """See `Tokenizer.encode`."""
+        return list(self.inner.encode(text, add_special_tokens=add_special_tokens))
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of token ids; special tokens are left out."""
-        return str(self.inner.decode(list(ids), skip_special_tokens=True))
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """See `Tokenizer.decode`. Spaces stay as they are, so that a text only grows at its end."""
+        text = self.inner.decode(
+            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """See `Tokenizer.token_bytes`."""
+        piece = self.inner.convert_ids_to_tokens(token_id)
+        if not isinstance(piece, str):  # an id without a token
+            return b""
+        text = _continuation(self, token_id)
+        if _REPLACEMENT not in text:
+            return text.encode()
+        if byte := _BYTE_PIECE.fullmatch(piece):
+            return bytes([int(byte[1], 16)])
+        table = _byte_of_letter()
+        if all(letter in table for letter in piece):
+            return bytes(table[letter] for letter in piece)
+        return text.encode()
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+class _GivenTokenizer:
+    """A caller's object with `encode(text)`, `decode(ids)`, `bos_id` and `eos_id`, which adds no tokens
+    to a text."""
+
+    def __init__(self, inner: Any):
+        self.inner = inner
+        self.bos_id, self.eos_id = inner.bos_id, inner.eos_id
+        self.vocab_size: int = getattr(inner, "vocab_size", 0)
+        self.special_ids = frozenset({inner.bos_id, inner.eos_id} - {None})
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        return list(self.inner.encode(text))
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        skipped = self.special_ids if skip_special_tokens else ()
+        return str(self.inner.decode([i for i in ids if i not in skipped]))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return _continuation(self, token_id).encode()
+
+
+def as_tokenizer(given: Any | None) -> Tokenizer | None:
+    """What a caller gave as a tokenizer, as a `Tokenizer`.
+
+    Args:
+        given: a `Tokenizer`; a tokenizer of transformers; an object with `encode(text)`, `decode(ids)`,
+            `bos_id` and `eos_id`, which is taken to add no tokens; or None.
+    """
+    if given is None or hasattr(given, "special_ids"):
+        return given
+    return (
+        HuggingFaceTokenizer(given) if hasattr(given, "all_special_ids") else _GivenTokenizer(given)
+    )
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer of a folder (or of a sentencepiece file).
+
+    A folder's is the one that transformers reads there; only one that holds nothing but a sentencepiece
+    model is read without it.
+
+    Args:
+        trust_remote_code: run the folder's own code where it has some; else nothing is run and nobody
+            is asked.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
     path = Path(path)
-    file = _sentencepiece_file(path)
-    if file is not None:
-        return SentencePieceTokenizer(file)
+    if path.is_file() and path.name not in _FAST_FILES:
+        return SentencePieceTokenizer(path)
     folder = path.parent if path.is_file() else path
-    if any((folder / name).is_file() for name in _FAST_FILES):
-        return HuggingFaceTokenizer(folder)
+    file = folder / SENTENCEPIECE_FILE
+    if any((folder / name).is_file() for name in _FAST_FILES) or (
+        file.is_file() and (folder / _CONFIG_FILE).is_file()
+    ):
+        return HuggingFaceTokenizer(folder, trust_remote_code=trust_remote_code)
+    if file.is_file():
+        return SentencePieceTokenizer(file)
     raise CheckpointError(
         f"{path}: no tokenizer; expected {SENTENCEPIECE_FILE} or {_FAST_FILES[0]} there"
     )
 
 
-def _sentencepiece_file(path: Path) -> Path | None:
-    """The sentencepiece model to use; None: transformers reads the tokenizer.
+def _read_with_transformers(folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
 
-    A `tokenizer.json` beside it is preferred where tokens were added to it later (a chat model's).
+    try:
+        # trust_remote_code=None would ask at the keyboard where a folder brings code
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as e:  # transformers raises many kinds
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        if not trust_remote_code and "trust_remote_code" in str(e):
+            reason = (
+                "it needs code that lies in the folder; read that code, then pass "
+                "--trust-remote-code (trust_remote_code=True)"
+            )
+        raise CheckpointError(f"{folder}: no tokenizer can be read from it ({reason})") from e
+
+
+def _adds_special_tokens(config_file: Path) -> tuple[bool, bool]:
+    """(begin of text, end of text): whether a `tokenizer_config.json` says that texts get them."""
+    if not config_file.is_file():
+        return False, False
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        # transformers' Llama tokenizers add the one and not the other unless told
+        is_llama = str(config.get("tokenizer_class")).startswith("Llama")
+        return bool(config.get("add_bos_token", is_llama)), bool(config.get("add_eos_token"))
+    except (OSError, ValueError, AttributeError) as e:
+        raise CheckpointError(f"{config_file}: damaged ({e}); copy it again") from e
+
+
+def _continuation(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token's text within a text: with its leading space; of a special token its name."""
+    anchor = tokenizer.encode("a")[-1:]
+    before = tokenizer.decode(anchor, skip_special_tokens=False)
+    return tokenizer.decode([*anchor, token_id], skip_special_tokens=False)[len(before) :]
+
+
+@cache
+def _byte_of_letter() -> dict[str, int]:
+    """The bytes for which the letters of byte-level vocabularies (GPT-2's) stand."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+def _sentencepiece_file(path: Path) -> Path | None:
+    """The sentencepiece model that Megatron can train with; None: it has transformers read the tokenizer.
+
+    A `tokenizer.json` in the same folder is preferred where tokens were added to it later (a chat
+    model's).
     """
     if path.is_file():
         return None if path.name in _FAST_FILES else path
@@ -168,7 +329,11 @@ def find_tokenizer(path: str | Path, args: Namespace | None = None) -> Path | No
     """
     places = [Path(path), Path(path) / TOKENIZER_FOLDER]
     if args is not None and getattr(args, "tokenizer_model", None):
-        places.append(Path(args.tokenizer_model))
+        trained_with = Path(args.tokenizer_model)
+        # Megatron is given a file; what a text begins with is said beside it
+        has_config = (trained_with.parent / _CONFIG_FILE).is_file()
+        is_usual = trained_with.is_file() and trained_with.name == SENTENCEPIECE_FILE
+        places.append(trained_with.parent if is_usual and has_config else trained_with)
     for place in places:
         if place.is_file() or any(
             (place / name).is_file() for name in (SENTENCEPIECE_FILE, *_FAST_FILES)
@@ -183,14 +348,14 @@ def find_tokenizer(path: str | Path, args: Namespace | None = None) -> Path | No
 
 
 def check_vocab(tokenizer: Tokenizer, description: ModelDescription) -> None:
-    """Raises:
-    CheckpointError: the tokenizer has ids for which the model has no embedding.
-    """
+    """Warn where the tokenizer has ids for which the model has no embedding: a padding token that was
+    added later, or the tokenizer of another model. A prompt that uses one is refused."""
     if tokenizer.vocab_size > description.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer has {tokenizer.vocab_size} token ids, the model's vocabulary "
-            f"{description.vocab_size}; use the tokenizer that the model was trained with"
-        )
+        _logger.warning(
+            "the tokenizer has %d token ids, the model's vocabulary %d: prompts with a token from %d on "
+            "are refused",
+            tokenizer.vocab_size, description.vocab_size, description.vocab_size,
+        )  # fmt: skip
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -207,3 +372,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source, target / name)
         elif (folder / name).is_file() and (source.is_dir() or source.name in _COMPANIONS):
             copy_companion(folder / name, target / name)
+    if source.is_dir() or source.name in _COMPANIONS:
+        for template in sorted((folder / _TEMPLATE_FOLDER).glob("*.jinja")):
+            (target / _TEMPLATE_FOLDER).mkdir(exist_ok=True)
+            copy_companion(template, target / _TEMPLATE_FOLDER / template.name)

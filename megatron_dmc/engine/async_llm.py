@@ -131,7 +131,7 @@ class AsyncLLM:
         cancelling the task, aborts the request.
 
         Args:
-            prompt: as for `LLMEngine.add_request`.
+            prompt: see `read_prompt`.
             request_id: default: a new one.
             priority: lower goes first; only with the scheduling policy "priority".
 

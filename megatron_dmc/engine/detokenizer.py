@@ -1,21 +1,18 @@
 """Text of a growing completion."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Collection, Sequence
 
-
-class Decoder(Protocol):
-    """What a tokenizer must offer for text to come out."""
-
-    bos_id: int | None
-    eos_id: int | None
-
-    def decode(self, ids: list[int]) -> str: ...
-
+from megatron_dmc.checkpoint.tokenizer import Tokenizer
 
 _CONTEXT = 5
 """Prompt tokens that are decoded along, so that a leading space is not lost."""
 _INCOMPLETE = "\ufffd"
+
+
+def context_of(prompt_token_ids: Sequence[int], skipped: Collection[int]) -> list[int]:
+    """The prompt tokens that a completion is decoded along with; none where it begins a text."""
+    kept = [i for i in prompt_token_ids[-2 * _CONTEXT :] if i not in skipped]
+    return kept[-_CONTEXT:]
 
 
 class IncrementalDetokenizer:
@@ -28,29 +25,35 @@ class IncrementalDetokenizer:
 
     def __init__(
         self,
-        tokenizer: Decoder,
+        tokenizer: Tokenizer,
         prompt_token_ids: Sequence[int],
         *,
         skip_special_tokens: bool = True,
     ):
         self._tokenizer = tokenizer
-        self._special = (
-            {tokenizer.bos_id, tokenizer.eos_id} - {None} if skip_special_tokens else set()
-        )
-        kept = [i for i in prompt_token_ids[-2 * _CONTEXT :] if i not in self._special]
-        self._token_ids = kept[-_CONTEXT:]
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._token_ids = context_of(prompt_token_ids, self._skipped)
         # text of [window, done) has been given out; [done, end) has not
         self._window, self._done = 0, len(self._token_ids)
         self.text = ""
 
     def add(self, token_id: int) -> None:
         """Take in a token and append what is certain by now to `text`."""
-        if token_id in self._special:
+        if token_id in self._skipped:
             return
         self._token_ids.append(token_id)
         new = self._undelivered()
         if new and not new.endswith(_INCOMPLETE):
             self._deliver(new)
+
+    def skips(self, token_id: int) -> bool:
+        """Whether it is a special token that leaves no text."""
+        return token_id in self._skipped
+
+    def find_skipped_stop(self, token_id: int, stops: Sequence[str]) -> tuple[int, str] | None:
+        """As `find_stop`, for a token that is skipped: its name may be a stop text all the same."""
+        name = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return (len(self.text), name) if name in stops else None
 
     def flush(self) -> None:
         """No more tokens: append what was held back."""
@@ -59,9 +62,11 @@ class IncrementalDetokenizer:
             self._deliver(new)
 
     def _undelivered(self) -> str:
-        decode = self._tokenizer.decode
-        before = decode(self._token_ids[self._window : self._done])
-        return decode(self._token_ids[self._window :])[len(before) :]
+        before = self._decode(self._token_ids[self._window : self._done])
+        return self._decode(self._token_ids[self._window :])[len(before) :]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
     def _deliver(self, new: str) -> None:
         self.text += new

@@ -7,13 +7,14 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_dmc.checkpoint.tokenizer import as_tokenizer
 from megatron_dmc.engine.config import EngineConfig, parse_kv_cache_dtype
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.decision_record import DecisionRecord
@@ -48,13 +49,15 @@ class LLMEngine:
         model: Megatron's GPTModel whose attention calls `PagedContext.attend`.
         description: `num_layers, num_query_groups, kv_channels, vocab_size,
             max_position_embeddings, dmc`.
-        tokenizer: `encode, decode, bos_id, eos_id`; None: token ids only, no texts.
+        tokenizer: see `as_tokenizer`; None: token ids only, no texts.
         config: sizes.
         dtype: the model's.
         device: of the cache and of all computation; default: where the model's weights are.
         enable_dmc: None: as the model. False: never merge (the borrowed channel of a DMC model still
             carries no content). True: refuse a plain model.
         eos_id: end-of-text token; default: the tokenizer's.
+        further_eos_ids: tokens that end an answer too, as models of several kinds of turns have them.
+        default_sampling_params: arguments of the `SamplingParams` of requests that bring none.
         parallel: this rank of several; `model` has its share of the heads. Rank 0 is called as ever, the
             others call `follow`.
         make_context: called like `PagedContext`; for benchmarks, whose contexts override
@@ -72,6 +75,8 @@ class LLMEngine:
         device: torch.device | str | None = None,
         enable_dmc: bool | None = None,
         eos_id: int | None = None,
+        further_eos_ids: Collection[int] = (),
+        default_sampling_params: dict[str, Any] | None = None,
         parallel: TensorParallel | None = None,
         make_context: Callable[..., PagedContext] = PagedContext,
     ):
@@ -82,9 +87,16 @@ class LLMEngine:
         rule = compression_rule(description.dmc, enable_dmc)
         check_combinations(config, rule, num_ranks)
         evicts = rule is not None and rule.eviction_delay is not None
-        self.config, self.description, self.tokenizer = config, description, tokenizer
+        self.config, self.description = config, description
+        self.tokenizer = tokenizer = as_tokenizer(tokenizer)
         self.parallel, self._dtype = parallel, dtype
         self.eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
+        self.eos_ids = frozenset(
+            i
+            for i in (self.eos_id, *further_eos_ids)
+            if i is not None and 0 <= i < description.vocab_size
+        )
+        self.default_sampling_params = default_sampling_params or {}
         counts = config.count_flipped_decisions
         self._counts_flips = not evicts and (dtype.itemsize <= 2 if counts is None else counts)
         self.context = make_context(
@@ -129,7 +141,7 @@ class LLMEngine:
             policy=config.scheduling_policy,
             priority_reach=config.priority_reach,
         )
-        self.sampler = Sampler(config.seed, self.eos_id)
+        self.sampler = Sampler(config.seed, self.eos_ids)
         self._requests: dict[str, Request] = {}
         self._detokenizers: dict[str, IncrementalDetokenizer] = {}
         self._unsent: list[Command] = []
@@ -151,9 +163,9 @@ class LLMEngine:
         """Queue a request.
 
         Args:
-            prompt: a text, token ids, or `{"prompt_token_ids": [...]}` (`"prompt"` beside it is kept
-                for the output); a dict's `"cache_salt"` names those who share cached prefixes.
-            params: copied and checked anew; later changes of it have no effect.
+            prompt: see `read_prompt`; a dict's `"cache_salt"` names those who share cached prefixes.
+            params: copied and checked anew, later changes of it have no effect; default:
+                `default_sampling_params`.
             priority: lower goes first; only with the scheduling policy "priority".
 
         Raises:
@@ -181,7 +193,10 @@ class LLMEngine:
         priority: int,
     ) -> tuple[Request, IncrementalDetokenizer | None]:
         """A checked request. Changes nothing."""
-        params = SamplingParams() if params is None else dataclasses.replace(params)
+        if params is None:
+            params = SamplingParams(**self.default_sampling_params)
+        else:
+            params = dataclasses.replace(params)
         if not isinstance(priority, int) or isinstance(priority, bool):
             raise InvalidRequest(f"request {request_id}: priority={priority!r}: use a whole number")
         text, token_ids = read_prompt(
@@ -422,7 +437,7 @@ class LLMEngine:
             request.logprobs.append(token.logprobs)
             request.cumulative_logprob += token.logprob
         params = request.params
-        is_eos = token.token_id == self.eos_id and not params.ignore_eos
+        is_eos = token.token_id in self.eos_ids and not params.ignore_eos
         is_stop_token = token.token_id in params.stop_token_ids
         detokenizer = self._detokenizers.get(request.request_id)
         stop_text = None
@@ -434,6 +449,8 @@ class LLMEngine:
             if is_last:
                 detokenizer.flush()
             found = find_stop(detokenizer.text, num_old, params.stop)
+            if found is None and detokenizer.skips(token.token_id):
+                found = detokenizer.find_skipped_stop(token.token_id, params.stop)
             if found is not None and len(request.output_token_ids) > params.min_tokens:
                 at, stop_text = found
                 end = at + len(stop_text) if params.include_stop_str_in_output else at
@@ -441,7 +458,7 @@ class LLMEngine:
         if stop_text is not None:
             return "stop", stop_text
         if is_eos:
-            return "stop", None
+            return "stop", None if token.token_id == self.eos_id else token.token_id
         if is_stop_token:
             return "stop", token.token_id
         if request.num_tokens >= request.max_total_tokens:

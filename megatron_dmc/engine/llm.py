@@ -7,6 +7,11 @@ from typing import Any
 
 import torch
 
+from megatron_dmc.checkpoint.generation_config import (
+    read_generation_config,
+    sampling_defaults,
+    token_ids,
+)
 from megatron_dmc.engine.config import EngineConfig, parse_dtype, parse_kv_cache_dtype
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.engine import LLMEngine
@@ -30,7 +35,11 @@ class LLM:
     Args:
         model: a Hugging Face folder or a Megatron checkpoint; or a loaded model
             (`model, description, tokenizer`).
-        tokenizer: instead of the model's own: its folder, or an object (`encode, decode, bos_id, eos_id`).
+        tokenizer: instead of the model's own: its folder, or an object (see `as_tokenizer`).
+        trust_remote_code: run the code of a tokenizer that brings its own. The model's is never run.
+        generation_config: where the model's end-of-text tokens and the sampling defaults come from:
+            "auto": the model's generation_config.json; a path: that file or folder; "vllm": the tokens from
+            the model, and this package's defaults.
         dtype: "auto" (as stored), "float32", "bfloat16", ...
         max_model_len: longest sequence; default: the model's.
         max_num_seqs: requests that run at a time.
@@ -65,6 +74,8 @@ class LLM:
         model: Any,
         tokenizer: Any | None = None,
         *,
+        trust_remote_code: bool = False,
+        generation_config: str | Path = "auto",
         dtype: str | torch.dtype = "auto",
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
@@ -114,7 +125,7 @@ class LLM:
             if isinstance(tokenizer, str | Path):
                 from megatron_dmc.checkpoint.tokenizer import load_tokenizer
 
-                tokenizer = load_tokenizer(tokenizer)
+                tokenizer = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
             check = functools.partial(check_memory, arguments=given, device=device)
             if hasattr(model, "description"):
                 check(model.description)
@@ -126,8 +137,10 @@ class LLM:
                         model, device=device, dtype=parse_dtype(dtype),
                         tensor_parallel_size=tensor_parallel_size, allow_pickle=allow_pickle,
                         verify_checkpoint=verify_checkpoint, check=check,
+                        trust_remote_code=trust_remote_code,
                     )  # fmt: skip
             description = model.description
+            eos_ids, sampling = _generation_defaults(generation_config, model)
             gpt = model.model
             model_dtype = next(gpt.parameters()).dtype
             if max_model_len is None:
@@ -173,6 +186,8 @@ class LLM:
                 enable_dmc=enable_dmc,
                 parallel=parallel,
                 make_context=make_context,
+                further_eos_ids=eos_ids,
+                default_sampling_params=sampling,
             )
         self._num_generated = 0
 
@@ -196,6 +211,10 @@ class LLM:
         """The tokenizer in use."""
         return self.engine.tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What requests without sampling parameters get: the model's `generation_config.json`, in part."""
+        return SamplingParams(**self.engine.default_sampling_params)
+
     def stats(self) -> EngineStats:
         """The engine's counts so far."""
         return self.engine.stats()
@@ -211,8 +230,8 @@ class LLM:
         """Complete the prompts. The outputs are in the prompts' order.
 
         Args:
-            prompts: texts, `{"prompt_token_ids": [...]}`, or lists of token ids; one or several.
-            sampling_params: one for all, or one for each.
+            prompts: texts, lists of token ids, or dictionaries (see `read_prompt`); one or several.
+            sampling_params: one for all, or one for each; default: `get_default_sampling_params`.
             priority: of each prompt, with the scheduling policy "priority"; lower goes first.
 
         Raises:
@@ -223,7 +242,7 @@ class LLM:
         if isinstance(prompts, str | dict):
             prompts = [prompts]
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(prompts)
+            params = [sampling_params or self.get_default_sampling_params()] * len(prompts)
         else:
             params = list(sampling_params)
         if len(params) != len(prompts):
@@ -270,6 +289,29 @@ class LLM:
                         finished[output.request_id] = output
                         bar.update()
         return finished
+
+
+def _generation_defaults(choice: str | Path, model: Any) -> tuple[list[int], dict[str, Any]]:
+    """(end-of-text tokens, arguments of `SamplingParams`), as vLLM's `generation_config` says.
+
+    Raises:
+        DMCError: the file is missing or damaged, or a value in it cannot be used.
+    """
+    config = getattr(model, "generation_config", {})
+    if choice not in ("auto", "vllm"):
+        config = read_generation_config(Path(choice))
+    eos = config.get("eos_token_id")
+    if eos is None:
+        eos = getattr(model.description, "eos_token_id", None)
+    defaults = {} if choice == "vllm" else sampling_defaults(config)
+    try:
+        SamplingParams(**defaults)
+    except InvalidRequest as error:
+        raise UnsupportedConfig(
+            f"generation_config.json: {error}; mend it, or use generation_config='vllm' "
+            "(--generation-config vllm) to leave its defaults out"
+        ) from error
+    return token_ids(eos, where="config.json: eos_token_id"), defaults
 
 
 def _worst_case_pages(description: Any, num_tokens: int, page_size: int) -> int:

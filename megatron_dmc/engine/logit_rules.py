@@ -5,7 +5,7 @@ In vLLM's order and with its meanings. A row depends on its own request only.
 Dimension letters: B requests (rows), V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +36,11 @@ class LogitRules:
     """Applies the rules of many requests to their logits.
 
     Args:
-        eos_id: forbidden while fewer than `min_tokens` were made, unless the request ignores it.
+        eos_ids: forbidden while fewer than `min_tokens` were made, unless the request ignores them.
     """
 
-    def __init__(self, eos_id: int | None):
-        self._eos_id = eos_id
+    def __init__(self, eos_ids: Collection[int]):
+        self._eos_ids = eos_ids
         self._states: dict[int, _State] = {}
 
     def apply(self, logits_BV: Tensor, requests: Sequence[Request]) -> Tensor:
@@ -112,8 +112,8 @@ class LogitRules:
         tokens: set[int] = set()
         if len(output) < params.min_tokens:
             tokens.update(params.stop_token_ids)
-            if self._eos_id is not None and not params.ignore_eos:
-                tokens.add(self._eos_id)
+            if not params.ignore_eos:
+                tokens.update(self._eos_ids)
         for *first, last in request.bad_words_token_ids:
             if not first or output[-len(first) :] == first:
                 tokens.add(last)

@@ -4,23 +4,29 @@ from collections.abc import Iterable, Sequence
 from operator import index
 from typing import Any
 
+from megatron_dmc.checkpoint.tokenizer import Tokenizer
 from megatron_dmc.errors import InvalidRequest
 
 
 def read_prompt(
-    request_id: str, prompt: str | Sequence[int] | dict, tokenizer: Any | None, vocab_size: int
+    request_id: str,
+    prompt: str | Sequence[int] | dict,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
 ) -> tuple[str | None, list[int]]:
     """Text (where there is one) and token ids of a prompt.
 
     Args:
-        prompt: a text, token ids, or `{"prompt_token_ids": [...]}` (`"prompt"` beside it is kept).
-        tokenizer: `encode, bos_id`, or None.
+        prompt: a text, token ids, `{"prompt": text}` or `{"prompt_token_ids": [...]}` (there a `"prompt"`
+            is kept for the output). A text is encoded with the tokens that the tokenizer puts around one,
+            as transformers does; `"add_special_tokens": False` in the dictionary leaves them out.
 
     Raises:
         InvalidRequest: it cannot be read, or a token is not in the vocabulary.
     """
-    text = None
+    text, add_special_tokens = None, True
     if isinstance(prompt, dict):
+        add_special_tokens = bool(prompt.get("add_special_tokens", True))
         if "prompt_token_ids" not in prompt:
             if not isinstance(prompt.get("prompt"), str):
                 raise InvalidRequest(
@@ -41,17 +47,17 @@ def read_prompt(
                 f"request {request_id}: the prompt is no Unicode text: {error.reason} at character "
                 f"{error.start}"
             ) from error
-        text, token_ids = prompt, list(tokenizer.encode(prompt))
-        adds_bos = bool(getattr(tokenizer, "add_bos", False))
-        if tokenizer.bos_id is not None and (adds_bos or not token_ids):
-            token_ids.insert(0, tokenizer.bos_id)
+        text = prompt
+        token_ids = tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        if tokenizer.bos_id is not None and not token_ids:
+            token_ids = [tokenizer.bos_id]
     else:
         token_ids = _whole_numbers(request_id, prompt)
     for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(
-                f"request {request_id}: token id {token_id} is not in the model's vocabulary of "
-                f"{vocab_size}; was the prompt encoded with its tokenizer?"
+                f"request {request_id}: token id {token_id}{_named(token_id, tokenizer)} is not in the "
+                f"model's vocabulary of {vocab_size}; was the prompt encoded with its tokenizer?"
             )
     return text, token_ids
 
@@ -81,3 +87,10 @@ def _whole_numbers(request_id: str, prompt: Any) -> list[int]:
         f"request {request_id}: a prompt of type {type(prompt).__name__} that is neither a text nor token "
         "ids; token ids are whole numbers"
     )
+
+
+def _named(token_id: int, tokenizer: Tokenizer | None) -> str:
+    """The name of a token that the tokenizer has, in parentheses."""
+    if tokenizer is None or not 0 <= token_id < tokenizer.vocab_size:
+        return ""
+    return f" ({tokenizer.decode([token_id], skip_special_tokens=False)!r})"

@@ -134,7 +134,7 @@ class CompletionOutput:
     finish_reason: str | None
     """"stop", "length", "abort", "error", or None while it goes on."""
     stop_reason: str | int | None
-    """The stop text or token; None for the end-of-text token."""
+    """The stop text or token; None for the tokenizer's end-of-text token."""
 
     @property
     def token_ids(self) -> list[int]:

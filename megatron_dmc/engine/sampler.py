@@ -3,7 +3,7 @@
 Dimension letters: B requests, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,12 +113,12 @@ class Sampler:
     Args:
         seed: the engine's; requests without a seed of their own derive theirs from it and from
             their number.
-        eos_id: end-of-text token, for `min_tokens`.
+        eos_ids: end-of-text tokens, for `min_tokens`.
     """
 
-    def __init__(self, seed: int = 0, eos_id: int | None = None):
+    def __init__(self, seed: int = 0, eos_ids: Collection[int] = ()):
         self.seed = seed
-        self._rules = LogitRules(eos_id)
+        self._rules = LogitRules(eos_ids)
 
     def sample(
         self, logits_BV: Tensor, requests: Sequence[Request]

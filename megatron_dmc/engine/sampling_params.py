@@ -102,7 +102,7 @@ class SamplingParams:
     """Leave the stop text at the end of the completion."""
 
     skip_special_tokens: bool = True
-    """Leave begin- and end-of-text tokens out of the text."""
+    """Leave special tokens out of the text. The name of one in `stop` ends the completion all the same."""
 
     def __post_init__(self) -> None:
         self.stop = [self.stop] if isinstance(self.stop, str) else self._list_of("stop")

@@ -36,7 +36,9 @@ def check_arguments(arguments: dict[str, Any]) -> None:
     for name, most in MOST.items():
         value = arguments[name]
         if value is not None and not (type(value) is int and 1 <= value <= most):
-            raise UnsupportedConfig(f"{name}={value!r}: use a whole number from 1 to {most}")
+            raise UnsupportedConfig(
+                f"{name}={value!r}: use a positive whole number, at most {most}"
+            )
     part = arguments["gpu_memory_utilization"]
     if not (isinstance(part, int | float) and 0 < part <= 1):
         raise UnsupportedConfig(f"gpu_memory_utilization={part!r}: use a number above 0, at most 1")
@@ -76,13 +78,19 @@ def check_memory(
     """Compare what the engine of `LLM(**arguments)` keeps in memory with the device's memory.
 
     Raises:
-        UnsupportedConfig: names the arguments that ask for more, and how much.
+        UnsupportedConfig: there is no such device; or names the arguments that ask for more, and how
+            much.
     """
     d, dtype = description, parse_dtype(arguments["dtype"]) or description.dtype
     ranks = arguments["tensor_parallel_size"]
     heads = -(-d.num_query_groups // ranks)
     config = _config(arguments, arguments["max_model_len"] or d.max_position_embeddings)
     check_fits_model(config, d, heads)
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise UnsupportedConfig(
+            f"device={device}: this machine has {gpus} GPUs; choose another, or device='cpu'"
+        )
     total = (
         torch.cuda.get_device_properties(device).total_memory
         if device.type == "cuda"

@@ -79,8 +79,9 @@ def _check(arguments: dict[str, Any], device: torch.device) -> None:
             "own share; give the checkpoint's path"
         )
     description, *_ = open_checkpoint(
-        model, allow_pickle=arguments["allow_pickle"], verify_checkpoint=False
-    )
+        model, allow_pickle=arguments["allow_pickle"], verify_checkpoint=False,
+        trust_remote_code=arguments["trust_remote_code"],
+    )  # fmt: skip
     check_divisible(description, size)
     check_memory(description, arguments, device)
     try:

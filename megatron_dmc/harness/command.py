@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     model = MegatronDMC(
         path, tokenizer=args.tokenizer, llm=llm, max_gen_toks=args.max_gen_toks,
         allow_pickle=args.allow_pickle,
+        trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
     results: dict[str, Any] = {key: {} for key in _PARTS}
     for name, found in tasks.items():

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,28 @@ from lm_eval.models.utils import has_bos_prefix, maybe_truncate, normalize_gen_k
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_dmc.checkpoint.convert import open_checkpoint
-from megatron_dmc.checkpoint.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from megatron_dmc.checkpoint.tokenizer import HuggingFaceTokenizer, load_tokenizer
 from megatron_dmc.engine import LLM, SamplingParams
-from megatron_dmc.errors import CheckpointError, DMCError
+from megatron_dmc.errors import DMCError
 
 logger = logging.getLogger(__name__)
 
-_SAMPLING = ("top_k", "top_p", "min_p", "seed", "ignore_eos", "skip_special_tokens")
-_NO_EFFECT = {"do_sample", "num_beams", "num_return_sequences", "use_cache", "repetition_penalty"}
-"""Generation arguments that tasks bring; allowed where they ask for nothing (False, 1, True)."""
+_SAMPLING = {f.name for f in fields(SamplingParams)} - {
+    "n", "temperature", "stop", "max_tokens",
+    "logprobs", "prompt_logprobs", "prompt_logprobs_start",
+}  # fmt: skip
+"""Generation arguments that go to the engine as they are."""
+_NO_EFFECT = {
+    "do_sample": (True, False),
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "use_cache": (True,),
+    "early_stopping": (True, False),
+    "length_penalty": (1,),
+    "no_repeat_ngram_size": (0,),
+    "spaces_between_special_tokens": (True, False),
+}
+"""Generation arguments that tasks bring, and their values that ask for nothing."""
 
 
 @register_model("megatron-dmc")
@@ -41,6 +55,7 @@ class MegatronDMC(TemplateLM):
         max_gen_toks: most tokens of a completion where the task sets no limit.
         add_bos_token: begin every text with the begin-of-text token; None: as the tokenizer is set up.
         prefix_token_id: what stands before a text without context; default: begin of text, else end.
+        trust_remote_code: run the code of a tokenizer that brings its own.
         device: as lm-eval's `--device`.
         batch_size, max_batch_size: accepted and not used: the engine fills its steps by
             `max_num_seqs` and `max_num_batched_tokens`.
@@ -59,6 +74,7 @@ class MegatronDMC(TemplateLM):
         max_gen_toks: int = 256,
         add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
+        trust_remote_code: bool = False,
         device: str | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
@@ -73,13 +89,24 @@ class MegatronDMC(TemplateLM):
         place = Path(tokenizer) if tokenizer is not None else None
         if place is None:
             place = open_checkpoint(
-                pretrained, allow_pickle=engine.get("allow_pickle", False), verify_checkpoint=False
-            )[2]
+                pretrained, allow_pickle=engine.get("allow_pickle", False), verify_checkpoint=False,
+                trust_remote_code=trust_remote_code,
+            )[2]  # fmt: skip
         if place is None:
             raise DMCError(f"{pretrained}: no tokenizer beside the checkpoint; give tokenizer=PATH")
-        self.tokenizer, self._plain = _read_tokenizer(place)
+        self._plain = load_tokenizer(place, trust_remote_code=trust_remote_code)
+        # lm-eval's own functions look for chat templates in it
+        self.tokenizer: Any | None = None
+        if isinstance(self._plain, HuggingFaceTokenizer):
+            self.tokenizer = self._plain.inner
         if llm is None:
-            llm = LLM(pretrained, self._plain, device=device, **engine)
+            llm = LLM(
+                pretrained,
+                self._plain,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                **engine,
+            )
         self.llm, self.pretrained = llm, str(pretrained)
         self.max_gen_toks = int(max_gen_toks)
         self.add_bos_token, self._prefix_token_id = add_bos_token, prefix_token_id
@@ -111,16 +138,19 @@ class MegatronDMC(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids; with the special tokens that the tokenizer is set up to add, unless told."""
-        add = self.add_bos_token if add_special_tokens is None else add_special_tokens
-        if self.tokenizer is None:
-            begins = [] if not add or self._plain.bos_id is None else [self._plain.bos_id]
-            return begins + self._plain.encode(string)
-        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.bos_token):
-            add = False
-        return list(
-            self.tokenizer.encode(string, **({} if add is None else {"add_special_tokens": add}))
-        )
+        """Token ids; with the special tokens that the tokenizer is set up to add, unless told. A text
+        that already begins with the prefix token gets none, as with lm-eval's `hf`."""
+        add = add_special_tokens
+        if add is None:
+            prefix = self._plain.decode([self.prefix_token_id], skip_special_tokens=False)
+            add = not has_bos_prefix(string, prefix)
+        if not add or self.add_bos_token is False:
+            return self._plain.encode(string)
+        token_ids = self._plain.encode(string, add_special_tokens=True)
+        bos = self._plain.bos_id
+        if self.add_bos_token and bos is not None and token_ids[:1] != [bos]:
+            token_ids = [bos, *token_ids]  # the tokenizer is not set up to add it
+        return token_ids
 
     @property
     def tokenizer_name(self) -> str:
@@ -226,16 +256,30 @@ class MegatronDMC(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Completions up to a stop text, without it. A prompt that leaves no room loses its beginning."""
+        """Completions up to a stop text, without it. A prompt that leaves no room loses its beginning;
+        where the task asks for more tokens than the context has, it keeps what fits of the prompt and
+        generates the rest."""
         prompts, params = [], []
+        num_cut = num_shortened = 0
+        longest = self.llm.engine.config.max_model_len
         for context, arguments in (request.args for request in requests):
             settings = dict(normalize_gen_kwargs(arguments, self.max_gen_toks))
+            asked = int(settings.pop("max_gen_toks"))
+            whole = self.tok_encode(context) or [self.prefix_token_id]
             token_ids, max_tokens = maybe_truncate(
-                self.tok_encode(context), max_gen_toks=int(settings.pop("max_gen_toks")),
-                max_model_len=self.llm.engine.config.max_model_len,
+                whole, max_gen_toks=asked, max_model_len=longest, shrink_gen_toks=asked >= longest,
+                verbose=False,
             )  # fmt: skip
+            num_cut += len(token_ids) < len(whole)
+            num_shortened += max_tokens < asked
             prompts.append({"prompt_token_ids": token_ids})
             params.append(_sampling_params(settings, max_tokens))
+        if num_cut or num_shortened:
+            logger.warning(
+                "context of %d tokens: %d of %d prompts lost their beginning, and %d completions can be "
+                "shorter than the task allows; raise max_model_len or lower max_gen_toks",
+                longest, num_cut, len(prompts), num_shortened,
+            )  # fmt: skip
         outputs = self.llm.generate(prompts, params, use_tqdm=not disable_tqdm)
         texts = []
         for request, output in zip(requests, outputs, strict=True):
@@ -264,16 +308,6 @@ class MegatronDMC(TemplateLM):
         }
 
 
-def _read_tokenizer(place: Path) -> tuple[Any | None, Tokenizer]:
-    """transformers' tokenizer where it reads one (it knows the chat template and what to add), and the
-    engine's."""
-    try:
-        tokenizer = HuggingFaceTokenizer(place.parent if place.is_file() else place)
-    except CheckpointError:
-        return None, load_tokenizer(place)
-    return tokenizer.inner, tokenizer
-
-
 def _sampling_params(settings: dict[str, Any], max_tokens: int) -> SamplingParams:
     """From a task's generation arguments.
 
@@ -283,7 +317,7 @@ def _sampling_params(settings: dict[str, Any], max_tokens: int) -> SamplingParam
     sampled = {name: settings[name] for name in _SAMPLING if settings.get(name) is not None}
     for name, value in settings.items():
         known = name in ("until", "temperature", *_SAMPLING) or value is None
-        if not known and not (name in _NO_EFFECT and (name == "do_sample" or value in (1, True))):
+        if not known and value not in _NO_EFFECT.get(name, ()):
             raise DMCError(
                 f"generation argument {name}={value!r}: the engine has no such thing; take it out of "
                 "the task's generation_kwargs or --gen-kwargs"

@@ -122,6 +122,7 @@ def measure(
     device: str | None = None,
     allow_pickle: bool = False,
     verify_checkpoint: bool = True,
+    trust_remote_code: bool = False,
 ) -> ReportData:
     """Load both models, measure them, and gather the training curves.
 
@@ -132,7 +133,7 @@ def measure(
         stages: name -> TensorBoard folder, in the order in which they ran.
         num_windows: most windows to evaluate; None: all.
         max_tokens: length of the completions.
-        allow_pickle, verify_checkpoint: see `load_model`.
+        allow_pickle, verify_checkpoint, trust_remote_code: see `load_model`.
 
     Raises:
         CheckpointError: see `load_model`, and for a model without a tokenizer.
@@ -142,13 +143,11 @@ def measure(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokens = read_tokens(data_prefix)
     dtype = torch.float32 if device == "cpu" else None
-    base, dmc = (
-        load_model(
-            path, device=device, dtype=dtype, allow_pickle=allow_pickle,
-            verify_checkpoint=verify_checkpoint,
-        )
-        for path in (base_path, dmc_path)
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "device": device, "dtype": dtype, "allow_pickle": allow_pickle,
+        "verify_checkpoint": verify_checkpoint, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    base, dmc = load_model(base_path, **options), load_model(dmc_path, **options)
     for path, loaded in ((base_path, base), (dmc_path, dmc)):
         if loaded.tokenizer is None:
             raise CheckpointError(
@@ -158,7 +157,7 @@ def measure(
     if settings_of_dmc is None:
         raise UnsupportedConfig(f"{dmc_path}: a plain model, it was never retrofitted")
     assert dmc.tokenizer is not None
-    options: dict[str, Any] = {"length": seq_length, "limit": num_windows}
+    options = {"length": seq_length, "limit": num_windows}
     base_result = evaluate(base, tokens, label="Held-out text, base", **options)
     dmc_result = evaluate(dmc, tokens, label="Held-out text, DMC", **options)
     prompts = choose_prompts(tokens, num_prompts, seq_length, max_tokens)

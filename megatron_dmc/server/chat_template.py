@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_dmc.errors import CheckpointError, DMCError
+from megatron_dmc.checkpoint.tokenizer import HuggingFaceTokenizer, Tokenizer
+from megatron_dmc.errors import DMCError
 from megatron_dmc.server.errors import ApiError
 
 _RESERVED = {"conversations", "messages", "chat_template", "tools", "documents"}
@@ -13,18 +14,18 @@ class ChatTemplate:
     """A model's chat template.
 
     Args:
-        tokenizer: transformers' tokenizer: its special tokens stand in the template's output.
-        template: Jinja, in place of the tokenizer's own.
+        tokenizer: its special tokens stand in the template's output. Of several templates that it
+            brings transformers' choice is taken, the one named "default".
+        template: Jinja, or the name of one of the tokenizer's templates; in place of that choice.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None = None):
-        self._tokenizer = tokenizer
-        self._template = template or getattr(tokenizer, "chat_template", None)
+    def __init__(self, tokenizer: HuggingFaceTokenizer, template: str | None = None):
+        self._tokenizer, self._template = tokenizer, template
 
     @property
     def exists(self) -> bool:
         """False where neither the model nor the caller brought one."""
-        return bool(self._template)
+        return bool(self._template or self._tokenizer.inner.chat_template)
 
     def token_ids(
         self,
@@ -32,8 +33,13 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool,
         arguments: dict[str, Any] | None,
+        add_special_tokens: bool = False,
     ) -> list[int]:
         """The conversation as the model reads it.
+
+        Args:
+            add_special_tokens: with the tokens that the tokenizer puts around a text; a begin-of-text
+                token that the template writes itself is not doubled.
 
         Raises:
             ApiError: 400: there is no template, or it refuses the messages.
@@ -49,24 +55,25 @@ class ChatTemplate:
         clash = sorted(_RESERVED & arguments.keys())
         if clash:
             raise ApiError(400, f"chat_template_kwargs: {clash[0]} cannot be set; leave it out")
+        inner = self._tokenizer.inner
         try:
-            text = self._tokenizer.apply_chat_template(
+            text = inner.apply_chat_template(
                 messages, chat_template=self._template, tokenize=False,
                 **{"add_generation_prompt": add_generation_prompt, **arguments},
             )  # fmt: skip
         except Exception as e:  # templates raise what they like, Jinja's own errors included
             raise ApiError(400, f"the chat template refuses these messages: {e}") from e
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        begins = inner.bos_token is not None and text.startswith(inner.bos_token)
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens and not begins)
 
 
-def load_chat_template(
-    tokenizer_place: str | Path | None, template: str | None
-) -> ChatTemplate | None:
+def load_chat_template(tokenizer: Tokenizer | None, template: str | None) -> ChatTemplate | None:
     """The template of a model.
 
     Args:
-        tokenizer_place: folder or file of the tokenizer; None: there is none.
-        template: `--chat-template`: a file, or Jinja itself; None: the tokenizer's own.
+        tokenizer: the engine's; None: there is none.
+        template: `--chat-template`: a file, Jinja itself, or the name of one of the tokenizer's
+            templates; None: the tokenizer's own.
 
     Returns:
         None where the tokenizer is one that transformers cannot read and no template was asked for.
@@ -74,34 +81,33 @@ def load_chat_template(
     Raises:
         DMCError: the file is missing, or there is no tokenizer to go with it.
     """
-    if template is not None:
-        template = _read(template)
-    try:
-        if tokenizer_place is None:
-            raise CheckpointError("the model has no tokenizer")
-        folder = Path(tokenizer_place)
-        tokenizer = _transformers_tokenizer(folder.parent if folder.is_file() else folder)
-    except CheckpointError as e:
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
         if template is None:
             return None
-        raise DMCError(f"--chat-template: {e}") from e
+        raise DMCError(
+            "--chat-template: transformers reads no tokenizer of this model; give one with --tokenizer"
+        )
+    named = tokenizer.inner.chat_template
+    if template is not None and not (isinstance(named, dict) and template in named):
+        template = _read(template, sorted(named) if isinstance(named, dict) else [])
+    elif template is None and isinstance(named, dict) and "default" not in named:
+        raise DMCError(
+            f"the tokenizer's chat templates are {', '.join(sorted(named))}, none of them the default; "
+            "choose one with --chat-template NAME"
+        )
     return ChatTemplate(tokenizer, template)
 
 
-def _transformers_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as e:  # transformers raises many kinds
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise CheckpointError(f"{folder}: transformers reads no tokenizer there ({reason})") from e
-
-
-def _read(template: str) -> str:
+def _read(template: str, names: list[str]) -> str:
     if "{" in template or "\n" in template:
         return template
     file = Path(template)
     if not file.is_file():
-        raise DMCError(f"--chat-template {template}: no such file; give a Jinja file or its text")
-    return file.read_text(encoding="utf-8")
+        also = f", or one of the tokenizer's: {', '.join(names)}" if names else ""
+        raise DMCError(
+            f"--chat-template {template}: no such file; give a Jinja file or its text{also}"
+        )
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise DMCError(f"--chat-template {template}: cannot be read ({e})") from e

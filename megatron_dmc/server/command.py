@@ -42,8 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="names that clients use; answers carry the first (default: the path as given)",
     )  # fmt: skip
     group.add_argument(
-        "--chat-template", metavar="FILE", help="Jinja file or text; default: the tokenizer's"
-    )
+        "--chat-template", metavar="FILE",
+        help="Jinja file or text, or the name of one of the tokenizer's; default: the tokenizer's",
+    )  # fmt: skip
     group.add_argument(
         "--max-concurrent-requests", type=int, default=1024,
         help="completions in progress, waiting ones included; more are refused with 429",
@@ -173,8 +174,8 @@ def make_app(args: argparse.Namespace) -> "tuple[FastAPI, Service]":
 
     path = model_path(args)
     names = args.served_model_name or [path]
-    template = load_chat_template(_tokenizer_place(args, path), args.chat_template)
     engine = make_llm(args).engine
+    template = load_chat_template(engine.tokenizer, args.chat_template)
     metrics = Metrics(names[0])
     llm = AsyncLLM(engine, observer=metrics.observe)
     service = Service(llm, names, Concurrency(args.max_concurrent_requests), template)
@@ -220,12 +221,3 @@ def _listen(host: str, port: int) -> socket.socket:
 def _address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _tokenizer_place(args: argparse.Namespace, path: str) -> Any:
-    if args.tokenizer is not None:
-        return args.tokenizer
-    from megatron_dmc.checkpoint.convert import open_checkpoint
-
-    options = {"allow_pickle": args.allow_pickle, "verify_checkpoint": False}
-    return open_checkpoint(path, **options)[2]

@@ -136,17 +136,22 @@ class _TextAnswer(_Answer):
         self.keeps_new = body.max_tokens != 0
         self._sent = [(0, 0)] * self.num_choices
         self._prompt_texts: list[str] = []
+        self._pieces: dict[int, text.TokenPieces] = {}
 
     async def jobs(self) -> list[tuple[dict, SamplingParams]]:
         jobs = []
         body, llm = self.body, self.service.llm
+        defaults = llm.engine.default_sampling_params
         max_tokens = body.max_tokens if body.max_tokens is not None else DEFAULT_MAX_TOKENS
+        max_tokens = min(max_tokens, defaults.get("max_tokens", max_tokens))
         for prompt in body.prompts:
+            given: Any = prompt
             if isinstance(prompt, str):
                 self.service.check_text(prompt)
+                given = {"prompt": prompt, "add_special_tokens": body.add_special_tokens}
             else:
                 self.service.check_room(len(prompt), body.max_tokens)
-            token_ids = await llm.tokenize(prompt, self.id)
+            token_ids = await llm.tokenize(given, self.id)
             self.service.check_room(len(token_ids), body.max_tokens)
             self.num_prompt_tokens += len(token_ids)
             tokenizer = llm.engine.tokenizer
@@ -154,9 +159,13 @@ class _TextAnswer(_Answer):
                 if isinstance(prompt, str):
                     shown = prompt
                 else:
-                    shown = tokenizer.decode(token_ids) if tokenizer is not None else ""
+                    skip = body.skip_special_tokens
+                    shown = ""
+                    if tokenizer is not None:
+                        shown = tokenizer.decode(token_ids, skip_special_tokens=skip)
                 self._prompt_texts.append(shown)
             every = body.sampling_params(
+                defaults=defaults,
                 max_tokens=max(max_tokens, 1),
                 logprobs=body.logprobs,
                 prompt_logprobs=body.logprobs if self.echo else None,
@@ -189,29 +198,35 @@ class _TextAnswer(_Answer):
         return {
             "index": index,
             "text": prompt + new if begins else new,
-            "logprobs": self._logprobs(output, num_tokens, begins, len(prompt)),
+            "logprobs": self._logprobs(index, output, num_tokens, prompt if begins else ""),
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
         }
 
     def _logprobs(
-        self, output: RequestOutput, num_tokens: int, begins: bool, num_prompt_chars: int
+        self, index: int, output: RequestOutput, num_tokens: int, prompt: str
     ) -> dict[str, Any] | None:
+        """Of the tokens from `num_tokens` on; at the beginning, with echo, of the prompt's before them."""
         count = self.body.logprobs
         completion = output.outputs[0]
         if count is None or completion.logprobs is None:
             return None
-        token_ids, rows, offset = [], [], num_prompt_chars
-        if begins and self.echo:
-            token_ids += output.prompt_token_ids
-            rows += output.prompt_logprobs or []
-            offset = 0
-        else:
-            offset += sum(len(self.service.texts.of(i)) for i in completion.token_ids[:num_tokens])
-        if self.keeps_new:
-            token_ids += completion.token_ids[num_tokens:]
-            rows += completion.logprobs[num_tokens:]
-        return text.for_completions(self.service.texts, token_ids, rows, count, offset)
+        skip, texts = self.body.skip_special_tokens, self.service.texts
+        if num_tokens == 0:
+            self._pieces[index] = text.TokenPieces(
+                texts, skip_special_tokens=skip, prompt_token_ids=output.prompt_token_ids,
+                num_chars=len(prompt),
+            )  # fmt: skip
+        kept = slice(num_tokens, None if self.keeps_new else 0)
+        found = text.for_completions(
+            self._pieces[index], completion.token_ids[kept], completion.logprobs[kept], count
+        )
+        if self.echo and num_tokens == 0:
+            pieces = text.TokenPieces(texts, skip_special_tokens=skip, known=prompt)
+            rows = output.prompt_logprobs or []
+            of_prompt = text.for_completions(pieces, output.prompt_token_ids, rows, count)
+            found = {name: of_prompt[name] + found[name] for name in found}
+        return found
 
 
 class _ChatAnswer(_Answer):
@@ -221,6 +236,7 @@ class _ChatAnswer(_Answer):
         super().__init__(service, body, 1)
         self.body = body
         self._sent: list[tuple[int, int] | None] = [None] * self.num_choices
+        self._pieces: dict[int, text.TokenPieces] = {}
 
     async def jobs(self) -> list[tuple[dict, SamplingParams]]:
         body, template = self.body, self.service.chat_template
@@ -237,11 +253,15 @@ class _ChatAnswer(_Answer):
             messages,
             add_generation_prompt=body.add_generation_prompt,
             arguments=body.chat_template_kwargs,
+            add_special_tokens=body.add_special_tokens,
         )
         self.service.check_room(len(token_ids), body.most_tokens)
+        defaults = self.service.llm.engine.default_sampling_params
+        limits = [body.most_tokens, defaults.get("max_tokens")]
+        max_tokens = min((limit for limit in limits if limit is not None), default=None)
         self.num_prompt_tokens = len(token_ids)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        every = body.sampling_params(max_tokens=body.most_tokens, logprobs=logprobs)
+        every = body.sampling_params(defaults=defaults, max_tokens=max_tokens, logprobs=logprobs)
         asked = {"prompt_token_ids": token_ids, "cache_salt": body.cache_salt}
         return [(asked, params) for params in every]
 
@@ -270,6 +290,12 @@ class _ChatAnswer(_Answer):
     ) -> dict[str, Any]:
         completion = output.outputs[0]
         rows = completion.logprobs
+        if num_tokens == 0:
+            self._pieces[index] = text.TokenPieces(
+                self.service.texts,
+                skip_special_tokens=self.body.skip_special_tokens,
+                prompt_token_ids=output.prompt_token_ids,
+            )
         return {
             "index": index,
             name: content,
@@ -277,6 +303,7 @@ class _ChatAnswer(_Answer):
             if rows is None
             else text.for_chat(
                 self.service.texts,
+                self._pieces[index],
                 completion.token_ids[num_tokens:],
                 rows[num_tokens:],
                 self.body.top_logprobs or 0,

@@ -164,23 +164,32 @@ class _SamplingRequest(LenientModel):
     def sampling_params(
         self,
         *,
+        defaults: dict[str, Any],
         max_tokens: int | None,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
     ) -> list[SamplingParams]:
         """The engine's parameters of each completion of a prompt: they share everything except the seed.
 
+        Args:
+            defaults: arguments of `SamplingParams` in place of its own defaults.
+
         Raises:
             InvalidRequest: a value that the engine refuses.
         """
+
+        def chosen(name: str) -> Any:
+            asked = getattr(self, name)
+            return defaults.get(name, getattr(SamplingParams, name)) if asked is None else asked
+
         first = SamplingParams(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=0 if self.top_k is None else self.top_k,
-            min_p=0.0 if self.min_p is None else self.min_p,
+            temperature=chosen("temperature"),
+            top_p=chosen("top_p"),
+            top_k=chosen("top_k"),
+            min_p=chosen("min_p"),
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
-            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            repetition_penalty=chosen("repetition_penalty"),
             logit_bias={int(i): value for i, value in (self.logit_bias or {}).items()},
             allowed_token_ids=self.allowed_token_ids,
             bad_words=list(self.bad_words or []),
@@ -212,6 +221,9 @@ class CompletionRequest(_SamplingRequest):
     )
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = Field(None, description="Return the prompt in front of the completion.")
+    add_special_tokens: bool = Field(
+        True, description="Begin a text prompt with the tokens that the tokenizer puts there."
+    )
 
     @model_validator(mode="after")
     def _nothing_to_do(self) -> "CompletionRequest":
@@ -273,6 +285,9 @@ class ChatCompletionRequest(_SamplingRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_generation_prompt: bool = True
+    add_special_tokens: bool = Field(
+        False, description="Add the tokenizer's to what the template made, which has its own."
+    )
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")

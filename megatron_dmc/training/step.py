@@ -98,6 +98,8 @@ def check_loss(loss: Tensor) -> None:
     """Megatron's fault detection on a microbatch's loss, as its pretrain_gpt.py has it: NaN, infinity and,
     with `--check-for-spiky-loss`, a jump. What is rejected is run again (`--rerun-mode`)."""
     args, machine = get_args(), get_rerun_state_machine()
+    # it is kept and compared with the repeated one's, and Megatron's schedule divides the loss in place
+    loss = loss.detach().clone()
     if args.check_for_nan_in_loss_and_grad:
         for rejects, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
             machine.validate_result(
