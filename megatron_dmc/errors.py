@@ -1,5 +1,8 @@
 """Errors that users meet. Each message names the thing, its value and the remedy."""
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class DMCError(Exception):
     """Base class of this package's errors."""
@@ -11,6 +14,18 @@ class UnsupportedConfig(DMCError, ValueError):
 
 class InvalidRequest(DMCError, ValueError):
     """A generation request that can never run (prompt over the context, bad sampling parameter)."""
+
+
+class RequestFailed(DMCError, RuntimeError):
+    """A request that was ended by an exception of its own work; the engine and other requests go on.
+
+    Attributes:
+        outputs: `LLM.generate`'s: those of all prompts, failed ones with what they had.
+    """
+
+    def __init__(self, message: str, outputs: Sequence[Any] = ()):
+        super().__init__(message)
+        self.outputs = list(outputs)
 
 
 class OutOfPages(DMCError, RuntimeError):

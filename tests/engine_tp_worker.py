@@ -9,7 +9,7 @@ import time
 import torch
 
 from megatron_dmc import LLM, SamplingParams
-from megatron_dmc.errors import EngineDead
+from megatron_dmc.errors import EngineDead, RequestFailed
 
 TIMEOUT_S = 6.0
 
@@ -17,7 +17,7 @@ TIMEOUT_S = 6.0
 def main():
     path, size, out, mode = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
     torch.set_num_threads(1)
-    short = mode not in ("plenty", "killed")
+    short = mode not in ("plenty", "killed", "failed")
     options = {"num_pages": 108 // size, "max_num_batched_tokens": 24} if short else {}
     if "int8" in mode:
         options |= {"kv_cache_dtype": "int8", "num_pages": 60}
@@ -33,6 +33,8 @@ def main():
         in_third_step(llm.engine, lambda: os.kill(os.getpid(), signal.SIGKILL))
     if mode == "stopped":
         in_third_step(llm.engine, lambda: os.kill(own[-1], signal.SIGSTOP))
+    if mode == "failed" and parallel.rank == 0:
+        fail_on_this_rank(llm.engine, number=2)
     if llm.follow():
         return
     with open(out + ".prompts") as f:
@@ -48,6 +50,8 @@ def main():
             outputs = llm.generate(
                 [{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False
             )  # fmt: skip
+    except RequestFailed as error:
+        outputs = error.outputs
     except EngineDead as error:
         with open(out, "w") as f:
             json.dump(
@@ -61,7 +65,7 @@ def main():
     with open(out, "w") as f:
         json.dump(
             {"alive": [pid for pid in own if is_alive(pid)], "tokens": [o.outputs[0].token_ids for o in outputs],
-             "entries": stats.entries_LG, "preemptions": stats.num_preemptions,
+             "errors": [o.error for o in outputs], "entries": stats.entries_LG, "preemptions": stats.num_preemptions,
              "in_use": stats.num_pages_in_use, "hits": stats.num_prefix_hit_tokens,
              "evicted": stats.num_evicted_prefixes}, f,
         )  # fmt: skip
@@ -78,6 +82,18 @@ def in_third_step(engine, act):
         return step()
 
     engine._step = counted
+
+
+def fail_on_this_rank(engine, number):
+    """One request's own work, in its fourth token."""
+    append = engine._append
+
+    def broken(request, token):
+        if request.number == number and len(request.output_token_ids) == 3:
+            raise KeyError("injected")
+        return append(request, token)
+
+    engine._append = broken
 
 
 def is_alive(pid):

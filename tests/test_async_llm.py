@@ -72,7 +72,7 @@ def test_refusal_abort_and_cancellation_free_the_pages():
     async def main():
         with pytest.raises(InvalidRequest, match="vocabulary"):
             await collect(llm, [10**6], long)
-        with pytest.raises(TypeError):
+        with pytest.raises(InvalidRequest, match="neither a text nor token ids"):
             await collect(llm, [None], long)
         # leaving the loop
         generator = llm.generate(PROMPTS[0], long, "left")

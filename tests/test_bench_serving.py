@@ -81,8 +81,8 @@ def test_serve(capsys, tmp_path):
 
 
 def test_figures():
-    a = Result(10, 5, ttft=0.1, e2el=0.6, last_text=0.5, itl=[0.1] * 4)
-    b = Result(20, 1, ttft=0.3, e2el=0.3, last_text=0.3)
+    a = Result(10, 5, ttft=0.1, e2el=0.6, last_token=0.5, itl=[0.1] * 4)
+    b = Result(20, 1, ttft=0.3, e2el=0.3, last_token=0.3)
     c = Result(error="status 500")
     assert a.tpot == pytest.approx(0.1) and b.tpot is None
     s = summarize([a, b, c], 2.0, {"ttft": 0.2, "tpot": 0.2}, [50, 100])
@@ -123,3 +123,44 @@ def test_a_broken_stream_is_a_failure():
 
     short, error, junk = asyncio.run(ask())
     assert "broke off" in short.error and "engine failed" in error.error and junk.error
+
+
+def test_a_first_token_without_text_is_timed():
+    """Half of a character, of a completion; and of a chat, behind a chunk that only has the role."""
+    import aiohttp
+
+    from megatron_dmc.bench.load import request
+
+    pause = 0.15
+    early = {"role": "assistant", "content": ""}
+    streams = {
+        b"/completions": [{"text": ""}, {"text": "x"}],
+        b"/chat": [{"delta": early}, {"delta": {"content": ""}}, {"delta": {"content": "x"}}],
+    }
+
+    async def answer(reader, writer):
+        path = (await reader.readline()).split()[1]
+        while (await reader.readline()).strip():
+            pass
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+        for choice in streams[path]:
+            await asyncio.sleep(pause)
+            writer.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
+            await writer.drain()
+        usage = {"prompt_tokens": 3, "completion_tokens": 2}
+        writer.write(f"data: {json.dumps({'choices': [], 'usage': usage})}\n\n".encode())
+        writer.write(b"data: [DONE]\n\n")
+        writer.close()
+
+    async def ask():
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server, aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+            return [await request(session, path.decode(), {}) for path in streams]
+
+    for result, num_pauses in zip(asyncio.run(ask()), (1, 2), strict=True):
+        assert result.error is None and len(result.itl) == 1
+        # the last chunk with text is a pause later
+        assert result.ttft == pytest.approx(result.e2el - pause, abs=0.9 * pause)
+        assert result.ttft >= num_pauses * pause
+        assert result.tpot == pytest.approx(result.itl[0])

@@ -117,6 +117,17 @@ def test_processes_of_its_own_do_the_same(saved, size):
 
 
 @pytest.mark.dist
+def test_a_request_that_fails_on_rank_0_ends_on_all(saved):
+    """The other rank knows nothing of the fault; both go on with one schedule."""
+    result, codes, text = launch(saved[0], 2, "failed")
+    assert set(codes) == {0}, text
+    tokens, _ = saved[1]["auto"]
+    assert result["errors"].pop(2).endswith("KeyError: 'injected'") and not any(result["errors"])
+    assert result["tokens"].pop(2) == tokens[2][:3]
+    assert result["tokens"] == tokens[:2] + tokens[3:] and result["in_use"] == 0
+
+
+@pytest.mark.dist
 def test_a_killed_rank_ends_the_engine_at_once(saved):
     result, codes, text = launch(saved[0], 2, "killed")
     assert codes == [0, -9], text

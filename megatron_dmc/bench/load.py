@@ -2,8 +2,8 @@
 
 Regime: open loop with gamma-distributed gaps (Poisson at burstiness 1), perhaps bounded by
 --max-concurrency; every request streams. Metrics, as the client sees them, in milliseconds: TTFT, from
-sending to the first text; ITL, between two chunks with text; TPOT, (last - first text) / (tokens - 1);
-E2EL, from sending to the end. The last line printed is one JSON document with vLLM's keys. A request that
+sending to the first chunk of a token, with text or (an end token, part of a character) without; ITL, between
+two such chunks; TPOT, (last - first) / (tokens - 1); E2EL, from sending to the end. The last line printed is one JSON document with vLLM's keys. A request that
 fails counts as failed and enters no latency.
 """
 
@@ -36,8 +36,8 @@ class Result:
     output_tokens: int = 0
     ttft: float = 0.0
     e2el: float = 0.0
-    last_text: float = 0.0
-    """From sending to the last chunk with text."""
+    last_token: float = 0.0
+    """From sending to the last chunk of a token."""
     itl: list[float] = field(default_factory=list)
     measured_cr: float | None = None
     error: str | None = None
@@ -47,7 +47,7 @@ class Result:
         """None for a single token."""
         if self.output_tokens < 2:
             return None
-        return (self.last_text - self.ttft) / (self.output_tokens - 1)
+        return (self.last_token - self.ttft) / (self.output_tokens - 1)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -182,13 +182,13 @@ async def request(session: Any, url: str, body: dict[str, Any]) -> Result:
                 if chunk.get("error"):
                     result.error = str(chunk["error"].get("message", chunk["error"]))
                     return result
-                if any(_text_of(choice) for choice in chunk.get("choices", ())):
+                if any(map(_is_of_token, chunk.get("choices", ()))):
                     if before is None:
                         result.ttft = now - sent
                     else:
                         result.itl.append(now - before)
                     before = now
-                    result.last_text = now - sent
+                    result.last_token = now - sent
                 usage = chunk.get("usage")
                 if usage:
                     result.prompt_tokens = usage["prompt_tokens"]
@@ -200,16 +200,18 @@ async def request(session: Any, url: str, body: dict[str, Any]) -> Result:
         result.error = f"{type(e).__name__}: {e}"
     result.e2el = time.perf_counter() - sent
     if result.error is None and before is None:
-        # only tokens without text, as the end-of-text token: the end is all that was seen
-        result.ttft = result.last_text = result.e2el
+        # a server that sends nothing for tokens without text: the end is all that was seen
+        result.ttft = result.last_token = result.e2el
     return result
 
 
-def _text_of(choice: dict[str, Any]) -> str | None:
-    if "text" in choice:
-        return choice["text"]
-    delta = choice.get("delta") or {}
-    return delta.get("content") or delta.get("reasoning_content")
+def _is_of_token(choice: dict[str, Any]) -> bool:
+    """Whether a choice was sent for a token, as vLLM's benchmark counts: any one, text or not; of a chat not
+    the one that only gives the role, which some servers send before they compute anything."""
+    if "delta" not in choice:
+        return True
+    delta = choice["delta"] or {}
+    return bool(delta.get("content") or delta.get("reasoning_content")) or "role" not in delta
 
 
 def summarize(

@@ -23,13 +23,26 @@ from megatron_dmc.cache.block_tables import BlockTables, LateCounts, OpenSegment
 from megatron_dmc.cache.page_counts import Run
 
 
-def extend_keys(keys: list[bytes], token_ids: Sequence[int], block_size: int) -> None:
+def extend_keys(
+    keys: list[bytes], token_ids: Sequence[int], block_size: int, *, salt: str | None = None
+) -> None:
     """Append the keys of the full blocks of `token_ids`, which follow the blocks that have keys. Each is a
-    hash of the block and of the key before it, so equal keys mean equal prefixes. Mutates `keys`."""
+    hash of the block and of the key before it, so equal keys mean equal prefixes. Mutates `keys`.
+
+    Args:
+        salt: stands before the first block: equal keys mean equal salts too.
+    """
     for end in range(block_size, len(token_ids) + 1, block_size):
-        digest = hashlib.blake2b(keys[-1] if keys else b"", digest_size=16)
+        digest = hashlib.blake2b(keys[-1] if keys else _salt_key(salt), digest_size=16)
         digest.update(array("q", token_ids[end - block_size : end]).tobytes())
         keys.append(digest.digest())
+
+
+def _salt_key(salt: str | None) -> bytes:
+    if salt is None:
+        return b""
+    data = salt.encode(errors="surrogatepass")
+    return hashlib.blake2b(data, digest_size=16, person=b"cache_salt").digest()
 
 
 @dataclass

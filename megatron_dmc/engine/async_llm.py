@@ -16,12 +16,13 @@ from concurrent.futures import Future
 from typing import Any
 
 from megatron_dmc.engine.engine import LLMEngine
+from megatron_dmc.engine.isolation import own_work
 from megatron_dmc.engine.llm import LLM
 from megatron_dmc.engine.prompts import read_prompt
 from megatron_dmc.engine.request import RequestOutput
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.engine.stats import EngineStats
-from megatron_dmc.errors import EngineDead
+from megatron_dmc.errors import EngineDead, InvalidRequest, RequestFailed
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +137,7 @@ class AsyncLLM:
 
         Raises:
             InvalidRequest: it can never run.
+            RequestFailed: an exception of its own work ended it.
             EngineDead: the engine has failed, or was shut down.
         """
         stream = await self.add_request(prompt, sampling_params, request_id, priority=priority)
@@ -189,10 +191,12 @@ class AsyncLLM:
             InvalidRequest: it has none; the message names `request_id`.
         """
         tokenizer, vocab_size = self.engine.tokenizer, self.engine.description.vocab_size
-        _, token_ids = await asyncio.to_thread(
-            read_prompt, request_id, prompt, tokenizer, vocab_size
-        )
-        return token_ids
+
+        def tokenize() -> list[int]:
+            with own_work(request_id):
+                return read_prompt(request_id, prompt, tokenizer, vocab_size)[1]
+
+        return await asyncio.to_thread(tokenize)
 
     # The engine as a whole.
 
@@ -267,8 +271,8 @@ class AsyncLLM:
                 continue
             try:
                 future.set_result(function())
-            except (ValueError, TypeError, ArithmeticError) as e:
-                # the caller's mistake; all else is the engine's failure
+            except (InvalidRequest, RequestFailed) as e:
+                # the request's affair; all else is the engine's failure
                 future.set_exception(e)
             except BaseException as e:
                 future.set_exception(EngineDead(f"the engine failed: {type(e).__name__}: {e}"))
@@ -282,7 +286,10 @@ class AsyncLLM:
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         """Hand outputs to their streams: one call per event loop."""
         if self._observer is not None:
-            self._observer(outputs)
+            try:
+                self._observer(outputs)
+            except Exception:
+                logger.exception("the observer of outputs failed; no request is affected")
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, Any]]] = {}
         for output in outputs:
             stream = self._streams.get(output.request_id)
@@ -290,7 +297,8 @@ class AsyncLLM:
                 continue
             if output.finished:
                 del self._streams[output.request_id]
-            by_loop.setdefault(stream._loop, []).append((stream, output))
+            item = output if output.error is None else RequestFailed(output.error)
+            by_loop.setdefault(stream._loop, []).append((stream, item))
         self._hand_over(by_loop)
 
     def _hand_over(self, by_loop: dict) -> None:

@@ -218,7 +218,7 @@ class PagedContext(BaseInferenceContext):
         first = len(request.prefix_keys) * size
         if num_tokens - first >= size:
             tokens = request.tokens_between(first, num_tokens)
-            extend_keys(request.prefix_keys, tokens, size)
+            extend_keys(request.prefix_keys, tokens, size, salt=request.cache_salt)
 
     # A step.
 

@@ -3,6 +3,9 @@
 Dimension letters: L layers, G key/value heads.
 """
 
+import dataclasses
+import logging
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -16,10 +19,11 @@ from megatron_dmc.engine.config import EngineConfig, parse_kv_cache_dtype
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.decision_record import DecisionRecord
 from megatron_dmc.engine.detokenizer import IncrementalDetokenizer, find_stop
+from megatron_dmc.engine.isolation import ends_engine, own_work
 from megatron_dmc.engine.logit_rules import bad_words_token_ids, check_token_ids
 from megatron_dmc.engine.model_runner import ModelRunner, device_of_weights
-from megatron_dmc.engine.outputs import output_of
-from megatron_dmc.engine.prompts import read_prompt
+from megatron_dmc.engine.outputs import output_of, visible_text
+from megatron_dmc.engine.prompts import read_cache_salt, read_prompt
 from megatron_dmc.engine.request import Request, RequestOutput, RequestStatus
 from megatron_dmc.engine.rule import check_combinations, compression_rule
 from megatron_dmc.engine.sampler import SampledToken, Sampler, token_logprobs
@@ -28,8 +32,14 @@ from megatron_dmc.engine.scheduler import ScheduledChunk, Scheduler
 from megatron_dmc.engine.sizes import check_fits_model
 from megatron_dmc.engine.stats import Counters, EngineStats
 from megatron_dmc.engine.tensor_parallel import Command, TensorParallel
-from megatron_dmc.errors import EngineDead, InvalidRequest
+from megatron_dmc.errors import EngineDead, InvalidRequest, RequestFailed
 from megatron_dmc.ops.tensors import take_rows
+
+logger = logging.getLogger(__name__)
+
+
+_METHODS = {"step": "_step", "fail_request": "_failed_on_rank_0"}
+"""What the other ranks call where rank 0 is called something else."""
 
 
 class LLMEngine:
@@ -136,6 +146,7 @@ class LLMEngine:
         self._detokenizers: dict[str, IncrementalDetokenizer] = {}
         self._unsent: list[Command] = []
         self._lost: EngineDead | None = None
+        self._failed_here: set[str] = set()
         self._num_added = 0
         self._counters = Counters(description.num_layers, description.num_query_groups)
 
@@ -152,18 +163,41 @@ class LLMEngine:
         """Queue a request.
 
         Args:
-            prompt: see `read_prompt`.
-            params: default: `default_sampling_params`.
+            prompt: see `read_prompt`; a dict's `"cache_salt"` names those who share cached prefixes.
+            params: copied and checked anew, later changes of it have no effect; default:
+                `default_sampling_params`.
             priority: lower goes first; only with the scheduling policy "priority".
 
         Raises:
             InvalidRequest: it can never run; nothing is queued then.
+            RequestFailed: its tokenizer or another part of its own work raised something else; nothing
+                is queued then either.
         """
-        params = params if params is not None else SamplingParams(**self.default_sampling_params)
         self._check_alive()
         if request_id in self._requests:
             raise InvalidRequest(f"request {request_id}: this id is in use; choose another")
-        if not isinstance(priority, int):
+        with own_work(request_id):
+            request, detokenizer = self._prepare(request_id, prompt, params, priority)
+            self.scheduler.add(request)
+        self._tell("add_request", request_id, prompt, params, priority=priority)
+        self._num_added += 1
+        self._requests[request_id] = request
+        if detokenizer is not None:
+            self._detokenizers[request_id] = detokenizer
+
+    def _prepare(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int] | dict,
+        params: SamplingParams | None,
+        priority: int,
+    ) -> tuple[Request, IncrementalDetokenizer | None]:
+        """A checked request. Changes nothing."""
+        if params is None:
+            params = SamplingParams(**self.default_sampling_params)
+        else:
+            params = dataclasses.replace(params)
+        if not isinstance(priority, int) or isinstance(priority, bool):
             raise InvalidRequest(f"request {request_id}: priority={priority!r}: use a whole number")
         text, token_ids = read_prompt(
             request_id, prompt, self.tokenizer, self.description.vocab_size
@@ -183,18 +217,17 @@ class LLMEngine:
             params=params,
             max_total_tokens=len(token_ids) + new,
             priority=priority,
+            cache_salt=read_cache_salt(request_id, prompt),
             bad_words_token_ids=bad_words_token_ids(request_id, params, self.tokenizer),
             decisions=DecisionRecord() if self._counts_flips else None,
             prompt_logprobs=[None] * min(params.prompt_logprobs_start, len(token_ids)),
         )
-        self.scheduler.add(request)
-        self._tell("add_request", request_id, prompt, params, priority=priority)
-        self._num_added += 1
-        self._requests[request_id] = request
+        detokenizer = None
         if self.tokenizer is not None:
-            self._detokenizers[request_id] = IncrementalDetokenizer(
+            detokenizer = IncrementalDetokenizer(
                 self.tokenizer, token_ids, skip_special_tokens=params.skip_special_tokens
             )
+        return request, detokenizer
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
         """End a request and give back its pages. None if it is unknown or has finished."""
@@ -203,7 +236,7 @@ class LLMEngine:
             return None
         self._tell("abort_request", request_id)
         self._finish(request, "abort", None)
-        return self._forget(request)
+        return self._collect([request])[0]
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -212,7 +245,8 @@ class LLMEngine:
     # A step.
 
     def step(self) -> list[RequestOutput]:
-        """Compute one batch. Returns what changed: every request that got a token or ended.
+        """Compute one batch. Returns what changed: every request that got a token or ended. One whose own
+        work fails ends with finish_reason "error"; the others go on.
 
         Raises:
             EngineDead: with tensor parallelism: another rank is gone.
@@ -235,6 +269,8 @@ class LLMEngine:
             raise
 
     def _step(self) -> list[RequestOutput]:
+        if self._failed_here and self.parallel is not None and self.parallel.rank > 0:
+            raise RuntimeError(f"requests failed on this rank alone: {sorted(self._failed_here)}")
         began = time.perf_counter()
         schedule = self.scheduler.schedule()
         if not schedule.chunks:
@@ -254,39 +290,78 @@ class LLMEngine:
     def _postprocess(
         self, chunks: list[ScheduledChunk], logits_XV: Tensor, wanted: list[list[int]]
     ) -> list[Request]:
-        """Advance the requests, sample, and end those that are done."""
+        """Advance the requests, sample, and end those that are done or have failed."""
         sampling: list[Request] = []
+        failed: list[tuple[Request, RequestFailed]] = []
         sample_rows: list[int] = []
         row = 0
         for chunk, offsets in zip(chunks, wanted, strict=True):
             request = chunk.request
             rows = list(range(row, row + len(offsets)))
             row += len(offsets)
-            if chunk.samples:
-                sampling.append(request)
-                sample_rows.append(rows.pop())
-            if rows:
-                logits = take_rows(logits_XV, rows)
-                self._record_prompt_logprobs(request, chunk.start + offsets[0], logits)
+            sample_row = rows.pop() if chunk.samples else None
+            try:
+                if rows:
+                    with own_work(request.request_id):
+                        logits = take_rows(logits_XV, rows)
+                        self._record_prompt_logprobs(request, chunk.start + offsets[0], logits)
+                if sample_row is not None:
+                    sampling.append(request)
+                    sample_rows.append(sample_row)
+            except RequestFailed as error:
+                failed.append((request, error))
             request.num_computed_tokens = chunk.end
         tokens = self._sample(take_rows(logits_XV, sample_rows), sampling) if sampling else []
         # the device is done: the counts wait for nothing more
         self.context.settle()
         self._counters.peak_pages = max(self._counters.peak_pages, self._pages_in_use)
         for request, token in zip(sampling, tokens, strict=True):
-            self._append(request, token)
-        return sampling
+            try:
+                if isinstance(token, RequestFailed):
+                    raise token
+                with own_work(request.request_id):
+                    ending = self._append(request, token)
+                if ending is not None:
+                    self._finish(request, *ending)
+            except RequestFailed as error:
+                failed.append((request, error))
+        for request, failure in failed:
+            self._fail(request, failure)
+        return sampling + [request for request, _ in failed if request not in sampling]
 
-    def _sample(self, logits_BV: Tensor, requests: list[Request]) -> list[SampledToken]:
+    def _sample(
+        self, logits_BV: Tensor, requests: list[Request]
+    ) -> list[SampledToken | RequestFailed]:
         if self.parallel is None:
+            return self._sample_here(logits_BV, requests)
+        return self.parallel.from_first(lambda: self._sample_here(logits_BV, requests))
+
+    def _sample_here(
+        self, logits_BV: Tensor, requests: list[Request]
+    ) -> list[SampledToken | RequestFailed]:
+        """All requests together; if that raises, one after the other, to find out whose work it is. A row's
+        token does not depend on the others."""
+        try:
             return self.sampler.sample(logits_BV, requests)
-        return self.parallel.from_first(lambda: self.sampler.sample(logits_BV, requests))
+        except BaseException as error:
+            if ends_engine(error):
+                raise
+        sampled: list[SampledToken | RequestFailed] = []
+        for b, request in enumerate(requests):
+            try:
+                with own_work(request.request_id):
+                    sampled += self.sampler.sample(logits_BV[b : b + 1], [request])
+            except RequestFailed as error:
+                sampled.append(error)
+        return sampled
 
     def _collect(self, changed: list[Request]) -> list[RequestOutput]:
-        return [
-            self._forget(request) if request.is_finished else self._output(request)
-            for request in changed
-        ]
+        outputs = []
+        for request in changed:
+            outputs.append(self._output(request))
+            if request.is_finished:
+                self._forget(request)
+        return outputs
 
     # Tensor parallelism.
 
@@ -303,7 +378,7 @@ class LLMEngine:
                 for command in parallel.receive():
                     if command.name == "close":
                         return
-                    method = self._step if command.name == "step" else getattr(self, command.name)
+                    method = getattr(self, _METHODS.get(command.name, command.name))
                     method(*command.arguments, **command.keywords)
         except RuntimeError as error:
             raise parallel.explain(error) from error
@@ -352,7 +427,8 @@ class LLMEngine:
 
     # One request.
 
-    def _append(self, request: Request, token: SampledToken) -> None:
+    def _append(self, request: Request, token: SampledToken) -> tuple[str, str | int | None] | None:
+        """Take a token in. Returns finish_reason and stop_reason if it is the last one."""
         if request.metrics.first_token_time is None:
             request.metrics.first_token_time = time.monotonic()
         request.output_token_ids.append(token.token_id)
@@ -380,13 +456,14 @@ class LLMEngine:
                 end = at + len(stop_text) if params.include_stop_str_in_output else at
                 detokenizer.text = detokenizer.text[:end]
         if stop_text is not None:
-            self._finish(request, "stop", stop_text)
-        elif is_eos:
-            self._finish(request, "stop", None if token.token_id == self.eos_id else token.token_id)
-        elif is_stop_token:
-            self._finish(request, "stop", token.token_id)
-        elif request.num_tokens >= request.max_total_tokens:
-            self._finish(request, "length", None)
+            return "stop", stop_text
+        if is_eos:
+            return "stop", None if token.token_id == self.eos_id else token.token_id
+        if is_stop_token:
+            return "stop", token.token_id
+        if request.num_tokens >= request.max_total_tokens:
+            return "length", None
+        return None
 
     def _record_prompt_logprobs(self, request: Request, start: int, logits_XV: Tensor) -> None:
         """Row x of the logits tells of prompt token `start + x + 1`."""
@@ -394,6 +471,11 @@ class LLMEngine:
         assert count is not None
         following = request.prompt_token_ids[start + 1 : start + 1 + len(logits_XV)]
         rows = token_logprobs(logits_XV, following, [count] * len(following))
+        if any(math.isnan(p.logprob) for row in rows for p in row.values()):
+            raise RequestFailed(
+                f"request {request.request_id}: the model's logits of the prompt are not finite (NaN or "
+                "infinity); a larger dtype may help"
+            )
         # after a preemption the first ones are there already
         request.prompt_logprobs += rows[len(request.prompt_logprobs) - start - 1 :]
 
@@ -407,12 +489,29 @@ class LLMEngine:
         request.metrics.finished_time = time.monotonic()
         self._counters.num_finished += 1
 
-    def _forget(self, request: Request) -> RequestOutput:
-        output = self._output(request)
+    def _fail(self, request: Request, error: RequestFailed) -> None:
+        """End a request, if it has not ended, because of its own work."""
+        logger.error("%s", error, exc_info=error.__cause__)
+        if not request.is_finished:
+            self._finish(request, "error", None)
+        request.finish_reason, request.stop_reason = "error", None
+        request.error = str(error)
+        if self.parallel is not None and self.parallel.rank > 0:
+            self._failed_here.add(request.request_id)
+        self._tell("fail_request", request.request_id)
+
+    def _failed_on_rank_0(self, request_id: str) -> None:
+        """On the other ranks: end it too, unless its work failed here as well."""
+        self._failed_here.discard(request_id)
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._finish(request, "error", None)
+            self._forget(request)
+
+    def _forget(self, request: Request) -> None:
         self.sampler.forget(request)
         self._detokenizers.pop(request.request_id, None)
         del self._requests[request.request_id]
-        return output
 
     def _entries_of(self, request: Request) -> np.ndarray:
         assert request.row is not None
@@ -430,7 +529,14 @@ class LLMEngine:
 
     def _output(self, request: Request) -> RequestOutput:
         self._measure(request)
-        return output_of(request, self._detokenizers.get(request.request_id))
+        text = ""
+        if request.error is None and (self.parallel is None or self.parallel.rank == 0):
+            try:
+                with own_work(request.request_id):
+                    text = visible_text(request, self._detokenizers.get(request.request_id))
+            except RequestFailed as error:
+                self._fail(request, error)
+        return output_of(request, text)
 
     # Figures.
 

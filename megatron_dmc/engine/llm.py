@@ -22,7 +22,7 @@ from megatron_dmc.engine.scheduler import SchedulingPolicy
 from megatron_dmc.engine.sizes import check_arguments, check_memory
 from megatron_dmc.engine.start import ended_on_failure, start_ranks
 from megatron_dmc.engine.stats import EngineStats
-from megatron_dmc.errors import EngineDead, InvalidRequest, UnsupportedConfig
+from megatron_dmc.errors import EngineDead, InvalidRequest, RequestFailed, UnsupportedConfig
 from megatron_dmc.ops.kv_pages import entry_bytes
 from megatron_dmc.quiet import quietly
 
@@ -236,6 +236,8 @@ class LLM:
 
         Raises:
             InvalidRequest: for the first prompt that can never run; none has been started then.
+            RequestFailed: an exception of a prompt's own work ended it; raised when the others are done,
+                with the `outputs` of all.
         """
         if isinstance(prompts, str | dict):
             prompts = [prompts]
@@ -266,7 +268,15 @@ class LLM:
             for request_id in ids:
                 self.engine.abort_request(request_id)
             raise
-        return [finished[request_id] for request_id in ids]
+        outputs = [finished[request_id] for request_id in ids]
+        errors = [output.error for output in outputs if output.error is not None]
+        if errors:
+            raise RequestFailed(
+                f"{len(errors)} of {len(outputs)} prompts failed, the first: {errors[0]}; the other "
+                "completions are in this exception's `outputs`",
+                outputs,
+            )
+        return outputs
 
     def _run(self, num_requests: int, use_tqdm: bool) -> dict[str, RequestOutput]:
         from tqdm import tqdm

@@ -74,7 +74,11 @@ class LogitRules:
                 torch.stack([_given(states[b].is_known_V) for b in counted]),
                 *penalties_B3.split(1, dim=1),
             )
-        forbidden = [(b, token) for b in ruled for token in self._forbidden(requests[b])]
+        # a token that the model lacks, as an end token of a tokenizer given separately, is never made
+        forbidden = [
+            (b, token) for b in ruled for token in self._forbidden(requests[b])
+            if token < scores_BV.shape[1]
+        ]  # fmt: skip
         if forbidden:
             allowed_BV = scores_BV.clone()
             # a number in place of the tensor would be copied to the device, and waited for
@@ -170,9 +174,9 @@ def bad_words_token_ids(
 
 def check_token_ids(request_id: str, params: SamplingParams, vocab_size: int) -> None:
     """Raises:
-    InvalidRequest: a rule names a token that the model lacks.
+    InvalidRequest: a parameter names a token that the model lacks.
     """
-    for name in ("logit_bias", "allowed_token_ids"):
+    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
         for token_id in getattr(params, name) or ():
             if token_id >= vocab_size:
                 raise InvalidRequest(

@@ -4,13 +4,13 @@ from megatron_dmc.engine.detokenizer import IncrementalDetokenizer
 from megatron_dmc.engine.request import CompletionOutput, Request, RequestOutput
 
 
-def output_of(request: Request, detokenizer: IncrementalDetokenizer | None) -> RequestOutput:
-    """The request's state so far; its lists are shared, not copied."""
+def output_of(request: Request, text: str) -> RequestOutput:
+    """The request's state so far, with its `visible_text`; its lists are shared, not copied."""
     wants_logprobs = request.params.logprobs is not None
     wants_prompt = request.params.prompt_logprobs is not None
     completion = CompletionOutput(
         index=0,
-        text=_visible_text(request, detokenizer),
+        text=text,
         num_tokens=len(request.output_token_ids),
         request_token_ids=request.output_token_ids,
         cumulative_logprob=request.cumulative_logprob if wants_logprobs else None,
@@ -27,10 +27,11 @@ def output_of(request: Request, detokenizer: IncrementalDetokenizer | None) -> R
         finished=request.is_finished,
         metrics=request.metrics,
         cr=request.metrics.measured_cr,
+        error=request.error,
     )
 
 
-def _visible_text(request: Request, detokenizer: IncrementalDetokenizer | None) -> str:
+def visible_text(request: Request, detokenizer: IncrementalDetokenizer | None) -> str:
     """The text so far, without what may yet turn out to begin a stop text."""
     if detokenizer is None:
         return ""

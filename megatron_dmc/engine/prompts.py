@@ -1,6 +1,8 @@
 """What a request may give as its prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import index
+from typing import Any
 
 from megatron_dmc.checkpoint.tokenizer import Tokenizer
 from megatron_dmc.errors import InvalidRequest
@@ -50,7 +52,7 @@ def read_prompt(
         if tokenizer.bos_id is not None and not token_ids:
             token_ids = [tokenizer.bos_id]
     else:
-        token_ids = [int(i) for i in prompt]
+        token_ids = _whole_numbers(request_id, prompt)
     for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(
@@ -58,6 +60,33 @@ def read_prompt(
                 f"model's vocabulary of {vocab_size}; was the prompt encoded with its tokenizer?"
             )
     return text, token_ids
+
+
+def read_cache_salt(request_id: str, prompt: Any) -> str | None:
+    """`"cache_salt"` of a prompt that is a dict, as vLLM's.
+
+    Raises:
+        InvalidRequest: it is no text, or empty.
+    """
+    salt = prompt.get("cache_salt") if isinstance(prompt, dict) else None
+    if salt is not None and not (isinstance(salt, str) and salt):
+        raise InvalidRequest(f"request {request_id}: cache_salt={salt!r}: use a non-empty text")
+    return salt
+
+
+def _whole_numbers(request_id: str, prompt: Any) -> list[int]:
+    """Token ids as they were given, numpy's and torch's too; nothing is rounded."""
+    if isinstance(prompt, Iterable):
+        token_ids = list(prompt)
+        try:
+            if not any(isinstance(i, bool) for i in token_ids):
+                return [index(i) for i in token_ids]
+        except TypeError:
+            pass
+    raise InvalidRequest(
+        f"request {request_id}: a prompt of type {type(prompt).__name__} that is neither a text nor token "
+        "ids; token ids are whole numbers"
+    )
 
 
 def _named(token_id: int, tokenizer: Tokenizer | None) -> str:

@@ -67,6 +67,8 @@ class Request:
     )
     priority: int = 0
     """Lower goes first, with the scheduling policy "priority"."""
+    cache_salt: str | None = None
+    """Cached prefixes are shared with requests of the same salt only."""
     prefix_keys: list[bytes] = field(default_factory=list)
     """Of the full blocks of its tokens, as far as they were asked for."""
     decisions: DecisionRecord | None = None
@@ -80,6 +82,8 @@ class Request:
     """The cache's row while running."""
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    error: str | None = None
+    """What went wrong, with finish_reason "error"."""
     cumulative_logprob: float = 0.0
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
@@ -128,7 +132,7 @@ class CompletionOutput:
     cumulative_logprob: float | None
     request_logprobs: list[dict[int, Logprob]] | None = field(repr=False)
     finish_reason: str | None
-    """"stop", "length", "abort", or None while it goes on."""
+    """"stop", "length", "abort", "error", or None while it goes on."""
     stop_reason: str | int | None
     """The stop text or token; None for the tokenizer's end-of-text token."""
 
@@ -157,3 +161,5 @@ class RequestOutput:
     metrics: RequestMetrics
     cr: float | None
     """Measured CR of this request: tokens / entries, over all layers and KV heads."""
+    error: str | None = None
+    """What went wrong, with finish_reason "error"; the completion has no text then."""

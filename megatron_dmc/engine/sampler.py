@@ -14,8 +14,12 @@ from megatron_dmc.cache import LateCopy
 from megatron_dmc.engine.draws import uniforms
 from megatron_dmc.engine.logit_rules import LogitRules
 from megatron_dmc.engine.request import Logprob, Request
+from megatron_dmc.errors import RequestFailed
 from megatron_dmc.ops.gates import mix_seed
 from megatron_dmc.ops.tensors import accumulator_dtype, take_rows, to_device
+
+_NO_TOKEN = -1
+"""On the device, in place of a token: the row has no distribution to choose from."""
 
 
 @dataclass
@@ -26,6 +30,13 @@ class SampledToken:
     logprob: float | None
     """Of the model itself: before biases, penalties, temperature and truncation. None if not asked for."""
     logprobs: dict[int, Logprob] | None
+
+
+def _not_finite(request: Request) -> RequestFailed:
+    return RequestFailed(
+        f"request {request.request_id}: the model's logits after {request.num_tokens} tokens are not "
+        "finite (NaN or infinity); a larger dtype may help"
+    )
 
 
 def token_logprobs(
@@ -109,32 +120,43 @@ class Sampler:
         self.seed = seed
         self._rules = LogitRules(eos_ids)
 
-    def sample(self, logits_BV: Tensor, requests: Sequence[Request]) -> list[SampledToken]:
-        """One token for each request.
+    def sample(
+        self, logits_BV: Tensor, requests: Sequence[Request]
+    ) -> list[SampledToken | RequestFailed]:
+        """One token for each request; an error for one whose logits have NaN or +inf, or nothing above
+        -inf.
 
         Args:
             logits_BV: any floating dtype; the vocabulary without padding. Not changed.
         """
         logits_BV = logits_BV.to(accumulator_dtype(logits_BV.dtype))
         scores_BV = self._rules.apply(logits_BV, requests)
-        chosen_B = scores_BV.argmax(-1)
+        most_B, chosen_B = scores_BV.max(-1)
         drawn = [b for b, request in enumerate(requests) if not request.params.greedy]
         if drawn:
             index = to_device(drawn, logits_BV.device)
             chosen_B[index] = self._draw(scores_BV[index], [requests[b] for b in drawn])
+        # NaN is the largest of a row that has one
+        chosen_B = chosen_B.masked_fill(~most_B.isfinite(), _NO_TOKEN)
         asked = [b for b, request in enumerate(requests) if request.params.logprobs is not None]
         counts = [requests[b].params.logprobs or 0 for b in asked]
         late = [chosen_B]
         if asked:
-            late += _likeliest(take_rows(logits_BV, asked), take_rows(chosen_B, asked), max(counts))
+            late += _likeliest(
+                take_rows(logits_BV, asked), take_rows(chosen_B, asked).clamp(min=0), max(counts)
+            )
         # the host's one wait of a step
         token_ids_B, *found = LateCopy(late).read()
         token_ids = token_ids_B.tolist()
-        sampled = [SampledToken(token_id, None, None) for token_id in token_ids]
+        sampled: list[SampledToken | RequestFailed] = [
+            SampledToken(token_id, None, None) if token_id != _NO_TOKEN else _not_finite(request)
+            for token_id, request in zip(token_ids, requests, strict=True)
+        ]
         if asked:
             rows = _rows_of_logprobs([token_ids[b] for b in asked], counts, *found)
             for b, row in zip(asked, rows, strict=True):
-                sampled[b] = SampledToken(token_ids[b], row[token_ids[b]].logprob, row)
+                if token_ids[b] != _NO_TOKEN:
+                    sampled[b] = SampledToken(token_ids[b], row[token_ids[b]].logprob, row)
         return sampled
 
     def forget(self, request: Request) -> None:
@@ -165,7 +187,8 @@ class Sampler:
         wanted_B1 = uniforms(*numbers_B2.unbind(1))[:, None] * total_B1
         # below the total: a token of no mass at the end is never chosen
         wanted_B1 = torch.minimum(wanted_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
-        return torch.searchsorted(mass_BV, wanted_B1, right=True)[:, 0]
+        chosen_B1 = torch.searchsorted(mass_BV, wanted_B1, right=True)
+        return chosen_B1.masked_fill(~total_B1.isfinite(), _NO_TOKEN)[:, 0]
 
     def _seed_of(self, request: Request) -> int:
         seed = request.params.seed

@@ -1,6 +1,5 @@
 """How the tokens of a request are chosen, and when it ends."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,34 +8,47 @@ from megatron_dmc.errors import InvalidRequest
 
 MAX_LOGPROBS = 20
 """Most log-probabilities per token that a request may ask for."""
+MAX_TEMPERATURE = 1e6
+"""All tokens are equally likely long before."""
+_MAX_INT = 2**31 - 1
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_int(value: Any, least: int, most: int) -> bool:
+    """Whether it is a whole number within the bounds; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def _is_real(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_real(value: Any, least: float, most: float) -> bool:
+    """Whether it is a number within the bounds, which NaN and infinity never are."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+
+
+def _are_token_ids(values: Iterable[Any]) -> bool:
+    """Whether they may be some model's; the engine compares them with its own vocabulary."""
+    return all(_is_int(i, 0, _MAX_INT) for i in values)
 
 
 @dataclass
 class SamplingParams:
-    """Names and defaults as vLLM's. Validated at construction: `InvalidRequest` names the field."""
+    """Names and defaults as vLLM's. Validated at construction: `InvalidRequest` names the field.
+
+    The bounds are such that every number is computed with in float32 as it stands.
+    """
 
     n: int = 1
     """Completions per prompt. Only 1: pass a prompt several times for several completions."""
 
     temperature: float = 1.0
-    """0 is greedy."""
+    """0 to 1e6. 0, and all below 1e-5, is greedy."""
 
     top_k: int = 0
-    """Only the k most likely tokens; 0 or -1 is all of them."""
+    """Only the k most likely tokens; 0 or -1 is all of them. Below 2^31."""
 
     top_p: float = 1.0
-    """Only the most likely tokens whose probabilities sum to this."""
+    """Only the most likely tokens whose probabilities sum to this; above 0, at most 1."""
 
     min_p: float = 0.0
-    """Only tokens at least this likely, relative to the most likely one."""
+    """Only tokens at least this likely, relative to the most likely one; 0 to 1."""
 
     presence_penalty: float = 0.0
     """Subtracted from the logits of tokens that the completion has; -2 to 2."""
@@ -45,7 +57,8 @@ class SamplingParams:
     """Subtracted for every time that the completion has the token; -2 to 2."""
 
     repetition_penalty: float = 1.0
-    """Above 1: tokens that prompt or completion have get less likely; below 1: more."""
+    """Above 1: tokens that prompt or completion have get less likely; below 1: more.
+    0.01 to 100."""
 
     logit_bias: dict[int, float] | None = None
     """Added to the logits of these tokens; -100 to 100."""
@@ -58,10 +71,11 @@ class SamplingParams:
     without a space before it)."""
 
     min_tokens: int = 0
-    """No end-of-text token, stop token or stop text before so many tokens."""
+    """No end-of-text token, stop token or stop text before so many tokens; at most `max_tokens`."""
 
     seed: int | None = None
-    """What this request's random numbers come from. None: the engine's seed and the request's number."""
+    """What this request's random numbers come from, -2^63 to 2^64 - 1. None: the engine's seed and the
+    request's number."""
 
     stop: list[str] = field(default_factory=list)
     """Texts that end the completion (one text or several)."""
@@ -70,13 +84,13 @@ class SamplingParams:
     """Tokens that end the completion, beside the end-of-text token."""
 
     max_tokens: int | None = 16
-    """Most tokens to generate; None: up to the context's end."""
+    """Most tokens to generate, at least 1; None: up to the context's end."""
 
     ignore_eos: bool = False
     """Go on after the end-of-text token."""
 
     logprobs: int | None = None
-    """Return log-probabilities of the chosen token and of so many most likely ones."""
+    """Return log-probabilities of the chosen token and of so many most likely ones, 0 to 20."""
 
     prompt_logprobs: int | None = None
     """The same for every prompt token but the first."""
@@ -94,52 +108,53 @@ class SamplingParams:
         self.stop = [self.stop] if isinstance(self.stop, str) else self._list_of("stop")
         self.stop_token_ids = self._list_of("stop_token_ids")
         self.bad_words = self._list_of("bad_words")
-        self._require("n", self.n == 1, "one completion per prompt; pass the prompt several times")
-        self._require("temperature", _is_real(self.temperature) and self.temperature >= 0,
-                      "use 0 for greedy decoding or a positive number")  # fmt: skip
-        self._require("top_k", _is_int(self.top_k) and self.top_k >= -1,
-                      "use a positive number, or 0 for no limit")  # fmt: skip
-        self._require("top_p", _is_real(self.top_p) and 0 < self.top_p <= 1,
+        self._require("n", _is_int(self.n, 1, 1),
+                      "one completion per prompt; pass the prompt several times")  # fmt: skip
+        self._require("temperature", _is_real(self.temperature, 0, MAX_TEMPERATURE),
+                      f"use 0 for greedy decoding or a number up to {MAX_TEMPERATURE:g}")  # fmt: skip
+        self._require("top_k", _is_int(self.top_k, -1, _MAX_INT),
+                      f"use 1 to {_MAX_INT}, or 0 for no limit")  # fmt: skip
+        self._require("top_p", _is_real(self.top_p, 0, 1) and self.top_p > 0,
                       "use a number above 0 and at most 1")  # fmt: skip
-        self._require("min_p", _is_real(self.min_p) and 0 <= self.min_p <= 1, "use 0 to 1")
-        self._require("seed", self.seed is None or _is_int(self.seed), "use a whole number or None")
+        self._require("min_p", _is_real(self.min_p, 0, 1), "use 0 to 1")
+        self._require("seed", self.seed is None or _is_int(self.seed, -(2**63), 2**64 - 1),
+                      "use a whole number of 64 bits, or None")  # fmt: skip
         self._require("stop", all(isinstance(s, str) and s for s in self.stop),
                       "use non-empty texts")  # fmt: skip
-        self._require("stop_token_ids", all(_is_int(i) and i >= 0 for i in self.stop_token_ids),
+        self._require("stop_token_ids", _are_token_ids(self.stop_token_ids),
                       "use token ids, which are not negative")  # fmt: skip
-        self._require("max_tokens",
-                      self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens > 0),
-                      "use a positive number, or None for up to the context's end")  # fmt: skip
-        self._require("prompt_logprobs_start",
-                      _is_int(self.prompt_logprobs_start) and self.prompt_logprobs_start >= 1,
+        self._require("max_tokens", self.max_tokens is None or _is_int(self.max_tokens, 1, _MAX_INT),
+                      f"use 1 to {_MAX_INT}, or None for up to the context's end")  # fmt: skip
+        self._require("prompt_logprobs_start", _is_int(self.prompt_logprobs_start, 1, _MAX_INT),
                       "use a position from 1 on: nothing predicts the first token")  # fmt: skip
-        self._check_logit_rules()
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
-            self._require(name, value is None or (_is_int(value) and 0 <= value <= MAX_LOGPROBS),
+            self._require(name, value is None or _is_int(value, 0, MAX_LOGPROBS),
                           f"use None or 0 to {MAX_LOGPROBS}")  # fmt: skip
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            self._require(name, isinstance(getattr(self, name), bool), "use True or False")
+        self._check_logit_rules()
 
     def _check_logit_rules(self) -> None:
         for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            self._require(name, _is_real(value) and -2 <= value <= 2, "use -2 to 2")
-        self._require("repetition_penalty",
-                      _is_real(self.repetition_penalty) and 0.01 <= self.repetition_penalty <= 100,
+            self._require(name, _is_real(getattr(self, name), -2, 2), "use -2 to 2")
+        self._require("repetition_penalty", _is_real(self.repetition_penalty, 0.01, 100),
                       "use 0.01 to 100; 1 is none")  # fmt: skip
         bias = self.logit_bias
         self._require("logit_bias", bias is None or (
-            isinstance(bias, dict) and all(_is_int(i) and i >= 0 for i in bias)
-            and all(_is_real(value) and -100 <= value <= 100 for value in bias.values())
+            isinstance(bias, dict) and _are_token_ids(bias)
+            and all(_is_real(value, -100, 100) for value in bias.values())
         ), "use {token id: -100 to 100}")  # fmt: skip
+        self.logit_bias = None if bias is None else dict(bias)
         if self.allowed_token_ids is not None:
             self.allowed_token_ids = self._list_of("allowed_token_ids")
-            self._require("allowed_token_ids", bool(self.allowed_token_ids)
-                          and all(_is_int(i) and i >= 0 for i in self.allowed_token_ids),
+            self._require("allowed_token_ids",
+                          bool(self.allowed_token_ids) and _are_token_ids(self.allowed_token_ids),
                           "use token ids, one at least")  # fmt: skip
         self._require("bad_words", all(isinstance(s, str) and s.strip() for s in self.bad_words),
                       "use texts that are not blank")  # fmt: skip
-        self._require("min_tokens", _is_int(self.min_tokens) and self.min_tokens >= 0
-                      and (self.max_tokens is None or self.min_tokens <= self.max_tokens),
+        most = _MAX_INT if self.max_tokens is None else self.max_tokens
+        self._require("min_tokens", _is_int(self.min_tokens, 0, most),
                       f"use 0 to max_tokens={self.max_tokens}")  # fmt: skip
 
     @property
@@ -164,9 +179,20 @@ class SamplingParams:
         value = getattr(self, name)
         if value is None:
             return []
-        self._require(name, isinstance(value, Iterable), "use a list")
+        self._require(
+            name, isinstance(value, Iterable) and not isinstance(value, str), "use a list"
+        )
         return list(value)
 
     def _require(self, name: str, holds: bool, remedy: str) -> None:
         if not holds:
-            raise InvalidRequest(f"SamplingParams: {name}={getattr(self, name)!r}: {remedy}")
+            raise InvalidRequest(f"SamplingParams: {name}={_shown(getattr(self, name))}: {remedy}")
+
+
+def _shown(value: Any) -> str:
+    """A value in an error message: Python writes no number of more than 4,300 digits, nobody reads it."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"a {type(value).__name__} of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."

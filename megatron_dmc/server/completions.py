@@ -52,7 +52,8 @@ class _Answer(ABC):
 
     @abstractmethod
     def deltas(self, index: int, output: RequestOutput) -> list[dict[str, Any]]:
-        """The choices to send for what is new in `output`."""
+        """The choices to send for what is new in `output`: one for new tokens even if they have no text yet,
+        as clients time the first one."""
 
     def document(self, choices: list[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
         """Choices with what stands around them."""
@@ -169,7 +170,8 @@ class _TextAnswer(_Answer):
                 logprobs=body.logprobs,
                 prompt_logprobs=body.logprobs if self.echo else None,
             )
-            jobs += [({"prompt_token_ids": token_ids}, params) for params in every]
+            asked = {"prompt_token_ids": token_ids, "cache_salt": body.cache_salt}
+            jobs += [(asked, params) for params in every]
         return jobs
 
     def choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
@@ -178,10 +180,7 @@ class _TextAnswer(_Answer):
     def deltas(self, index: int, output: RequestOutput) -> list[dict[str, Any]]:
         num_chars, num_tokens = self._sent[index]
         completion = output.outputs[0]
-        is_new = len(completion.text) > num_chars or (
-            self.body.logprobs is not None and completion.num_tokens > num_tokens
-        )
-        if not is_new and not output.finished:
+        if completion.num_tokens == num_tokens and not output.finished:
             return []
         choice = self._choice(index, output, num_chars, num_tokens)
         self._sent[index] = (len(completion.text), completion.num_tokens)
@@ -263,7 +262,8 @@ class _ChatAnswer(_Answer):
         self.num_prompt_tokens = len(token_ids)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         every = body.sampling_params(defaults=defaults, max_tokens=max_tokens, logprobs=logprobs)
-        return [({"prompt_token_ids": token_ids}, params) for params in every]
+        asked = {"prompt_token_ids": token_ids, "cache_salt": body.cache_salt}
+        return [(asked, params) for params in every]
 
     def choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
         message = {"role": "assistant", "content": output.outputs[0].text, "refusal": None}
@@ -279,12 +279,10 @@ class _ChatAnswer(_Answer):
             )
         num_chars, num_tokens = self._sent[index] or (0, 0)
         new = completion.text[num_chars:]
-        has_logprobs = bool(self.body.logprobs) and completion.num_tokens > num_tokens
-        if new or has_logprobs or output.finished:
-            delta = {"content": new} if new or has_logprobs else {}
+        if completion.num_tokens > num_tokens or output.finished:
+            delta = {"content": new} if new or completion.num_tokens > num_tokens else {}
             choices.append(self._choice(index, output, "delta", delta, num_tokens))
-            num_tokens = completion.num_tokens
-        self._sent[index] = (len(completion.text), num_tokens)
+        self._sent[index] = (len(completion.text), completion.num_tokens)
         return choices
 
     def _choice(

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from megatron_dmc.errors import EngineDead, InvalidRequest
+from megatron_dmc.errors import EngineDead, InvalidRequest, RequestFailed
 
 _FORMS = {"str", "int", "float", "bool", "dict"}
 """Pydantic's names of a union's forms; the others are no identifiers."""
@@ -69,6 +69,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(400, str(error))
     if isinstance(error, EngineDead):
         return ApiError(503, str(error), code="engine_dead")
+    if isinstance(error, RequestFailed):
+        return ApiError(500, str(error), code="request_failed")
     return ApiError(500, f"{type(error).__name__}: {error}")
 
 
@@ -116,5 +118,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ApiError, refused)
     app.add_exception_handler(InvalidRequest, refused)
     app.add_exception_handler(EngineDead, refused)
+    app.add_exception_handler(RequestFailed, refused)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, refused)

@@ -59,7 +59,7 @@ class Metrics:
         now = time.monotonic()
         for output in outputs:
             metrics, completion = output.metrics, output.outputs[0]
-            if completion.finish_reason != "abort":
+            if completion.finish_reason not in ("abort", "error"):
                 before = self._last_token.get(output.request_id)
                 if before is not None:
                     self.itl.observe(now - before)

@@ -109,6 +109,9 @@ class _SamplingRequest(LenientModel):
         lt=2**31,
         description="Lower goes first, under --scheduling-policy priority.",
     )
+    cache_salt: Text | None = Field(
+        None, description="Share cached prefixes only with requests of the same salt."
+    )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop = Field(None, description="Texts that end the completion.")
     stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None

@@ -130,7 +130,7 @@ class Service:
         """Queue engine requests: all of them, or none.
 
         Raises:
-            InvalidRequest, EngineDead: as `AsyncLLM.add_request`.
+            InvalidRequest, RequestFailed, EngineDead: as `AsyncLLM.add_request`.
         """
         streams: list[RequestStream] = []
         try:
@@ -175,7 +175,8 @@ class Service:
                     yield index, output
         finally:
             for task in waiting:
-                task.cancel()
+                if not task.cancel() and not task.cancelled():
+                    task.exception()  # it failed too; asyncio would log that nobody asked
             self.stop(streams)
 
 

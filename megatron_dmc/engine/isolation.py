@@ -1,0 +1,46 @@
+"""What may end one request, and what ends the engine.
+
+Work that is one request's own (its prompt and parameters, logit rules, sampling, log-probabilities,
+detokenising, stop texts, outputs) runs under `own_work`: whatever it raises ends that request. A failure of
+the device, or of what all requests share (pages, tables, the other ranks), passes through it and ends the
+engine. Device work is done for all requests together, on numbers that were checked when they were added.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from megatron_dmc.errors import EngineDead, InvalidRequest, OutOfPages, RequestFailed
+
+_ENDS_ENGINE = (
+    EngineDead, OutOfPages, torch.AcceleratorError, torch.distributed.DistError, KeyboardInterrupt,
+    SystemExit,
+)  # fmt: skip
+
+
+def ends_engine(error: BaseException) -> bool:
+    """Whether what all requests share can no longer be trusted. Memory that one request could not get is
+    its own affair."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    return isinstance(error, _ENDS_ENGINE) or "CUDA error" in str(error)
+
+
+@contextmanager
+def own_work(request_id: str) -> Iterator[None]:
+    """One request's own work.
+
+    Raises:
+        InvalidRequest: as it comes.
+        RequestFailed: for every other exception, panics of Rust libraries included.
+        BaseException: unchanged, where it ends the engine.
+    """
+    try:
+        yield
+    except (InvalidRequest, RequestFailed):
+        raise
+    except BaseException as error:
+        if ends_engine(error):
+            raise
+        raise RequestFailed(f"request {request_id}: {type(error).__name__}: {error}") from error
