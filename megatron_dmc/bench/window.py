@@ -1,0 +1,428 @@
+"""`megatron-dmc bench window`: K1 to K6, E1 to E3 and E7 in the ten minutes that one sitting on a GPU has.
+
+Made for a bare machine: Python, torch, Triton and pytest; the engine's stages also need megatron-core. This module
+is the parent, of the standard library alone. Its stages are child processes (`bench.window_stages`) with time
+limits, ordered by what is worth most if the run is cut off. A child appends each row to `rows.jsonl` when it has
+it, and names its cases before it begins; what it did not reach becomes a row too. `table.md` is rewritten after each
+stage. The last line printed is one JSON document; the exit status is 0 if every case ran and was right.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_dmc import __version__
+from megatron_dmc.bench.tables import Row, markdown
+
+ROOT = Path(__file__).resolve().parents[2]
+RESERVE = 5.0
+"""Seconds of the budget that are kept for the last table."""
+LEAST = 8.0
+"""Seconds with which no stage is started."""
+BUILD_LIMIT = 240.0
+
+NEUTRAL = ("ok", "absent", "cpu")
+"""Outcomes that are no failures: it ran and was right, a library that is not installed, or a case that only a GPU can
+run where `--cpu` rehearses."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the window.
+
+    Attributes:
+        limit: seconds after which it is killed.
+        columns: of its table: keys of the rows, and their titles.
+        waits: for the CUDA extension's build.
+    """
+
+    name: str
+    title: str
+    limit: float
+    columns: dict[str, str]
+    waits: bool = True
+
+
+_KERNEL = {
+    "case": "case", "op": "op", "variant": "kernel", "median_ms": "ms",
+    "fraction_of_copy": "of a copy", "time_over_attention": "over attention",
+}  # fmt: skip
+_ENGINE = {
+    "case": "case", "engine": "engine", "measured_cr": "measured CR", "batch_size": "batch",
+    "step_ms": "ms a step", "p10_ms": "p10", "p90_ms": "p90", "tokens_per_second": "tokens/s",
+    "fraction_of_roofline": "of the roofline", "ratio": "ratio", "must_reach": "must reach",
+}  # fmt: skip
+STAGES = (
+    Stage(
+        "ceilings", "The machine and its ceilings", 60,
+        {"case": "case", "value": "value", "unit": "unit"}, waits=False,
+    ),
+    Stage("cuda-cases", "Cases of the CUDA kernels", 90, {}),
+    Stage("triton-cases", "Cases of the Triton kernels", 90, {}, waits=False),
+    Stage("decode-kernels", "K4 and K5: attention and append of a decode step", 90, _KERNEL),
+    Stage(
+        "train-kernels", "K1 and K2: merge and training attention", 45,
+        {"case": "case", "variant": "kernel", "direction": "direction", "merge_window": "window",
+         "median_ms": "ms", "fraction_of_copy": "of a copy", "time_over_stock": "over stock"},
+        waits=False,
+    ),
+    Stage(
+        "prefill-kernels", "K6: prefill of one prompt", 60,
+        {"case": "case", "op": "op", "variant": "kernel", "tokens": "tokens", "cr": "CR",
+         "median_ms": "ms", "time_over_plain": "over no DMC", "time_over_flash": "over flash",
+         "fraction_of_product": "of a product"},
+    ),
+    Stage(
+        "engine-checks", "Captured decode steps equal eager ones; no hidden waits", 70,
+        {"case": "case", "tokens": "tokens compared", "error": "error"},
+    ),
+    Stage("throughput", "E1 and E2: decode throughput, Llama-2-7B's shape, largest batch", 110, _ENGINE),
+    Stage("latency", "E3 and E7: a step at equal batch; paging against dense attention", 90, _ENGINE),
+    Stage(
+        "train-step", "K3: one layer, one training step", 45,
+        {"case": "case", "part": "part", "dmc": "DMC", "median_ms": "ms",
+         "time_over_plain": "over no DMC", "memory_over_plain": "memory over no DMC"},
+        waits=False,
+    ),
+    Stage(
+        "profile", "Kernels of one replayed decode step", 60,
+        {"name": "kernel", "calls": "calls", "us": "µs", "fraction": "of the step's kernels"},
+    ),
+)  # fmt: skip
+
+
+class Interrupted(Exception):
+    """SIGTERM or SIGINT."""
+
+
+@dataclass
+class Window:
+    """One run. The files in `folder` are its state: rows are read from there again."""
+
+    folder: Path
+    budget: float
+    cpu: bool
+    began: float = field(default_factory=time.monotonic)
+    build: subprocess.Popen | None = None
+    build_began: float = 0.0
+    child: subprocess.Popen | None = None
+    running: str = ""
+    """The child's stage."""
+
+    @property
+    def left(self) -> float:
+        """Seconds for stages."""
+        return self.budget - RESERVE - (time.monotonic() - self.began)
+
+    def rows(self) -> list[Row]:
+        """All rows so far."""
+        return read_rows(self.folder / "rows.jsonl")
+
+    def add(self, stage: str, case: str, outcome: str, **columns: Any) -> None:
+        """Append a row of the parent's own."""
+        append_row(self.folder / "rows.jsonl", stage, case, outcome, **columns)
+
+    def run(self) -> None:
+        """All stages, then the table."""
+        pending = list(STAGES)
+        reason = "not run: the parent failed"
+        try:
+            with interruptible():
+                self._run_stage(pending.pop(0))
+                self._begin_build()
+                while pending:
+                    self._poll_build()
+                    stage = next((s for s in pending if self.build is None or not s.waits), None)
+                    if stage is None:
+                        time.sleep(0.2)
+                        continue
+                    pending.remove(stage)
+                    self._run_stage(stage)
+        except Interrupted as signal_name:
+            reason = f"interrupted by {signal_name}"
+        finally:
+            # a second signal no longer interrupts: only the table is left to do
+            for process, of_stage in ((self.child, self.running), (self.build, "extension")):
+                if process is not None:
+                    kill_group(process)
+                    self._explain(of_stage, reason)
+            for stage in pending:
+                self.add(stage.name, "all cases", "skipped", reason=reason)
+            self.write_table()
+
+    def _run_stage(self, stage: Stage) -> None:
+        limit = min(stage.limit, self.left)
+        if limit < LEAST:
+            self.add(stage.name, "all cases", "skipped", reason="out of budget")
+            self.write_table()
+            return
+        command = [
+            sys.executable, "-u", "-m", "megatron_dmc.bench.window_stages", stage.name,
+            "--rows", str(self.folder / "rows.jsonl"), "--limit", f"{limit - 2:.1f}",
+        ]  # fmt: skip
+        path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
+        print(f"== {stage.title} (at most {limit:.0f} s)", flush=True)
+        with (self.folder / "log.txt").open("ab") as log:
+            log.write(f"\n== {stage.name}\n".encode())
+            log.flush()
+            self.running = stage.name
+            self.child = subprocess.Popen(
+                command + (["--cpu"] if self.cpu else []), stdout=log, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path},
+                start_new_session=True,
+            )  # fmt: skip
+            try:
+                status = self.child.wait(limit)
+                reason = "" if status == 0 else f"the stage's process ended with status {status}"
+            except subprocess.TimeoutExpired:
+                reason = f"killed after {limit:.0f} s"
+        kill_group(self.child)
+        self.child = None
+        self._explain(stage.name, reason)
+        self.write_table()
+
+    def _explain(self, stage: str, reason: str) -> None:
+        """Rows for the cases that a stage has named and not reached, or for a stage that broke off."""
+        rows = [row for row in self.rows() if row["stage"] == stage]
+        seen = {row["case"] for row in rows if row["outcome"] != "planned"}
+        planned = dict.fromkeys(x for r in rows if r["outcome"] == "planned" for x in r["cases"])
+        missing = [case for case in planned if case not in seen]
+        for case in missing:
+            self.add(stage, case, "failed", reason=reason or "the stage left it out")
+        if not missing and (reason or not rows):
+            self.add(stage, "all cases", "failed", reason=reason or "the stage wrote nothing")
+
+    # The CUDA extension.
+
+    def _begin_build(self) -> None:
+        """Start to build what the first stage could not import, for this machine's architecture."""
+        row = next((r for r in self.rows() if r["case"] == "extension"), None)
+        if self.cpu or row is None or row["outcome"] == "ok":
+            return
+        if not (ROOT / "setup.py").exists():
+            self.add("extension", "build", "failed", reason=f"no sources in {ROOT}")
+            return
+        environment = {
+            **os.environ, "TORCH_CUDA_ARCH_LIST": row["architecture"],
+            "MAX_JOBS": str(os.cpu_count() or 1),
+        }  # fmt: skip
+        with (self.folder / "build.log").open("wb") as log:
+            self.build = subprocess.Popen(
+                [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, stdout=log,
+                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
+        self.build_began = time.monotonic()
+        print("== building the CUDA extension beside the next stages", flush=True)
+
+    def _poll_build(self) -> None:
+        if self.build is None:
+            return
+        seconds = time.monotonic() - self.build_began
+        status = self.build.poll()
+        if status is None and seconds < min(BUILD_LIMIT, self.left + seconds):
+            return
+        kill_group(self.build)
+        self.build = None
+        built = list((ROOT / "megatron_dmc").glob("_C*.so"))
+        if status == 0 and built:
+            self.add("extension", "build", "ok", seconds=seconds)
+            return
+        lines = (self.folder / "build.log").read_text(errors="replace").strip().splitlines()
+        why = "killed by its time limit" if status is None else f"status {status}"
+        self.add(
+            "extension", "build", "failed", seconds=seconds,
+            reason=f"{why}: {lines[-1][:300] if lines else 'no output'} (build.log)",
+        )  # fmt: skip
+
+    # What is left at the end.
+
+    def write_table(self) -> None:
+        """Rewrite table.md."""
+        (self.folder / "table.md").write_text("\n".join(self._table()) + "\n")
+
+    def _table(self) -> Iterator[str]:
+        rows = [row for row in self.rows() if row["outcome"] != "planned"]
+        where = "a CPU at toy size: nothing here says anything about a GPU" if self.cpu else "a GPU"
+        machine = next((row for row in rows if row["case"] == "machine"), {})
+        yield f"# The window on {machine.get('value') or where}\n"
+        if self.cpu:
+            yield f"On {where}.\n"
+        for stage in (*STAGES, Stage("extension", "The CUDA extension's build", 0, {})):
+            of_stage = [row for row in rows if row["stage"] == stage.name]
+            if not of_stage:
+                continue
+            yield f"## {stage.title}\n"
+            good = [row for row in of_stage if row["outcome"] == "ok"]
+            used = {
+                k: t for k, t in stage.columns.items() if any(r.get(k) is not None for r in good)
+            }
+            yield f"{markdown(good, used)}\n" if used and good else f"{len(good)} passed\n"
+            for row in of_stage:
+                if row["outcome"] != "ok":
+                    label = " ".join(str(row[k]) for k in ("case", "variant") if row.get(k))
+                    yield f"- {label}: {row['outcome']}: {row.get('reason', '')}"
+            yield ""
+
+    def document(self) -> Row:
+        """The last line."""
+        rows = [row for row in self.rows() if row["outcome"] != "planned"]
+        failed = [row for row in rows if row["outcome"] not in NEUTRAL]
+        machine: Row = next((row for row in rows if row["case"] == "machine"), {})
+        outcomes = sorted({row["outcome"] for row in rows})
+        return {
+            "benchmark": "window",
+            "version": __version__,
+            "gpu": machine.get("gpu"),
+            "machine": machine.get("value"),
+            "torch": machine.get("torch"),
+            "commit": commit(),
+            "arguments": sys.argv[1:],
+            "note": "toy size on a CPU: it says nothing about a GPU" if self.cpu else None,
+            "seconds": round(time.monotonic() - self.began, 1),
+            "counts": {o: sum(row["outcome"] == o for row in rows) for o in outcomes},
+            "failed": len(failed),
+            "failures": [f"{r['stage']}: {r['case']}: {r.get('reason', '')}" for r in failed[:50]],
+            "rows": str(self.folder / "rows.jsonl"),
+        }
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a file that may still grow; lines that are none are left out."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and {"stage", "case", "outcome"} <= row.keys():
+            rows.append(row)
+    return rows
+
+
+def append_row(path: Path, stage: str, case: str, outcome: str, **columns: Any) -> None:
+    """Append one line and see it on the disk."""
+    line = json.dumps({"stage": stage, "case": case, "outcome": outcome, **columns}, default=str)
+    with path.open("a+b") as file:
+        # a process that was killed in the middle of a line must not take this one along
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        broken = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * broken + line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within, SIGTERM and SIGINT raise `Interrupted`; afterwards they are ignored until the run has ended."""
+
+    def interrupt(number: int, frame: object) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)
+        raise Interrupted(signal.Signals(number).name)
+
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, interrupt)
+    try:
+        yield
+    finally:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    """End a child and all that it started; it leads a session of its own."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def commit() -> str | None:
+    """The checkout's, where git tells it."""
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    parser.add_argument(
+        "--budget", type=float, default=500.0, metavar="SECONDS",
+        help="for all of it; what no longer fits is a row that says so (default: 500)",
+    )  # fmt: skip
+    parser.add_argument("--output", metavar="FOLDER", required=True, help="where results go")
+    parser.add_argument(
+        "--extension", metavar="FILE",
+        help="the CUDA extension built elsewhere, _C.*.so; without it and where none imports, it is built",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cpu", action="store_true",
+        help="the same stages at toy size on the CPU: shows that everything runs, measures nothing",
+    )  # fmt: skip
+
+
+def add_window(names: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command."""
+    parser = names.add_parser(
+        "window",
+        help="kernels and engine checked and measured on one GPU within ten minutes",
+        description=(__doc__ or "").split("\n\n")[1].replace("`", ""),
+    )
+    add_arguments(parser)
+    parser.set_defaults(module="megatron_dmc.bench.window", benchmark="window")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the window.
+
+    Raises:
+        DMCError: a flag is wrong.
+    """
+    from megatron_dmc.errors import DMCError
+
+    if not args.budget > RESERVE + LEAST:
+        raise DMCError(f"--budget {args.budget:g}: use more than {RESERVE + LEAST:g} seconds")
+    if args.extension is not None:
+        if not Path(args.extension).is_file():
+            raise DMCError(f"--extension {args.extension}: no such file")
+        shutil.copy(args.extension, ROOT / "megatron_dmc")
+    folder = Path(args.output).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("rows.jsonl", "table.md", "log.txt", "build.log"):
+        (folder / name).unlink(missing_ok=True)
+    window = Window(folder, args.budget, args.cpu)
+    window.run()
+    document = window.document()
+    print((folder / "table.md").read_text())
+    print(json.dumps(document), flush=True)
+    return 1 if document["failed"] else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`tools/gpu_window.py`."""
+    from megatron_dmc.errors import DMCError
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0].replace("`", ""))
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(argv))
+    except DMCError as e:
+        print(f"gpu_window: error: {e}", file=sys.stderr)
+        return 2
