@@ -114,21 +114,26 @@ class DenseContext(PagedContext):
                 enable_gqa=True,
             )  # fmt: skip
             return out[:, :, 0]
+        k, v = self.flat_rows(layer_index)
+        out, *_ = torch.ops.aten._flash_attention_forward(
+            q_BND.contiguous(), k, v, self._queries_X, self._starts_X, 1, self.max_sequence_length, 0.0, False,
+            False, scale=softmax_scale, seqused_k=self._lengths_B,
+        )  # fmt: skip
+        return out
+
+    def flat_rows(self, layer_index: int) -> list[Tensor]:
+        """A layer's keys and values as one run of tokens, (tokens, G, D): key e of a head is e rows of D
+        behind the first key of its row."""
         _, num_heads, width = self.table_RGM.shape
         positions = width * self.page_size
-        # a row's heads lie one behind the other: key e of a head is e rows of D behind the head's first
-        k, v = (
+        pages = self.k_LPSD[layer_index], self.v_LPSD[layer_index]
+        return [
             x.as_strided(
                 (x.numel() // x.shape[-1] - (num_heads - 1) * positions, num_heads, x.shape[-1]),
                 (x.shape[-1], positions * x.shape[-1], 1), x.storage_offset(),
             )
             for x in pages
-        )  # fmt: skip
-        out, *_ = torch.ops.aten._flash_attention_forward(
-            q_BND.contiguous(), k, v, self._queries_X, self._starts_X, 1, positions, 0.0, False,
-            False, scale=softmax_scale, seqused_k=self._lengths_B,
-        )  # fmt: skip
-        return out
+        ]  # fmt: skip
 
     def check(self, q_BND: Tensor, rows_B: Tensor, positions_B: Tensor, checked: slice) -> float:
         """Relative error of the first layer's decode attention, of the requests `checked`.

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,26 +131,40 @@ class Window:
         """Append a row of the parent's own."""
         append_row(self.folder / "rows.jsonl", stage, case, outcome, **columns)
 
-    def run(self) -> None:
-        """All stages, then the table."""
-        pending = list(STAGES)
-        reason = "not run: the parent failed"
+    def run(self) -> Row:
+        """All stages, then the table and the document, which are printed, also on SIGTERM and SIGINT.
+
+        Returns:
+            the document.
+        """
+        signals = (signal.SIGTERM, signal.SIGINT)
+        pending, reason = list(STAGES), "not run: the parent failed"
+
+        def interrupt(number: int, frame: object) -> None:
+            for each in signals:
+                signal.signal(each, signal.SIG_IGN)  # only the table is left to do
+            raise Interrupted(signal.Signals(number).name)
+
+        before = {each: signal.signal(each, interrupt) for each in signals}
         try:
-            with interruptible():
-                self._run_stage(pending.pop(0))
-                self._begin_build()
-                while pending:
-                    self._poll_build()
-                    stage = next((s for s in pending if self.build is None or not s.waits), None)
-                    if stage is None:
-                        time.sleep(0.2)
-                        continue
-                    pending.remove(stage)
-                    self._run_stage(stage)
-        except Interrupted as signal_name:
-            reason = f"interrupted by {signal_name}"
+            self._run_stage(pending.pop(0))
+            self._begin_build()
+            while pending:
+                self._poll_build()
+                stage = next((s for s in pending if self.build is None or not s.waits), None)
+                if stage is None:
+                    time.sleep(0.2)
+                    continue
+                pending.remove(stage)
+                self._run_stage(stage)
+            while self.build is not None:
+                self._poll_build()
+                time.sleep(0.2)
+        except Interrupted as name:
+            reason = f"interrupted by {name}"
         finally:
-            # a second signal no longer interrupts: only the table is left to do
+            for each in signals:
+                signal.signal(each, signal.SIG_IGN)
             for process, of_stage in ((self.child, self.running), (self.build, "extension")):
                 if process is not None:
                     kill_group(process)
@@ -159,6 +172,12 @@ class Window:
             for stage in pending:
                 self.add(stage.name, "all cases", "skipped", reason=reason)
             self.write_table()
+            document = self.document()
+            print((self.folder / "table.md").read_text())
+            print(json.dumps(document), flush=True)
+            for each, handler in before.items():
+                signal.signal(each, handler)
+        return document
 
     def _run_stage(self, stage: Stage) -> None:
         limit = min(stage.limit, self.left)
@@ -166,10 +185,6 @@ class Window:
             self.add(stage.name, "all cases", "skipped", reason="out of budget")
             self.write_table()
             return
-        command = [
-            sys.executable, "-u", "-m", "megatron_dmc.bench.window_stages", stage.name,
-            "--rows", str(self.folder / "rows.jsonl"), "--limit", f"{limit - 2:.1f}",
-        ]  # fmt: skip
         path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
         print(f"== {stage.title} (at most {limit:.0f} s)", flush=True)
         with (self.folder / "log.txt").open("ab") as log:
@@ -177,9 +192,9 @@ class Window:
             log.flush()
             self.running = stage.name
             self.child = subprocess.Popen(
-                command + (["--cpu"] if self.cpu else []), stdout=log, stderr=subprocess.STDOUT,
+                self._command(stage, limit), stdout=log, stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path},
-                start_new_session=True,
+                process_group=0,
             )  # fmt: skip
             try:
                 status = self.child.wait(limit)
@@ -190,6 +205,13 @@ class Window:
         self.child = None
         self._explain(stage.name, reason)
         self.write_table()
+
+    def _command(self, stage: Stage, limit: float) -> list[str]:
+        return [
+            sys.executable, "-u", "-m", "megatron_dmc.bench.window_stages", stage.name, "--rows",
+            str(self.folder / "rows.jsonl"), "--limit", f"{limit - 2:.1f}",
+            *(["--cpu"] if self.cpu else []),
+        ]  # fmt: skip
 
     def _explain(self, stage: str, reason: str) -> None:
         """Rows for the cases that a stage has named and not reached, or for a stage that broke off."""
@@ -207,7 +229,7 @@ class Window:
     def _begin_build(self) -> None:
         """Start to build what the first stage could not import, for this machine's architecture."""
         row = next((r for r in self.rows() if r["case"] == "extension"), None)
-        if self.cpu or row is None or row["outcome"] == "ok":
+        if self.cpu or row is None or row["outcome"] == "ok" or "architecture" not in row:
             return
         if not (ROOT / "setup.py").exists():
             self.add("extension", "build", "failed", reason=f"no sources in {ROOT}")
@@ -220,7 +242,7 @@ class Window:
             self.build = subprocess.Popen(
                 [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, stdout=log,
                 stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
-                start_new_session=True,
+                process_group=0,
             )  # fmt: skip
         self.build_began = time.monotonic()
         print("== building the CUDA extension beside the next stages", flush=True)
@@ -323,26 +345,8 @@ def append_row(path: Path, stage: str, case: str, outcome: str, **columns: Any) 
         os.fsync(file.fileno())
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Within, SIGTERM and SIGINT raise `Interrupted`; afterwards they are ignored until the run has ended."""
-
-    def interrupt(number: int, frame: object) -> None:
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_IGN)
-        raise Interrupted(signal.Signals(number).name)
-
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, interrupt)
-    try:
-        yield
-    finally:
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_IGN)
-
-
 def kill_group(process: subprocess.Popen) -> None:
-    """End a child and all that it started; it leads a session of its own."""
+    """End a child and all that it started; it leads a process group of its own."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -402,17 +406,13 @@ def run(args: argparse.Namespace) -> int:
     if args.extension is not None:
         if not Path(args.extension).is_file():
             raise DMCError(f"--extension {args.extension}: no such file")
-        shutil.copy(args.extension, ROOT / "megatron_dmc")
+        if Path(args.extension).resolve().parent != ROOT / "megatron_dmc":
+            shutil.copy(args.extension, ROOT / "megatron_dmc")
     folder = Path(args.output).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("rows.jsonl", "table.md", "log.txt", "build.log"):
         (folder / name).unlink(missing_ok=True)
-    window = Window(folder, args.budget, args.cpu)
-    window.run()
-    document = window.document()
-    print((folder / "table.md").read_text())
-    print(json.dumps(document), flush=True)
-    return 1 if document["failed"] else 0
+    return 1 if Window(folder, args.budget, args.cpu).run()["failed"] else 0
 
 
 def main(argv: list[str] | None = None) -> int:

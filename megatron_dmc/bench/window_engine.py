@@ -229,8 +229,8 @@ def engine_checks(stage: Stage) -> None:
         logits: list[Tensor] = []
         run = made.runner.run
 
-        def recorded(*args: Any) -> Tensor:
-            out = run(*args)
+        def recorded(*args: Any, **kwargs: Any) -> Tensor:
+            out = run(*args, **kwargs)
             logits.append(out.clone())
             return out
 
