@@ -18,6 +18,8 @@ BACKEND = os.environ.get("DMC_TESTED_BACKEND", "triton")
 # the interpreter cuts bfloat16 off instead of rounding it
 HALF = torch.float16 if DEVICE == "cpu" and BACKEND == "triton" else torch.bfloat16
 kernels = decode
+if BACKEND == "cuda":
+    from megatron_dmc.ops.cuda import decode as kernels
 if BACKEND == "host":
     import host_kernels as kernels
 
