@@ -145,7 +145,8 @@ class DenseContext(PagedContext):
         self._longest = int(positions_B.max()) + 1
         scale = q_BND.shape[-1] ** -0.5
         ours = self._attend_to_rows(0, q_BND, scale)[checked]
-        exact, honest = [], []
+        exact: list[Tensor] = []
+        honest: list[Tensor] = []
         for q_ND, row, position in zip(
             q_BND[checked], rows_B[checked].tolist(), positions_B[checked].tolist(), strict=True
         ):

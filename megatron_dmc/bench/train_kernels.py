@@ -177,8 +177,8 @@ def bench_merge(
                 variants.append((name, window, ours(window, name)))
         if alternatives:
             name = "unrolled, compiled" if settings.on_gpu else "unrolled"
-            op = functools.partial(unrolled, merge_window=RELEASED_WINDOW)
-            variants.append((name, RELEASED_WINDOW, op))
+            compiled = functools.partial(unrolled, merge_window=RELEASED_WINDOW)
+            variants.append((name, RELEASED_WINDOW, compiled))
         needed = merge_bytes(shape, settings.dtype)
         for name, window, op in variants:
             bar.set_description(f"merge T={length} W={window} {name}")

@@ -30,6 +30,8 @@ RESERVE = 5.0
 LEAST = 8.0
 """Seconds with which no stage is started."""
 BUILD_LIMIT = 240.0
+CPU_SLACK = 3.0
+"""Times a stage's limit, where the CPU that rehearses has other work."""
 
 NEUTRAL = ("ok", "absent", "cpu")
 """Outcomes that are no failures: it ran and was right, a library that is not installed, or a case that only a GPU can
@@ -116,7 +118,7 @@ class Window:
         return document
 
     def _run_stage(self, stage: Stage) -> None:
-        limit = min(stage.limit, self.left)
+        limit = min(stage.limit * (CPU_SLACK if self.cpu else 1), self.left)
         if limit < LEAST:
             self.add(stage.name, "all cases", "skipped", reason="out of budget")
             self.write_table()

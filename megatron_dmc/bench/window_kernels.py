@@ -1,7 +1,7 @@
 """The stages of `bench window` that need torch and Triton alone: ceilings, the kernels' cases, K1, K2, K4 to K6."""
 
 import functools
-import importlib.util
+import importlib
 import os
 import platform
 import sys
@@ -45,7 +45,8 @@ def ceilings(stage: Stage) -> None:
     settings = settings_of(stage, 20)
 
     def machine() -> Iterator[Row]:
-        row = {"value": platform.processor() or platform.machine(), "torch": torch.__version__}
+        value = platform.processor() or platform.machine()
+        row: Row = {"value": value, "torch": torch.__version__}
         if settings.on_gpu:
             properties = torch.cuda.get_device_properties(settings.device)
             row |= {
@@ -85,6 +86,15 @@ def ceiling(stage: Stage, case: str, settings: Settings) -> float:
     measured = (copy_bandwidth if case == "copy" else matrix_product_rate)(settings)
     release_memory()
     return measured
+
+
+def imports(name: str) -> bool:
+    """Whether a package is there and loads."""
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
 
 
 # --- the kernels' cases ---------------------------------------------------------------------------
@@ -135,17 +145,17 @@ def _run_cases(stage: Stage, files: tuple[str, ...], *arguments: str) -> None:
     packages than a bare machine has."""
     if not TESTS.is_dir():
         raise DMCError(f"no folder {TESTS}: the cases are in the source tree; run from a checkout")
-    if importlib.util.find_spec("pytest") is None:
+    if not imports("pytest"):
         raise DMCError("pytest is not installed: the kernels' cases did not run")
     import pytest
 
+    def collected(self: Reporter, node: Any, ids: list[str]) -> None:
+        self._plan(ids)
+
+    # pytest-xdist's, where it is there: the cases are collected in its processes
+    hook = pytest.hookimpl(optionalhook=True)(collected)
+    Reporter.pytest_xdist_node_collection_finished = hook  # type: ignore[attr-defined]
     reporter = Reporter(stage)
-    if importlib.util.find_spec("xdist") is not None:
-
-        def collected(self: Reporter, node: Any, ids: list[str]) -> None:
-            self._plan(ids)
-
-        Reporter.pytest_xdist_node_collection_finished = collected  # type: ignore[attr-defined]
     os.chdir(TESTS)
     sys.path.insert(0, str(TESTS))
     status = pytest.main(
@@ -182,8 +192,7 @@ def triton_cases(stage: Stage) -> None:
     os.environ |= {
         "DMC_TESTED_BACKEND": "triton", "DMC_LARGE_CASES": "0", "TRITON_INTERPRET": "0",
     }  # fmt: skip
-    parallel = importlib.util.find_spec("xdist") is not None
-    _run_cases(stage, TRITON_FILES, *(("-n", "8") if parallel else ()))
+    _run_cases(stage, TRITON_FILES, *(("-p", "xdist", "-n", "8") if imports("xdist") else ()))
 
 
 # --- K4 and K5 ------------------------------------------------------------------------------------
