@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from kernel_cases_merge import DEVICE  # patches Triton
+from kernel_cases_merge import DEVICE, uninitialised_memory_is_nan  # noqa: F401, patches Triton
 
 from megatron_dmc.bench import decode_case
 from megatron_dmc.bench.measure import errors_within_twice_the_yardstick
@@ -18,6 +18,8 @@ BACKEND = os.environ.get("DMC_TESTED_BACKEND", "triton")
 # the interpreter cuts bfloat16 off instead of rounding it
 HALF = torch.float16 if DEVICE == "cpu" and BACKEND == "triton" else torch.bfloat16
 kernels = decode
+if BACKEND == "cuda":
+    from megatron_dmc.ops.cuda import decode as kernels
 if BACKEND == "host":
     import host_kernels as kernels
 
@@ -26,6 +28,7 @@ if BACKEND == "host":
 LARGE = os.environ.get("DMC_LARGE_CASES") == "1"
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 NAN = float("nan")
+TAKES_FLOAT32 = BACKEND not in ("cuda", "host")  # the extension takes half precision
 EDGES = [0, 1, 33, 65, 97, 31, 7, 8, 9, 16, 64, 32, 100, 0, 3, 40]
 
 
@@ -58,11 +61,15 @@ ATTENTION_LARGE = [
 ]
 
 
-@pytest.mark.parametrize("case", ATTENTION + (ATTENTION_LARGE if LARGE else []), ids=str)
+def chosen(cases, large):
+    """The cases that the backend takes: none is skipped."""
+    all_of_them = cases + (large if LARGE else [])
+    return [case for case in all_of_them if TAKES_FLOAT32 or torch.float32 not in case]
+
+
+@pytest.mark.parametrize("case", chosen(ATTENTION, ATTENTION_LARGE), ids=str)
 def test_attention_equals_the_specification(case):
     group, dim, page_size, dtype, stored, padded, ahead, shape = case
-    if BACKEND in ("cuda", "host") and dtype == torch.float32:
-        pytest.skip("the extension takes half precision")
     cache = decode_case.random_cache(
         lengths(*shape), dim=dim, page_size=page_size, dtype=dtype, device=DEVICE,
         cache_dtype=stored, num_free=2,
@@ -131,11 +138,9 @@ APPEND_LARGE = [
 ]
 
 
-@pytest.mark.parametrize("case", APPEND + (APPEND_LARGE if LARGE else []), ids=str)
+@pytest.mark.parametrize("case", chosen(APPEND, APPEND_LARGE), ids=str)
 def test_append_equals_the_specification(case):
     group, dim, rotary, page_size, dtype, window, compress, may_merge, num_free, stored = case
-    if BACKEND in ("cuda", "host") and dtype == torch.float32:
-        pytest.skip("the extension takes half precision")
     full = page_size
     state = torch.tensor([[0, 1], [full, full - 1], [2 * full, full + 1], [1, 3]])
     cache = decode_case.random_cache(
@@ -158,6 +163,58 @@ def test_append_equals_the_specification(case):
             append, qkv, angles, positions, cache, rows, alpha_offset=0.2, merge_window=window,
             compress=compress, may_merge=may_merge,
         )  # fmt: skip
+
+
+def test_every_run_gives_the_same_bits():
+    """No race between the workers that share a head, nor between heads that take pages at once."""
+    batch, num_kv_heads, runs = (64, 32, 20) if DEVICE == "cuda" else (2, 3, 2)
+    start = decode_case.random_cache(
+        lengths(batch, num_kv_heads, longest=1500 if DEVICE == "cuda" else 100) // 16 * 16, dim=64,
+        page_size=16, dtype=HALF, device=DEVICE, room=1, num_free=batch * num_kv_heads,
+    )  # fmt: skip
+    qkv = decode_case.random_heads(batch, [num_kv_heads] * 3, 64, dtype=HALF, device=DEVICE, seed=1)
+    rows = torch.arange(batch, device=DEVICE)
+    results = []
+    for _ in range(runs):
+        cache = start.clone(HALF)
+        q = cache_ops.gate_and_append(
+            *qkv, None, None, rows, cache.k_pages_PSD, cache.v_pages_PSD, cache.block_table_RGM,
+            cache.num_entries_RG, cache.segments_RGUA, rows, alpha_offset=0.0, compress=False,
+            free_pages=cache.free_pages, backend=BACKEND,
+        )  # fmt: skip
+        # every head stood at the end of a page
+        held = cache.block_table_RGM[cache.block_table_RGM >= 0]
+        assert held.unique().numel() == held.numel() == cache.k_pages_PSD.shape[0]
+        out = cache_ops.paged_decode_attention(
+            q, cache.k_pages_PSD, cache.v_pages_PSD, cache.block_table_RGM, cache.num_entries_RG,
+            softmax_scale=0.2, rows_B=rows, backend=BACKEND,
+        )  # fmt: skip
+        results.append(out)
+    assert all(torch.equal(out, results[0]) for out in results) and results[0].isfinite().all()
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="8.6 GB")
+def test_a_pool_of_more_than_2_31_elements():
+    page_size, dim = 16, 128
+    cache = decode_case.random_cache(
+        lengths(4, 4, longest=900), dim=dim, page_size=page_size, dtype=HALF, device=DEVICE, room=1,
+        num_free=2**31 // (page_size * dim) + 100,
+    )  # fmt: skip
+    assert int(cache.block_table_RGM.max()) * page_size * dim > 0.9 * 2**31
+    rows = torch.arange(4, device=DEVICE)
+    qkv = decode_case.random_heads(4, [4, 4, 4], dim, dtype=HALF, device=DEVICE, seed=1)
+
+    def append(*args, **kwargs):
+        return cache_ops.gate_and_append(*args, **kwargs, backend=BACKEND)
+
+    def attend(q, k_pages, v_pages, table, entries, rows, *, softmax_scale):
+        return cache_ops.paged_decode_attention(
+            q, k_pages, v_pages, table, entries, rows_B=rows, softmax_scale=softmax_scale,
+            backend=BACKEND,
+        )  # fmt: skip
+
+    decode_case.check_append(append, qkv, None, rows, cache, rows, alpha_offset=0.0)
+    decode_case.check_attention(attend, qkv[0], cache, rows, softmax_scale=0.1)
 
 
 @pytest.mark.parametrize("window", [0, 3])

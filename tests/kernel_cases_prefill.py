@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases_decode import BACKEND, HALF, LARGE, kernels  # patches Triton
+from kernel_cases_decode import BACKEND, HALF, LARGE, chosen, kernels  # patches Triton
 from kernel_cases_merge import DEVICE
 
 from megatron_dmc.bench import decode_case, prefill_case
@@ -99,12 +99,10 @@ CASES_LARGE = [
 
 
 @pytest.mark.parametrize(
-    "case", CASES + (CASES_LARGE if LARGE else []), ids=lambda c: "-".join(map(str, c[1:]))
+    "case", chosen(CASES, CASES_LARGE), ids=lambda c: "-".join(map(str, c[1:]))
 )
 def test_prefill_equals_pytorch(case):
     lengths, rows, sizes, group, dim, page_size, dtype, window, rotary, plain = case
-    if BACKEND in ("cuda", "host") and dtype == torch.float32:
-        pytest.skip("the extension takes half precision")
     run_case(
         lengths, rows, sizes, group=group, dim=dim, page_size=page_size, dtype=dtype,
         window=window, rotary=rotary, plain=plain,

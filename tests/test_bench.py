@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from megatron_dmc.bench import kernels, libraries, measure, train_kernels
+from megatron_dmc.bench import decode_case, kernels, libraries, measure, train_kernels
 from megatron_dmc.cli import main
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import reference
@@ -43,7 +43,7 @@ def test_train_step(capsys):
     rows = {(r["part"], r["dmc"]): r for r in result["rows"]}
     assert set(rows) == {("layer", False), ("layer", True), ("step", False), ("step", True)}
     assert rows["step", True]["time_over_plain"] > 0
-    losses = result["losses_where_nothing_merges"]["16"]
+    losses = rows["step", True]["losses_where_nothing_merges"]
     assert losses["with DMC"] == pytest.approx(losses["without DMC"], rel=1e-5)
 
 
@@ -129,15 +129,19 @@ def test_8_bit_pages(capsys):
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
-    settings = measure.Settings(torch.device("cpu"), torch.float32, (32,), 1, None)
-    lengths = kernels.head_lengths(2, 2, 32, 2.0, skewed=True)
+    cache = decode_case.random_cache(
+        kernels.head_lengths(2, 2, 32, 2.0, skewed=True), dim=64, page_size=16, room=1, num_free=4,
+        dtype=torch.float32, device="cpu",
+    )  # fmt: skip
+    qkv = decode_case.random_heads(2, [4, 2, 2], 64, dtype=torch.float32, device="cpu", seed=1)
+    kernels.check("torch", *qkv, cache)
     right = kernels.cache_ops.paged_decode_attention
     monkeypatch.setattr(
         kernels.cache_ops, "paged_decode_attention",
         lambda *args, **options: right(*args, **{**options, "softmax_scale": 0.1}),
     )  # fmt: skip
     with pytest.raises(DMCError, match="out is wrong"):
-        kernels.check(settings, "torch", lengths, 2, 64)
+        kernels.check("torch", *qkv, cache)
 
 
 def test_skewed_heads_nearly_keep_the_total():

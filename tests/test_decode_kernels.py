@@ -16,6 +16,7 @@ def test_cases_in_the_interpreter(large):
     run_cases(
         "kernel_cases_decode.py",
         "kernel_cases_pages.py",
+        "kernel_cases_engine.py",
         TRITON_INTERPRET="1",
         DMC_LARGE_CASES=large,
     )

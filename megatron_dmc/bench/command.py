@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from megatron_dmc.bench.serving import add_serving_benchmarks
 from megatron_dmc.bench.suite_plan import add_suite
+from megatron_dmc.bench.window import add_window
 from megatron_dmc.engine_flags import add_kv_cache_dtype
+from megatron_dmc.errors import DMCError
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,26 @@ def add_benchmarks(parser: argparse.ArgumentParser) -> None:
         sub.set_defaults(module=benchmark.module)
     add_serving_benchmarks(names)
     add_suite(names)
+    add_window(names)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the chosen benchmark."""
-    return importlib.import_module(args.module).run(args)
+    """Run the chosen benchmark.
+
+    Raises:
+        DMCError: it runs the model and megatron-core is not there; or as the benchmark's own `run`.
+    """
+    try:
+        benchmark = importlib.import_module(args.module)
+    except ImportError:
+        try:
+            importlib.import_module("megatron.core")
+        except ImportError as missing:
+            name = args.module.rsplit(".", 1)[1].replace("_", "-")
+            raise DMCError(
+                f"bench {getattr(args, 'benchmark', name)} runs the model and megatron-core does not import "
+                f"({missing}): pip install megatron-core, or use the benchmarks that need none: kernels, "
+                "train-kernels, window"
+            ) from missing
+        raise
+    return benchmark.run(args)

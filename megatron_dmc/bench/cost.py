@@ -11,7 +11,12 @@ from typing import Any
 
 import torch
 
-from megatron_dmc.bench.measure import Settings, copy_bandwidth, matrix_product_rate
+from megatron_dmc.bench.measure import (
+    Settings,
+    copy_bandwidth,
+    matrix_product_rate,
+    release_memory,
+)
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,10 @@ class Ceilings:
 
     @classmethod
     def measure(cls, settings: Settings) -> "Ceilings":
-        """Time the copy and the product."""
-        return cls(copy_bandwidth(settings), matrix_product_rate(settings))
+        """Time the copy and the product, and release their memory."""
+        ceilings = cls(copy_bandwidth(settings), matrix_product_rate(settings))
+        release_memory()
+        return ceilings
 
     def floor(self, cost: ModelCost, num_requests: int, live_entries: float) -> dict[str, float]:
         """Seconds that a decode step takes at least: `memory`, `arithmetic`, and the longer, `roofline`."""

@@ -19,6 +19,7 @@ from megatron_dmc.ops.page_ops import FreePages
 from megatron_dmc.ops.tensors import accumulator_dtype
 
 NAN = float("nan")
+_AT_ONCE = 1 << 20
 
 
 @dataclass
@@ -44,24 +45,64 @@ class LayerCache:
             FreePages(self.free_pages.page_ids.clone(), self.free_pages.state.clone()),
         )
 
-    def entries(self) -> Tensor:
-        """All live entries, keys and values side by side: float64 (entries, 2 D)."""
-        rows = []
-        for table_M, num in zip(
-            self.block_table_RGM.flatten(0, 1), self.num_entries_RG.flatten().tolist(), strict=True
+    def of_rows(self, rows: slice) -> "LayerCache":
+        """A view of some requests' cache, over the same pool."""
+        return LayerCache(
+            self.k_pages_PSD, self.v_pages_PSD, self.block_table_RGM[rows],
+            self.num_entries_RG[rows], self.segments_RGUA[rows], self.free_pages,
+        )  # fmt: skip
+
+    def compacted(self, dtype: torch.dtype, num_taken: int) -> "LayerCache":
+        """As `clone`, with no other pages than those in the tables and the `num_taken` free ones that are
+        taken next, renumbered: a check widens what it compares, however large the pool."""
+        table, asked = self.block_table_RGM, int(self.free_pages.state[0])
+        free = self.free_pages.page_ids[asked : asked + num_taken]
+        held = table[table >= 0].unique()
+        pages = torch.cat([held, free])
+        numbers = torch.arange(len(held) - asked, len(pages), device=table.device)
+        return LayerCache(
+            _some(self.k_pages_PSD, pages),
+            _some(self.v_pages_PSD, pages),
+            torch.where(
+                table < 0, -1, torch.searchsorted(held, table.clamp_min(0), out_int32=True)
+            ),
+            self.num_entries_RG,
+            self.segments_RGUA,
+            FreePages(numbers.int(), self.free_pages.state),
+        ).clone(dtype)
+
+    def entries(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """All live entries, head by head, keys and values side by side: (entries, 2 D) in `dtype`."""
+        page_size, dim = self.k_pages_PSD.shape[1:]
+        lengths = self.num_entries_RG
+        entries = torch.arange(int(lengths.max()), device=lengths.device).expand(*lengths.shape, -1)
+        is_live = entries < lengths[..., None]
+        slots = cache_ops.slots_of_entries(self.block_table_RGM, entries, page_size)[is_live]
+        if (slots < 0).any():
+            raise DMCError("an entry has no page")
+        kv = torch.empty(len(slots), 2 * dim, dtype=dtype, device=slots.device)
+        for out, pages in zip(
+            kv.split(dim, dim=1), (self.k_pages_PSD, self.v_pages_PSD), strict=True
         ):
-            pages = table_M[: -(-num // self.k_pages_PSD.shape[1])].long()
-            if (pages < 0).any():
-                raise DMCError("an entry has no page")
-            both = (self.k_pages_PSD, self.v_pages_PSD)
-            kv = torch.cat([kv_pages.load(x, pages, torch.float64) for x in both], dim=-1)
-            rows.append(kv.flatten(0, 1)[:num])
-        return torch.cat(rows)
+            for to, some in zip(out.split(_AT_ONCE), slots.split(_AT_ONCE), strict=True):
+                to.copy_(kv_pages.load(_slots_as_pages(pages), some, dtype)[:, 0])
+        return kv
 
     def is_poisoned(self) -> Tensor:
         """Slots whose key is NaN, bool (P, S)."""
         keys = self.k_pages_PSD
         return keys.isnan().any(-1) if isinstance(keys, Tensor) else keys.scales_PS.isnan()
+
+
+def _some(pages: Pages, page_ids: Tensor) -> Pages:
+    some = [x[page_ids] for x in kv_pages.tensors_of(pages)]
+    return some[0] if isinstance(pages, Tensor) else ScaledPages(*some)
+
+
+def _slots_as_pages(pages: Pages) -> Pages:
+    """The same memory as pages of one slot."""
+    flat = [x.flatten(0, 1).unsqueeze(1) for x in kv_pages.tensors_of(pages)]
+    return flat[0] if isinstance(pages, Tensor) else ScaledPages(*flat)
 
 
 def _clone(pages: Pages, dtype: torch.dtype) -> Pages:
@@ -84,6 +125,7 @@ def random_cache(
     num_free: int = 0,
     merge_window: int = 0,
     seed: int = 0,
+    in_order: bool = False,
 ) -> LayerCache:
     """A cache whose heads have these numbers of entries, in pages dealt out at random.
 
@@ -91,19 +133,20 @@ def random_cache(
         cache_dtype: what pages hold; None: `dtype`.
         room: width of the block table beyond the longest head, in pages; -1 there.
         num_free: free pages besides those in the tables.
+        in_order: pages are dealt out head by head instead.
     """
     generator = torch.Generator().manual_seed(seed)
     num_rows, num_kv_heads = lengths_RG.shape
     needed = (lengths_RG + page_size - 1) // page_size
     total = int(needed.sum())
-    order = torch.randperm(total + num_free, generator=generator).to(torch.int32)
+    num_pages = total + num_free
+    order = torch.arange(num_pages) if in_order else torch.randperm(num_pages, generator=generator)
+    order = order.to(torch.int32)
     table = torch.full((num_rows, num_kv_heads, int(needed.max()) + room), -1, dtype=torch.int32)
     has_page = torch.arange(table.shape[2]) < needed[..., None]
     table[has_page] = order[:total]
     k_pages, v_pages = (
-        kv_pages.empty_pages(
-            total + num_free, page_size, dim, dtype=cache_dtype or dtype, device=device
-        )
+        kv_pages.empty_pages(num_pages, page_size, dim, dtype=cache_dtype or dtype, device=device)
         for _ in range(2)
     )
     table, lengths = table.to(device), lengths_RG.to(device, copy=True)
@@ -114,7 +157,7 @@ def random_cache(
     live = slots[slots >= 0]
     for pages in (k_pages, v_pages):
         kv_pages.fill_with_nan(pages, slice(None))
-        for some in live.split(1 << 20):
+        for some in live.split(_AT_ONCE):
             rows = torch.randn(len(some), dim, generator=on_device, device=device)
             if pages is k_pages:
                 rows[:, -1] = 0.0
@@ -232,7 +275,9 @@ def check_append(
 
     q, k, v = qkv
     dtype = q.dtype
-    before, exact, honest = (cache.clone(d) for d in (dtype, torch.float64, dtype))
+    poisoned, entries = cache.is_poisoned(), cache.num_entries_RG.clone()
+    # a head takes one page at most
+    exact, honest = (cache.compacted(d, k.shape[0] * k.shape[1]) for d in (torch.float64, dtype))
 
     def run(op, cache: LayerCache) -> Tensor:
         cos, sin = cache_ops.cosine_and_sine(angles_XF, dtype)
@@ -258,8 +303,8 @@ def check_append(
     held = cache.block_table_RGM[cache.block_table_RGM >= 0]
     if held.unique().numel() != held.numel():
         raise DMCError("a page is in two block tables")
-    written = (cache.is_poisoned() != before.is_poisoned()).sum()
-    appended = (cache.num_entries_RG - before.num_entries_RG).sum()
+    written = (cache.is_poisoned() != poisoned).sum()
+    appended = (cache.num_entries_RG - entries).sum()
     if written != appended:
         raise DMCError(f"{int(written)} slots were filled for {int(appended)} new entries")
     return errors_within_twice_the_yardstick(

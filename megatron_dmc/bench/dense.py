@@ -1,12 +1,14 @@
 """The same engine with dense attention over contiguous caches: what per-head paging costs at CR 1 (E7).
 
-Everything but attention is the engine's own, page accounting included, though the pages stay empty. Keys and
-values of a request lie one after the other, rotated, in storage for its longest sequence. Decoding uses
-flash-attn's kernel with a cache where it is installed, else PyTorch's scaled-dot-product attention, which
-pads the requests to the longest. So the cache's memory is needed twice: measure at a batch that leaves room.
+Everything but decode attention is the engine's own: a request's keys and values lie one after the other, head by
+head, in storage for its longest sequence, to which a block table of consecutive pages leads the same append
+and prefill. On a GPU decoding runs PyTorch's variable-length flash attention; it does not split a sequence, so
+a batch with fewer sequences x heads than multiprocessors leaves some idle. On a CPU it is scaled-dot-product
+attention, padded to the longest request. Page accounting goes on beside it over pages that stay empty:
+the cache's memory is needed twice, so measure at a batch that leaves room.
 
-Dimension letters: L layers, R rows of per-request storage, S positions, G key/value heads, D head dim,
-T packed tokens of a step, N query heads, B requests that decode, F rotary channels.
+Dimension letters: L layers, R rows of per-request storage, M pages of a row's head, S slots per page, G key/value
+heads, D head dim, T packed tokens of a step, N query heads, B requests that decode, E entries.
 """
 
 from collections.abc import Sequence
@@ -16,137 +18,147 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_dmc.bench.measure import errors_within_twice_the_yardstick
 from megatron_dmc.engine.chunks import PackedChunk
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.errors import DMCError
-from megatron_dmc.ops import page_ops
-from megatron_dmc.ops.cache_ops import apply_rope
-from megatron_dmc.ops.tensors import to_device
-
-
-def _flash_with_cache(device: torch.device) -> Any | None:
-    if device.type != "cuda":
-        return None
-    try:
-        from flash_attn import flash_attn_with_kvcache
-    except ImportError:
-        return None
-    return flash_attn_with_kvcache
+from megatron_dmc.ops import cache_ops, page_ops
 
 
 class DenseContext(PagedContext):
     """`PagedContext` whose keys and values are contiguous; for plain models.
 
     Raises:
-        DMCError: with a compression rule or cached prefixes.
+        DMCError: with a compression rule, cached prefixes or 8-bit pages; or on a GPU without half precision.
     """
 
     def __init__(self, **options: Any) -> None:
         if options.get("rule") is not None or options.get("prefix_block_size") is not None:
             raise DMCError("dense attention knows neither merging nor cached prefixes")
+        if options.get("cache_dtype") is not None:
+            raise DMCError(
+                "dense attention has entries of the model's dtype: kv_cache_dtype='auto'"
+            )
+        device, dtype = torch.device(options.get("device", "cpu")), options["dtype"]
+        if device.type == "cuda" and dtype not in (torch.float16, torch.bfloat16):
+            raise DMCError(f"dense attention in {dtype} on a GPU: use bfloat16 or float16")
         super().__init__(**options)
-        shape = (
-            # padding is row -1, the last
-            options["num_layers"], options["max_num_seqs"] + 1, options["max_model_len"],
-            options["num_kv_heads"], options["head_dim"],
-        )  # fmt: skip
-        device = torch.device(options.get("device", "cpu"))
+        size, num_heads, dim = self.page_size, options["num_kv_heads"], options["head_dim"]
+        shape_RGM = (options["max_num_seqs"], num_heads, -(-options["max_model_len"] // size))
+        num_pages = shape_RGM[0] * shape_RGM[1] * shape_RGM[2]
+        pages = torch.arange(num_pages, dtype=torch.int32, device=device)
+        self.table_RGM = pages.view(shape_RGM)
         # zeros: a masked value that is NaN would still be NaN times no weight
-        self.k_LRSGD, self.v_LRSGD = (
-            torch.zeros(shape, dtype=options["dtype"], device=device) for _ in "kv"
+        self.k_LPSD, self.v_LPSD = (
+            torch.zeros(options["num_layers"], num_pages, size, dim, dtype=dtype, device=device)
+            for _ in "kv"
         )
-        self._flash = _flash_with_cache(device)
         self._longest = 1
-
-    @property
-    def is_capturable(self) -> bool:
-        """Whether CUDA graphs can hold decode steps: PyTorch's attention has shapes of the step's lengths."""
-        return self._flash is not None
 
     def begin_step(self, chunks: Sequence[PackedChunk]) -> None:
         """As `PagedContext.begin_step`."""
         super().begin_step(chunks)
         self._longest = max((chunk.end for chunk in chunks if chunk.num_tokens == 1), default=1)
 
+    def set_decode(self, rows_B: Tensor, positions_B: Tensor) -> None:
+        """As `PagedContext.set_decode`; also where the requests' keys begin and how many they are."""
+        super().set_decode(rows_B, positions_B)
+        _, num_heads, width = self.table_RGM.shape
+        rows = rows_B.clamp_min(0)
+        self._starts_X = torch.cat([rows, rows[:1]]).int() * (num_heads * width * self.page_size)
+        self._lengths_B = torch.where(rows_B < 0, 0, positions_B + 1).int()
+        self._queries_X = torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device)
+
     def end_step(self) -> None:
-        """As `PagedContext.end_step`; every token is an entry, with a page that stays empty."""
-        rows, sizes = to_device(
-            [[c.row for c in self._chunks], [c.num_tokens for c in self._chunks]],
-            self.k_LRSGD.device,
-        )  # fmt: skip
-        entries_LRG = self.tables.num_entries_LRG
-        entries_LRG[:, rows] += sizes[None, :, None]
+        """As `PagedContext.end_step`; every token has become an entry, whose page stays empty."""
         for chunk in self._chunks:
-            full, rest = divmod(chunk.start, self.page_size)
-            if chunk.end > (full + (rest > 0)) * self.page_size:
+            if -(-chunk.end // self.page_size) > -(-chunk.start // self.page_size):
                 page_ops.take_for_entries(
-                    self.tables.page_ids_LRGM[:, chunk.row], entries_LRG[:, chunk.row],
-                    self.page_size, self.pool.free_pages,
+                    self.tables.page_ids_LRGM[:, chunk.row],
+                    self.tables.num_entries_LRG[:, chunk.row], self.page_size, self.pool.free_pages,
                 )  # fmt: skip
         super().end_step()
 
-    def attend(
+    def _layer(self, layer_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return (
+            self.k_LPSD[layer_index], self.v_LPSD[layer_index], self.table_RGM,
+            self.tables.num_entries_LRG[layer_index],
+        )  # fmt: skip
+
+    def _decode(
         self,
         layer_index: int,
-        q_TND: Tensor,
-        k_TGD: Tensor,
-        v_TGD: Tensor,
+        q_BND: Tensor,
+        k_BGD: Tensor,
+        v_BGD: Tensor,
         freqs_SF: Tensor | None,
-        *,
         softmax_scale: float,
     ) -> Tensor:
-        """As `PagedContext.attend`."""
-        k_RSGD, v_RSGD = self.k_LRSGD[layer_index], self.v_LRSGD[layer_index]
-        out = torch.empty_like(q_TND)
-        rows_B, positions_B = self._rows_B, self._positions_B
-        first = len(rows_B)
-        if first:
-            freqs = None if freqs_SF is None else freqs_SF[positions_B]
-            k_RSGD[rows_B, positions_B] = apply_rope(k_TGD[:first], freqs)
-            v_RSGD[rows_B, positions_B] = v_TGD[:first]
-            q = apply_rope(q_TND[:first], freqs)
-            out[:first] = self._attend_to_row(q, k_RSGD, v_RSGD, softmax_scale)
-        for chunk in self._chunks:
-            if chunk.num_tokens > 1:
-                span, end = slice(first, first + chunk.num_tokens), chunk.end
-                freqs = None if freqs_SF is None else freqs_SF[chunk.start : end]
-                k_RSGD[chunk.row, chunk.start : end] = apply_rope(k_TGD[span], freqs)
-                v_RSGD[chunk.row, chunk.start : end] = v_TGD[span]
-                out[span] = _causal(
-                    apply_rope(q_TND[span], freqs), k_RSGD[chunk.row, :end],
-                    v_RSGD[chunk.row, :end], softmax_scale,
-                )  # fmt: skip
-                first = span.stop
+        cos_SF, sin_SF = self._cosine_and_sine(freqs_SF, q_BND.dtype)
+        q_BND = cache_ops.gate_and_append(
+            q_BND, k_BGD, v_BGD, cos_SF, sin_SF, self._positions_B, *self._layer(layer_index), None,
+            self._rows_B, alpha_offset=0.0, compress=False, may_merge=False, merge_window=0,
+            free_pages=None, backend=self._backend,
+        )  # fmt: skip
+        return self._attend_to_rows(layer_index, q_BND, softmax_scale)
+
+    def _attend_to_rows(self, layer_index: int, q_BND: Tensor, softmax_scale: float) -> Tensor:
+        """Attention of one token of each request, `set_decode`'s, over its row."""
+        pages = self.k_LPSD[layer_index], self.v_LPSD[layer_index]
+        if not q_BND.is_cuda:
+            shape = (*self.table_RGM.shape[:2], -1, q_BND.shape[-1])
+            k, v = (x.view(shape)[self._rows_B, :, : self._longest] for x in pages)
+            seen_BE = torch.arange(self._longest, device=q_BND.device) < self._lengths_B[:, None]
+            out = scaled_dot_product_attention(
+                q_BND[:, :, None], k, v, attn_mask=seen_BE[:, None, None], scale=softmax_scale,
+                enable_gqa=True,
+            )  # fmt: skip
+            return out[:, :, 0]
+        k, v = self.flat_rows(layer_index)
+        out, *_ = torch.ops.aten._flash_attention_forward(
+            q_BND.contiguous(), k, v, self._queries_X, self._starts_X, 1, self.max_sequence_length, 0.0, False,
+            False, scale=softmax_scale, seqused_k=self._lengths_B,
+        )  # fmt: skip
         return out
 
-    def _attend_to_row(
-        self, q_BND: Tensor, k_RSGD: Tensor, v_RSGD: Tensor, softmax_scale: float
-    ) -> Tensor:
-        rows_B, lengths_B = self._rows_B, self._positions_B + 1
-        if self._flash is not None:
-            rows = torch.where(rows_B < 0, k_RSGD.shape[0] - 1, rows_B)
-            return self._flash(
-                q_BND[:, None], k_RSGD, v_RSGD, cache_seqlens=lengths_B.int(),
-                cache_batch_idx=rows.int(), softmax_scale=softmax_scale,
-            )[:, 0]  # fmt: skip
-        k, v = (x[rows_B, : self._longest].transpose(1, 2) for x in (k_RSGD, v_RSGD))
-        seen_BS = torch.arange(self._longest, device=q_BND.device) < lengths_B[:, None]
-        out = scaled_dot_product_attention(
-            q_BND[:, :, None], k, v, attn_mask=seen_BS[:, None, None], scale=softmax_scale,
-            enable_gqa=True,
-        )  # fmt: skip
-        return out[:, :, 0]
+    def flat_rows(self, layer_index: int) -> list[Tensor]:
+        """A layer's keys and values as one run of tokens, (tokens, G, D): key e of a head is e rows of D
+        behind the first key of its row."""
+        _, num_heads, width = self.table_RGM.shape
+        positions = width * self.page_size
+        pages = self.k_LPSD[layer_index], self.v_LPSD[layer_index]
+        return [
+            x.as_strided(
+                (x.numel() // x.shape[-1] - (num_heads - 1) * positions, num_heads, x.shape[-1]),
+                (x.shape[-1], positions * x.shape[-1], 1), x.storage_offset(),
+            )
+            for x in pages
+        ]  # fmt: skip
 
+    def check(self, q_BND: Tensor, rows_B: Tensor, positions_B: Tensor, checked: slice) -> float:
+        """Relative error of the first layer's decode attention, of the requests `checked`.
 
-def _causal(q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor, softmax_scale: float) -> Tensor:
-    """Attention of the last T of S tokens."""
-    num_new, num_seen = len(q_TND), len(k_SGD)
-    q, k, v = (x.transpose(0, 1)[None] for x in (q_TND, k_SGD, v_SGD))
-    mask = None
-    if num_new < num_seen:
-        mask = torch.ones(num_new, num_seen, dtype=torch.bool, device=q.device)
-        mask = mask.tril(num_seen - num_new)
-    out = scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=softmax_scale, enable_gqa=True
-    )
-    return out[0].transpose(0, 1)
+        Raises:
+            DMCError: it is wrong.
+        """
+        self.set_decode(rows_B, positions_B)
+        self._longest = int(positions_B.max()) + 1
+        scale = q_BND.shape[-1] ** -0.5
+        ours = self._attend_to_rows(0, q_BND, scale)[checked]
+        exact: list[Tensor] = []
+        honest: list[Tensor] = []
+        for q_ND, row, position in zip(
+            q_BND[checked], rows_B[checked].tolist(), positions_B[checked].tolist(), strict=True
+        ):
+            k, v = (
+                x[0][self.table_RGM[row].long()].flatten(1, 2)[:, : position + 1]
+                for x in (self.k_LPSD, self.v_LPSD)
+            )
+            for of, dtype in ((exact, torch.float64), (honest, q_ND.dtype)):
+                args = (q_ND[None, :, None].to(dtype), k[None].to(dtype), v[None].to(dtype))
+                of.append(
+                    scaled_dot_product_attention(*args, scale=scale, enable_gqa=True)[0, :, 0]
+                )
+        return errors_within_twice_the_yardstick(
+            ["dense attention"], [ours], [torch.stack(exact)], [torch.stack(honest)]
+        )["dense attention"]

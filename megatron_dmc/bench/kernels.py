@@ -35,16 +35,16 @@ from megatron_dmc.bench.measure import (
     measure_time,
 )
 from megatron_dmc.bench.prefill_kernels import PAGE_SIZE, prefill_panel, prefill_rows
-from megatron_dmc.engine.config import parse_kv_cache_dtype
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import cache_ops
 from megatron_dmc.ops.cache_backend import refusal
-from megatron_dmc.ops.kv_pages import entry_bytes
+from megatron_dmc.ops.kv_pages import entry_bytes, parse_kv_cache_dtype
 
 SPREAD = 0.6
 BYTES_OF_LAYERS = 256 << 20
 """What the layers of one measurement hold together at least: several times a chip's cache."""
 MAX_LAYERS = 32
+CHECKED_REQUESTS = 4
 
 
 def head_lengths(batch: int, num_kv_heads: int, tokens: int, cr: float, *, skewed: bool) -> Tensor:
@@ -86,58 +86,61 @@ def layers_of(settings: Settings, needed: int) -> int:
 
 
 def check(
-    settings: Settings, backend: str, lengths_BG: Tensor, group: int, dim: int,
-    cache_dtype: torch.dtype | None = None,
-) -> dict:  # fmt: skip
-    """Errors of a backend on up to four requests like those that are timed, in fresh data."""
-    lengths = lengths_BG[:4]
-    batch, num_kv_heads = lengths.shape
-    make: dict[str, Any] = dict(dtype=settings.dtype, device=settings.device)
-    cache = decode_case.random_cache(
-        lengths, dim=dim, page_size=PAGE_SIZE, room=1, num_free=lengths.numel(),
-        cache_dtype=cache_dtype, **make,
-    )  # fmt: skip
-    qkv = decode_case.random_heads(
-        batch, [num_kv_heads * group, num_kv_heads, num_kv_heads], dim, seed=1, **make
-    )
-    rows = torch.arange(batch, device=settings.device)
+    backend: str, q_BND: Tensor, k_BGD: Tensor, v_BGD: Tensor, cache: decode_case.LayerCache
+) -> dict[str, float]:
+    """Errors of a backend's attention, for the last four requests, and append, for all of them, on the
+    cache that is timed, which becomes one token longer.
+
+    Raises:
+        DMCError: a result is wrong: nothing may be timed.
+    """
+    batch, _, dim = q_BND.shape
+    rows, last = torch.arange(batch, device=q_BND.device), slice(-CHECKED_REQUESTS, None)
     error = decode_case.check_attention(
         lambda q, k, v, table, entries, rows, softmax_scale: cache_ops.paged_decode_attention(
             q, k, v, table, entries, rows_B=rows, softmax_scale=softmax_scale, backend=backend
         ),
-        qkv[0], cache, rows, softmax_scale=dim**-0.5,
+        q_BND, cache, rows, softmax_scale=dim**-0.5, checked=last,
     )  # fmt: skip
-    angles = torch.rand(batch, dim // 2, device=settings.device).repeat(1, 2)
+    angles = torch.rand(batch, dim // 2, device=q_BND.device).repeat(1, 2)
     errors = decode_case.check_append(
         lambda *args, **kwargs: cache_ops.gate_and_append(*args, **kwargs, backend=backend),
-        qkv, angles, rows, cache, rows, alpha_offset=0.0,
+        [x[last] for x in (q_BND, k_BGD, v_BGD)], angles, rows[last], cache.of_rows(last),
+        rows[:CHECKED_REQUESTS], alpha_offset=0.0,
     )  # fmt: skip
     return {"attention": error, **{f"append, {name}": e for name, e in errors.items()}}
 
 
 def measure(
     settings: Settings, backend: str, lengths_BG: Tensor, group: int, dim: int, cr: float,
-    bandwidth: float, columns: dict[str, Any], cache_dtype: torch.dtype,
+    bandwidth: float, columns: dict[str, Any], cache_dtype: torch.dtype, in_order: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows for attention and append."""
+    """Rows for attention and append.
+
+    Args:
+        in_order: pages lie in the pool as the heads come, not at random.
+
+    Raises:
+        DMCError: as `check`.
+    """
     batch, num_kv_heads = lengths_BG.shape
-    errors = check(settings, backend, lengths_BG, group, dim, cache_dtype)
     dtypes = (settings.dtype, cache_dtype)
     needed = attention_bytes(lengths_BG, group, dim, *dtypes)
     num_layers = layers_of(settings, needed)
-    # heads that append do so in every run
-    room = math.ceil((settings.repeats + 10) / PAGE_SIZE) + 1
+    # heads that append do so in every run, and once in the check
+    room = math.ceil((settings.repeats + 11) / PAGE_SIZE) + 1
     make: dict[str, Any] = dict(dtype=settings.dtype, device=settings.device)
     caches = [
         decode_case.random_cache(
             lengths_BG, dim=dim, page_size=PAGE_SIZE, seed=layer, room=room,
-            num_free=room * lengths_BG.numel(), cache_dtype=cache_dtype, **make,
+            num_free=room * lengths_BG.numel(), cache_dtype=cache_dtype, in_order=in_order, **make,
         )
         for layer in range(num_layers)
     ]  # fmt: skip
     q, k, v = decode_case.random_heads(
         batch, [num_kv_heads * group, num_kv_heads, num_kv_heads], dim, seed=1, **make
     )
+    errors = check(backend, q, k, v, caches[0])
     rows = torch.arange(batch, device=settings.device)
     entries_LRG = torch.stack([cache.num_entries_RG for cache in caches])
     # of standard normal logits as many are above this as tokens merge
@@ -246,10 +249,12 @@ def run(args: argparse.Namespace) -> int:
     prompts = args.prompts or ([4096, 32768] if settings.on_gpu else [512])
     prefill_crs = args.crs or [1.0, 2.0, 4.0, 8.0]
     rate = matrix_product_rate(settings)
-    prefilled = []
+    prefilled: list[dict[str, Any]] = []
     if cache_dtype == settings.dtype:  # 8-bit pages are prefilled by PyTorch
-        prefilled = prefill_rows(
-            settings, prompts, prefill_crs, heads, dim, groups, backends(settings, dim), rate
+        prefilled = list(
+            prefill_rows(
+                settings, prompts, prefill_crs, heads, dim, groups, backends(settings, dim), rate
+            )
         )
     result = document(
         "kernels", settings, copy_bytes_per_second=bandwidth, product_per_second=rate,

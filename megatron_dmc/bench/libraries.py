@@ -14,7 +14,7 @@ import importlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,7 +143,7 @@ def torch_varlen(q_BND: Tensor, cache: LayerCache, settings: Settings) -> Attend
     _need_gpu(settings)
     q, lengths, _ = _folded(q_BND, cache)
     num_sequences, group, dim = q.shape
-    k, v = (x[:, None].contiguous() for x in cache.entries().to(q.dtype).split(dim, dim=1))
+    k, v = (x[:, None].contiguous() for x in cache.entries(q.dtype).split(dim, dim=1))
     ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
     starts = torch.arange(num_sequences + 1, device=q.device, dtype=torch.int32) * group
     packed = q.reshape(-1, 1, dim).contiguous()
@@ -166,7 +166,7 @@ def torch_sdpa(q_BND: Tensor, cache: LayerCache, settings: Settings) -> Attend:
         torch.zeros(num_sequences, 1, is_entry.shape[1], dim, dtype=q.dtype, device=q.device)
         for _ in "kv"
     )
-    k[:, 0][is_entry], v[:, 0][is_entry] = cache.entries().to(q.dtype).split(dim, dim=1)
+    k[:, 0][is_entry], v[:, 0][is_entry] = cache.entries(q.dtype).split(dim, dim=1)
     mask = is_entry[:, None, None]
 
     def attend() -> Tensor:
@@ -187,7 +187,7 @@ LIBRARIES = [
 
 def measure(
     settings: Settings, lengths_BG: Tensor, group: int, dim: int, *, num_layers: int,
-    bytes_needed: int, bandwidth: float, columns: Row,
+    bytes_needed: int, bandwidth: float, columns: Row, names: Sequence[str] | None = None,
 ) -> list[Row]:  # fmt: skip
     """A row for each library.
 
@@ -196,9 +196,12 @@ def measure(
         num_layers: caches that one run goes through.
         bytes_needed: of one layer.
         columns: of every row.
+        names: of the libraries; None: all.
     """
     rows = []
     for library in LIBRARIES:
+        if names is not None and library.name not in names:
+            continue
         head = {"op": "attention", "variant": library.name, **columns}
         try:
             row = _measure_one(library, settings, lengths_BG, group, dim, num_layers)

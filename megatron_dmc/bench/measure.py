@@ -129,6 +129,13 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> int | N
     return torch.cuda.max_memory_allocated(device) - before
 
 
+def release_memory() -> None:
+    """Give what the allocator keeps back to the GPU: the next cache is sized by what is free."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def copy_bandwidth(settings: Settings) -> float:
     """Bytes per second of a large copy on the device, read and written bytes both counted."""
     size = (1 << 30) if settings.on_gpu else (1 << 26)

@@ -9,20 +9,17 @@ their spread. The last line printed is one JSON document; vLLM's keys where it h
 """
 
 import argparse
-import gc
 import itertools
 import statistics
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from megatron_dmc.bench.compare import transformers_row
 from megatron_dmc.bench.cost import Ceilings, ModelCost
 from megatron_dmc.bench.engine_run import Run, decode_figures, run_requests, spread
 from megatron_dmc.bench.imposed import ImposedDecisions
 from megatron_dmc.bench.load import percentile
-from megatron_dmc.bench.measure import Panel, Settings, document, finish
+from megatron_dmc.bench.measure import Panel, Settings, document, finish, release_memory
 from megatron_dmc.bench.serving import prompts
 from megatron_dmc.bench.subject import Case, Subject
 from megatron_dmc.bench.tables import Row, curves, write_csv
@@ -60,10 +57,11 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], Settings]:
         Path(args.output) if args.output else None,
     )  # fmt: skip
     ceilings = Ceilings.measure(settings)
+    subject.share_pages(cases)
     rows = []
     for case in cases:
         rows.append(_measure_case(args, subject, case, ceilings))
-        _release_memory()
+        release_memory()
     if args.compare:
         rows += _compare(args, subject, cases, settings)
     result = document(
@@ -98,12 +96,6 @@ def _cases(args: argparse.Namespace) -> list[Case]:
             zip(args.input_len, outputs, strict=True), batches, args.simulate_cr or [None]
         )
     ]
-
-
-def _release_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _measure_case(
@@ -215,7 +207,7 @@ def _compare(
     description = subject.description
     path = None if subject.is_random else Path(model_path(args))
     subject.release()
-    _release_memory()
+    release_memory()
     rows = []
     for ours, given in asked:
         cache_tokens = None if settings.on_gpu else len(given) * (ours.num_cached + 32)
@@ -226,7 +218,7 @@ def _compare(
         })  # fmt: skip
         said = row.get("skipped") or f"{row['output_tokens_per_second']:.1f} generated tokens/s"
         print(f"transformers, {len(given)} requests: {said}", flush=True)
-        _release_memory()
+        release_memory()
     return rows
 
 

@@ -10,7 +10,7 @@ Dimension letters as in `ops.prefill`.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -128,9 +128,13 @@ def _flash(prompt: _Prompt) -> Callable[[], Tensor]:
 def prefill_rows(
     settings: Settings, lengths: list[int], crs: list[float], heads: int, dim: int,
     groups: tuple[int, ...], backends: list[str], rate: float,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows of the table for every length, group and backend: without DMC, and at each CR."""
-    rows: list[dict[str, Any]] = []
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Rows of the table for every length, group and backend, as they are measured: without DMC, and at
+    each CR.
+
+    Raises:
+        DMCError: a result is wrong.
+    """
     cases = list(itertools.product(lengths, groups, backends))
     for num_tokens, group, backend in tqdm(cases, disable=None, leave=False):
         shape = (heads // group, group, dim)
@@ -161,8 +165,7 @@ def prefill_rows(
                         "fraction_of_product": achieved / rate,
                         "time_over_flash": timing.median_ms / flash.median_ms,
                     }
-                rows.append(row)
-    return rows
+                yield row
 
 
 def prefill_panel(rows: list[dict[str, Any]]) -> Panel:

@@ -7,6 +7,7 @@ import argparse
 import functools
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,13 +24,12 @@ from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.tokenizer import load_tokenizer
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.engine import LLM
-from megatron_dmc.engine.config import parse_kv_cache_dtype
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.llm import pages_in_memory, parse_dtype
 from megatron_dmc.engine_flags import engine_options, given_tokenizer, model_path
 from megatron_dmc.errors import DMCError
 from megatron_dmc.models import LoadedModel, build_model, check_divisible, load_model
-from megatron_dmc.ops.kv_pages import entry_bytes
+from megatron_dmc.ops.kv_pages import entry_bytes, parse_kv_cache_dtype
 from megatron_dmc.plan.model import find_model
 
 DEVIATIONS = 3.0
@@ -53,6 +53,38 @@ class Case:
         return self.input_len + self.output_len - 1
 
 
+def requests_that_fit(
+    num_pages: int, heads: int, page_size: int, num_cached: int, decisions: ImposedDecisions | None
+) -> int:
+    """How many requests a cache holds that all have `num_cached` tokens.
+
+    Args:
+        heads: KV heads over all layers.
+        decisions: None: nothing merges.
+
+    Raises:
+        DMCError: none.
+    """
+    if decisions is None:
+        per_request, deviation = float(heads * -(-num_cached // page_size)), 0.0
+    else:
+        # a step needs room for one more entry of every head; where a head stands within its last page
+        # is anybody's guess
+        rate, entries = decisions.rate_LG, decisions.expected_entries(num_cached)
+        per_request = (entries.sum().item() + heads) / page_size + heads * (1 - 1 / page_size) / 2
+        drawn = (rate * (1 - rate)).sum().item() * num_cached / page_size**2
+        deviation = math.sqrt(heads / 12 + drawn)
+    # batch * per_request + DEVIATIONS * sqrt(batch) * deviation = num_pages
+    half = DEVIATIONS * deviation / 2
+    root = (math.sqrt(half**2 + per_request * num_pages) - half) / per_request
+    if (batch := int(root**2 + 1e-9)) < 1:
+        raise DMCError(
+            f"--max-num-seqs auto: the cache of {num_pages} pages holds no request of {num_cached + 1} "
+            f"tokens, which needs {per_request:.0f}; give it more memory"
+        )
+    return batch
+
+
 def slice_of(description: Any, ranks: int) -> Any:
     """One tensor-parallel rank's share: its heads, its part of the MLP and of the vocabulary.
 
@@ -73,7 +105,8 @@ def slice_of(description: Any, ranks: int) -> Any:
 
 def random_model(description: Any, device: torch.device) -> LoadedModel:
     """A model with random weights, drawn on the device: normal, 0.02."""
-    model = build_model(description, device=device, dtype=description.dtype)
+    with torch.device(device):  # the weights are made where they stay
+        model = build_model(description, device=device, dtype=description.dtype)
     generator = torch.Generator(device=device).manual_seed(1)
     for parameter in model.parameters():
         if parameter.ndim > 1:
@@ -144,6 +177,30 @@ class Subject:
         shared = d.dmc is not None and d.dmc.shared_decisions
         return ImposedDecisions.of(weights, case.cr, num_tokens=case.num_cached, shared=shared)
 
+    def share_pages(self, cases: Sequence[Case]) -> None:
+        """Settle the number of pages, the same for all cases: what the memory holds now, and no more
+        than any of them can use."""
+        args, d = self.args, self.description
+        if args.num_pages is not None:
+            return
+        heads, size = d.num_layers * d.num_query_groups, args.block_size
+        worst = [
+            sys.maxsize
+            if case.max_num_seqs is None
+            else case.max_num_seqs * heads * -(-(case.num_cached + 1) // size)
+            for case in cases
+        ]
+        if args.dataset_path or args.max_model_len is not None:
+            worst = [sys.maxsize]  # longer requests than the cases say
+        dtype = parse_kv_cache_dtype(args.kv_cache_dtype) or d.dtype
+        args.num_pages = pages_in_memory(
+            2 * size * entry_bytes(d.kv_channels, dtype),
+            worst_case=max(worst),
+            kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+            gpu_memory_utilization=args.gpu_memory_utilization,
+            device=self.device,
+        )
+
     def engine(self, case: Case) -> tuple[LLM, ImposedDecisions | None]:
         """An engine for the case, with nothing in it.
 
@@ -185,35 +242,9 @@ class Subject:
             DMCError: none.
         """
         args, d = self.args, self.description
-        num_pages = args.num_pages
-        if num_pages is None:
-            dtype = parse_kv_cache_dtype(args.kv_cache_dtype) or d.dtype
-            num_pages = pages_in_memory(
-                2 * args.block_size * entry_bytes(d.kv_channels, dtype),
-                worst_case=sys.maxsize,
-                kv_cache_memory_bytes=args.kv_cache_memory_bytes,
-                gpu_memory_utilization=args.gpu_memory_utilization,
-                device=self.device,
-            )
-        heads, size = d.num_layers * d.num_query_groups, args.block_size
-        if decisions is None:
-            per_request, deviation = float(heads * -(-case.num_cached // size)), 0.0
-        else:
-            # a step needs room for one more entry of every head; where a head stands within its last page
-            # is anybody's guess
-            rate, entries = decisions.rate_LG, decisions.expected_entries(case.num_cached)
-            per_request = (entries.sum().item() + heads) / size + heads * (1 - 1 / size) / 2
-            drawn = (rate * (1 - rate)).sum().item() * case.num_cached / size**2
-            deviation = math.sqrt(heads / 12 + drawn)
-        # batch * per_request + DEVIATIONS * sqrt(batch) * deviation = num_pages
-        half = DEVIATIONS * deviation / 2
-        root = (math.sqrt(half**2 + per_request * num_pages) - half) / per_request
-        batch = int(root**2 + 1e-9)
-        if args.num_prompts is not None:
-            batch = min(batch, args.num_prompts)
-        if batch < 1:
-            raise DMCError(
-                f"--max-num-seqs auto: the cache of {num_pages} pages holds no request of "
-                f"{case.num_cached + 1} tokens, which needs {per_request:.0f}; give it more memory"
-            )
-        return batch
+        assert args.num_pages is not None, "share_pages comes first"
+        batch = requests_that_fit(
+            args.num_pages, d.num_layers * d.num_query_groups, args.block_size, case.num_cached,
+            decisions,
+        )  # fmt: skip
+        return batch if args.num_prompts is None else min(batch, args.num_prompts)

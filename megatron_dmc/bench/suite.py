@@ -7,15 +7,13 @@ document; the exit status is 1 if a command failed.
 """
 
 import argparse
-import gc
 import json
 import sys
 from pathlib import Path
 
 import torch
 
-from megatron_dmc.bench import kernels, offline
-from megatron_dmc.bench.measure import Settings, document
+from megatron_dmc.bench.measure import Settings, document, release_memory
 from megatron_dmc.bench.suite_plan import EXPERIMENTS, Experiment
 from megatron_dmc.bench.tables import Row, curves, markdown, write_csv
 from megatron_dmc.errors import DMCError
@@ -72,17 +70,13 @@ def command_line(command: str, args: argparse.Namespace, folder: Path) -> list[s
 
 def _run_command(words: list[str]) -> list[Row]:
     """A command's rows."""
-    from megatron_dmc.bench.command import add_benchmarks
+    from megatron_dmc.bench import command
 
     parser = argparse.ArgumentParser(prog="megatron-dmc bench")
-    add_benchmarks(parser)
+    command.add_benchmarks(parser)
     args = parser.parse_args(words)
-    folder = Path(args.output)
-    if words[0] == "kernels":
-        kernels.run(args)
-        return json.loads((folder / "kernels.json").read_text())["rows"]
-    offline.run(args)
-    return json.loads((folder / f"{args.benchmark}.json").read_text())["rows"]
+    command.run(args)
+    return json.loads((Path(args.output) / f"{words[0]}.json").read_text())["rows"]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -116,9 +110,7 @@ def run(args: argparse.Namespace) -> int:
             lines.append(line)
             print(f"== {experiment.title}\n   {line}", flush=True)
             rows += _rows_of(words, number, failures)
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            release_memory()
         compare(experiment, rows)
         tables[experiment.name] = rows
         write_csv(rows, folder / f"{experiment.name}.csv")

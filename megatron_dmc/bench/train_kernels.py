@@ -10,7 +10,8 @@ Dimension letters: T tokens, B batch, N query heads, G key/value heads, D head d
 """
 
 import argparse
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -145,9 +146,14 @@ def merge_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, int]:
     return {"forward": 4 * tensor + 2 * gate, "both": 10 * tensor + 6 * gate}
 
 
-def bench_merge(settings: Settings, bandwidth: float, bar: tqdm) -> list[dict[str, Any]]:
-    """K1."""
-    rows = []
+def bench_merge(
+    settings: Settings, bandwidth: float, bar: tqdm, *, alternatives: bool = True
+) -> Iterator[dict[str, Any]]:
+    """K1, row by row; without the alternatives only the backend that training takes.
+
+    Raises:
+        DMCError: a result is wrong.
+    """
     for length in settings.lengths:
         if settings.on_gpu:
             shape = (length, max(1, 16384 // length), 32, 128)
@@ -167,15 +173,12 @@ def bench_merge(settings: Settings, bandwidth: float, bar: tqdm) -> list[dict[st
         variants: list[tuple[str, int, Op]] = []
         for window in (0, RELEASED_WINDOW):
             backend = ops.merge_backend(k, v, merge_window=window)
-            for name in dict.fromkeys((backend, "torch")):
+            for name in dict.fromkeys((backend, "torch") if alternatives else (backend,)):
                 variants.append((name, window, ours(window, name)))
-        variants.append(
-            (
-                "unrolled, compiled" if settings.on_gpu else "unrolled",
-                RELEASED_WINDOW,
-                lambda *x, f=unrolled: f(*x, merge_window=RELEASED_WINDOW),
-            )
-        )
+        if alternatives:
+            name = "unrolled, compiled" if settings.on_gpu else "unrolled"
+            compiled = functools.partial(unrolled, merge_window=RELEASED_WINDOW)
+            variants.append((name, RELEASED_WINDOW, compiled))
         needed = merge_bytes(shape, settings.dtype)
         for name, window, op in variants:
             bar.set_description(f"merge T={length} W={window} {name}")
@@ -184,17 +187,14 @@ def bench_merge(settings: Settings, bandwidth: float, bar: tqdm) -> list[dict[st
             columns = {"op": "merge", "variant": name, "shape_TBGD": shape, "merge_window": window}
             for row in measure_both_ways(op, inputs, [0, 1], settings, columns):
                 achieved = needed[row["direction"]] / (row["median_ms"] / 1e3)
-                rows.append(
-                    {
-                        **row,
-                        "errors": errors,
-                        "bytes_needed": needed[row["direction"]],
-                        "bytes_per_second": achieved,
-                        "fraction_of_copy": achieved / bandwidth,
-                    }
-                )
+                yield {
+                    **row,
+                    "errors": errors,
+                    "bytes_needed": needed[row["direction"]],
+                    "bytes_per_second": achieved,
+                    "fraction_of_copy": achieved / bandwidth,
+                }
             bar.update()
-    return rows
 
 
 def flex_attention(num_heads: int, length: int) -> Op:
@@ -234,9 +234,14 @@ def dense_bias_attention(q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor) -> T
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).permute(2, 0, 1, 3)
 
 
-def bench_attention(settings: Settings, bar: tqdm) -> list[dict[str, Any]]:
-    """K2."""
-    rows = []
+def bench_attention(
+    settings: Settings, bar: tqdm, *, alternatives: bool = True
+) -> Iterator[dict[str, Any]]:
+    """K2, row by row; without the alternatives only the stock kernel beside ours.
+
+    Raises:
+        DMCError: a result is wrong.
+    """
     for length in settings.lengths:
         for group in (1, 8) if settings.on_gpu else (1, 4):
             heads, dim = (32, 128) if settings.on_gpu else (4, 32)
@@ -256,15 +261,18 @@ def bench_attention(settings: Settings, bar: tqdm) -> list[dict[str, Any]]:
                     lambda q, k, v, _: ops.causal_attention(q, k, v),
                 ),
                 ("DMC", ops.training_attention),
-                (
-                    "FlexAttention",
-                    flex_attention(heads, length) if settings.on_gpu else "needs a GPU",
-                ),
-                ("dense bias", dense_bias_attention),
             ]
-            bias_bytes = batch * heads * length**2 * settings.dtype.itemsize
-            if settings.on_gpu and 8 * bias_bytes > torch.cuda.mem_get_info(settings.device)[0]:
-                variants[3] = ("dense bias", "its bias does not fit into memory")
+            if alternatives:
+                flex = flex_attention(heads, length) if settings.on_gpu else "needs a GPU"
+                variants.append(("FlexAttention", flex))
+                bias_bytes = batch * heads * length**2 * settings.dtype.itemsize
+                too_large = (
+                    settings.on_gpu and 8 * bias_bytes > torch.cuda.mem_get_info(settings.device)[0]
+                )
+                variants.append((
+                    "dense bias",
+                    "its bias does not fit into memory" if too_large else dense_bias_attention,
+                ))  # fmt: skip
             stock: dict[str, float] = {}
             for name, op in variants:
                 bar.set_description(f"attention T={length} {group}:1 {name}")
@@ -276,7 +284,7 @@ def bench_attention(settings: Settings, bar: tqdm) -> list[dict[str, Any]]:
                     "num_kv_heads": heads // group,
                 }
                 if isinstance(op, str):
-                    rows.append({**columns, "skipped": op})
+                    yield {**columns, "skipped": op}
                     bar.update()
                     continue
                 errors = None
@@ -288,9 +296,8 @@ def bench_attention(settings: Settings, bar: tqdm) -> list[dict[str, Any]]:
                 for row in measure_both_ways(op, inputs, [0], settings, columns):
                     stock.setdefault(row["direction"], row["median_ms"])
                     ratio = row["median_ms"] / stock[row["direction"]]
-                    rows.append({**row, "errors": errors, "time_over_stock": ratio})
+                    yield {**row, "errors": errors, "time_over_stock": ratio}
                 bar.update()
-    return rows
 
 
 def panels(rows: list[dict[str, Any]], bandwidth: float) -> list[Panel]:
@@ -318,8 +325,7 @@ def run(args: argparse.Namespace) -> int:
     bandwidth = copy_bandwidth(settings)
     steps = len(settings.lengths) * ((5 if settings.on_gpu else 3) + 8)
     with tqdm(total=steps, disable=None, leave=False) as bar:
-        rows = bench_merge(settings, bandwidth, bar)
-        rows += bench_attention(settings, bar)
+        rows = [*bench_merge(settings, bandwidth, bar), *bench_attention(settings, bar)]
     result = document(
         "train-kernels", settings, copy_bytes_per_second=bandwidth, lengths=settings.lengths,
         rows=rows,

@@ -11,6 +11,7 @@ Dimension letters: T tokens, B batch, L layers.
 """
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -125,20 +126,24 @@ def check(models: dict[bool, DMCGPTModel], tokens_BT: Tensor) -> dict[str, float
 
 def bench(
     settings: Settings, *, length: int, num_layers: int, bar: tqdm
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Rows of one length: the layer and the step, with DMC and without."""
+) -> Iterator[dict[str, Any]]:
+    """Rows of one length, as they are measured: the layer and the step, with DMC and without, each with the
+    losses that were compared first.
+
+    Raises:
+        DMCError: as `check`.
+    """
     batch = max(1, 4096 // length) if settings.on_gpu else 1
     description = describe(settings, num_layers=num_layers, length=length)
     generator = torch.Generator(device=settings.device).manual_seed(2)
     tokens_BT = torch.randint(
         description.vocab_size, (batch, length), generator=generator, device=settings.device
     )
-    models = {dmc: build(description, settings, dmc=dmc) for dmc in (False, True)}
-    losses = check(models, tokens_BT)
-    rows: list[dict[str, Any]] = []
+    losses = check({dmc: build(description, settings, dmc=dmc) for dmc in (False, True)}, tokens_BT)
     times: dict[tuple[str, bool], tuple[float, int | None]] = {}
     for dmc in (False, True):
-        model = models.pop(dmc)
+        # alone: the other one's weights are no part of its peak
+        model = build(description, settings, dmc=dmc)
         freqs = model.rotary_pos_emb(length)
         key = GateKey(seed=1, step=0, microbatch=0, first_sample=0)
         hidden = torch.randn(
@@ -176,40 +181,35 @@ def bench(
                 memory = torch.cuda.max_memory_allocated(settings.device)
             times[part, dmc] = timing.median_ms, memory
             plain_ms, plain_memory = times[part, False]
-            rows.append(
-                as_row(
-                    timing,
-                    part=part,
-                    dmc=dmc,
-                    num_tokens=length,
-                    batch=batch,
-                    num_layers=num_layers if part == "step" else 1,
-                    peak_memory_bytes=memory,
-                    time_over_plain=timing.median_ms / plain_ms,
-                    memory_over_plain=memory / plain_memory if memory and plain_memory else None,
-                )
+            yield as_row(
+                timing,
+                part=part,
+                dmc=dmc,
+                num_tokens=length,
+                batch=batch,
+                num_layers=num_layers if part == "step" else 1,
+                peak_memory_bytes=memory,
+                time_over_plain=timing.median_ms / plain_ms,
+                memory_over_plain=memory / plain_memory if memory and plain_memory else None,
+                losses_where_nothing_merges=losses,
             )
             bar.update()
         del model, layer, optimizer, run_layer, run_step, function
         if settings.on_gpu:
             torch.cuda.empty_cache()
-    return rows, losses
 
 
 def run(args: argparse.Namespace) -> int:
     """`megatron-dmc bench train-step`."""
     settings = Settings.from_args(args, gpu=(4096,), cpu=(64,))
     num_layers = args.layers or (8 if settings.on_gpu else 2)
-    rows: list[dict[str, Any]] = []
-    losses = {}
     with tqdm(total=4 * len(settings.lengths), disable=None, leave=False) as bar:
-        for length in settings.lengths:
-            found, losses[length] = bench(settings, length=length, num_layers=num_layers, bar=bar)
-            rows += found
-    result = document(
-        "train-step", settings, lengths=settings.lengths, losses_where_nothing_merges=losses,
-        rows=rows,
-    )  # fmt: skip
+        rows = [
+            row
+            for length in settings.lengths
+            for row in bench(settings, length=length, num_layers=num_layers, bar=bar)
+        ]
+    result = document("train-step", settings, lengths=settings.lengths, rows=rows)
     bars = [
         (f"T={r['num_tokens']} {r['part']} {'with' if r['dmc'] else 'without'} DMC",
          r["median_ms"], r["dmc"])

@@ -10,6 +10,7 @@ from megatron_dmc.baselines import EvictionRule
 from megatron_dmc.engine.decode_graphs import default_sizes
 from megatron_dmc.engine.scheduler import SchedulingPolicy
 from megatron_dmc.errors import UnsupportedConfig
+from megatron_dmc.ops.kv_pages import parse_kv_cache_dtype
 
 _DTYPES = {
     "float64": torch.float64,
@@ -19,13 +20,6 @@ _DTYPES = {
     "float16": torch.float16,
     "half": torch.float16,
 }
-KV_CACHE_DTYPES = {
-    "auto": None,
-    "fp8": torch.float8_e4m3fn,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "int8": torch.int8,
-}
-"""What `kv_cache_dtype` may be; None: the model's dtype."""
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -42,17 +36,6 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     if name not in _DTYPES:
         raise UnsupportedConfig(f"dtype={dtype!r}: use one of auto, {', '.join(_DTYPES)}")
     return _DTYPES[name]
-
-
-def parse_kv_cache_dtype(name: str) -> torch.dtype | None:
-    """The pages' dtype, None for the model's.
-
-    Raises:
-        UnsupportedConfig: for any other name.
-    """
-    if name not in KV_CACHE_DTYPES:
-        raise UnsupportedConfig(f"kv_cache_dtype={name!r}: use one of {', '.join(KV_CACHE_DTYPES)}")
-    return KV_CACHE_DTYPES[name]
 
 
 @dataclass

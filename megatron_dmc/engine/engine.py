@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.checkpoint.tokenizer import as_tokenizer
-from megatron_dmc.engine.config import EngineConfig, parse_kv_cache_dtype
+from megatron_dmc.engine.config import EngineConfig
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.decision_record import DecisionRecord
 from megatron_dmc.engine.detokenizer import IncrementalDetokenizer, find_stop
@@ -33,6 +33,7 @@ from megatron_dmc.engine.sizes import check_fits_model
 from megatron_dmc.engine.stats import Counters, EngineStats
 from megatron_dmc.engine.tensor_parallel import Command, TensorParallel
 from megatron_dmc.errors import EngineDead, InvalidRequest, RequestFailed
+from megatron_dmc.ops.kv_pages import parse_kv_cache_dtype
 from megatron_dmc.ops.tensors import take_rows
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from megatron_dmc.checkpoint.generation_config import (
     sampling_defaults,
     token_ids,
 )
-from megatron_dmc.engine.config import EngineConfig, parse_dtype, parse_kv_cache_dtype
+from megatron_dmc.engine.config import EngineConfig, parse_dtype
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.engine import LLMEngine
 from megatron_dmc.engine.model_runner import device_of_weights
@@ -23,7 +23,7 @@ from megatron_dmc.engine.sizes import check_arguments, check_memory
 from megatron_dmc.engine.start import ended_on_failure, start_ranks
 from megatron_dmc.engine.stats import EngineStats
 from megatron_dmc.errors import EngineDead, InvalidRequest, RequestFailed, UnsupportedConfig
-from megatron_dmc.ops.kv_pages import entry_bytes
+from megatron_dmc.ops.kv_pages import entry_bytes, parse_kv_cache_dtype
 from megatron_dmc.quiet import quietly
 
 _DEFAULT_CPU_CACHE_BYTES = 2**30

@@ -17,10 +17,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_dmc.errors import UnsupportedConfig
+
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """The 8-bit dtypes, and what an entry's largest channel becomes."""
 SMALLEST_AMAX = 2.0**-100
+KV_CACHE_DTYPES = {
+    "auto": None,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
+"""What `kv_cache_dtype` may be; None: the model's dtype."""
 _POISONED_INT8 = -128  # `quantise` never writes it
+
+
+def parse_kv_cache_dtype(name: str) -> torch.dtype | None:
+    """The pages' dtype, None for the model's.
+
+    Raises:
+        UnsupportedConfig: for any other name.
+    """
+    if name not in KV_CACHE_DTYPES:
+        raise UnsupportedConfig(f"kv_cache_dtype={name!r}: use one of {', '.join(KV_CACHE_DTYPES)}")
+    return KV_CACHE_DTYPES[name]
 
 
 @dataclass(frozen=True)
