@@ -43,8 +43,8 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     """Largest token id + 1."""
-    longest_token_bytes: int
-    """UTF-8 bytes of the longest token, at least; servers bound a text's tokens with it."""
+    longest_token_bytes: int | None
+    """UTF-8 bytes of the longest token, at least; servers bound a text's tokens with it. None: unknown."""
     bos_id: int | None
     eos_id: int | None
     special_ids: frozenset[int]
@@ -85,7 +85,7 @@ class SentencePieceTokenizer:
             raise CheckpointError(f"{file}: not a sentencepiece model ({e}); copy it again") from e
         self.vocab_size: int = self._model.vocab_size()
         pieces = self._model.id_to_piece(list(range(self.vocab_size)))
-        self.longest_token_bytes = max(len(piece.encode()) for piece in pieces)
+        self.longest_token_bytes: int | None = max(len(piece.encode()) for piece in pieces)
         bos, eos = self._model.bos_id(), self._model.eos_id()
         self.bos_id: int | None = bos if bos >= 0 else None
         self.eos_id: int | None = eos if eos >= 0 else None
@@ -142,7 +142,7 @@ class HuggingFaceTokenizer:
         self.inner.encode("")
         vocab = self.inner.get_vocab()
         self.vocab_size: int = max(vocab.values()) + 1
-        self.longest_token_bytes = max(len(piece.encode()) for piece in vocab)
+        self.longest_token_bytes: int | None = max(len(piece.encode()) for piece in vocab)
         self.bos_id: int | None = self.inner.bos_token_id
         self.eos_id: int | None = self.inner.eos_token_id
         added = self.inner.added_tokens_decoder.items()
@@ -185,6 +185,7 @@ class _GivenTokenizer:
         self.inner = inner
         self.bos_id, self.eos_id = inner.bos_id, inner.eos_id
         self.vocab_size: int = getattr(inner, "vocab_size", 0)
+        self.longest_token_bytes: int | None = getattr(inner, "longest_token_bytes", None)
         self.special_ids = frozenset({inner.bos_id, inner.eos_id} - {None})
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
@@ -339,10 +340,10 @@ def find_tokenizer(path: str | Path, args: Namespace | None = None) -> Path | No
             (place / name).is_file() for name in (SENTENCEPIECE_FILE, *_FAST_FILES)
         ):
             return place
-    if trained_with := getattr(args, "tokenizer_model", None):
+    if named := getattr(args, "tokenizer_model", None):
         _logger.warning(
             "%s: has no tokenizer, and the one that it was trained with is not at %s (from %s); copy it to "
-            "%s or name it", path, trained_with, Path.cwd(), Path(path) / TOKENIZER_FOLDER,
+            "%s or name it", path, named, Path.cwd(), Path(path) / TOKENIZER_FOLDER,
         )  # fmt: skip
     return None
 
