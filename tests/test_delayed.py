@@ -1,11 +1,14 @@
-"""Merging with a delay: training attention against the dense formula, and that against the definition."""
+"""Merging with a delay: training attention against the dense formula, that against the definition, and
+the engine against both."""
 
 import itertools
 
 import pytest
 import torch
 from test_ops import randn, random_gates
+from tiny_gpt import check_idle, dmc_config, drain, greedy_params, make_engine, make_prompts
 
+from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.ops import delayed_attention, merge, reference, training_attention
 
 
@@ -22,7 +25,10 @@ def out_and_gradients(op, inputs, weight):
     leaves = [t.clone().requires_grad_() for t in inputs]
     out = op(*leaves)
     grads = torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True)
-    return [out, *(torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True))]
+    return [
+        out,
+        *(torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)),
+    ]
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
@@ -125,3 +131,51 @@ def test_errors():
         delayed_attention(*inputs, merge_delay=-1)
     with pytest.raises(ValueError, match="same T"):
         delayed_attention(*inputs[:3], inputs[3][:7], *inputs[4:], merge_delay=2)
+
+
+# --- the engine -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("delay,window", [(1, 0), (3, 0), (3, 2), (16, 0)])
+@pytest.mark.parametrize("budget", [1, 7, 64])
+def test_engine_gives_the_full_forwards_tokens(delay, window, budget):
+    """Ragged requests in a pool that is short: chunks, preemption, pages freed at the end."""
+    engine = make_engine(
+        dmc_config(window, merge_delay=delay), num_pages=40, max_num_batched_tokens=budget
+    )
+    prompts = make_prompts(9, seed=5)
+    for i, prompt in enumerate(prompts):
+        engine.add_request(str(i), prompt, greedy_params(14))
+    outputs = drain(engine)
+    for i, prompt in enumerate(prompts):
+        assert outputs[str(i)].outputs[0].token_ids == engine.runner.model.greedy(prompt, 14)
+    stats = engine.stats()
+    assert stats.num_preemptions > 0 or budget == 1
+    assert 1.0 < stats.measured_cr
+    check_idle(engine)
+
+
+def test_slots_are_those_of_the_entries_and_the_ring():
+    delay = 3
+    engine = make_engine(dmc_config(merge_delay=delay))
+    (prompt,) = make_prompts(1, seed=3)
+    engine.add_request("x", prompt, greedy_params(20))
+    output = drain(engine)["x"]
+    cached = [*prompt, *output.outputs[0].token_ids][:-1]
+    _, decisions_LTG = engine.runner.model.full_forward(cached)
+    merges = decisions_LTG[:, 1 : len(cached) - delay].sum()
+    assert output.metrics.num_entries == decisions_LTG[:, :, :].numel() - merges
+    assert merges > 0
+
+
+def test_without_merging_nothing_waits():
+    engine = make_engine(dmc_config(merge_delay=3), enable_dmc=False)
+    (prompt,) = make_prompts(1, seed=4)
+    engine.add_request("x", prompt, greedy_params(12))
+    tokens = drain(engine)["x"].outputs[0].token_ids
+    assert tokens == engine.runner.model.greedy(prompt, 12, may_merge=False)
+
+
+def test_cached_prefixes_are_refused():
+    with pytest.raises(UnsupportedConfig, match="enable_prefix_caching=True.*--dmc-merge-delay 3"):
+        make_engine(dmc_config(merge_delay=3), enable_prefix_caching=True)

@@ -77,12 +77,12 @@ class LLMEngine:
             )
         rule = compression_rule(description.dmc, enable_dmc)
         check_combinations(config, rule, num_ranks)
-        evicts = rule is not None and rule.eviction_delay is not None
+        has_ring = rule is not None and rule.has_ring
         self.config, self.description, self.tokenizer = config, description, tokenizer
         self.parallel, self._dtype = parallel, dtype
         self.eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
         counts = config.count_flipped_decisions
-        self._counts_flips = not evicts and (dtype.itemsize <= 2 if counts is None else counts)
+        self._counts_flips = not has_ring and (dtype.itemsize <= 2 if counts is None else counts)
         self.context = make_context(
             num_layers=description.num_layers,
             num_kv_heads=heads_per_rank,
@@ -111,8 +111,8 @@ class LLMEngine:
             device=device,
             gather=None if parallel is None else parallel.gather_logits,
         )
-        # eviction's PyTorch selects by masks, which a graph cannot
-        eager = config.enforce_eager or evicts or config.cache_policy is not None
+        # the rings' PyTorch selects by masks, which a graph cannot
+        eager = config.enforce_eager or has_ring or config.cache_policy is not None
         if torch.device(device).type == "cuda" and not eager:
             self.runner.capture_on_gpu(
                 config.graph_sizes(), progress=parallel is None or parallel.rank == 0

@@ -330,7 +330,7 @@ def compacted_attention(
     entry_TG: Tensor,
     *,
     softmax_scale: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Every query attends to the entries below its own one, and to its own state in place of that.
 
     The entries alone are keys: E of them where `chunk_attention` has T states. Memory is that of a block
@@ -343,13 +343,14 @@ def compacted_attention(
         entry_TG: int64, the entry that the token's segment is, not falling with T.
 
     Returns:
-        out_TND in the queries' dtype, computed in float32 (float64).
+        out_TND in the queries' dtype, computed in float32 (float64), and its log-sum-exp lse_TN.
     """
     num_tokens, num_kv_heads = entry_TG.shape
     acc = accumulator_dtype(q_TND.dtype)
     keys_GDE, values = k_GED.to(acc).transpose(1, 2), v_GED.to(acc)
     indices = torch.arange(keys_GDE.shape[2], device=q_TND.device)
     out = torch.empty_like(q_TND)
+    lse_TN = torch.empty(q_TND.shape[:2], dtype=acc, device=q_TND.device)
     for first in range(0, num_tokens, _QUERY_BLOCK):
         at = slice(first, first + _QUERY_BLOCK)
         entry = entry_TG[at]
@@ -368,4 +369,5 @@ def compacted_attention(
         attended = (weights.flatten(1, 2) @ values[:, :high]).unflatten(1, q.shape[1:3])
         attended += own[..., None] * v_TGD[at].to(acc).transpose(0, 1)[:, :, None]
         out[at] = (attended / total[..., None]).transpose(0, 1).flatten(1, 2)
-    return out
+        lse_TN[at] = (most + total.log()).transpose(0, 1).flatten(1, 2)
+    return out, lse_TN

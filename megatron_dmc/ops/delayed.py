@@ -351,3 +351,23 @@ def delayed_attention(
     tensors, scale, kernel = _prepare(q_TBND, keys, softmax_scale, backend)
     out = _DelayedAttention.apply(*tensors, merge_delay, scale, kernel)
     return out.permute(2, 0, 1, 3)
+
+
+def recent_attention(
+    q_TND: Tensor, k_XGD: Tensor, v_XGD: Tensor, *, num_recent: int, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Every query attends to the latest tokens up to itself, without a backward.
+
+    Args:
+        q_TND: rotated queries of the last T of the X tokens, the borrowed channel zero.
+        k_XGD, v_XGD: rotated keys and values of X tokens.
+        num_recent: how many tokens a query sees, its own included; at least 1.
+
+    Returns:
+        out_TND in the queries' dtype; lse_TN, float32 (float64 for float64).
+    """
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_TND, k_XGD, v_XGD))
+    kernel, joined = choose_kernel(q, k, v), _Joined(q)
+    for part in _near_parts(q.shape[2], k.shape[2], num_recent, q.device):
+        joined.attend(part, q, k, v, softmax_scale, kernel)
+    return joined.out[0].transpose(0, 1).to(q_TND.dtype), joined.lse[0].T
