@@ -57,6 +57,7 @@ class Plan:
     lr: float = 1e-3
     target_cr: float = 4.0
     merge_window: int = 12
+    merge_delay: int = 0
     alpha_offset: float = 0.5
     temperature: float = 0.025
     noise_scale: float = 0.25
@@ -136,7 +137,7 @@ def dmc_flags(stage: str, plan: Plan) -> list[str]:
     """A stage's own flags."""
     return [
         "--dmc-stage", stage, "--dmc-target-cr", str(plan.target_cr),
-        "--dmc-merge-window", str(plan.merge_window),
+        "--dmc-merge-window", str(plan.merge_window), "--dmc-merge-delay", str(plan.merge_delay),
         "--dmc-alpha-offset", str(plan.alpha_offset), "--dmc-loss-weight", str(plan.loss_weight),
         "--dmc-temperature", str(plan.temperature), "--dmc-noise-scale",
         str(plan.finetune_noise_scale if stage == "finetune" else plan.noise_scale),

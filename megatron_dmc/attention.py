@@ -22,6 +22,7 @@ from megatron_dmc.decisions import DecisionRecorder, GateKey
 from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.ops import (
     causal_attention,
+    delayed_attention,
     eviction_attention,
     gates,
     merge,
@@ -258,17 +259,21 @@ class DMCSelfAttention(SelfAttention):
         else:
             alpha, log_keep, alpha_hat = gates.hard_gate(logit_TBG, starts_TB=starts_TB)
         k = _scale_channel(k, gates.DECISION_CHANNEL, 0.0)
+        # what RoPE mixes into the borrowed channel is ignored by attention
+        attention, keys = training_attention, ()
+        if not merges:
+            attention = partial(eviction_attention, delay=dmc.eviction_delay)
+        elif dmc.merge_delay:
+            attention = partial(delayed_attention, merge_delay=dmc.merge_delay)
+            keys = (self._rotate(k, angles.whole), v)
         if dmc.pool_after_rope:
             k = _scale_channel(self._rotate(k, angles.whole), gates.DECISION_CHANNEL, 0.0)
         if merges:
             k, v = merge(k, v, alpha, omega_TBG, merge_window=dmc.merge_window)
-            attention = training_attention
-        else:
-            attention = partial(eviction_attention, delay=dmc.eviction_delay)
         if not dmc.pool_after_rope:
-            # what RoPE mixed into the borrowed channel is ignored there
             k = self._rotate(k, angles.whole)
-        out = layout.attend(attention, q, k, v, log_keep, softmax_scale=self.softmax_scale)
+        keys = (*keys, k, v, log_keep)
+        out = layout.attend(attention, q, *keys, softmax_scale=self.softmax_scale)
         if self.recorder is not None and key is not None:
             out = self.recorder.report(out, layout.own(alpha_hat), key, self.layer_index)
         return out

@@ -76,6 +76,10 @@ class DMCConfig:
     merge_window: int = 0
     """Only the latest tokens of a segment, this many, contribute to its entry. 0: all of them."""
 
+    merge_delay: int = 0
+    """How many of the newest tokens stay as they are: a decision takes effect this many tokens later.
+    0: at once, the paper's method."""
+
     pool_after_rope: bool = False
     """An entry's key is the mean of keys that are already rotated, each at its own position. Training
     and full-sequence evaluation only; the inference engine has no such entries."""
@@ -103,6 +107,9 @@ class DMCConfig:
         self._require("policy", self.policy in ("merge", "evict"), "choose merge or evict")
         self._require("merge_window", self.merge_window == 0 or self.policy == "merge",
                       "nothing merges with --dmc-policy evict; leave it at 0")  # fmt: skip
+        self._require("merge_delay", self.merge_delay >= 0, "use 0 for none")
+        self._require("merge_delay", self.merge_delay == 0 or self.policy == "merge",
+                      "nothing merges with --dmc-policy evict; set --dmc-eviction-delay")  # fmt: skip
         self._require("pool_after_rope", not self.pool_after_rope or self.policy == "merge",
                       "nothing merges with --dmc-policy evict; leave it out")  # fmt: skip
         self._require("cr_schedule", self.cr_schedule in ("linear", "cosine", "constant"),

@@ -98,7 +98,7 @@ class SequenceLayout:
         """Causal attention of this rank's queries over the keys of their own documents.
 
         Args:
-            attention: `causal_attention`, `training_attention` or `eviction_attention`.
+            attention: `causal_attention` or another of `ops` that has its arguments.
             q_TX: (T / C, B, X); keys_TX: (T, B, X) keys, values and what else `attention` takes.
         """
         total = keys_TX[0].shape[0]

@@ -88,6 +88,7 @@ def parse(flags: list[str]) -> Namespace:
     parser.add_argument("--recompute", choices=["full", "selective"])
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--merge-window", type=int, default=0)
+    parser.add_argument("--merge-delay", type=int, default=0)
     parser.add_argument("--shared-decisions", action="store_true", help="DMC-C")
     parser.add_argument("--evict", action="store_true", help="DMS")
     parser.add_argument("--pool-after-rope", action="store_true")
@@ -142,6 +143,7 @@ def config_of(options: Namespace) -> DMCTransformerConfig:
         init_method_std=0.3,
         dmc=DMCConfig(stage=options.stage, target_cr=4.0, alpha_offset=0.5, temperature=0.5,
                       merge_window=options.merge_window, zero_out_steps=20,
+                      merge_delay=options.merge_delay,
                       shared_decisions=options.shared_decisions,
                       pool_after_rope=options.pool_after_rope, importance=options.importance,
                       policy="evict" if options.evict else "merge", eviction_delay=3),

@@ -10,7 +10,7 @@ from tiny_gpt import check_idle, dmc_config, drain, greedy_params, make_engine, 
 from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.ops import reference
 from megatron_dmc.ops.cache_ops import paged_decode_attention, rotate_query, zero_borrowed_channel
-from megatron_dmc.ops.eviction import eviction_attention
+from megatron_dmc.ops.delayed import eviction_attention
 from megatron_dmc.ops.eviction_cache import Rings, decode_evict, prefill_evict
 
 

@@ -143,6 +143,8 @@ def test_wrong_flags_end_with_one_line(flags, message):
         ({"importance": "random"}, "--dmc-importance=random: choose learned or constant"),
         ({"hinge": "token"}, "--dmc-hinge=token: choose sequence, batch or none"),
         ({"policy": "evict", "pool_after_rope": True}, "--dmc-pool-after-rope.*nothing merges"),
+        ({"policy": "evict", "merge_delay": 4}, "--dmc-merge-delay.*--dmc-eviction-delay"),
+        ({"merge_delay": -1}, "--dmc-merge-delay=-1"),
         ({"policy": "evict", "importance": "constant"}, "--dmc-importance.*nothing merges"),
     ],
 )

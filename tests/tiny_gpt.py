@@ -99,11 +99,15 @@ class TinyGPT(nn.Module):
                     q, k, v, log_keep, delay=self.dmc.eviction_delay, softmax_scale=SCALE
                 )[:, 0]
             omega = gates.importance(q, G, alpha_offset=offset)
-            k, v = reference.merge(
-                zero_borrowed_channel(k), v, alpha, omega, merge_window=self.dmc.merge_window
+            q, k = zero_borrowed_channel(q), zero_borrowed_channel(k)
+            merged_k, merged_v = reference.merge(
+                k, v, alpha, omega, merge_window=self.dmc.merge_window
             )
-            q, k = (reference.rotate(t, freqs) for t in (zero_borrowed_channel(q), k))
-            return reference.training_attention(q, k, v, log_keep, softmax_scale=SCALE)[:, 0]
+            q, k, merged_k = (reference.rotate(t, freqs) for t in (q, k, merged_k))
+            return reference.delayed_attention(
+                q, k, v, merged_k, merged_v, log_keep,
+                merge_delay=self.dmc.merge_delay, softmax_scale=SCALE,
+            )[:, 0]  # fmt: skip
 
         for i in range(L):
             x = self.layer(i, x, attend)

@@ -100,7 +100,7 @@ class _Prompt:
                 return prefill.attend_chunk(
                     q, written, self.freqs, *pages, cache.block_table_RGM[0],
                     softmax_scale=self.scale,
-                )  # fmt: skip
+                )[0]  # fmt: skip
         else:
             cos, sin = cache_ops.cosine_and_sine(self.freqs, q.dtype)
             module = kernels(backend, "prefill")  # type: ignore[arg-type]

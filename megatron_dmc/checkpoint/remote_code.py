@@ -54,8 +54,10 @@ def dmc_config(config: dict[str, Any]) -> dict[str, Any]:
     }
     family = FAMILIES.get(architecture)
     dmc = config.get("dmc", {})
-    merges_before_rope = dmc.get("policy", "merge") == "merge" and not dmc.get("pool_after_rope")
-    if family and merges_before_rope:
+    has_code = dmc.get("policy", "merge") == "merge" and not (
+        dmc.get("pool_after_rope") or dmc.get("merge_delay")
+    )
+    if family and has_code:
         prefix = f"modeling_dmc_{family}.{_CLASS}{architecture.removesuffix('ForCausalLM')}"
         named["auto_map"] = {
             "AutoConfig": f"{prefix}Config",
@@ -126,6 +128,7 @@ def _method(dmc: DMCConfig) -> str:
         "one decision per layer" if dmc.shared_decisions else "every KV head decides for itself",
         *(["an entry is the plain mean of its tokens"] if dmc.importance == "constant" else []),
         *(["keys are merged after RoPE"] if dmc.pool_after_rope else []),
+        *([f"the latest {dmc.merge_delay} tokens stay raw"] if dmc.merge_delay else []),
         f"the latest {dmc.merge_window} tokens of a segment count"
         if dmc.merge_window
         else "all tokens of a segment count",

@@ -27,10 +27,11 @@ from megatron_dmc.engine.flips import FlipCounter
 from megatron_dmc.engine.request import Request
 from megatron_dmc.engine.rule import CompressionRule
 from megatron_dmc.engine.scheduler import NO_PREFIX, CachedPrefix
-from megatron_dmc.ops import cache_ops, eviction_cache, gates
+from megatron_dmc.ops import cache_ops, delayed_cache, eviction_cache, gates
 from megatron_dmc.ops.kv_pages import Pages
 from megatron_dmc.ops.merge import num_kept
 from megatron_dmc.ops.prefill import prefill
+from megatron_dmc.ops.tensors import accumulator_dtype
 
 
 class PagedContext(BaseInferenceContext):
@@ -100,6 +101,7 @@ class PagedContext(BaseInferenceContext):
         )  # fmt: skip
         self.segments: OpenSegments | None = None
         self.rings: eviction_cache.Rings | None = None
+        self.delayed: delayed_cache.DelayedDecisions | None = None
         if rule is not None and rule.eviction_delay is not None:
             assert prefix_block_size is None, "an evicted token's slot in a shared page"
             shape = (num_layers, max_num_seqs, num_kv_heads, rule.eviction_delay + 1)
@@ -112,6 +114,12 @@ class PagedContext(BaseInferenceContext):
                 num_layers, max_num_seqs, num_kv_heads, head_dim,
                 num_kept=num_kept(rule.merge_window), dtype=dtype, device=device,
             )  # fmt: skip
+            if rule.merge_delay:
+                shape = (num_layers, max_num_seqs, num_kv_heads, rule.merge_delay)
+                self.delayed = delayed_cache.DelayedDecisions(
+                    torch.zeros(shape, dtype=torch.bool, device=device),
+                    torch.zeros(shape, dtype=accumulator_dtype(dtype), device=device),
+                )
         self.prefixes: PrefixCache | None = None
         if prefix_block_size is not None:
             self.prefixes = PrefixCache(self.tables, self.segments, block_size=prefix_block_size)
@@ -123,7 +131,7 @@ class PagedContext(BaseInferenceContext):
                 most_entries=min(eviction.budget(max_model_len), max_model_len), dtype=dtype,
             )  # fmt: skip
         self.num_queried_tokens = self.num_hit_tokens = 0
-        merges = rule is not None and rule.eviction_delay is None and rule.may_merge
+        merges = rule is not None and not rule.has_ring and rule.may_merge
         self.flips = FlipCounter() if count_flips and merges else None
         self._angles: tuple[Tensor, Tensor, Tensor] | None = None
         self._num_ranks, self._sum_over_ranks = num_ranks, sum_over_ranks or (lambda x: x)
@@ -330,6 +338,8 @@ class PagedContext(BaseInferenceContext):
         assert q_TND.shape[0] == num_singles + num_prefilled, "not this step's tokens"
         if self.rings is not None:
             return self._attend_evicting(layer_index, q_TND, k_TGD, v_TGD, freqs_SF, softmax_scale)
+        if self.delayed is not None:
+            return self._attend_delayed(layer_index, q_TND, k_TGD, v_TGD, freqs_SF, softmax_scale)
         if not self._prefills:
             return self._decode(layer_index, q_TND, k_TGD, v_TGD, freqs_SF, softmax_scale)
         out = torch.empty_like(q_TND)
@@ -456,6 +466,47 @@ class PagedContext(BaseInferenceContext):
                 q_TND[span], k_TGD[span], v_TGD[span], is_evict_TG[span], freqs_TF, piece.start,
                 k_pages, v_pages, table_RGM[piece.row], num_entries_RG[piece.row], rings[piece.row],
                 softmax_scale=softmax_scale, free_pages=free_pages,
+            )  # fmt: skip
+        return out
+
+    def _attend_delayed(
+        self,
+        layer_index: int,
+        q_TND: Tensor,
+        k_TGD: Tensor,
+        v_TGD: Tensor,
+        freqs_SF: Tensor | None,
+        softmax_scale: float,
+    ) -> Tensor:
+        """`attend` where tokens merge after a delay. PyTorch, except for decode attention."""
+        assert self.delayed is not None
+        layer, rows_B, free_pages = self._layer(layer_index), self._rows_B, self.pool.free_pages
+        k_pages, v_pages, table_RGM, num_entries_RG = layer
+        segments_RGUA, decisions = self._segments_of(layer_index), self.delayed[layer_index]
+        assert segments_RGUA is not None
+        is_merge_TG, omega_TG = self._gates(q_TND, k_TGD)
+        assert is_merge_TG is not None and omega_TG is not None
+        num_singles, out = rows_B.shape[0], torch.empty_like(q_TND)
+        if num_singles:
+            single = slice(0, num_singles)
+            freqs_BF = None if freqs_SF is None else freqs_SF[self._positions_B]
+            delayed_cache.decode_delayed(
+                k_TGD[single], v_TGD[single], is_merge_TG[single], omega_TG[single], freqs_SF,
+                self._positions_B, *layer, segments_RGUA, decisions, rows_B,
+                merge_window=self._window, free_pages=free_pages,
+            )  # fmt: skip
+            out[single] = cache_ops.paged_decode_attention(
+                cache_ops.rotate_query(q_TND[single], freqs_BF, compress=True), *layer,
+                softmax_scale=softmax_scale, rows_B=rows_B, backend=self._backend,
+            )  # fmt: skip
+        for piece in (piece for part in self._prefills for piece in part.pieces):
+            first = num_singles + piece.first
+            span = slice(first, first + piece.num_tokens)
+            out[span] = delayed_cache.prefill_delayed(
+                q_TND[span], k_TGD[span], v_TGD[span], is_merge_TG[span], omega_TG[span], freqs_SF,
+                piece.start, k_pages, v_pages, table_RGM[piece.row], num_entries_RG[piece.row],
+                segments_RGUA[piece.row], decisions[piece.row], softmax_scale=softmax_scale,
+                merge_window=self._window, free_pages=free_pages,
             )  # fmt: skip
         return out
 

@@ -87,7 +87,7 @@ class LLMEngine:
         check_fits_model(config, description, heads_per_rank)
         rule = compression_rule(description.dmc, enable_dmc)
         check_combinations(config, rule, num_ranks)
-        evicts = rule is not None and rule.eviction_delay is not None
+        has_ring = rule is not None and rule.has_ring
         self.config, self.description = config, description
         self.tokenizer = tokenizer = as_tokenizer(tokenizer)
         self.parallel, self._dtype = parallel, dtype
@@ -99,7 +99,7 @@ class LLMEngine:
         )
         self.default_sampling_params = default_sampling_params or {}
         counts = config.count_flipped_decisions
-        self._counts_flips = not evicts and (dtype.itemsize <= 2 if counts is None else counts)
+        self._counts_flips = not has_ring and (dtype.itemsize <= 2 if counts is None else counts)
         self.context = make_context(
             num_layers=description.num_layers,
             num_kv_heads=heads_per_rank,
@@ -128,8 +128,8 @@ class LLMEngine:
             device=device,
             gather=None if parallel is None else parallel.gather_logits,
         )
-        # eviction's PyTorch selects by masks, which a graph cannot
-        eager = config.enforce_eager or evicts or config.cache_policy is not None
+        # the rings' PyTorch selects by masks, which a graph cannot
+        eager = config.enforce_eager or has_ring or config.cache_policy is not None
         if device.type == "cuda" and not eager:
             self.runner.capture_on_gpu(
                 config.graph_sizes(), progress=parallel is None or parallel.rank == 0

@@ -20,6 +20,13 @@ class CompressionRule:
     content."""
     eviction_delay: int | None = None
     """Tokens are not merged but leave the cache (DMS), when so many later ones have come."""
+    merge_delay: int = 0
+    """A decision takes effect this many tokens later."""
+
+    @property
+    def has_ring(self) -> bool:
+        """Whether a head's latest tokens are kept apart, in slots that are written again."""
+        return self.eviction_delay is not None or self.merge_delay > 0
 
 
 def compression_rule(dmc: Any | None, enable_dmc: bool | None) -> CompressionRule | None:
@@ -48,6 +55,7 @@ def compression_rule(dmc: Any | None, enable_dmc: bool | None) -> CompressionRul
         shared_decisions=dmc.shared_decisions,
         merge_window=dmc.merge_window,
         eviction_delay=dmc.eviction_delay if dmc.policy == "evict" else None,
+        merge_delay=dmc.merge_delay if merges and enable_dmc is not False else 0,
         may_merge=merges and enable_dmc is not False,
     )
 
@@ -58,10 +66,15 @@ def check_combinations(config: EngineConfig, rule: CompressionRule | None, num_r
     Raises:
         UnsupportedConfig: names the setting and the remedy.
     """
-    if rule is not None and rule.eviction_delay is not None and config.enable_prefix_caching:
+    if rule is not None and rule.has_ring and config.enable_prefix_caching:
+        what = (
+            f"merges after a delay (--dmc-merge-delay {rule.merge_delay})"
+            if rule.eviction_delay is None
+            else "evicts tokens (--dmc-policy evict)"
+        )
         raise UnsupportedConfig(
-            "enable_prefix_caching=True: this model evicts tokens (--dmc-policy evict), and a page "
-            "whose slots are written again cannot be shared; switch it off"
+            f"enable_prefix_caching=True: this model {what}, and a page whose slots are written again "
+            "cannot be shared; switch it off"
         )
     if config.cache_policy is None:
         return

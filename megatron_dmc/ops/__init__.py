@@ -1,8 +1,15 @@
 """Tensor operations of DMC: tensors and numbers only, no config and no Megatron."""
 
 from megatron_dmc.ops.attention import causal_attention, training_attention
-from megatron_dmc.ops.eviction import eviction_attention
+from megatron_dmc.ops.delayed import delayed_attention, eviction_attention
 from megatron_dmc.ops.merge import choose_backend as merge_backend
 from megatron_dmc.ops.merge import merge
 
-__all__ = ["causal_attention", "eviction_attention", "merge", "merge_backend", "training_attention"]
+__all__ = [
+    "causal_attention",
+    "delayed_attention",
+    "eviction_attention",
+    "merge",
+    "merge_backend",
+    "training_attention",
+]

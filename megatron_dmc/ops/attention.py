@@ -33,7 +33,7 @@ def bias_unit(scale: float) -> float:
     return 2.0 ** round(-math.log2(scale))
 
 
-def _shifted_forward(
+def shifted_forward(
     q: Tensor, k: Tensor, v: Tensor, log_keep_BGT: Tensor, scale: float, kernel: Kernel
 ):
     """Shifted flash attention joined with the diagonal, section 3. Tensors (B, heads, T, D).
@@ -66,12 +66,64 @@ def _shifted_forward(
     return q, k, out, lse, p_own, (state, past_state)
 
 
+def shifted_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    p_own: Tensor,
+    states,
+    scale: float,
+    kernel: Kernel,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `shifted_forward`. Tensors (B, heads, T, D).
+
+    Args:
+        q, k: with the bias in their borrowed channel, as `shifted_forward` returns them.
+        out, lse: of all keys that the queries see, which may be more than these (joined by
+            log-sum-exp); p_own: the diagonal's probability among all of them.
+
+    Returns:
+        dq, dk, dv, with 0 in the borrowed channel, and the gradient of log_keep_BGT.
+    """
+    state, past_state = states
+    past = k.shape[2] - q.shape[2]
+    own_k, own_v = k[:, :, past:], v[:, :, past:]
+    earlier_grads = None
+    # the gradient of k[d] as the kernels saw it: their score held scale * unit * k[d], the bias
+    dbias = torch.zeros(k.shape[:3], dtype=lse.dtype, device=k.device)
+    if q.shape[2] > 1:
+        g, o = grad_out[:, :, 1:], out[:, :, 1:]
+        if not g.is_cuda or g.stride() != o.stride():  # as the kernels like them
+            g, o = g.contiguous(), o.contiguous()
+        earlier_grads = kernel.backward(
+            g, q[:, :, 1:], own_k[:, :, :-1], own_v[:, :, :-1], o, lse[:, :, 1:].contiguous(),
+            state, scale, True,
+        )  # fmt: skip
+        dbias[..., past + 1 :] = earlier_grads[1][..., -1]
+    dq, dk, dv = _diagonal(q).add_gradients(
+        grad_out, q, own_k, own_v, out, p_own, earlier_grads, scale
+    )
+    if past:
+        dq_past, dk_past, dv_past = kernel.backward(
+            grad_out.contiguous(), q, k[:, :, :past], v[:, :, :past], out.contiguous(),
+            lse.contiguous(), past_state, scale, False,
+        )  # fmt: skip
+        dbias[..., 1 : past + 1] = dk_past[..., -1]
+        dq_past[..., -1] = 0.0
+        dk_past[..., -1] = 0.0
+        dq, dk, dv = dq + dq_past, torch.cat([dk_past, dk], 2), torch.cat([dv_past, dv], 2)
+    return dq, dk, dv, dbias / (scale * bias_unit(scale))
+
+
 class _TrainingAttention(torch.autograd.Function):
     """Shifted flash attention plus the diagonal, joined by log-sum-exp. All tensors (B, heads, T, D)."""
 
     @staticmethod
     def forward(ctx, q, k, v, log_keep_BGT, scale, kernel):
-        q, k, out, lse, p_own, states = _shifted_forward(q, k, v, log_keep_BGT, scale, kernel)
+        q, k, out, lse, p_own, states = shifted_forward(q, k, v, log_keep_BGT, scale, kernel)
         ctx.save_for_backward(q, k, v, out, lse, p_own)
         ctx.states, ctx.scale, ctx.kernel = states, scale, kernel
         ctx.clamped = (log_keep_BGT < MASKED) if ctx.needs_input_grad[3] else None
@@ -80,33 +132,9 @@ class _TrainingAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         q, k, v, out, lse, p_own = ctx.saved_tensors
-        (state, past_state), scale, past = ctx.states, ctx.scale, k.shape[2] - q.shape[2]
-        own_k, own_v = k[:, :, past:], v[:, :, past:]
-        earlier_grads = None
-        # the gradient of k[d] as the kernels saw it: their score held scale * unit * k[d], the bias
-        dbias = torch.zeros(k.shape[:3], dtype=lse.dtype, device=k.device)
-        if q.shape[2] > 1:
-            g, o = grad_out[:, :, 1:], out[:, :, 1:]
-            if not g.is_cuda or g.stride() != o.stride():  # as the kernels like them
-                g, o = g.contiguous(), o.contiguous()
-            earlier_grads = ctx.kernel.backward(
-                g, q[:, :, 1:], own_k[:, :, :-1], own_v[:, :, :-1], o, lse[:, :, 1:].contiguous(),
-                state, scale, True,
-            )  # fmt: skip
-            dbias[..., past + 1 :] = earlier_grads[1][..., -1]
-        dq, dk, dv = _diagonal(q).add_gradients(
-            grad_out, q, own_k, own_v, out, p_own, earlier_grads, scale
+        dq, dk, dv, dbias = shifted_backward(
+            grad_out, q, k, v, out, lse, p_own, ctx.states, ctx.scale, ctx.kernel
         )
-        if past:
-            dq_past, dk_past, dv_past = ctx.kernel.backward(
-                grad_out.contiguous(), q, k[:, :, :past], v[:, :, :past], out.contiguous(),
-                lse.contiguous(), past_state, scale, False,
-            )  # fmt: skip
-            dbias[..., 1 : past + 1] = dk_past[..., -1]
-            dq_past[..., -1] = 0.0
-            dk_past[..., -1] = 0.0
-            dq, dk, dv = dq + dq_past, torch.cat([dk_past, dk], 2), torch.cat([dv_past, dv], 2)
-        dbias /= scale * bias_unit(scale)
         if ctx.clamped is not None:
             dbias = dbias.masked_fill(ctx.clamped, 0.0)
         return dq, dk, dv, dbias, None, None
@@ -256,7 +284,7 @@ def chunk_attention(
     else:
         log_keep = torch.zeros(is_merge_TG.shape, dtype=acc, device=q.device)
         log_keep = log_keep.masked_fill(is_merge_TG, float("-inf")).T[None]
-        _, _, out, lse, _, _ = _shifted_forward(q, k, v, log_keep, softmax_scale, kernel)
+        _, _, out, lse, _, _ = shifted_forward(q, k, v, log_keep, softmax_scale, kernel)
     return out[0].transpose(0, 1), lse[0].T.to(acc)
 
 
@@ -302,7 +330,7 @@ def compacted_attention(
     entry_TG: Tensor,
     *,
     softmax_scale: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Every query attends to the entries below its own one, and to its own state in place of that.
 
     The entries alone are keys: E of them where `chunk_attention` has T states. Memory is that of a block
@@ -315,13 +343,14 @@ def compacted_attention(
         entry_TG: int64, the entry that the token's segment is, not falling with T.
 
     Returns:
-        out_TND in the queries' dtype, computed in float32 (float64).
+        out_TND in the queries' dtype, computed in float32 (float64), and its log-sum-exp lse_TN.
     """
     num_tokens, num_kv_heads = entry_TG.shape
     acc = accumulator_dtype(q_TND.dtype)
     keys_GDE, values = k_GED.to(acc).transpose(1, 2), v_GED.to(acc)
     indices = torch.arange(keys_GDE.shape[2], device=q_TND.device)
     out = torch.empty_like(q_TND)
+    lse_TN = torch.empty(q_TND.shape[:2], dtype=acc, device=q_TND.device)
     for first in range(0, num_tokens, _QUERY_BLOCK):
         at = slice(first, first + _QUERY_BLOCK)
         entry = entry_TG[at]
@@ -340,4 +369,5 @@ def compacted_attention(
         attended = (weights.flatten(1, 2) @ values[:, :high]).unflatten(1, q.shape[1:3])
         attended += own[..., None] * v_TGD[at].to(acc).transpose(0, 1)[:, :, None]
         out[at] = (attended / total[..., None]).transpose(0, 1).flatten(1, 2)
-    return out
+        lse_TN[at] = (most + total.log()).transpose(0, 1).flatten(1, 2)
+    return out, lse_TN

@@ -171,14 +171,14 @@ def decode_append(
 
 def torch_append(
     k_BGD, v_BGD, is_merge_BG, omega_BG, cos_BF, sin_BF, k_pages_PSD, v_pages_PSD,
-    block_table_RGM, num_entries_RG, segments_RGUA, rows_B, merge_window, free_pages,
+    block_table_RGM, num_entries_RG, segments_RGUA, rows_B, merge_window, free_pages, first_entry=0,
 ) -> None:  # fmt: skip
     """`decode_append` in PyTorch: cosines and sines for angles, rows that are not negative, and
-    `free_pages` (or None) as in `gate_and_append`."""
+    `free_pages` (or None) as in `gate_and_append`. A head's first `first_entry` slots hold no entries."""
     entries = num_entries_RG[rows_B]
     is_merge = torch.zeros_like(entries, dtype=torch.bool)
     if is_merge_BG is not None:
-        is_merge = is_merge_BG & (entries > 0)
+        is_merge = is_merge_BG & (entries > first_entry)
     entry = entries - is_merge.to(entries.dtype)
     if free_pages is not None:
         rows_B1, heads_G = rows_B[:, None], torch.arange(entry.shape[1], device=entry.device)

@@ -132,6 +132,14 @@ def store(pages: Pages, slots_X: Tensor, x_XD: Tensor) -> None:
     pages.scales_PS.view(-1)[slots_X] = scales
 
 
+def load_slots(pages: Pages, slots_X: Tensor, dtype: torch.dtype) -> Tensor:
+    """The entries of physical slots, (X, D) in `dtype`; the inverse of `store`."""
+    if isinstance(pages, Tensor):
+        return pages.view(-1, pages.shape[-1])[slots_X].to(dtype)
+    values = pages.values_PSD.view(-1, pages.shape[-1])[slots_X]
+    return dequantise(values, pages.scales_PS.view(-1)[slots_X], dtype)
+
+
 def load(pages: Pages, page_ids_X: Tensor, dtype: torch.dtype) -> Tensor:
     """Whole pages (X, S, D) in `dtype`."""
     if isinstance(pages, Tensor):

@@ -185,7 +185,7 @@ def prefill(
             attend_chunk(
                 q_TND[at], written, freqs, k_pages_PSD, v_pages_PSD, block_table_RGM[row],
                 softmax_scale=softmax_scale,
-            )
+            )[0]
         )  # fmt: skip
     return torch.cat(outs)
 
@@ -249,10 +249,12 @@ def write_chunk(
     segments_GUA: Tensor | None,
     *,
     merge_window: int,
+    first_entry: int = 0,
 ) -> Written:
-    """The part of `prefill` that mutates, for one request in PyTorch; the storage is that of its row."""
+    """The part of `prefill` that mutates, for one request in PyTorch; the storage is that of its row.
+    A head's first `first_entry` slots hold no entries: they are counted, and neither read nor written."""
     num_tokens, num_kv_heads = k_TGD.shape[:2]
-    num_cached = num_entries_G.clone()
+    num_cached = num_entries_G.clamp_min(first_entry)
     is_merge = None
     num_visible = num_cached
     if is_merge_TG is None:
@@ -260,7 +262,7 @@ def write_chunk(
         is_append = torch.ones(num_tokens, num_kv_heads, dtype=torch.bool, device=k.device)
     else:
         assert segments_GUA is not None and omega_TG is not None
-        starts = is_merge_TG[:1] & (num_cached > 0)
+        starts = is_merge_TG[:1] & (num_cached > first_entry)
         is_merge = torch.cat([starts, is_merge_TG[1:]])
         k, v, segment = continue_merge(
             cache_ops.zero_borrowed_channel(k_TGD), v_TGD, is_merge, omega_TG, segments_GUA,
@@ -294,29 +296,38 @@ def attend_chunk(
     block_table_GM: Tensor,
     *,
     softmax_scale: float,
-) -> Tensor:
+    first_entry: int = 0,
+) -> tuple[Tensor, Tensor]:
     """Attention of a chunk that `write_chunk` has written: over the entries alone where that is less
-    work, else by the stock kernels, which compute superseded keys and give them no weight."""
+    work, else by the stock kernels, which compute superseded keys and give them no weight.
+
+    Returns:
+        out_TND and its log-sum-exp lse_TN.
+    """
     k, v, is_merge, entry_TG, num_visible = written
     q = cache_ops.rotate_query(q_TND, freqs_TF, compress=is_merge is not None)
     num_tokens = q.shape[0]
     if is_merge is not None:
-        num_old, num_new = int(num_visible.max()), int((~is_merge).sum(0).max())
+        num_old, num_new = int(num_visible.max()) - first_entry, int((~is_merge).sum(0).max())
         # what either way computes is T / 2 times (T + 2 num_old) or (num_new + 2 num_old)
         if _COMPACTED_COST * (num_new + 2 * num_old) <= num_tokens + 2 * num_old:
             keys, values, _ = cache_ops.read_entries(
                 k_pages_PSD, v_pages_PSD, block_table_GM, entry_TG[-1], q.dtype
             )
-            return compacted_attention(q, k, v, keys, values, entry_TG, softmax_scale=softmax_scale)
+            keys, values = keys[:, first_entry:], values[:, first_entry:]
+            return compacted_attention(
+                q, k, v, keys, values, entry_TG - first_entry, softmax_scale=softmax_scale
+            )
     out, lse = chunk_attention(q, k, v, is_merge, softmax_scale=softmax_scale)
     old_k, old_v, is_entry = cache_ops.read_entries(
         k_pages_PSD, v_pages_PSD, block_table_GM, num_visible, q.dtype
     )
+    old_k, old_v, is_entry = (x[:, first_entry:] for x in (old_k, old_v, is_entry))
     if old_k.shape[1]:
         # a plain cache is equally long in every head: nothing to hide
         assert is_merge is not None or bool(is_entry.all())
         old_out, old_lse = masked_attention(
             q, old_k, old_v, None if is_merge is None else is_entry, softmax_scale=softmax_scale
         )
-        out, _ = join_by_lse(out, lse, old_out, old_lse)
-    return out
+        out, lse = join_by_lse(out, lse, old_out, old_lse)
+    return out, lse

@@ -115,6 +115,41 @@ def eviction_attention(
     return torch.einsum("bnij,jbnd->ibnd", scores.softmax(-1), v)
 
 
+def delayed_attention(
+    q_TBND: Tensor,
+    k_TBGD: Tensor,
+    v_TBGD: Tensor,
+    merged_k_TBGD: Tensor,
+    merged_v_TBGD: Tensor,
+    log_keep_TBG: Tensor,
+    *,
+    merge_delay: int,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """The dense formula of section 9, with its T x T scores. The borrowed channel is excluded.
+
+    A query sees the last `merge_delay` tokens raw and everything before them as entries, the newest
+    of which has no bias. A delay of 0 is `training_attention` over the merged keys.
+    """
+    num_tokens, _, num_heads, dim = q_TBND.shape
+    scale = 1.0 / math.sqrt(dim) if softmax_scale is None else softmax_scale
+    repeats = num_heads // k_TBGD.shape[2]
+    k, v, merged_k, merged_v = (
+        x.repeat_interleave(repeats, dim=2) for x in (k_TBGD, v_TBGD, merged_k_TBGD, merged_v_TBGD)
+    )
+    raw = scale * torch.einsum("ibnd,jbnd->bnij", q_TBND[..., :-1], k[..., :-1])
+    merged = scale * torch.einsum("ibnd,jbnd->bnij", q_TBND[..., :-1], merged_k[..., :-1])
+    shifted = torch.cat([log_keep_TBG[1:], torch.zeros_like(log_keep_TBG[:1])])
+    bias = shifted.repeat_interleave(repeats, dim=2).permute(1, 2, 0)[:, :, None, :]
+    tokens = torch.arange(num_tokens, device=k.device)
+    age = tokens[:, None] - tokens
+    merged = torch.where(age > merge_delay, merged + bias, merged)
+    scores = torch.where(age < merge_delay, raw, merged).masked_fill(age < 0, float("-inf"))
+    weights = scores.softmax(-1)
+    near = torch.einsum("bnij,jbnd->ibnd", weights * (age < merge_delay), v)
+    return near + torch.einsum("bnij,jbnd->ibnd", weights * (age >= merge_delay), merged_v)
+
+
 @dataclass
 class Segment:
     """An open segment of one (request, layer, KV head): sums in float32, key unrotated (section 6).

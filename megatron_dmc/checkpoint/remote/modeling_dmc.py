@@ -48,7 +48,7 @@ CHOICES = {
     "importance": ("learned", "constant"),
     "hinge": ("sequence", "batch", "none"),
 }
-NOT_HERE = {"policy": "merge", "pool_after_rope": False}
+NOT_HERE = {"policy": "merge", "pool_after_rope": False, "merge_delay": 0}
 """Settings that this code knows only one value of."""
 
 
