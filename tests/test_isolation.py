@@ -174,7 +174,7 @@ def test_a_fault_while_a_request_is_added_leaves_nothing(monkeypatch):
     engine.add_request("a", PROMPTS["a"], params_of("a"))
 
     class Broken(Spread):
-        def encode(self, text):
+        def encode(self, text, **_):
             raise Panic("tokenizers")
 
     def no_detokenizer(*_, **__):
@@ -313,7 +313,7 @@ class Larger(Spread):
 def test_a_tokenizer_with_more_tokens_than_the_model_hurts_nobody():
     engine = make_engine(dmc_config(), tokenizer=Larger(), max_num_seqs=4)
     with pytest.raises(
-        InvalidRequest, match=f"token id {V + 5} is not in the model's vocabulary of {V}"
+        InvalidRequest, match=f"token id {V + 5} .*is not in the model's vocabulary of {V}"
     ):
         engine.add_request("x", "é", greedy_params(2))
     engine.add_request(
