@@ -484,7 +484,7 @@ class PagedContext(BaseInferenceContext):
         k_pages, v_pages, table_RGM, num_entries_RG = layer
         segments_RGUA, decisions = self._segments_of(layer_index), self.delayed[layer_index]
         assert segments_RGUA is not None
-        is_merge_TG, omega_TG = self._gates(q_TND, k_TGD)
+        is_merge_TG, omega_TG = self._gates(layer_index, 0, q_TND, k_TGD)
         assert is_merge_TG is not None and omega_TG is not None
         num_singles, out = rows_B.shape[0], torch.empty_like(q_TND)
         if num_singles:
