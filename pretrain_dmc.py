@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 8 pretrain_dmc.py --dmc-stage retrofit --dmc-target-cr 4 MEGATRON_FLAGS
 
-Takes every flag of Megatron-LM's pretrain_gpt.py and the `--dmc-*` group (`--help` lists them). The
-stages follow each other: zero-out, retrofit, finetune; `--dmc-stage off` is plain pretraining.
+Takes the flags of Megatron-LM's pretrain_gpt.py and the `--dmc-*` group (`--help` lists them), and refuses
+those that it cannot follow (docs/flags.md). The stages follow each other: zero-out, retrofit, finetune;
+`--dmc-stage off` is plain pretraining, with Megatron's own model.
 """
 
 if __name__ == "__main__":

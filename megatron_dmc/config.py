@@ -185,8 +185,15 @@ class DMCTransformerConfig(TransformerConfig):
         Raises:
             UnsupportedConfig: names the setting, its value and the reason.
         """
-        if Stage(self.dmc.stage) is Stage.OFF:
-            return
+        if Stage(self.dmc.stage) is not Stage.OFF:
+            self.refuse_foreign_attention(f"DMC (--dmc-stage {self.dmc.stage})")
+
+    def refuse_foreign_attention(self, name: str) -> None:
+        """Refuse what DMC's attention does not do, whatever the stage.
+
+        Raises:
+            UnsupportedConfig: names what asks for this attention, the setting, its value and the reason.
+        """
         assert self.kv_channels is not None and self.num_query_groups is not None
         refusals = [
             (self.kv_channels % 2 == 1, f"head dim {self.kv_channels} is odd: RoPE rotates pairs"),
@@ -208,6 +215,8 @@ class DMCTransformerConfig(TransformerConfig):
             (bool(self.mtp_num_layers), "multi-token prediction layers have no DMC form"),
             (self.softmax_type != "vanilla",
              f"softmax_type={self.softmax_type!r}: attention sinks are not in DMC's softmax"),
+            (bool(self.no_rope_freq and any(self.no_rope_freq)),
+             f"--no-rope-freq (no_rope_freq={self.no_rope_freq}): the engine rotates in every layer"),
             (self.num_query_groups < self.tensor_model_parallel_size,
              f"{self.num_query_groups} KV heads over tensor_model_parallel_size="
              f"{self.tensor_model_parallel_size}: a KV head may not be split over ranks"),
@@ -238,4 +247,4 @@ class DMCTransformerConfig(TransformerConfig):
         ]  # fmt: skip
         for refused, why in refusals:
             if refused:
-                raise UnsupportedConfig(f"DMC (--dmc-stage {self.dmc.stage}): {why}")
+                raise UnsupportedConfig(f"{name}: {why}")

@@ -63,7 +63,7 @@ def with_dmc_attention(spec: Any, recorder: DecisionRecorder | None = None) -> A
     return spec
 
 
-def _with_torch_norm(spec: Any, config: DMCTransformerConfig, vp_stage: int | None) -> Any:
+def with_torch_norm(spec: Any, config: DMCTransformerConfig, vp_stage: int | None) -> Any:
     """Block submodules whose norms are PyTorch's, whatever is installed: Megatron's local spec takes Apex's
     or Transformer Engine's for some where it finds them, and asserts that none is under sequence
     parallelism."""
@@ -126,5 +126,5 @@ def dmc_layer_spec(
             normalization=config.normalization,
         )
     if not use_transformer_engine:
-        spec = _with_torch_norm(spec, config, vp_stage)
+        spec = with_torch_norm(spec, config, vp_stage)
     return with_dmc_attention(spec, recorder)

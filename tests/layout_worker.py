@@ -29,6 +29,8 @@ from megatron.core.num_microbatches_calculator import init_num_microbatches_calc
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.timers import Timers
+from megatron.training import global_vars
 from megatron.training.global_vars import set_args
 
 from megatron_dmc.checkpoint.torch_dist_write import SynchronousSave
@@ -226,9 +228,11 @@ def run_rank(rank: int, processes: int, port: int, flags: list[str]) -> None:
         position_embedding_type="rope", rotary_percent=options.rotary_percent, rotary_base=10000,
         use_rope_scaling=options.rope_scaling, rope_scaling_factor=8.0,
         rotary_seq_len_interpolation_factor=None, reset_position_ids=options.packed,
-        reset_attention_mask=options.packed,
+        reset_attention_mask=options.packed, dataloader_inter_document_masking=False, sft=False,
+        check_for_nan_in_loss_and_grad=False, check_for_spiky_loss=False,
     )  # fmt: skip
     set_args(args)
+    global_vars._GLOBAL_TIMERS = Timers(0, "minmax")
     dp_rank = parallel_state.get_data_parallel_rank()
     dp = parallel_state.get_data_parallel_world_size()
     micro_batches = BATCH // (MICRO_BATCH * dp)

@@ -27,6 +27,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_dmc.config import DMCConfig, DMCTransformerConfig
 from megatron_dmc.decisions import DecisionRecorder, GateKey
 from megatron_dmc.specs import dmc_layer_spec
+from megatron_dmc.training.arguments import transformer_config_from_args
 from megatron_dmc.training.model import build_model
 from megatron_dmc.training.run import parse
 
@@ -66,7 +67,8 @@ def parameters(layout: dict) -> list[int]:
     os.environ["WORLD_SIZE"] = str(layout["world_size"])
     destroy_global_vars()
     destroy_num_microbatches_calculator()
-    args, config = parse([*layout["flags"], *TRAINING])
+    args = parse([*layout["flags"], *TRAINING])
+    config = transformer_config_from_args(args)
     config.perform_initialization = False
     config.sequence_parallel = False  # adds no parameters; the local layers refuse it
     return [

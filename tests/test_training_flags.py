@@ -138,7 +138,7 @@ def test_what_would_be_wrong_silently_is_refused(values, stage, message):
 @pytest.mark.parametrize(
     "flags,message",
     [
-        (["--train-iters", "1", "--mtp-num-layers", "1"], "multi-token prediction"),
+        ([*RETROFIT, "--train-iters", "1", "--mtp-num-layers", "1"], "multi-token prediction"),
         (["--train-iters", "1", "--enable-cuda-graph"], "--enable-cuda-graph"),
         ([], "give --train-iters or --train-samples"),
         (["--train-iters", "1", "--seq-length", "64"], "max_position_embeddings (32)"),

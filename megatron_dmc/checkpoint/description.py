@@ -341,6 +341,14 @@ class ModelDescription:
             ("layernorm_zero_centered_gamma", False, "--apply-layernorm-1p"),
             ("apply_query_key_layer_scaling", False, "--apply-query-key-layer-scaling"),
             ("attention_output_gate", False, "--attention-output-gate"),
+            ("softmax_type", "vanilla", "--softmax-type"),
+            ("no_rope_freq", None, "--no-rope-freq"),
+            ("experimental_attention_variant", None, "--experimental-attention-variant"),
+            ("heterogeneous_layers_config_path", None, "--heterogeneous-layers-config-path"),
+            ("spec", None, "--spec"),
+            ("use_mup", False, "--use-mup"),
+            ("glu_linear_offset", 0.0, "--glu-linear-offset"),
+            ("activation_func_clamp_value", None, "--activation-func-clamp-value"),
             ("mtp_num_layers", None, "--mtp-num-layers"),
             ("hybrid_layer_pattern", None, "--hybrid-layer-pattern"),
             ("moe_layer_freq", 1, "--moe-layer-freq"),
@@ -348,6 +356,9 @@ class ModelDescription:
             ("moe_router_score_function", "softmax", "--moe-router-score-function"),
             ("moe_router_topk_scaling_factor", None, "--moe-router-topk-scaling-factor"),
             ("moe_router_enable_expert_bias", False, "--moe-router-enable-expert-bias"),
+            ("moe_router_num_groups", None, "--moe-router-num-groups"),
+            ("moe_apply_probs_on_input", False, "--moe-apply-probs-on-input"),
+            ("moe_latent_size", None, "--moe-latent-size"),
         ]:
             value = getattr(args, name, expected)
             if value != expected and (value or expected):

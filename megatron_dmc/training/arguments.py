@@ -99,10 +99,15 @@ def check_paths(args: Namespace) -> None:
         raise _no_checkpoint("--pretrained-checkpoint", start)
     for flag in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
         for item in getattr(args, flag) or []:
-            if not item.replace(".", "", 1).isdigit() and not Path(item + ".idx").is_file():
+            file = item if args.sft else item + ".idx"
+            if not item.replace(".", "", 1).isdigit() and not Path(file).is_file():
+                remedy = (
+                    "--sft reads JSON lines with `messages`"
+                    if args.sft
+                    else "build it with tools/preprocess_data.py"
+                )
                 raise DMCError(
-                    f"--{flag.replace('_', '-')} {item}: {item}.idx does not exist; build it with "
-                    "tools/preprocess_data.py"
+                    f"--{flag.replace('_', '-')} {item}: {file} does not exist; {remedy}"
                 )
 
 
@@ -116,22 +121,6 @@ def check_flags(args: Namespace) -> None:
         raise DMCError("give --train-iters or --train-samples: how long to train")
     if args.lr is None and not args.skip_train:
         raise DMCError("give --lr: Megatron has no learning rate of its own")
-    if args.overlap_moe_expert_parallel_comm:
-        raise UnsupportedConfig(
-            "--overlap-moe-expert-parallel-comm: it asks the forward step for a plan of its layers' "
-            "parts, and those of DMC's attention are not cut into such; leave it out"
-        )
-    if args.mtp_num_layers:
-        raise UnsupportedConfig(
-            f"--mtp-num-layers {args.mtp_num_layers}: the model that pretrain_dmc.py builds has no "
-            "multi-token prediction layers, with any --dmc-stage; leave it out"
-        )
-    if args.cuda_graph_impl != "none":
-        raise UnsupportedConfig(
-            f"--cuda-graph-impl {args.cuda_graph_impl}: a graph would be captured with one microbatch's "
-            "key and replayed with it, so every step would draw the same noise and report the same "
-            "merges; leave it out (and --enable-cuda-graph, --external-cuda-graph)"
-        )
 
 
 def settle_paths(args: Namespace) -> None:

@@ -6,6 +6,7 @@ import shutil
 import sys
 import traceback
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron.training import get_args, training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.checkpointing import get_checkpoint_name
+from megatron.training.utils import start_memory_history_recording
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dmc.checkpoint.convert import is_disk_full
@@ -25,19 +27,20 @@ from megatron_dmc.checkpoint.torch_dist import iteration_folder
 from megatron_dmc.config import DMCTransformerConfig
 from megatron_dmc.decisions import DecisionRecorder
 from megatron_dmc.errors import DMCError
-from megatron_dmc.training import cpu_adapter, repairs
-from megatron_dmc.training.accelerators import Accelerators
+from megatron_dmc.training import accelerators, cpu_adapter, plain, repairs
 from megatron_dmc.training.arguments import (
     add_dmc_args,
     check_flags,
     check_paths,
     check_teacher,
+    dmc_config_from_args,
     exit_with,
     pass_over_damaged,
     settle_paths,
     transformer_config_from_args,
 )
-from megatron_dmc.training.data import dataset_provider
+from megatron_dmc.training.data import dataset_provider, is_plain
+from megatron_dmc.training.flags import check_combinations, check_listed
 from megatron_dmc.training.model import CarryingCommunicator, build_model
 from megatron_dmc.training.stages import check_stage
 from megatron_dmc.training.step import CompressionLoss, ForwardStep
@@ -89,19 +92,29 @@ def prepare_pipeline(config: DMCTransformerConfig) -> dict[str, Any]:
         CheckpointError: the checkpoint to start from is damaged, and there is no other; or it is of
             another stage than this one starts from.
     """
-    repairs.skip_needless_compilation()
-    repairs.report_figures_of_evaluation()
-    save_with_checksums()
     # Megatron makes its process groups in pretrain(); the pipeline communicator wants them before,
     # and of the things made here only the rerun state machine refuses to be made again.
-    training.initialize_megatron()
-    destroy_rerun_state_machine()
-    pass_over_damaged(get_args())
-    check_stage(get_args())
+    start_megatron()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if groups.pp.size() == 1:
         return {}
     return {"p2p_communicator": CarryingCommunicator(groups.pp, config), "pg_collection": groups}
+
+
+def start_megatron(**options) -> None:
+    """Initialise Megatron, which `pretrain()` does again, and look at the checkpoint to start from.
+
+    Raises:
+        CheckpointError: it is damaged, and there is no other; or it is of another stage than this one
+            starts from.
+    """
+    repairs.skip_needless_compilation()
+    repairs.report_figures_of_evaluation()
+    save_with_checksums()
+    training.initialize_megatron(**options)
+    destroy_rerun_state_machine()
+    pass_over_damaged(get_args())
+    check_stage(get_args())
 
 
 def no_room_for_another(save: str | None) -> bool:
@@ -120,7 +133,7 @@ def no_room_for_another(save: str | None) -> bool:
     return shutil.disk_usage(save).free < size
 
 
-def parse(argv: list[str] | None = None) -> tuple[Namespace, DMCTransformerConfig]:
+def parse(argv: list[str] | None = None) -> Namespace:
     """Parse and validate Megatron's and DMC's flags; on a CPU, adapt Megatron to it first.
 
     Raises:
@@ -131,6 +144,7 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, DMCTransformerConfi
         cpu_adapter.install()
     sys.argv = [sys.argv[0], *argv]
     set_connections(argv)
+    check_listed(argv)
     try:
         args = parse_and_validate_args(
             extra_args_provider=repairs.print_changed_arguments(add_dmc_args)
@@ -138,16 +152,16 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, DMCTransformerConfi
     except (AssertionError, ValueError, RuntimeError) as error:
         raise DMCError(as_sentence(error)) from error
     if args.rank == 0:
-        print(f"pretrain_dmc.py: {Accelerators.found().describe()}", flush=True)
+        print(f"pretrain_dmc.py: {accelerators.Accelerators.found().describe()}", flush=True)
     check_flags(args)
+    check_combinations(args)
     check_paths(args)
     check_teacher(args)
-    config = transformer_config_from_args(args)
     settle_paths(args)
     repairs.ramp_up_batch_size(args)
     repairs.evaluate_at_the_end_alone(args)
     repairs.name_rerun_mode(args)
-    return args, config
+    return args
 
 
 def set_connections(argv: list[str]) -> None:
@@ -168,16 +182,27 @@ def as_sentence(error: Exception) -> str:
     return f"Megatron's check of the flags fails: {frame.line}"
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Train one stage. A user's mistake ends with one line and exit code 2."""
-    try:
-        args, config = parse(argv)
-        pipeline = prepare_pipeline(config)
-        teacher = load_teacher(args, config) if args.dmc_teacher else None
-    except DMCError as error:
-        exit_with(error)
-        return
+def _plain_run(args: Namespace) -> Callable[[], None]:
+    """Megatron's own pretraining, ready to start."""
+    accelerators.check(args)
+    dmc_config_from_args(args)  # refuses values that no stage takes
+    model = plain.model_config(args)
+    start_megatron(get_embedding_ranks=plain.embedding_ranks)
+    return functools.partial(
+        training.pretrain, pretrain_cfg_container_from_args(args, model), dataset_provider,
+        ModelType.encoder_or_decoder, plain.forward_step, get_embedding_ranks=plain.embedding_ranks,
+    )  # fmt: skip
+
+
+def _dmc_run(args: Namespace) -> Callable[[], None]:
+    """A stage with DMC's attention, or with a teacher, ready to start."""
+    config = transformer_config_from_args(args)
+    if args.dmc_teacher:
+        config.refuse_foreign_attention("--dmc-teacher")
+    pipeline = prepare_pipeline(config)
+    teacher = load_teacher(args, config) if args.dmc_teacher else None
     recorder = DecisionRecorder(config.num_layers)
+    container = pretrain_cfg_container_from_args(args)
 
     def model_provider(pre_process, post_process, vp_stage=None, config=None, pg_collection=None):
         return build_model(
@@ -186,15 +211,32 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
 
     transformer_config = config
-    try:
+
+    def run() -> None:
+        start_memory_history_recording(container.profiling)
         training.pretrain(
-            pretrain_cfg_container_from_args(args),
+            container,
             dataset_provider,
             ModelType.encoder_or_decoder,
             ForwardStep(CompressionLoss(config.dmc, recorder), teacher),
             model_provider=model_provider,
             **pipeline,
         )
+        assert recorder.in_flight() == 0, "a microbatch's decisions were never collected"
+
+    return run
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train one stage. A user's mistake ends with one line and exit code 2."""
+    try:
+        args = parse(argv)
+        run = _plain_run(args) if is_plain(args) else _dmc_run(args)
+    except DMCError as error:
+        exit_with(error)
+        return
+    try:
+        run()
     except DMCError as error:
         exit_with(error)
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
@@ -206,7 +248,6 @@ def main(argv: list[str] | None = None) -> None:
                 "untouched. Make room and start the same command again"
             )
         )
-    assert recorder.in_flight() == 0, "a microbatch's decisions were never collected"
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -16,7 +16,8 @@ from megatron.core.num_microbatches_calculator import (
 )
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
-from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
+from megatron.training import get_args, get_tensorboard_writer, get_timers, get_wandb_writer
+from megatron.training.training import stimer
 from torch import Tensor
 
 from megatron_dmc.config import DMCConfig, DMCTransformerConfig, Stage
@@ -340,20 +341,24 @@ class ForwardStep:
 
     def __call__(self, data_iterator, model, *unused):
         """Returns the model's output and the loss function, as Megatron's schedules expect."""
-        core = _core(model)
-        batch, starts = get_batch(
-            data_iterator, first_stage=core.pre_process, last_stage=core.post_process,
-            training=core.training,
-        )  # fmt: skip
+        core, timers = _core(model), get_timers()
+        timers("batch-generator", log_level=2).start()
+        with stimer(bdata=True):
+            batch, starts = get_batch(
+                data_iterator, first_stage=core.pre_process, last_stage=core.post_process,
+                training=core.training,
+            )  # fmt: skip
+        timers("batch-generator").stop()
         mask = self.compression.begin(model, starts)
         options = {}
         if self.teacher is not None:
             options["output_processor"] = self.teacher.losses(
                 batch["tokens"], batch["position_ids"], mask
             )
-        output = model(
-            batch["tokens"], batch["position_ids"], mask, labels=batch["labels"], **options
-        )
+        with stimer:
+            output = model(
+                batch["tokens"], batch["position_ids"], mask, labels=batch["labels"], **options
+            )
         finish = self.compression.end(model)
         if finish is None:
             return output, None
