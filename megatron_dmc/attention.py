@@ -4,6 +4,7 @@ Dimension letters: T tokens, B batch, N query heads on this rank, G key/value he
 D head dim, S positions, F rotary channels.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -260,7 +261,8 @@ class DMCSelfAttention(SelfAttention):
             alpha, log_keep, alpha_hat = gates.hard_gate(logit_TBG, starts_TB=starts_TB)
         k = _scale_channel(k, gates.DECISION_CHANNEL, 0.0)
         # what RoPE mixes into the borrowed channel is ignored by attention
-        attention, keys = training_attention, ()
+        attention: Callable[..., Tensor] = training_attention
+        keys: tuple[Tensor, ...] = ()
         if not merges:
             attention = partial(eviction_attention, delay=dmc.eviction_delay)
         elif dmc.merge_delay:

@@ -8,6 +8,7 @@ from tiny_gpt import (
     MAX_LEN,
     D,
     G,
+    H,
     L,
     Letters,
     N,
@@ -23,6 +24,7 @@ from tiny_gpt import (
 from transformers.generation.logits_process import TopKLogitsWarper
 
 from megatron_dmc import LLM, SamplingParams
+from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.tokenizer import as_tokenizer
 from megatron_dmc.engine.detokenizer import IncrementalDetokenizer, find_stop
 from megatron_dmc.errors import InvalidRequest, UnsupportedConfig
@@ -332,9 +334,10 @@ def test_find_stop_looks_at_new_text_and_takes_the_first():
 
 
 def make_llm(**kwargs):
-    description = SimpleNamespace(
-        num_layers=L, num_attention_heads=N, num_query_groups=G, kv_channels=D, vocab_size=V,
-        max_position_embeddings=MAX_LEN, dmc=dmc_config(),
+    description = ModelDescription(
+        num_layers=L, hidden_size=H, ffn_hidden_size=H, num_attention_heads=N, num_query_groups=G,
+        kv_channels=D, vocab_size=V, max_position_embeddings=MAX_LEN, dtype=torch.float64,
+        dmc=dmc_config(),
     )  # fmt: skip
     model = SimpleNamespace(
         model=TinyGPT(dmc_config()), description=description, tokenizer=Letters()

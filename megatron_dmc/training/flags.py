@@ -41,7 +41,8 @@ def flag_table() -> tuple[Group, ...]:
 def flag_parser() -> ArgumentParser:
     """All flags of `pretrain_dmc.py`, as Megatron's `parse_args` makes its parser."""
     parser = argparse.ArgumentParser(description="Megatron-LM Arguments", allow_abbrev=False)
-    return add_dmc_args(add_megatron_arguments(parser))
+    with_megatrons: ArgumentParser = add_megatron_arguments(parser)
+    return add_dmc_args(with_megatrons)
 
 
 def _refusals(args: Namespace) -> dict[str, str]:
