@@ -47,7 +47,7 @@ def flag_parser() -> ArgumentParser:
 
 def _refusals(args: Namespace) -> dict[str, str]:
     """Why a run refuses a flag, or one value of it (`--flag=value`)."""
-    refused = {}
+    refused: dict[str, str] = {}
     for group in flag_table():
         if group.status == "refused":
             refused |= dict.fromkeys(group.flags, group.why)
