@@ -245,7 +245,7 @@ def test_hinge_forms():
 def test_missing_data_is_named():
     from megatron_dmc.training.arguments import check_paths
 
-    args = Namespace(load=None, save=None, pretrained_checkpoint=None, data_path=["0.3", "nowhere"],
+    args = Namespace(load=None, save=None, pretrained_checkpoint=None, data_path=["0.3", "nowhere"], sft=False,
                      train_data_path=None, valid_data_path=None, test_data_path=None)  # fmt: skip
     with pytest.raises(DMCError, match="nowhere.idx does not exist"):
         check_paths(args)

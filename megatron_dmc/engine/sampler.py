@@ -3,6 +3,7 @@
 Dimension letters: B requests, V vocabulary.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -136,8 +137,8 @@ class Sampler:
         if drawn:
             index = to_device(drawn, logits_BV.device)
             chosen_B[index] = self._draw(scores_BV[index], [requests[b] for b in drawn])
-        # NaN is the largest of a row that has one
-        chosen_B = chosen_B.masked_fill(~most_B.isfinite(), _NO_TOKEN)
+        # NaN is the largest of a row that has one, and not below infinity
+        chosen_B = chosen_B.masked_fill(~(most_B.abs() < math.inf), _NO_TOKEN)
         asked = [b for b, request in enumerate(requests) if request.params.logprobs is not None]
         counts = [requests[b].params.logprobs or 0 for b in asked]
         late = [chosen_B]
