@@ -275,14 +275,11 @@ def test_every_validation_set_is_evaluated(corpus):
 
 
 def test_pairs_that_do_not_work_are_refused():
-    """Read from parsed flags; what Megatron fills in stands here."""
-    filled = {"eval_micro_batch_size": 2, "transformer_impl": "transformer_engine"}
+    """Read from parsed flags; Megatron fills in the size of evaluation's microbatches."""
 
     def check(*given):
         args = flags.flag_parser().parse_args(list(given))
-        for name, value in filled.items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
+        args.eval_micro_batch_size = 2
         flags.check_combinations(args)
 
     sets = ["--full-validation", "--multiple-validation-sets", "--train-data-path", "t"]
@@ -291,7 +288,8 @@ def test_pairs_that_do_not_work_are_refused():
         ([*sets, "--valid-data-path", "v", "--test-data-path", "t"], "no test set"),
         ([*sets, "--valid-data-path", "v", "--tensor-model-parallel-size", "2"],
          "--eval-micro-batch-size 2: .*give --eval-micro-batch-size 1"),
-        (["--reset-attention-mask"], "--dataloader-inter-document-masking"),
+        (["--reset-attention-mask", "--transformer-impl", "transformer_engine"],
+         "--dataloader-inter-document-masking"),
         (["--reset-attention-mask", "--transformer-impl", "local", "--window-size", "4,0"],
          "takes the window for the whole mask"),
         (["--sft", "--reset-position-ids"], "kept apart already"),
