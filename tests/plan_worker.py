@@ -89,7 +89,7 @@ def saved_bytes(heads: int, groups: int, dim: int, recompute: str | None) -> flo
     )  # fmt: skip
     recorder = DecisionRecorder(1)
     layer = build_module(
-        dmc_layer_spec(config, recorder=recorder), config=config, layer_number=1,
+        dmc_layer_spec(config, recorder=recorder).layer_specs[0], config=config, layer_number=1,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )  # fmt: skip
     attention = layer.self_attention.bfloat16().train()

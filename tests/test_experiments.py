@@ -17,7 +17,9 @@ import run as driver
 def test_every_arm_is_a_valid_setting():
     arms = driver.read_arms(ROOT / "examples/experiments/arms.toml")
     assert {arm["kind"] for arm in arms.values()} == {"dmc", "plain"}
-    settings = {f"--dmc-{name.replace('_', '-')}" for name in DMCConfig().to_dict()}
+    settings = {f"--dmc-{name.replace('_', '-')}" for name in DMCConfig().to_dict()} | {
+        "--dmc-no-stage-check"
+    }
     dmc_flags = add_dmc_args(ArgumentParser())
     dmc_flags.add_argument("--train-iters", type=int)
     steps: dict[str, set[int]] = {}
