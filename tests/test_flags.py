@@ -292,7 +292,8 @@ def test_pairs_that_do_not_work_are_refused():
          "--dataloader-inter-document-masking"),
         (["--reset-attention-mask", "--transformer-impl", "local", "--window-size", "4,0"],
          "takes the window for the whole mask"),
-        (["--sft", "--reset-position-ids"], "kept apart already"),
+        (["--sft", "--reset-position-ids", "--transformer-impl", "transformer_engine"],
+         "kept apart already"),
         (["--fim-data", "--mock-data"], "mock data has no text"),
     ]:  # fmt: skip
         with pytest.raises(UnsupportedConfig, match=message):
