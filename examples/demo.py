@@ -29,7 +29,7 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dmc.cli import main as cli
+from megatron_dmc.cli.main import main as cli
 from megatron_dmc.quiet import silence_optional_packages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -302,8 +302,8 @@ def main() -> None:
             f"--dmc-target-cr {plan.target_cr:g} --train-iters {steps} ..."
         )
 
-    from megatron_dmc.report.measure import measure
-    from megatron_dmc.report.page import write_report
+    from megatron_dmc.quality.report.measure import measure
+    from megatron_dmc.quality.report.page import write_report
 
     report = measure(
         args.model, previous, data["heldout"], seq_length=SEQ_LENGTH,

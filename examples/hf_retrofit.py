@@ -148,8 +148,8 @@ def train(model, data: Dataset, stage: str, steps: int, args: argparse.Namespace
 
 def evaluation(args: argparse.Namespace, tokenizer: Tokenizer) -> str:
     """Held-out perplexity of the model before and after, and CR, through megatron-dmc."""
-    from megatron_dmc.evaluation import evaluate
-    from megatron_dmc.models import load_model
+    from megatron_dmc.checkpoint.load import load_model
+    from megatron_dmc.quality.likelihood import evaluate
 
     tokens = Windows(args.heldout, tokenizer, args.seq_length).ids.numpy()
     base, dmc = (

@@ -22,7 +22,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_dmc.cli import main as cli
+from megatron_dmc.cli.main import main as cli
 
 import demo
 
@@ -94,8 +94,8 @@ def pretrain(work: Path, output: Path) -> None:
 
 def control(work: Path, model: Path, plan: demo.Plan) -> dict[str, float]:
     """Held-out perplexity before and after the demo's steps, learning rate and data, without DMC."""
-    from megatron_dmc.evaluation import evaluate, read_tokens
-    from megatron_dmc.models import load_model
+    from megatron_dmc.checkpoint.load import load_model
+    from megatron_dmc.quality.likelihood import evaluate, read_tokens
 
     tokenizer = model / "tokenizer.model"
     data = demo.prepare_data(work, tokenizer)

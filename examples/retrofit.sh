@@ -54,7 +54,7 @@ RUN_DIR=${RUN_DIR:-runs/$(basename "$model")-cr$TARGET_CR}
 mkdir -p "$RUN_DIR"
 RUN_DIR=$(cd -P "$RUN_DIR" && pwd)
 
-dmc() { "$DMC_PYTHON" -m megatron_dmc.cli "$@"; }
+dmc() { "$DMC_PYTHON" -m megatron_dmc.cli.main "$@"; }
 
 if [[ -z ${PROCESSES_PER_NODE:-} ]]; then
     PROCESSES_PER_NODE=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true

@@ -1,5 +1,5 @@
 """Set-up of all tests: random inputs are the same in every run, so that a test which passes here passes
-elsewhere; the named scripts (`tests/engine_machine.py`, `tests/soak`) draw new ones. After the tests
+elsewhere; the named scripts (`tests/support/engine_machine.py`, `tests/soak`) draw new ones. After the tests
 pytest prints each parallel layout with its largest deviation."""
 
 import sys

@@ -1,4 +1,4 @@
-"""The Dockerfile's steps run, and a broken Dockerfile is found out. `tests/dockerfile_steps.py` says how, and
+"""The Dockerfile's steps run, and a broken Dockerfile is found out. `tests/support/dockerfile_steps.py` says how, and
 builds the CUDA kernels too."""
 
 import stat
@@ -58,7 +58,7 @@ def test_sources_that_dockerignore_leaves_out_are_missed(tmp_path):
 
 def test_the_image_gets_sources_and_no_rubbish(tmp_path):
     sources = Steps(tmp_path, "FROM nvcr.io/nvidia/pytorch:26.02-py3\n", IGNORED).sources
-    assert {"megatron_dmc/csrc/binding.cpp", "megatron_dmc/cli.py", "setup.py"} <= sources
+    assert {"megatron_dmc/csrc/binding.cpp", "megatron_dmc/cli/main.py", "setup.py"} <= sources
     for file in sources:
         assert not file.startswith((".git", ".venv", "tests", "docs"))
         assert not file.endswith((".so", ".pyc"))

@@ -23,39 +23,25 @@ LEVELS = {
     "quiet": 0,
     "_C": 0,  # the compiled csrc: part of the ops, and imports nothing
     "ops": 1,
-    "decisions": 2,
     "cache": 2,
-    "sequence_layout": 3,
-    "norm": 3,
-    "attention": 3,
-    "checkpoint": 3,
-    "baselines": 4,
-    "specs": 4,
-    "models": 4,
-    "plan": 4,
+    "model": 3,
+    "checkpoint": 4,
     "engine": 5,
     "training": 5,
-    "engine_flags": 6,
     "server": 6,
+    "plan": 6,
     "bench": 6,
+    "quality": 6,
+    "engine_flags": 6,
     "cli": 7,
-    "report": 7,
-    "evaluation": 7,
-    "generate": 7,
-    "harness": 7,
 }
 """Level of every module and package directly under megatron_dmc."""
 
 SAME_LEVEL = {
     ("config", "errors"),
-    ("attention", "sequence_layout"),
-    ("models", "specs"),
-    ("server", "engine_flags"),
+    ("bench", "plan"),
     ("bench", "engine_flags"),
-    ("report", "evaluation"),
-    ("cli", "report"),
-    ("cli", "generate"),
-    ("cli", "harness"),
+    ("server", "engine_flags"),
 }
 """(importer, imported): the only imports within a level. Add none that closes a circle."""
 
@@ -200,35 +186,39 @@ def write_tree(root: Path, files: dict[str, str]) -> None:
 BAD = {
     "upwards": ("cache/pool.py", "from megatron_dmc.engine import Engine", "imports 'engine'"),
     "plain import": (
-        "attention.py",
-        "import megatron_dmc.cache.pool\nimport megatron_dmc.specs",
+        "model/attention.py",
+        "import megatron_dmc.cache.pool\nimport megatron_dmc.checkpoint.load",
         ":2",
     ),
-    "from the package": ("decisions.py", "from megatron_dmc import specs", "imports 'specs'"),
-    "same level": ("decisions.py", "from megatron_dmc import cache", "imports 'cache' of level 2"),
+    "from the package": ("cache/a.py", "from megatron_dmc import model", "imports 'model'"),
+    "same level": ("server/a.py", "from megatron_dmc import plan", "imports 'plan' of level 6"),
     "engine to training": ("engine/a.py", "import megatron_dmc.training.loss", "'training'"),
     "training to engine": ("training/a.py", "from megatron_dmc.engine import a", "'engine'"),
-    "inside a function": ("ops/merge.py", "def f():\n    from megatron_dmc import specs", ":2"),
+    "inside a function": ("ops/merge.py", "def f():\n    from megatron_dmc import model", ":2"),
     "for types only": (
         "ops/merge.py",
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import megatron_dmc.decisions",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import megatron_dmc.model.decisions",
         ":3",
     ),
-    "same level, the other way": ("specs.py", "from megatron_dmc.models import a", "'models'"),
+    "same level, the other way": ("plan/a.py", "from megatron_dmc.bench import a", "'bench'"),
     "relative": ("cache/pool.py", "from ..engine.request import Request", "imports 'engine'"),
     "relative, of the package": ("cache/__init__.py", "from .. import engine", "imports 'engine'"),
     "import call": (
         "ops/merge.py",
-        "import importlib\nimportlib.import_module('megatron_dmc.specs')",
-        "imports 'specs'",
+        "import importlib\nimportlib.import_module('megatron_dmc.model.specs')",
+        "imports 'model'",
     ),
     "megatron in level 1": ("ops/merge.py", "from megatron.core import mpu", "no Megatron"),
     "megatron in level 2": ("cache/pool.py", "def f():\n    import megatron.core", "no Megatron"),
     "config in level 1": ("ops/merge.py", "from megatron_dmc.config import DMCConfig", "a config"),
     "name of the package": ("engine/a.py", "from megatron_dmc import LLM", "that defines it"),
     "the whole package": ("engine/a.py", "import megatron_dmc", "that defines it"),
-    "get_args": ("attention.py", "from megatron.training import get_args", "get_args"),
-    "get_args of a module": ("specs.py", "import megatron.training as t\nt.get_args()", "get_args"),
+    "get_args": ("model/a.py", "from megatron.training import get_args", "get_args"),
+    "get_args of a module": (
+        "model/a.py",
+        "import megatron.training as t\nt.get_args()",
+        "get_args",
+    ),
     "unknown module": ("newcomers/a.py", "", "add it to LEVELS"),
     "eager package": ("__init__.py", "from megatron_dmc.engine import LLM", "lazily"),
     "package with Megatron": ("__init__.py", "import megatron.core", "must not import Megatron"),
@@ -248,13 +238,13 @@ def test_checker_lets_pass(tmp_path):
     good = {
         "__init__.py": "__version__ = '1'\ndef __getattr__(name):\n    import megatron_dmc.engine",
         "config.py": "from typing import get_args\nimport megatron.core\nimport megatron_dmc.errors",
-        "ops/__init__.py": "from megatron_dmc import _C\nfrom megatron_dmc.ops.merge import merge",
+        "ops/__init__.py": "from megatron_dmc import _C\nfrom megatron_dmc.ops.training.merge import merge",
         "ops/merge.py": "import typing\ntyping.get_args(int)\nfrom . import gates\nimport torch",
         "cache/pool.py": "from megatron_dmc.errors import OutOfPages\nfrom megatron_dmc import ops",
-        "training/loss.py": "from megatron.training import get_args\nfrom megatron_dmc import specs",
+        "training/loss.py": "from megatron.training import get_args\nfrom megatron_dmc import model",
         "engine/engine.py": "from megatron_dmc import __version__\nfrom ..cache import pool",
-        "models.py": "from megatron_dmc.specs import dmc_layer_spec",
-        "cli.py": "from megatron_dmc import report, server",
+        "checkpoint/load.py": "from megatron_dmc.model.specs import dmc_layer_spec",
+        "cli/main.py": "from megatron_dmc import quality, server",
     }
     files = {f"{PACKAGE}/{path}": text for path, text in good.items()}
     files["pretrain_dmc.py"] = "from megatron.training import get_args"
@@ -328,7 +318,7 @@ def state():
 for name in THEIRS:
     importlib.import_module(name)
 try:
-    import lm_eval  # sets a variable for the hub's client; megatron_dmc.harness.model cannot but import it
+    import lm_eval  # sets a variable for the hub's client; megatron_dmc.quality.lm_eval.model cannot but import it
 except ImportError:
     pass
 environment, hooks = dict(os.environ), (sys.excepthook, sys.argv[:1])

@@ -2,7 +2,7 @@
 
     python tools/flags_page.py > docs/flags.md
 
-from `megatron_dmc/training/flags.toml`; tests/test_flags.py fails where the page is not this one.
+from `megatron_dmc/training/flags.toml`; tests/training/test_flags.py fails where the page is not this one.
 """
 
 import sys

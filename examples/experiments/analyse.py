@@ -94,7 +94,7 @@ class Bench:
 
     @property
     def heldout(self) -> Any:
-        from megatron_dmc.evaluation import read_tokens
+        from megatron_dmc.quality.likelihood import read_tokens
 
         prefix = self.output / "data" / "heldout_text_document"
         return self._keep("heldout", lambda: read_tokens(prefix))
@@ -120,7 +120,7 @@ class Bench:
         """One at a time is kept."""
         import torch
 
-        from megatron_dmc.models import load_model
+        from megatron_dmc.checkpoint.load import load_model
 
         if self._kept.get("run") != run.name:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -133,7 +133,7 @@ class Bench:
 
 
 def base(run: Run, bench: Bench) -> dict[str, Any]:
-    from megatron_dmc.evaluation import evaluate
+    from megatron_dmc.quality.likelihood import evaluate
 
     result = {}
     for length in (128, 256, 512):
@@ -228,7 +228,7 @@ def tasks(run: Run, bench: Bench) -> dict[str, Any]:
         )  # fmt: skip
     results = folder / f"{run.name}.json"
     command = [
-        sys.executable, "-m", "megatron_dmc.cli", "eval", str(run.checkpoint), "--include-path", str(folder),
+        sys.executable, "-m", "megatron_dmc.cli.main", "eval", str(run.checkpoint), "--include-path", str(folder),
         "--tasks", ",".join(f"stdlib_{task}" for task in TASKS), "--limit", str(limit),
         "--dtype", "float32", "--output", str(results),
     ]  # fmt: skip
@@ -270,8 +270,8 @@ IN_PARTS = ("eviction", "copying-evicted")
 
 def measure(name: str, run: Run, bench: Bench) -> None:
     """Unless the file has it, with these settings."""
-    from megatron_dmc.report.data import write_atomically
-    from megatron_dmc.report.measure import environment
+    from megatron_dmc.quality.report.data import write_atomically
+    from megatron_dmc.quality.report.measure import environment
 
     call, _, settings = MEASURES[name]
     file = bench.args.analysis / run.name / f"{name}.json"

@@ -1,7 +1,7 @@
 """H2O, TOVA and window over many whole sequences at a time, and the budgets that equal a CR.
 
 The engine runs a policy request by request, out of pages. Here all windows of a batch take their tokens
-together, without pages: the same `ops.budget_attention.attend_and_evict`, the same log-likelihoods.
+together, without pages: the same `ops.paged.budget.attend_and_evict`, the same log-likelihoods.
 
 Dimension letters: X windows, T tokens of each, N query heads, G key/value heads, D head dim, E columns of the
 working cache.
@@ -14,9 +14,9 @@ from megatron.core.inference.config import InferenceConfig
 from megatron.core.inference.contexts.base_context import BaseInferenceContext
 from torch import Tensor
 
-from megatron_dmc.baselines import EvictionPolicy, make_policy
-from megatron_dmc.ops.budget_attention import WorkingCache, attend_and_evict
-from megatron_dmc.ops.cache_ops import accumulator_dtype, apply_rope
+from megatron_dmc.cache.policies import EvictionPolicy, make_policy
+from megatron_dmc.ops.paged.budget import WorkingCache, attend_and_evict
+from megatron_dmc.ops.paged.decode import accumulator_dtype, apply_rope
 
 
 def final_budget(length: int, cr: float) -> int:

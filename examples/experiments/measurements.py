@@ -12,9 +12,9 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
-from megatron_dmc.evaluation import DecisionTrace, evaluate, traced_forward
-from megatron_dmc.models import LoadedModel
-from megatron_dmc.report.measure import sample_of
+from megatron_dmc.checkpoint.load import LoadedModel
+from megatron_dmc.quality.likelihood import DecisionTrace, evaluate, traced_forward
+from megatron_dmc.quality.report.measure import sample_of
 
 from eviction import evicting_forward, measured_crs
 from texts import CLASSES, PLACES, Repeats, Windows, repeats

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-from megatron_dmc.report.plots import BLUE, GREEN, GRID, INK, MUTED, ORANGE, styled
+from megatron_dmc.quality.report.plots import BLUE, GREEN, GRID, INK, MUTED, ORANGE, styled
 
 from results import (
     Data,

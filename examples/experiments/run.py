@@ -24,7 +24,7 @@ from typing import Any
 EXAMPLES = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(EXAMPLES))
 
-from megatron_dmc.cli import main as cli
+from megatron_dmc.cli.main import main as cli
 from megatron_dmc.quiet import silence_optional_packages
 
 import demo
@@ -146,9 +146,9 @@ def measure(arm: Arm, folders: list[Path], data: Path, short: bool) -> dict:
     """Held-out perplexity and measured CR: at each length, and on the way through training."""
     import torch
 
-    from megatron_dmc.evaluation import evaluate, read_tokens
-    from megatron_dmc.models import load_model
-    from megatron_dmc.report.measure import environment
+    from megatron_dmc.checkpoint.load import load_model
+    from megatron_dmc.quality.likelihood import evaluate, read_tokens
+    from megatron_dmc.quality.report.measure import environment
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = read_tokens(data)

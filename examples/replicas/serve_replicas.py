@@ -23,8 +23,8 @@ from collections.abc import Sequence
 import ray
 from ray import serve
 
+from megatron_dmc.cli.serve import add_arguments, check_arguments, make_app
 from megatron_dmc.errors import DMCError, EngineDead
-from megatron_dmc.server.command import add_arguments, check_arguments, make_app
 
 REPLICA_HEADER = "x-replica"
 

@@ -28,7 +28,7 @@ BENCHMARKS = [
     ),
     Benchmark(
         "kernels",
-        "megatron_dmc.bench.kernels",
+        "megatron_dmc.bench.decode_kernels",
         "decode attention and append over ragged pages against their bytes, and prefill",
     ),
     Benchmark(
@@ -38,7 +38,7 @@ BENCHMARKS = [
     ),
     Benchmark(
         "decode",
-        "megatron_dmc.bench.decode",
+        "megatron_dmc.bench.engine_decode",
         "decode throughput over a long paged cache at several CRs",
     ),
 ]
@@ -86,7 +86,7 @@ def add_benchmarks(parser: argparse.ArgumentParser) -> None:
             sub.add_argument("--crs", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0],
                              metavar="CR", help="imposed CRs (default: 1 2 4 8)")  # fmt: skip
             add_kv_cache_dtype(sub)
-        sub.set_defaults(module=benchmark.module)
+        sub.set_defaults(module=benchmark.module, benchmark=benchmark.name)
     add_serving_benchmarks(names)
     add_suite(names)
     add_window(names)

@@ -1,6 +1,6 @@
 """Random caches for decoding, and the checks that tests and benchmarks share.
 
-Dimension letters as in `ops.cache_ops`.
+Dimension letters as in `ops.paged.decode`.
 """
 
 import functools
@@ -12,11 +12,12 @@ from torch import Tensor
 
 from megatron_dmc.bench.measure import errors_within_twice_the_yardstick
 from megatron_dmc.errors import DMCError
-from megatron_dmc.ops import cache_ops, gates, kv_pages, reference
-from megatron_dmc.ops.kv_pages import Pages, ScaledPages
-from megatron_dmc.ops.merge import num_kept
-from megatron_dmc.ops.page_ops import FreePages
+from megatron_dmc.ops import gates, reference
+from megatron_dmc.ops.paged import decode, kv_pages
+from megatron_dmc.ops.paged.kv_pages import Pages, ScaledPages
+from megatron_dmc.ops.paged.pages import FreePages
 from megatron_dmc.ops.tensors import accumulator_dtype
+from megatron_dmc.ops.training.merge import num_kept
 
 NAN = float("nan")
 _AT_ONCE = 1 << 20
@@ -77,7 +78,7 @@ class LayerCache:
         lengths = self.num_entries_RG
         entries = torch.arange(int(lengths.max()), device=lengths.device).expand(*lengths.shape, -1)
         is_live = entries < lengths[..., None]
-        slots = cache_ops.slots_of_entries(self.block_table_RGM, entries, page_size)[is_live]
+        slots = decode.slots_of_entries(self.block_table_RGM, entries, page_size)[is_live]
         if (slots < 0).any():
             raise DMCError("an entry has no page")
         kv = torch.empty(len(slots), 2 * dim, dtype=dtype, device=slots.device)
@@ -151,7 +152,7 @@ def random_cache(
     )
     table, lengths = table.to(device), lengths_RG.to(device, copy=True)
     entries = torch.arange(int(lengths.max()), device=device).expand(num_rows, num_kv_heads, -1)
-    slots = cache_ops.slots_of_entries(table, entries, page_size) if total else entries
+    slots = decode.slots_of_entries(table, entries, page_size) if total else entries
     slots = torch.where(entries < lengths[..., None], slots, -1).flatten()
     on_device = torch.Generator(device=device).manual_seed(seed)
     live = slots[slots >= 0]
@@ -244,13 +245,13 @@ def _append_in_float64(
         is_merge = gates.hard_decisions(logit) & may_merge
         omega = gates.importance(q, k.shape[1], alpha_offset=alpha_offset).double()
     angles = None if angles_XF is None else angles_XF[positions].double()
-    cos, sin = cache_ops.cosine_and_sine(angles, torch.float64)
-    cache_ops.torch_append(
+    cos, sin = decode.cosine_and_sine(angles, torch.float64)
+    decode.torch_append(
         k.double(), v.double(), is_merge, omega, cos, sin, cache.k_pages_PSD, cache.v_pages_PSD,
         cache.block_table_RGM, cache.num_entries_RG, cache.segments_RGUA, rows, merge_window,
         cache.free_pages,
     )  # fmt: skip
-    return cache_ops.rotate_query(q.double(), angles, compress=compress)
+    return decode.rotate_query(q.double(), angles, compress=compress)
 
 
 def check_append(
@@ -280,7 +281,7 @@ def check_append(
     exact, honest = (cache.compacted(d, k.shape[0] * k.shape[1]) for d in (torch.float64, dtype))
 
     def run(op, cache: LayerCache) -> Tensor:
-        cos, sin = cache_ops.cosine_and_sine(angles_XF, dtype)
+        cos, sin = decode.cosine_and_sine(angles_XF, dtype)
         return op(
             q, k, v, cos, sin, positions_B, cache.k_pages_PSD, cache.v_pages_PSD,
             cache.block_table_RGM, cache.num_entries_RG, cache.segments_RGUA, rows_B,
@@ -288,7 +289,7 @@ def check_append(
         )  # fmt: skip
 
     q_ours = run(append, cache)
-    q_honest = run(functools.partial(cache_ops.gate_and_append, backend="torch"), honest)
+    q_honest = run(functools.partial(decode.gate_and_append, backend="torch"), honest)
     live = rows_B >= 0
     q_exact = _append_in_float64(
         q[live], k[live], v[live], positions_B[live], rows_B[live], angles_XF, exact, **options

@@ -22,7 +22,8 @@ from megatron_dmc.bench.measure import errors_within_twice_the_yardstick
 from megatron_dmc.engine.chunks import PackedChunk
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.errors import DMCError
-from megatron_dmc.ops import cache_ops, page_ops
+from megatron_dmc.ops.paged import decode
+from megatron_dmc.ops.paged import pages as page_ops
 
 
 class DenseContext(PagedContext):
@@ -95,7 +96,7 @@ class DenseContext(PagedContext):
         softmax_scale: float,
     ) -> Tensor:
         cos_SF, sin_SF = self._cosine_and_sine(freqs_SF, q_BND.dtype)
-        q_BND = cache_ops.gate_and_append(
+        q_BND = decode.gate_and_append(
             q_BND, k_BGD, v_BGD, cos_SF, sin_SF, self._positions_B, *self._layer(layer_index), None,
             self._rows_B, alpha_offset=0.0, compress=False, may_merge=False, merge_window=0,
             free_pages=None, backend=self._backend,

@@ -22,13 +22,13 @@ from megatron_dmc.bench.dense import DenseContext
 from megatron_dmc.bench.engine_run import synchronize
 from megatron_dmc.bench.imposed import ImposedDecisions, ImposingContext
 from megatron_dmc.bench.tables import Row
+from megatron_dmc.checkpoint.load import LoadedModel
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.engine import EngineConfig, LLMEngine, SamplingParams
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.request import RequestStatus
 from megatron_dmc.errors import DMCError
-from megatron_dmc.models import LoadedModel
-from megatron_dmc.ops import cache_ops, kv_pages
+from megatron_dmc.ops.paged import decode, kv_pages
 
 PAGE_SIZE = 16
 WARMUP = 3
@@ -161,7 +161,7 @@ def check(engine: LLMEngine) -> float:
         torch.empty(0), pool.free_pages,
     )  # fmt: skip
     return decode_case.check_attention(
-        lambda q, k, v, table, entries, rows, softmax_scale: cache_ops.paged_decode_attention(
+        lambda q, k, v, table, entries, rows, softmax_scale: decode.paged_decode_attention(
             q, k, v, table, entries, rows_B=rows, softmax_scale=softmax_scale
         ),
         q, cache, rows, softmax_scale=d.kv_channels**-0.5, checked=checked,

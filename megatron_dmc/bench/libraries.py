@@ -7,7 +7,7 @@ knows no pages and gets entries that lie one after the other; its scaled-dot-pro
 gets them padded to the longest. Making those copies is not timed, nor is FlashInfer's planning on the host,
 which is stated beside (`plan_ms`). What is not installed, or fails, is a row that says so.
 
-Dimension letters as in `ops.cache_ops`; X folded sequences, B x G.
+Dimension letters as in `ops.paged.decode`; X folded sequences, B x G.
 """
 
 import importlib

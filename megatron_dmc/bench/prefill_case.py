@@ -1,6 +1,6 @@
 """Random chunks for prefill, and the check that tests and benchmarks share.
 
-Dimension letters as in `ops.prefill`.
+Dimension letters as in `ops.paged.prefill`.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,9 +11,9 @@ from torch import Tensor
 from megatron_dmc.bench.decode_case import LayerCache
 from megatron_dmc.bench.measure import errors_within_twice_the_yardstick
 from megatron_dmc.errors import DMCError
-from megatron_dmc.ops import prefill
-from megatron_dmc.ops.kv_pages import tensors_of
-from megatron_dmc.ops.prefill import Chunks
+from megatron_dmc.ops.paged import prefill
+from megatron_dmc.ops.paged.kv_pages import tensors_of
+from megatron_dmc.ops.paged.prefill import Chunks
 
 
 def random_decisions(

@@ -6,7 +6,7 @@ same op without DMC (a plain cache) and over a dense causal flash kernel on cont
 products that attention cannot do without per second, over those of a large matrix product in this run.
 The op is compared with the specification before it is timed.
 
-Dimension letters as in `ops.prefill`.
+Dimension letters as in `ops.paged.prefill`.
 """
 
 import itertools
@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from megatron_dmc.bench import decode_case, prefill_case
 from megatron_dmc.bench.measure import Panel, Settings, as_row, measure_time
-from megatron_dmc.ops import cache_ops, prefill
-from megatron_dmc.ops.attention import causal_attention
-from megatron_dmc.ops.cache_backend import kernels
-from megatron_dmc.ops.prefill import Chunks
+from megatron_dmc.ops.backends import kernels
+from megatron_dmc.ops.paged import decode, prefill
+from megatron_dmc.ops.paged.prefill import Chunks
+from megatron_dmc.ops.training.attention import causal_attention
 
 CHECKED_TOKENS = 600
 PAGE_SIZE = 16
@@ -102,7 +102,7 @@ class _Prompt:
                     softmax_scale=self.scale,
                 )[0]  # fmt: skip
         else:
-            cos, sin = cache_ops.cosine_and_sine(self.freqs, q.dtype)
+            cos, sin = decode.cosine_and_sine(self.freqs, q.dtype)
             module = kernels(backend, "prefill")  # type: ignore[arg-type]
             own_k, own_v, entry_TG = module.write_chunks(
                 k, v, self.is_merge, self.omega, cos, sin, *pages, cache.block_table_RGM,

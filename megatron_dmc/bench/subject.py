@@ -21,6 +21,7 @@ from megatron_dmc.bench.imposed import (
     spread_weights,
 )
 from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.load import LoadedModel, build_model, check_divisible, load_model
 from megatron_dmc.checkpoint.tokenizer import load_tokenizer
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.engine import LLM
@@ -28,8 +29,7 @@ from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.llm import pages_in_memory, parse_dtype
 from megatron_dmc.engine_flags import engine_options, given_tokenizer, model_path
 from megatron_dmc.errors import DMCError
-from megatron_dmc.models import LoadedModel, build_model, check_divisible, load_model
-from megatron_dmc.ops.kv_pages import entry_bytes, parse_kv_cache_dtype
+from megatron_dmc.ops.paged.kv_pages import entry_bytes, parse_kv_cache_dtype
 from megatron_dmc.plan.model import find_model
 
 DEVIATIONS = 3.0

@@ -32,7 +32,7 @@ from megatron_dmc.bench.measure import (
     peak_memory,
 )
 from megatron_dmc.ops import gates, reference
-from megatron_dmc.ops.flash import choose_kernel
+from megatron_dmc.ops.training.flash import choose_kernel
 
 RELEASED_WINDOW = 12
 CHECKED_TOKENS = 256

@@ -28,13 +28,13 @@ from megatron_dmc.bench.measure import (
     peak_memory,
 )
 from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.load import rotary_embedding, transformer_config
 from megatron_dmc.checkpoint.single_process import ensure_single_process
 from megatron_dmc.config import DMCConfig, Stage
-from megatron_dmc.decisions import DecisionRecorder, GateKey
 from megatron_dmc.errors import DMCError
-from megatron_dmc.models import rotary_embedding, transformer_config
+from megatron_dmc.model.decisions import DecisionRecorder, GateKey
+from megatron_dmc.model.specs import dmc_layer_spec
 from megatron_dmc.ops import gates
-from megatron_dmc.specs import dmc_layer_spec
 from megatron_dmc.training.loss import compression_loss, merge_rate
 from megatron_dmc.training.model import DMCGPTModel
 

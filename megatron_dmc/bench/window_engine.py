@@ -33,13 +33,13 @@ from megatron_dmc.bench.tables import Row
 from megatron_dmc.bench.window_kernels import ceiling, settings_of
 from megatron_dmc.bench.window_stages import Case, Stage
 from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.load import LoadedModel
 from megatron_dmc.engine import LLMEngine, SamplingParams
 from megatron_dmc.engine.context import PagedContext
-from megatron_dmc.engine.decode_graphs import Captured
+from megatron_dmc.engine.graphs import Captured
 from megatron_dmc.engine.llm import pages_in_memory
 from megatron_dmc.errors import DMCError
-from megatron_dmc.models import LoadedModel
-from megatron_dmc.ops.kv_pages import entry_bytes
+from megatron_dmc.ops.paged.kv_pages import entry_bytes
 from megatron_dmc.plan.model import find_model
 
 MUST_REACH = {2.0: 1.9, 4.0: 3.7, 8.0: 7.0}

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_dmc.bench import kernels, libraries
+from megatron_dmc.bench import decode_kernels as kernels
+from megatron_dmc.bench import libraries
 from megatron_dmc.bench.measure import Settings, copy_bandwidth, matrix_product_rate, release_memory
 from megatron_dmc.bench.prefill_kernels import prefill_rows
 from megatron_dmc.bench.tables import Row
@@ -21,9 +22,9 @@ from megatron_dmc.bench.window import ROOT, read_rows
 from megatron_dmc.bench.window_stages import Case, Stage
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import cuda
-from megatron_dmc.ops.kv_pages import parse_kv_cache_dtype
+from megatron_dmc.ops.paged.kv_pages import parse_kv_cache_dtype
 
-TESTS = ROOT / "tests"
+TESTS = ROOT / "tests" / "support"
 TRITON_FILES = ("decode", "pages", "prefill", "merge", "diagonal")
 CUDA_FILES = ("decode", "pages", "prefill")
 

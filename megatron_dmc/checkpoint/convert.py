@@ -42,7 +42,7 @@ FLAGS_FILE = "megatron_flags.txt"
 """In a converted Megatron checkpoint: the model's flags, as a shell reads them."""
 
 type Transform = Callable[[ModelDescription, WeightSource], tuple[ModelDescription, WeightSource]]
-"""Makes another model of a model while it is converted (`baselines.gqa.pool_kv_heads`)."""
+"""Makes another model of a model while it is converted (`checkpoint.gqa.pool_kv_heads`)."""
 
 
 def _legacy_folder(path: Path) -> Path | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_dmc.cache import Snapshot
 from megatron_dmc.engine.request import Request
-from megatron_dmc.ops.prefill import Chunks
+from megatron_dmc.ops.paged.prefill import Chunks
 from megatron_dmc.ops.tensors import to_device
 
 

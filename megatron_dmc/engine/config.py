@@ -6,11 +6,11 @@ from typing import get_args
 
 import torch
 
-from megatron_dmc.baselines import EvictionRule
-from megatron_dmc.engine.decode_graphs import default_sizes
+from megatron_dmc.cache.policies import EvictionRule
+from megatron_dmc.engine.graphs import default_sizes
 from megatron_dmc.engine.scheduler import SchedulingPolicy
 from megatron_dmc.errors import UnsupportedConfig
-from megatron_dmc.ops.kv_pages import parse_kv_cache_dtype
+from megatron_dmc.ops.paged.kv_pages import parse_kv_cache_dtype
 
 _DTYPES = {
     "float64": torch.float64,
@@ -85,7 +85,7 @@ class EngineConfig:
     """Batch sizes that are captured; None: 1, 2, 4, 8, 16, 24, ... up to `max_num_seqs`."""
 
     cache_policy: str | None = None
-    """"h2o", "tova" or "window": evict entries instead of merging (megatron_dmc.baselines); for
+    """"h2o", "tova" or "window": evict entries instead of merging (megatron_dmc.cache.policies); for
     evaluation, with a plain model in one process and without cached prefixes."""
 
     cache_budget: int | float | None = None

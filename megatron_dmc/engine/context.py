@@ -12,7 +12,6 @@ from megatron.core.inference.config import InferenceConfig
 from megatron.core.inference.contexts.base_context import BaseInferenceContext
 from torch import Tensor
 
-from megatron_dmc.baselines import EvictingCache, EvictingChunk, EvictionRule, make_policy
 from megatron_dmc.cache import (
     BlockTables,
     OpenSegments,
@@ -21,17 +20,20 @@ from megatron_dmc.cache import (
     Snapshot,
     extend_keys,
 )
-from megatron_dmc.cache.block_tables import Exchange
+from megatron_dmc.cache.budget import EvictingCache, EvictingChunk
+from megatron_dmc.cache.policies import EvictionRule, make_policy
+from megatron_dmc.cache.tables import Exchange
 from megatron_dmc.engine.chunks import PackedChunk, Piece, Round
 from megatron_dmc.engine.flips import FlipCounter
 from megatron_dmc.engine.request import Request
 from megatron_dmc.engine.rule import CompressionRule
 from megatron_dmc.engine.scheduler import NO_PREFIX, CachedPrefix
-from megatron_dmc.ops import cache_ops, delayed_cache, eviction_cache, gates
-from megatron_dmc.ops.kv_pages import Pages
-from megatron_dmc.ops.merge import num_kept
-from megatron_dmc.ops.prefill import prefill
+from megatron_dmc.ops import gates
+from megatron_dmc.ops.paged import decode, delayed, evict
+from megatron_dmc.ops.paged.kv_pages import Pages
+from megatron_dmc.ops.paged.prefill import prefill
 from megatron_dmc.ops.tensors import accumulator_dtype
+from megatron_dmc.ops.training.merge import num_kept
 
 
 class PagedContext(BaseInferenceContext):
@@ -78,7 +80,7 @@ class PagedContext(BaseInferenceContext):
             num_kv_heads: of this tensor-parallel rank.
             dtype: the model's; `cache_dtype`: the pages', None: the model's.
             prefix_block_size: tokens between cached prefixes; None: none are cached.
-            backend: of the cache ops; None: as `ops.cache_backend.choose_backend` picks.
+            backend: of the cache ops; None: as `ops.backends.choose_backend` picks.
             poison: fill free pages with NaN, for tests.
             count_flips: compare decisions that are made a second time.
             exchange, num_ranks, rank: tensor parallelism, see `BlockTables`.
@@ -100,12 +102,12 @@ class PagedContext(BaseInferenceContext):
             exchange=exchange, num_ranks=num_ranks, rank=rank,
         )  # fmt: skip
         self.segments: OpenSegments | None = None
-        self.rings: eviction_cache.Rings | None = None
-        self.delayed: delayed_cache.DelayedDecisions | None = None
+        self.rings: evict.Rings | None = None
+        self.delayed: delayed.DelayedDecisions | None = None
         if rule is not None and rule.eviction_delay is not None:
             assert prefix_block_size is None, "an evicted token's slot in a shared page"
             shape = (num_layers, max_num_seqs, num_kv_heads, rule.eviction_delay + 1)
-            self.rings = eviction_cache.Rings(
+            self.rings = evict.Rings(
                 torch.zeros(shape, dtype=torch.int32, device=device),
                 torch.zeros(shape, dtype=torch.bool, device=device),
             )
@@ -116,7 +118,7 @@ class PagedContext(BaseInferenceContext):
             )  # fmt: skip
             if rule.merge_delay:
                 shape = (num_layers, max_num_seqs, num_kv_heads, rule.merge_delay)
-                self.delayed = delayed_cache.DelayedDecisions(
+                self.delayed = delayed.DelayedDecisions(
                     torch.zeros(shape, dtype=torch.bool, device=device),
                     torch.zeros(shape, dtype=accumulator_dtype(dtype), device=device),
                 )
@@ -146,7 +148,7 @@ class PagedContext(BaseInferenceContext):
     @property
     def is_capturable(self) -> bool:
         """Whether decode steps run in kernels, which CUDA graphs can hold."""
-        return cache_ops.choose_backend(self._backend, self._like, self.page_size) != "torch"
+        return decode.choose_backend(self._backend, self._like, self.page_size) != "torch"
 
     # What Megatron's GPTModel asks.
 
@@ -382,7 +384,7 @@ class PagedContext(BaseInferenceContext):
         chunks = [EvictingChunk(c.row, c.start, c.num_tokens) for c in self._chunks]
         if freqs_SF is not None:
             freqs_TF = torch.cat([freqs_SF[c.start : c.end] for c in self._chunks])
-            q_TND, k_TGD = (cache_ops.apply_rope(x, freqs_TF) for x in (q_TND, k_TGD))
+            q_TND, k_TGD = (decode.apply_rope(x, freqs_TF) for x in (q_TND, k_TGD))
         return self._evicting.attend(
             layer_index, q_TND, k_TGD, v_TGD, chunks, softmax_scale=softmax_scale
         )
@@ -399,7 +401,7 @@ class PagedContext(BaseInferenceContext):
         """One token of each request: on a GPU three launches, and one more a step for the plans."""
         rule, rows_B, free_pages = self.rule, self._rows_B, self.pool.free_pages
         if self._plans_L is None:
-            self._plans_L = cache_ops.plan_decode_attention(
+            self._plans_L = decode.plan_decode_attention(
                 self.tables.num_entries_LRG, rows_B, like=k_BGD, page_size=self.page_size,
                 group=q_BND.shape[1] // k_BGD.shape[1], ahead=1, backend=self._backend,
             )  # fmt: skip
@@ -408,22 +410,22 @@ class PagedContext(BaseInferenceContext):
             # the heads' logits have to meet first
             freqs_BF = None if freqs_SF is None else freqs_SF[self._positions_B]
             is_merge_BG, omega_BG = self._gates(layer_index, 0, q_BND, k_BGD)
-            cache_ops.decode_append(
+            decode.decode_append(
                 k_BGD, v_BGD, is_merge_BG, omega_BG, freqs_BF, *layer, segments, rows_B,
                 merge_window=self._window, free_pages=free_pages, backend=self._backend,
             )  # fmt: skip
-            q_BND = cache_ops.rotate_query(q_BND, freqs_BF, compress=True)
+            q_BND = decode.rotate_query(q_BND, freqs_BF, compress=True)
         else:
             cos_SF, sin_SF = self._cosine_and_sine(freqs_SF, q_BND.dtype)
             is_merge_BG, omega_BG = self._given_gates(layer_index, 0, q_BND.shape[0])
-            q_BND = cache_ops.gate_and_append(
+            q_BND = decode.gate_and_append(
                 q_BND, k_BGD, v_BGD, cos_SF, sin_SF, self._positions_B, *layer, segments, rows_B,
                 alpha_offset=0.0 if rule is None else rule.alpha_offset,
                 compress=rule is not None, may_merge=rule is not None and rule.may_merge,
                 merge_window=self._window, is_merge_BG=is_merge_BG, omega_BG=omega_BG,
                 free_pages=free_pages, backend=self._backend,
             )  # fmt: skip
-        return cache_ops.paged_decode_attention(
+        return decode.paged_decode_attention(
             q_BND, *layer, softmax_scale=softmax_scale, rows_B=rows_B,
             plan_Y=self._plans_L[layer_index], backend=self._backend,
         )  # fmt: skip
@@ -448,12 +450,12 @@ class PagedContext(BaseInferenceContext):
         if num_singles:
             single = slice(0, num_singles)
             freqs_BF = None if freqs_SF is None else freqs_SF[self._positions_B]
-            eviction_cache.decode_evict(
+            evict.decode_evict(
                 k_TGD[single], v_TGD[single], is_evict_TG[single], freqs_BF, self._positions_B,
                 *layer, rings, rows_B, free_pages=free_pages,
             )  # fmt: skip
-            out[single] = cache_ops.paged_decode_attention(
-                cache_ops.rotate_query(q_TND[single], freqs_BF, compress=True), *layer,
+            out[single] = decode.paged_decode_attention(
+                decode.rotate_query(q_TND[single], freqs_BF, compress=True), *layer,
                 softmax_scale=softmax_scale, rows_B=rows_B, backend=self._backend,
             )  # fmt: skip
         for piece in (piece for part in self._prefills for piece in part.pieces):
@@ -462,7 +464,7 @@ class PagedContext(BaseInferenceContext):
             freqs_TF = None
             if freqs_SF is not None:
                 freqs_TF = freqs_SF[piece.start : piece.start + piece.num_tokens]
-            out[span] = eviction_cache.prefill_evict(
+            out[span] = evict.prefill_evict(
                 q_TND[span], k_TGD[span], v_TGD[span], is_evict_TG[span], freqs_TF, piece.start,
                 k_pages, v_pages, table_RGM[piece.row], num_entries_RG[piece.row], rings[piece.row],
                 softmax_scale=softmax_scale, free_pages=free_pages,
@@ -490,19 +492,19 @@ class PagedContext(BaseInferenceContext):
         if num_singles:
             single = slice(0, num_singles)
             freqs_BF = None if freqs_SF is None else freqs_SF[self._positions_B]
-            delayed_cache.decode_delayed(
+            delayed.decode_delayed(
                 k_TGD[single], v_TGD[single], is_merge_TG[single], omega_TG[single], freqs_SF,
                 self._positions_B, *layer, segments_RGUA, decisions, rows_B,
                 merge_window=self._window, free_pages=free_pages,
             )  # fmt: skip
-            out[single] = cache_ops.paged_decode_attention(
-                cache_ops.rotate_query(q_TND[single], freqs_BF, compress=True), *layer,
+            out[single] = decode.paged_decode_attention(
+                decode.rotate_query(q_TND[single], freqs_BF, compress=True), *layer,
                 softmax_scale=softmax_scale, rows_B=rows_B, backend=self._backend,
             )  # fmt: skip
         for piece in (piece for part in self._prefills for piece in part.pieces):
             first = num_singles + piece.first
             span = slice(first, first + piece.num_tokens)
-            out[span] = delayed_cache.prefill_delayed(
+            out[span] = delayed.prefill_delayed(
                 q_TND[span], k_TGD[span], v_TGD[span], is_merge_TG[span], omega_TG[span], freqs_SF,
                 piece.start, k_pages, v_pages, table_RGM[piece.row], num_entries_RG[piece.row],
                 segments_RGUA[piece.row], decisions[piece.row], softmax_scale=softmax_scale,
@@ -529,7 +531,7 @@ class PagedContext(BaseInferenceContext):
         if freqs_SF is None:
             return None, None
         if self._angles is None or self._angles[0].data_ptr() != freqs_SF.data_ptr():
-            cos, sin = cache_ops.cosine_and_sine(freqs_SF, dtype)
+            cos, sin = decode.cosine_and_sine(freqs_SF, dtype)
             assert cos is not None and sin is not None
             # held on to, so that no other tensor comes to lie there
             self._angles = (freqs_SF, cos, sin)

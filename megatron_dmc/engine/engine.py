@@ -21,19 +21,19 @@ from megatron_dmc.engine.decision_record import DecisionRecord
 from megatron_dmc.engine.detokenizer import IncrementalDetokenizer, find_stop
 from megatron_dmc.engine.isolation import ends_engine, own_work
 from megatron_dmc.engine.logit_rules import bad_words_token_ids, check_token_ids
-from megatron_dmc.engine.model_runner import ModelRunner, device_of_weights
 from megatron_dmc.engine.outputs import output_of, visible_text
+from megatron_dmc.engine.parallel.group import Command, TensorParallel
 from megatron_dmc.engine.prompts import read_cache_salt, read_prompt
 from megatron_dmc.engine.request import Request, RequestOutput, RequestStatus
 from megatron_dmc.engine.rule import check_combinations, compression_rule
+from megatron_dmc.engine.runner import ModelRunner, device_of_weights
 from megatron_dmc.engine.sampler import SampledToken, Sampler, token_logprobs
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.engine.scheduler import ScheduledChunk, Scheduler
 from megatron_dmc.engine.sizes import check_fits_model
 from megatron_dmc.engine.stats import Counters, EngineStats
-from megatron_dmc.engine.tensor_parallel import Command, TensorParallel
 from megatron_dmc.errors import EngineDead, InvalidRequest, RequestFailed
-from megatron_dmc.ops.kv_pages import parse_kv_cache_dtype
+from megatron_dmc.ops.paged.kv_pages import parse_kv_cache_dtype
 from megatron_dmc.ops.tensors import take_rows
 
 logger = logging.getLogger(__name__)

@@ -15,15 +15,15 @@ from megatron_dmc.checkpoint.generation_config import (
 from megatron_dmc.engine.config import EngineConfig, parse_dtype
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.engine import LLMEngine
-from megatron_dmc.engine.model_runner import device_of_weights
+from megatron_dmc.engine.parallel.launch import ended_on_failure, start_ranks
 from megatron_dmc.engine.request import RequestOutput
+from megatron_dmc.engine.runner import device_of_weights
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.engine.scheduler import SchedulingPolicy
 from megatron_dmc.engine.sizes import check_arguments, check_memory
-from megatron_dmc.engine.start import ended_on_failure, start_ranks
 from megatron_dmc.engine.stats import EngineStats
 from megatron_dmc.errors import EngineDead, InvalidRequest, RequestFailed, UnsupportedConfig
-from megatron_dmc.ops.kv_pages import entry_bytes, parse_kv_cache_dtype
+from megatron_dmc.ops.paged.kv_pages import entry_bytes, parse_kv_cache_dtype
 from megatron_dmc.quiet import quietly
 
 _DEFAULT_CPU_CACHE_BYTES = 2**30
@@ -131,7 +131,7 @@ class LLM:
                 check(model.description)
             else:
                 with quietly():
-                    from megatron_dmc.models import load_model
+                    from megatron_dmc.checkpoint.load import load_model
 
                     model = load_model(
                         model, device=device, dtype=parse_dtype(dtype),

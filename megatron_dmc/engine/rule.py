@@ -47,7 +47,7 @@ def compression_rule(dmc: Any | None, enable_dmc: bool | None) -> CompressionRul
     if dmc.pool_after_rope and merges and enable_dmc is not False:
         raise UnsupportedConfig(
             "the model was trained with --dmc-pool-after-rope, and the engine's open segments hold "
-            "unrotated keys; evaluate it with megatron_dmc.evaluation.evaluate, or run it without "
+            "unrotated keys; evaluate it with megatron_dmc.quality.likelihood.evaluate, or run it without "
             "merging (enable_dmc=False)"
         )
     return CompressionRule(

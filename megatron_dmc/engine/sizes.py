@@ -11,8 +11,8 @@ from megatron_dmc.checkpoint.weights import weight_bytes
 from megatron_dmc.engine.config import EngineConfig, parse_dtype
 from megatron_dmc.engine.rule import compression_rule
 from megatron_dmc.errors import UnsupportedConfig
-from megatron_dmc.ops.kv_pages import entry_bytes, parse_kv_cache_dtype
-from megatron_dmc.ops.merge import num_kept
+from megatron_dmc.ops.paged.kv_pages import entry_bytes, parse_kv_cache_dtype
+from megatron_dmc.ops.training.merge import num_kept
 
 MOST = {
     "max_model_len": 2**31 - 1,

@@ -11,14 +11,14 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from megatron_dmc.config import DMCTransformerConfig
-from megatron_dmc.decisions import (
+from megatron_dmc.model.decisions import (
     DecisionRecorder,
     GateKey,
     append_counts,
     carry_rows,
     split_counts,
 )
-from megatron_dmc.specs import dmc_layer_spec
+from megatron_dmc.model.specs import dmc_layer_spec
 
 
 class DMCGPTModel(GPTModel):

@@ -28,7 +28,7 @@ from megatron.training.training import stimer, update_seqlen_stats_from_cu_seqle
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_dmc.specs import with_torch_norm
+from megatron_dmc.model.specs import with_torch_norm
 from megatron_dmc.training.step import check_loss, micro_batch_size
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens",

@@ -21,9 +21,9 @@ from megatron.training.training import stimer
 from torch import Tensor
 
 from megatron_dmc.config import DMCConfig, DMCTransformerConfig, Stage
-from megatron_dmc.decisions import DecisionRecorder, GateKey
+from megatron_dmc.model.decisions import DecisionRecorder, GateKey
+from megatron_dmc.model.sequence_layout import SequenceLayout
 from megatron_dmc.schedule import target_cr
-from megatron_dmc.sequence_layout import SequenceLayout
 from megatron_dmc.training.data import keeps_documents_apart
 from megatron_dmc.training.loss import compression_loss, measured_cr, merge_rate
 from megatron_dmc.training.model import DMCGPTModel

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dmc.checkpoint.torch_dist import check_whole, iteration_folder, read_common
 from megatron_dmc.config import DMCConfig, DMCTransformerConfig, Stage
-from megatron_dmc.decisions import DecisionRecorder
 from megatron_dmc.errors import CheckpointError
+from megatron_dmc.model.decisions import DecisionRecorder
 from megatron_dmc.training.loss import vocab_parallel_kl
 from megatron_dmc.training.model import DMCGPTModel, build_model
 

@@ -21,8 +21,8 @@ mkdir -p "$work"
 steps=60
 patience=${PATIENCE:-300}
 
-# shellcheck source=tests/small_job.sh
-source "$repo/tests/small_job.sh"
+# shellcheck source=tests/support/small_job.sh
+source "$repo/tests/support/small_job.sh"
 
 # --- Slurm -----------------------------------------------------------------------------------------
 
@@ -100,7 +100,7 @@ sinfo
 
 # --- model -----------------------------------------------------------------------------------------
 
-"$python" -m megatron_dmc.cli convert --to megatron --force "$model" "$work/base" \
+"$python" -m megatron_dmc.cli.main convert --to megatron --force "$model" "$work/base" \
     >"$work/prepare.log" 2>&1 || fail "conversion failed"
 "$python" - "$model" "$work/flags" >>"$work/prepare.log" 2>&1 <<'PYTHON' || fail "preparing failed"
 import sys

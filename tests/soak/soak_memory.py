@@ -21,7 +21,7 @@ from pathlib import Path
 import aiohttp
 import psutil
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 from server_process import CHAT_TEMPLATE, ServerProcess, compressing_model
 
 

@@ -1,7 +1,7 @@
-"""Decoding's CUDA kernels, under the names that `megatron_dmc.ops.cache_backend.kernels` promises.
+"""Decoding's CUDA kernels, under the names that `megatron_dmc.ops.backends.kernels` promises.
 
 Outputs and workspace are allocated here; the operators of `megatron_dmc/csrc` fill them.
-Dimension letters as in `ops.cache_ops`; Y = B x G + 1, C workers.
+Dimension letters as in `ops.paged.decode`; Y = B x G + 1, C workers.
 """
 
 import functools
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops.cuda import absence
-from megatron_dmc.ops.kv_pages import Pages, tensors_of
+from megatron_dmc.ops.paged.kv_pages import Pages, tensors_of
 from megatron_dmc.ops.tensors import dense_channels
 
 
@@ -80,7 +80,7 @@ def decode_append(
 
 
 def plan(num_entries_LRG: Tensor, rows_B: Tensor, *, ahead: int = 0) -> Tensor:
-    """As `megatron_dmc.ops.cache_ops.plan_decode_attention`: plan_LY, int32."""
+    """As `megatron_dmc.ops.paged.decode.plan_decode_attention`: plan_LY, int32."""
     num_layers, _, num_kv_heads = num_entries_LRG.shape
     size = rows_B.shape[0] * num_kv_heads + 1
     out = torch.empty(num_layers, size, dtype=torch.int32, device=rows_B.device)
@@ -100,7 +100,7 @@ def paged_decode_attention(
     softmax_scale: float,
     num_workers: int | None = None,
 ) -> Tensor:
-    """As `megatron_dmc.ops.cache_ops.paged_decode_attention`.
+    """As `megatron_dmc.ops.paged.decode.paged_decode_attention`.
 
     Args:
         num_workers: C; default: as many warps as the GPU holds at once.

@@ -1,6 +1,6 @@
-"""Prefill's CUDA kernels, under the names that `megatron_dmc.ops.cache_backend.kernels` promises.
+"""Prefill's CUDA kernels, under the names that `megatron_dmc.ops.backends.kernels` promises.
 
-Dimension letters as in `ops.prefill`.
+Dimension letters as in `ops.paged.prefill`.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Decoding's Triton kernels, under the names that `megatron_dmc.ops.cache_backend.kernels` promises."""
+"""Decoding's Triton kernels, under the names that `megatron_dmc.ops.backends.kernels` promises."""
 
 from megatron_dmc.ops.triton.decode_append import decode_append
 from megatron_dmc.ops.triton.decode_attention import paged_decode_attention, plan

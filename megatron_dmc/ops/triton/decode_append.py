@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_dmc.ops.kv_pages import Pages
+from megatron_dmc.ops.paged.kv_pages import Pages
 from megatron_dmc.ops.tensors import dense_channels
 from megatron_dmc.ops.triton.launch import on_device
 from megatron_dmc.ops.triton.stored import encode, parts, scale_of
@@ -234,7 +234,7 @@ def decode_append(
     alpha_offset: float,
     merge_window: int,
 ) -> Tensor | None:
-    """The host side of `append_kernel`; `megatron_dmc.ops.cache_ops` has the contract.
+    """The host side of `append_kernel`; `megatron_dmc.ops.paged.decode` has the contract.
 
     Gates come from `is_merge_BG, omega_BG` where given, else from the raw q and k.
 

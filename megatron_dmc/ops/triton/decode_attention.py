@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_dmc.ops.kv_pages import Pages
+from megatron_dmc.ops.paged.kv_pages import Pages
 from megatron_dmc.ops.tensors import dense_channels
 from megatron_dmc.ops.triton.launch import INTERPRETED, on_device
 from megatron_dmc.ops.triton.stored import decode, parts
@@ -217,7 +217,7 @@ def _multiprocessors(x: Tensor) -> int:
 
 
 def plan(num_entries_LRG: Tensor, rows_B: Tensor, *, ahead: int = 0) -> Tensor:
-    """As `megatron_dmc.ops.cache_ops.plan_decode_attention`: plan_LY, int32."""
+    """As `megatron_dmc.ops.paged.decode.plan_decode_attention`: plan_LY, int32."""
     num_layers, _, num_kv_heads = num_entries_LRG.shape
     heads = rows_B.shape[0] * num_kv_heads
     out = torch.empty(num_layers, heads + 1, dtype=torch.int32, device=rows_B.device)
@@ -241,7 +241,7 @@ def paged_decode_attention(
     softmax_scale: float,
     num_workers: int | None = None,
 ) -> Tensor:
-    """As `megatron_dmc.ops.cache_ops.paged_decode_attention`.
+    """As `megatron_dmc.ops.paged.decode.paged_decode_attention`.
 
     Args:
         num_workers: default: `WORKERS_PER_MULTIPROCESSOR` for each multiprocessor.

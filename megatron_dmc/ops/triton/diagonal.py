@@ -1,4 +1,4 @@
-"""`megatron_dmc.ops.diagonal` as Triton kernels: each tensor is read once and written once.
+"""`megatron_dmc.ops.training.diagonal` as Triton kernels: each tensor is read once and written once.
 
 Dimension letters: T tokens, B batch, N query heads, G key/value heads, R query heads per key/value
 head, D head dim, I tokens of a tile, F channels, a power of two.
@@ -146,7 +146,7 @@ def _launch(kernel, tensors, strided, q: Tensor, k: Tensor, *, past: bool, scale
 
 
 def join(q_BNTD, k_BGTD, v_BGTD, past_out_BNTD, past_lse_BNT, scale):
-    """As `megatron_dmc.ops.diagonal.join`."""
+    """As `megatron_dmc.ops.training.diagonal.join`."""
     q, k, v = dense_channels(q_BNTD), dense_channels(k_BGTD), dense_channels(v_BGTD)
     past = past_out_BNTD is not None
     past_out = dense_channels(past_out_BNTD) if past else q
@@ -162,7 +162,7 @@ def join(q_BNTD, k_BGTD, v_BGTD, past_out_BNTD, past_lse_BNT, scale):
 
 
 def add_gradients(grad_out_BNTD, q_BNTD, k_BGTD, v_BGTD, out_BNTD, p_own_BNT, past_grads, scale):
-    """As `megatron_dmc.ops.diagonal.add_gradients`."""
+    """As `megatron_dmc.ops.training.diagonal.add_gradients`."""
     inputs = [dense_channels(x) for x in (grad_out_BNTD, q_BNTD, k_BGTD, v_BGTD, out_BNTD)]
     q, k, v = inputs[1:4]
     past = [dense_channels(x) for x in past_grads] if past_grads is not None else [q, k, v]

@@ -30,8 +30,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_dmc.ops.merge import MAX_MERGE_WINDOW
 from megatron_dmc.ops.tensors import dense_channels
+from megatron_dmc.ops.training.merge import MAX_MERGE_WINDOW
 from megatron_dmc.ops.triton.launch import INTERPRETED, capability, on_device
 from megatron_dmc.ops.triton.scan import last_row, products, weighted_sum
 
@@ -444,7 +444,7 @@ def merge(
     merge_window: int = 0,
     tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`megatron_dmc.ops.merge` for CUDA tensors, by the kernels of this file.
+    """`megatron_dmc.ops.training.merge` for CUDA tensors, by the kernels of this file.
 
     Args:
         k_TBGD, v_TBGD: float32, bfloat16 or float16, equal in shape and dtype, any strides. Copied

@@ -319,7 +319,7 @@ def write_chunks(
     *,
     merge_window: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """All that `megatron_dmc.ops.prefill.prefill` mutates, done; its arguments.
+    """All that `megatron_dmc.ops.paged.prefill.prefill` mutates, done; its arguments.
 
     Args:
         cos_TF, sin_TF: `cache_ops.cosine_and_sine` of the tokens.

@@ -1,4 +1,4 @@
-"""Pages given back, as a Triton kernel; `ops.page_ops` has the contract.
+"""Pages given back, as a Triton kernel; `ops.paged.pages` has the contract.
 
 Dimension letters: P pages, X rows of page ids, Y ids of a row.
 """

@@ -1,4 +1,4 @@
-"""8-bit entries in Triton: `ops.kv_pages` in integer arithmetic, alike on every GPU and in the interpreter.
+"""8-bit entries in Triton: `ops.paged.kv_pages` in integer arithmetic, alike on every GPU and in the interpreter.
 
 `STORED` says what pages hold: 0 the model's dtype, 1 float8_e4m3fn (as bytes, since compute capability
 8.0 has no conversions of it), 2 int8.
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_dmc.ops.kv_pages import Pages
+from megatron_dmc.ops.paged.kv_pages import Pages
 
 
 def parts(pages: Pages) -> tuple[Tensor, Tensor, int]:

@@ -1,4 +1,4 @@
-// Entries of 8 bits with a scale each; megatron_dmc/ops/kv_pages.py has the rule. What is written is the
+// Entries of 8 bits with a scale each; megatron_dmc/ops/paged/kv_pages.py has the rule. What is written is the
 // same, bit for bit, on every GPU and on a host.
 #pragma once
 

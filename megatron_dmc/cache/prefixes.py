@@ -1,0 +1,217 @@
+"""Cached prefixes: the cache as it stood after the first tokens of a sequence, to be shared.
+
+At a token boundary every head has its own number of entries. The pages whose entries are all closed
+never change again: a snapshot holds them together with the request, by count of owners. The page with
+the open entry and the open segment do change: the snapshot has copies, and so does whoever starts
+from it.
+
+Dimension letters: L layers, R rows, G key/value heads, M block-table width, P pages, S slots per page,
+D head dim, U weighted tokens kept for an open segment, A components of an accumulator.
+"""
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_dmc.cache.counts import Run
+from megatron_dmc.cache.tables import BlockTables, LateCounts, OpenSegments
+
+
+def extend_keys(
+    keys: list[bytes], token_ids: Sequence[int], block_size: int, *, salt: str | None = None
+) -> None:
+    """Append the keys of the full blocks of `token_ids`, which follow the blocks that have keys. Each is a
+    hash of the block and of the key before it, so equal keys mean equal prefixes. Mutates `keys`.
+
+    Args:
+        salt: stands before the first block: equal keys mean equal salts too.
+    """
+    for end in range(block_size, len(token_ids) + 1, block_size):
+        digest = hashlib.blake2b(keys[-1] if keys else _salt_key(salt), digest_size=16)
+        digest.update(array("q", token_ids[end - block_size : end]).tobytes())
+        keys.append(digest.digest())
+
+
+def _salt_key(salt: str | None) -> bytes:
+    if salt is None:
+        return b""
+    data = salt.encode(errors="surrogatepass")
+    return hashlib.blake2b(data, digest_size=16, person=b"cache_salt").digest()
+
+
+@dataclass
+class Snapshot:
+    """The cache of a prefix. Self-contained: it needs no shorter prefix's snapshot. Tensors are on the
+    device, int32 page ids and int64 counts."""
+
+    key: bytes
+    num_tokens: int
+    row: int
+    """Whose cache it is taken from; meaningless once it is taken."""
+    tail_ids_LG: Tensor
+    """The snapshot's own pages: copies of the pages with the open entries."""
+    num_entries_LG: Tensor
+    segments_LGUA: Tensor | None
+    page_ids_LGM: Tensor | None = None
+    """Once taken: the shared pages, in which every entry is closed; -1 behind them."""
+    runs: list[Run] = field(default_factory=list)
+    """The same by number, once they are counted."""
+    entries_KLG: np.ndarray | None = None
+    """Entries on all ranks, once they are counted."""
+
+    def num_shared_LG(self, page_size: int) -> Tensor:
+        """Full pages of each head in which every entry is closed."""
+        return (self.num_entries_LG - 1) // page_size
+
+
+class PrefixCache:
+    """Snapshots by key; the least recently used ones make room when pages run short.
+
+    Args:
+        block_size: tokens between two boundaries at which snapshots are taken.
+
+    Attributes:
+        num_evicted: snapshots given up so far.
+    """
+
+    def __init__(self, tables: BlockTables, segments: OpenSegments | None, *, block_size: int):
+        self.block_size = block_size
+        self.num_evicted = 0
+        self._tables, self._segments = tables, segments
+        self._num_tails = tables.num_layers * tables.num_kv_heads
+        self._snapshots: OrderedDict[bytes, Snapshot] = OrderedDict()
+        self._pinned: bytes | None = None
+        tables.make_room = self._make_room
+
+    def __len__(self) -> int:
+        return len(self._snapshots)
+
+    def find(self, keys: Sequence[bytes]) -> Snapshot | None:
+        """The longest prefix that is cached, of those with these keys (shortest first)."""
+        return next((self._snapshots[k] for k in reversed(keys) if k in self._snapshots), None)
+
+    def cost(self, snapshot: Snapshot) -> int:
+        """Pages that can be taken less, on the scarcest rank, once a row has been started from this
+        snapshot."""
+        only_prefixes_XK = [run.only_prefixes_K for run in snapshot.runs]
+        return self._num_tails + int(np.sum(only_prefixes_XK, axis=0).max())
+
+    def peak_cost(self, snapshot: Snapshot) -> int:
+        """Pages that must be free or reclaimable for `restore`: it may not evict its own source."""
+        return self.cost(snapshot) + self._num_tails
+
+    def restore(self, snapshot: Snapshot, row: int) -> None:
+        """Start an open, empty row with the snapshot's tokens in its cache."""
+        pool, tables = self._tables.pool, self._tables
+        self._snapshots.move_to_end(snapshot.key)
+        self._pinned = snapshot.key
+        tables.take_room(self._num_tails)
+        self._pinned = None
+        tails_LG = pool.take(self._num_tails).view(snapshot.tail_ids_LG.shape)
+        assert snapshot.page_ids_LGM is not None and snapshot.entries_KLG is not None
+        tables.adopt(
+            row, snapshot.page_ids_LGM, snapshot.num_shared_LG(pool.page_size), tails_LG,
+            snapshot.num_entries_LG, snapshot.entries_KLG, snapshot.runs,
+        )  # fmt: skip
+        pool.copy(snapshot.tail_ids_LG, tails_LG)
+        if self._segments is not None:
+            assert snapshot.segments_LGUA is not None
+            self._segments.state_LRGUA[:, row] = snapshot.segments_LGUA
+
+    def begin(self, key: bytes, num_tokens: int, row: int) -> Snapshot | None:
+        """Prepare to take a snapshot of a row when it will have so many tokens in its cache.
+
+        Returns:
+            what `capture` and `finish` complete; None if it is cached already or pages are short.
+        """
+        tables = self._tables
+        if key in self._snapshots:
+            self._snapshots.move_to_end(key)
+            return None
+        if not tables.may_take(self._num_tails):
+            return None
+        tables.take_room(self._num_tails)
+        tables.counts.num_unfinished += self._num_tails
+        tails_LG = tables.pool.take(self._num_tails).view(tables.num_layers, tables.num_kv_heads)
+        segments = None
+        if self._segments is not None:
+            segments = torch.empty_like(self._segments.state_LRGUA[:, row])
+        num_entries = torch.empty_like(tables.num_entries_LRG[:, row])
+        return Snapshot(key, num_tokens, row, tails_LG, num_entries, segments)
+
+    def capture(self, snapshot: Snapshot, layers: slice) -> None:
+        """Copy these layers' open entries' pages, counts and segments as they are now."""
+        pool, tables, row = self._tables.pool, self._tables, snapshot.row
+        num_entries_LG = tables.num_entries_LRG[layers, row]
+        snapshot.num_entries_LG[layers] = num_entries_LG
+        column_LG1 = ((num_entries_LG - 1) // pool.page_size)[..., None]
+        source_LG = tables.page_ids_LRGM[layers, row].gather(-1, column_LG1)[..., 0]
+        pool.copy(source_LG, snapshot.tail_ids_LG[layers])
+        if snapshot.segments_LGUA is not None and self._segments is not None:
+            snapshot.segments_LGUA[layers] = self._segments.state_LRGUA[layers, row]
+
+    def finish(self, snapshot: Snapshot) -> LateCounts | None:
+        """All layers are captured and the row still holds its pages: cache the snapshot.
+
+        Returns:
+            how its pages are to be counted; None if it is not needed.
+        """
+        pool, tables = self._tables.pool, self._tables
+        tables.counts.num_unfinished -= self._num_tails
+        if snapshot.key in self._snapshots:  # another request of this step had the same tokens
+            pool.release(snapshot.tail_ids_LG)
+            return None
+        tables.counts.hold_tails(self._num_tails)
+        # a head has no more pages than the prefix has tokens for
+        width = -(-snapshot.num_tokens // pool.page_size)
+        table_LGM = tables.page_ids_LRGM[:, snapshot.row, :, :width]
+        columns_M = torch.arange(table_LGM.shape[-1], device=table_LGM.device)
+        is_shared = columns_M < snapshot.num_shared_LG(pool.page_size)[..., None]
+        snapshot.page_ids_LGM = torch.where(is_shared, table_LGM, -1)
+        pool.add_owner(snapshot.page_ids_LGM)
+        self._snapshots[snapshot.key] = snapshot
+
+        def tell(entries_KLG: np.ndarray) -> None:
+            snapshot.entries_KLG = entries_KLG
+            full_KLG = (entries_KLG - 1) // pool.page_size
+            snapshot.runs = tables.counts.add_run(snapshot.row, full_KLG)
+
+        return LateCounts(snapshot.num_entries_LG, tell)
+
+    def clear(self) -> None:
+        """Give up every snapshot."""
+        while self._snapshots:
+            self._drop(next(iter(self._snapshots)))
+
+    def page_ids(self) -> Tensor:
+        """Pages of all snapshots, with repetitions and with -1 for none."""
+        parts = [self._tables.page_ids_LRGM.new_empty(0)]
+        for snapshot in self._snapshots.values():
+            assert snapshot.page_ids_LGM is not None
+            parts += [snapshot.page_ids_LGM.flatten(), snapshot.tail_ids_LG.flatten()]
+        return torch.cat(parts)
+
+    def _make_room(self, num_pages_K: np.ndarray) -> None:
+        """Give up the least recently used snapshots until so many pages are free."""
+        counts = self._tables.counts
+        for key in list(self._snapshots):
+            if bool((counts.free_K >= num_pages_K).all()):
+                return
+            if key != self._pinned:
+                self._drop(key)
+                self.num_evicted += 1
+
+    def _drop(self, key: bytes) -> None:
+        pool, counts = self._tables.pool, self._tables.counts
+        snapshot = self._snapshots.pop(key)
+        assert snapshot.page_ids_LGM is not None
+        counts.drop_prefix(snapshot.runs)
+        counts.hold_tails(-self._num_tails)
+        pool.release(snapshot.page_ids_LGM.flatten(1))
+        pool.release(snapshot.tail_ids_LG)

@@ -1,0 +1,307 @@
+"""Which pages each head of each request holds, how many entries it has, and its open segment.
+
+Dimension letters: L layers, R rows (one per running request), G key/value heads, M block-table width,
+P pages, S slots per page, D head dim, U weighted tokens kept for an open segment,
+A = 2 D + 1 components of an accumulator, B some of the rows, K tensor-parallel ranks.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_dmc.cache.counts import PageCounts, Run
+from megatron_dmc.cache.late_copy import LateCopy
+from megatron_dmc.cache.pool import PagePool
+from megatron_dmc.errors import OutOfPages
+from megatron_dmc.ops.paged import pages
+from megatron_dmc.ops.tensors import accumulator_dtype
+
+Exchange = Callable[[np.ndarray], np.ndarray]
+"""Counters of this rank's heads, int64 (L, B, G), to those of all ranks, (K, L, B, G)."""
+
+
+class OpenSegments:
+    """The open segment of every (layer, row, KV head): sums of unrotated keys and values.
+
+    Attributes:
+        state_LRGUA: float32 (float64 for a float64 model), `[omega k, omega v, omega]` of the U kept
+            tokens; with unlimited merging U is 1 and holds their running sum.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_rows: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        num_kept: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ):
+        shape = (num_layers, num_rows, num_kv_heads, num_kept, 2 * head_dim + 1)
+        self.state_LRGUA = torch.zeros(shape, dtype=accumulator_dtype(dtype), device=device)
+
+    def clear(self, row: int) -> None:
+        """Forget a row's segments."""
+        self.state_LRGUA[:, row] = 0.0
+
+
+@dataclass
+class LateCounts:
+    """Something whose entry counts the host learns with those of the rows."""
+
+    num_entries_LG: Tensor
+    """On the device, int64."""
+    tell: Callable[[np.ndarray], None]
+    """Called with all ranks' counts, (K, L, G)."""
+
+
+class BlockTables:
+    """Block tables and entry counts of the running requests, over one `PagePool`.
+
+    The device decides: appending takes pages from the pool's stack where an entry has none, and advances
+    the counts. The host has counts only. `end_step` starts to copy them, and the first question that
+    needs them waits for that copy: the host's one wait for a step. Between steps every head holds exactly
+    the pages of its entries.
+
+    With tensor parallelism every rank has its own heads and pages. `exchange` then tells each rank
+    all ranks' counts, and the questions a scheduler asks are answered for the scarcest rank.
+
+    Attributes:
+        page_ids_LRGM: int32, -1 where no page is held.
+        num_entries_LRG: int64.
+        make_room: called with a number of pages for each rank, when fewer may be free; it gives up
+            cached prefixes until so many are.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        num_layers: int,
+        num_rows: int,
+        num_kv_heads: int,
+        max_entries: int,
+        *,
+        device: torch.device | str = "cpu",
+        exchange: Exchange | None = None,
+        num_ranks: int = 1,
+        rank: int = 0,
+    ):
+        self.pool, self.rank = pool, rank
+        self.num_layers, self.num_kv_heads = num_layers, num_kv_heads
+        width = -(-max_entries // pool.page_size)
+        shape = (num_layers, num_rows, num_kv_heads)
+        self.page_ids_LRGM = torch.full((*shape, width), -1, dtype=torch.int32, device=device)
+        self.num_entries_LRG = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.make_room: Callable[[np.ndarray], None] | None = None
+        self._counts = PageCounts(pool.num_pages, pool.page_size, (num_ranks, *shape))
+        self._exchange = exchange
+        self._free_rows = list(range(num_rows - 1, -1, -1))
+        self._promised_K = np.zeros(num_ranks, dtype=np.int64)
+        self._rows_B = np.zeros(0, dtype=np.int64)
+        self._late: list[LateCounts] = []
+        self._tell_growth: Callable[[np.ndarray], None] | None = None
+        self._copy: LateCopy | None = None
+
+    @property
+    def counts(self) -> PageCounts:
+        """Entries and pages by number, after the last step; waits for it."""
+        self.settle()
+        return self._counts
+
+    @property
+    def num_free_rows(self) -> int:
+        return len(self._free_rows)
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that can be taken on every rank, cached prefixes given up."""
+        return int(self.counts.available_K.min())
+
+    @property
+    def num_pages_in_use(self) -> int:
+        """Pages that rows hold on this rank, each counted once."""
+        return int(self.counts.held_by_rows_K[self.rank])
+
+    @property
+    def num_cached_pages(self) -> int:
+        """Pages that only cached prefixes hold on this rank."""
+        return int(self.counts.only_prefixes_K[self.rank])
+
+    def open_row(self) -> int:
+        """A row for a new request, without pages or entries."""
+        assert self._free_rows, "no free row"
+        return self._free_rows.pop()
+
+    def entries(self, row: int) -> np.ndarray:
+        """Entries of all ranks' heads, int64 (L, K * G)."""
+        return np.concatenate(list(self.counts.entries_KLRG[:, :, row]), axis=-1)
+
+    def pages_needed(self, row: int, num_new_tokens: int) -> int:
+        """Pages that a row takes on the scarcest rank for so many tokens more: the worst case, nothing
+        merges."""
+        return int(self.counts.pages_needed_K(row, num_new_tokens).max())
+
+    def begin_step(self, rows: Sequence[int], num_new_tokens: Sequence[int]) -> None:
+        """Promise these rows what they take at worst for so many tokens each: so many pages are free from
+        here on. Nothing is taken yet; appending does that.
+
+        Raises:
+            OutOfPages: if the cache is short; nothing has changed then.
+        """
+        counts = self.counts
+        needed_K = np.zeros_like(self._promised_K)
+        for row, num_new in zip(rows, num_new_tokens, strict=True):
+            needed_K += counts.pages_needed_K(row, num_new)
+        short = needed_K > counts.available_K
+        if short.any():
+            raise OutOfPages(
+                f"{needed_K[short][0]} pages wanted, {counts.available_K[short][0]} of "
+                f"{counts.num_pages} free; give the cache more memory (num_pages, "
+                "kv_cache_memory_bytes) or run fewer sequences (max_num_seqs)"
+            )
+        self._promised_K = needed_K
+        self.take_room(0)
+
+    def may_take(self, count: int) -> bool:
+        """Whether so many pages can be had beside what is promised, cached prefixes given up."""
+        return bool((self.counts.available_K - self._promised_K >= count).all())
+
+    def take_room(self, count: int) -> None:
+        """See to it that so many pages are free beside what is promised; `may_take` has said yes."""
+        if self.make_room is not None:
+            self.make_room(self._promised_K + count)
+        assert bool((self.counts.free_K - self._promised_K >= count).all()), "no room was made"
+
+    def end_step(
+        self,
+        rows: Sequence[int],
+        late: Sequence[LateCounts] = (),
+        tell_growth: Callable[[np.ndarray], None] | None = None,
+    ) -> None:
+        """All layers have appended: start to copy the counts of these rows, and others, to the host.
+
+        Args:
+            tell_growth: called with the entries that these rows got on this rank, (L, B, G).
+        """
+        assert self._copy is None, "the last step's counts were not read"
+        self._promised_K = np.zeros_like(self._promised_K)
+        self._rows_B, self._late = np.asarray(rows, dtype=np.int64), list(late)
+        self._tell_growth = tell_growth
+        self._copy = LateCopy(
+            [self.pool.free_pages.state, self.num_entries_LRG]
+            + [one.num_entries_LG for one in self._late]
+        )
+
+    def settle(self) -> None:
+        """Take in the counts of the last step. With tensor parallelism all ranks do so at one point.
+
+        Raises:
+            AssertionError: a head found no page, or the number of free pages is not what it should be.
+        """
+        if self._copy is None:
+            return
+        state, entries_LRG, *others = self._copy.read()
+        self._copy = None
+        assert not state[1], "a head found no page although the step's pages were promised"
+        counts_LBG = np.concatenate(
+            [entries_LRG[:, self._rows_B]] + [x[:, None] for x in others], axis=1
+        )
+        exchange = self._exchange
+        counts_KLBG = counts_LBG[None] if exchange is None else exchange(counts_LBG)
+        num_rows = len(self._rows_B)
+        if self._tell_growth is not None:
+            before_LBG = self._counts.entries_KLRG[self.rank][:, self._rows_B]
+            self._tell_growth(counts_LBG[:, :num_rows] - before_LBG)
+        self._counts.set_entries(self._rows_B, counts_KLBG[:, :, :num_rows])
+        for i, one in enumerate(self._late):
+            one.tell(counts_KLBG[:, :, num_rows + i])
+        free = self.pool.num_pages - int(state[0])
+        expected = int(self._counts.free_K[self.rank])
+        assert free == expected, f"{free} pages are free, by the counts {expected}"
+
+    def fill_row(self, row: int, num_entries_LG: Tensor) -> None:
+        """Give an empty row so many entries and their pages, whatever these hold. For benchmarks."""
+        needed = self._counts.pages_of(num_entries_LG.cpu().numpy()).sum()
+        assert self.may_take(int(needed)), f"{needed} pages are not free"
+        self.num_entries_LRG[:, row] = num_entries_LG.to(self.num_entries_LRG)
+        pages.take_for_entries(
+            self.page_ids_LRGM[:, row], self.num_entries_LRG[:, row], self.pool.page_size,
+            self.pool.free_pages,
+        )  # fmt: skip
+        self.end_step([row])
+        self.settle()
+
+    def adopt(
+        self,
+        row: int,
+        page_ids_LGM: Tensor,
+        num_shared_LG: Tensor,
+        tail_ids_LG: Tensor,
+        num_entries_LG: Tensor,
+        entries_KLG: np.ndarray,
+        runs: list[Run],
+    ) -> None:
+        """Fill an empty row from a cached prefix: share its full pages, and add a page to each head for
+        what it copies.
+
+        Args:
+            page_ids_LGM: the full pages, as many columns as they take; -1 behind them.
+            num_shared_LG: how many there are of each head.
+            tail_ids_LG: pages that were just taken; the row holds them from now on.
+            num_entries_LG: entries of each head; its pages are the shared ones and one more.
+            entries_KLG, runs: the same for the host, by numbers.
+        """
+        counts = self.counts
+        counts.start_from(row, runs)
+        counts.set_entries(np.array([row]), entries_KLG[:, :, None])
+        self.pool.add_owner(page_ids_LGM)
+        table_LGM = self.page_ids_LRGM[:, row]
+        table_LGM[..., : page_ids_LGM.shape[-1]] = page_ids_LGM
+        table_LGM.scatter_(-1, num_shared_LG[..., None], tail_ids_LG[..., None])
+        self.num_entries_LRG[:, row] = num_entries_LG
+
+    def close_row(self, row: int) -> None:
+        """Give back a row and all its pages."""
+        assert row not in self._free_rows, f"row {row} is closed already"
+        self.counts.close(row)
+        self.pool.release(self.page_ids_LRGM[:, row].view(self.num_layers, -1))
+        self.num_entries_LRG[:, row] = 0
+        self._free_rows.append(row)
+
+    def check_integrity(self, prefix_pages: Tensor | None = None) -> None:
+        """Block tables and cached prefixes together name every held page as often as the pool counts
+        owners; every head has exactly the pages of its entries, and the page that it writes to next has
+        it as its only owner; the host's numbers are the device's. Waits for the device.
+
+        Args:
+            prefix_pages: the pages of all cached prefixes, with repetitions.
+
+        Raises:
+            AssertionError: if not.
+        """
+        counts, table = self.counts, self.page_ids_LRGM
+        named = table.flatten()
+        if prefix_pages is not None:
+            named = torch.cat([named, prefix_pages])
+        self.pool.check_integrity(named)
+        entries_LRG = self.num_entries_LRG
+        own = counts.entries_KLRG[self.rank]
+        assert np.array_equal(entries_LRG.cpu().numpy(), own), "the host's entry counts are wrong"
+        page_size = self.pool.page_size
+        column_M = torch.arange(table.shape[-1], device=table.device)
+        has_entry = column_M * page_size < entries_LRG[..., None]
+        assert torch.equal(table >= 0, has_entry), (
+            "a page without an entry, or an entry without one"
+        )
+        free = int(counts.free_K[self.rank])
+        assert self.pool.num_free == free, f"{self.pool.num_free} pages free, by the counts {free}"
+        last = ((entries_LRG - 1).clamp_min(0) // page_size)[..., None]
+        last_pages = table.gather(-1, last)[..., 0][entries_LRG > 0].long()
+        assert not self.pool.num_extra_owners_P[last_pages].any(), (
+            "the page of an open entry has two owners"
+        )

@@ -1,0 +1,1 @@
+"""Tensor parallelism of the engine: ranks, their processes, their messages."""

@@ -1,0 +1,167 @@
+"""Runs Megatron's GPTModel on a step's packed tokens.
+
+Dimension letters: T packed tokens, X rows that need logits, V vocabulary.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.engine.chunks import PackedChunk
+from megatron_dmc.engine.context import PagedContext
+from megatron_dmc.engine.graphs import Capture, CudaGraphs, DecodeGraphs
+from megatron_dmc.engine.scheduler import ScheduledChunk
+from megatron_dmc.errors import UnsupportedConfig
+from megatron_dmc.ops.tensors import take_rows, to_device
+
+logger = logging.getLogger(__name__)
+
+
+def _logits_of_rows(
+    *, hidden_states: Tensor, output_layer, output_weight, context: Tensor | None, scale_logits=None,
+    **_,
+) -> Tensor:  # fmt: skip
+    """Megatron's `output_processor` hook: logits of the rows in `context` only (None: of all),
+    [X, 1, V]."""
+    if context is not None:
+        hidden_states = hidden_states[context]
+    logits, _ = output_layer(hidden_states, weight=output_weight, runtime_gather_output=False)
+    return logits if scale_logits is None else scale_logits(logits)
+
+
+def device_of_weights(model: torch.nn.Module, device: torch.device | str | None) -> torch.device:
+    """Where the model's weights are.
+
+    Args:
+        device: what was asked for; None: nothing.
+
+    Raises:
+        UnsupportedConfig: that is another device.
+    """
+    weight = next(model.parameters(), None)
+    asked = None if device is None else torch.device(device)
+    found = weight.device if weight is not None else asked or torch.device("cpu")
+    if asked is None:
+        return found
+    if asked.type != found.type or asked.index not in (None, found.index):
+        raise UnsupportedConfig(
+            f"device={str(asked)!r}, and the model's weights are on {str(found)!r}; move the model, or "
+            "leave device out"
+        )
+    return found
+
+
+class ModelRunner:
+    """The model and its cache.
+
+    Args:
+        model: Megatron's GPTModel, or whatever is called like it.
+        context: its cache.
+        vocab_size: token ids that exist; the model's own vocabulary may be padded.
+        gather: tensor parallelism: from this rank's part of the logits to all of them.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        context: PagedContext,
+        *,
+        vocab_size: int,
+        device: torch.device | str,
+        gather: Callable[[Tensor], Tensor] | None = None,
+    ):
+        self.model, self.context = model.eval(), context
+        self.vocab_size, self.device = vocab_size, torch.device(device)
+        self._gather = gather
+        self._graphs: DecodeGraphs | None = None
+
+    @torch.no_grad()
+    def capture(self, sizes: Sequence[int], capture: Capture, *, progress: bool = True) -> None:
+        """From now on, steps in which every request has one token replay what is captured here, up to the
+        largest of these batch sizes. Call it before the first request."""
+        self._graphs = DecodeGraphs(
+            lambda token_ids_B, positions_B, rows_B: self._forward(
+                token_ids_B, positions_B, rows_B, None
+            ),
+            sizes, capture, device=self.device, progress=progress,
+        )  # fmt: skip
+
+    def capture_on_gpu(self, sizes: Sequence[int], *, progress: bool) -> None:
+        """`capture` into CUDA graphs, with one line in the log; no kernels, no graphs."""
+        if not self.context.is_capturable:
+            logger.info("no CUDA graphs: the cache ops run in PyTorch")
+            return
+        began, (free, _) = time.perf_counter(), torch.cuda.mem_get_info(self.device)
+        self.capture(sizes, CudaGraphs(self.device), progress=progress)
+        taken = free - torch.cuda.mem_get_info(self.device)[0]
+        logger.info(
+            "CUDA graphs of decode steps: %d batch sizes up to %d, %.2f GiB, captured in %.1f s",
+            len(sizes), max(sizes), taken / 2**30, time.perf_counter() - began,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def run(self, chunks: Sequence[ScheduledChunk], wanted: Sequence[Sequence[int]]) -> Tensor:
+        """Compute the chunks' tokens and cache them. Waits for nothing; `PagedContext.settle` does.
+
+        Args:
+            chunks: this step's work, which the scheduler found pages for.
+            wanted: for each chunk the offsets within it that need logits.
+
+        Returns:
+            logits_XV, rows in the order of `wanted`; valid until the next call.
+        """
+        packed = [PackedChunk(c.request, c.start, c.num_tokens) for c in chunks]
+        packed.sort(key=lambda chunk: chunk.num_tokens > 1)  # single tokens come first
+        token_ids: list[int] = []
+        positions: list[int] = []
+        first: dict[int, int] = {}
+        for chunk in packed:
+            first[chunk.request.number] = len(token_ids)
+            token_ids += chunk.request.tokens_between(chunk.start, chunk.end)
+            positions += range(chunk.start, chunk.end)
+        decode_rows = [c.row for c in packed if c.num_tokens == 1]
+        logit_rows = [
+            first[chunk.request.number] + offset
+            for chunk, offsets in zip(chunks, wanted, strict=True)
+            for offset in offsets
+        ]
+        self.context.begin_step(packed)
+        graphs = self._graphs
+        if graphs is not None and len(packed) == len(decode_rows) <= graphs.largest:
+            logits_XV = take_rows(graphs.run(token_ids, positions, decode_rows), logit_rows)
+        else:
+            parts = (token_ids, positions, decode_rows, logit_rows)
+            ids_T, positions_T, rows_B, rows_X = self._on_device(parts)
+            logits_XV = self._forward(ids_T, positions_T, rows_B, rows_X)
+        self.context.end_step()
+        if self._gather is not None:
+            logits_XV = self._gather(logits_XV)
+        return logits_XV[:, : self.vocab_size]
+
+    def _forward(
+        self, token_ids_T: Tensor, positions_T: Tensor, rows_B: Tensor, logit_rows_X: Tensor | None
+    ) -> Tensor:
+        """This rank's logits_XV. Nothing here waits for the device, and where T is B no shape depends on
+        a length."""
+        self.context.set_decode(rows_B, positions_T[: rows_B.shape[0]])
+        logits = self.model(
+            input_ids=token_ids_T[None],
+            position_ids=positions_T[None],
+            attention_mask=None,
+            inference_context=self.context,
+            runtime_gather_output=False,
+            output_processor=_logits_of_rows,
+            output_processor_context=logit_rows_X,
+        )
+        # Megatron's output layer gives [X, 1, V]
+        logits_XV: Tensor = logits.flatten(0, -2)
+        return logits_XV
+
+    def _on_device(self, parts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Lists of whole numbers to the device, in one copy that nobody waits for."""
+        flat = to_device([x for part in parts for x in part], self.device)
+        return list(flat.split([len(part) for part in parts]))

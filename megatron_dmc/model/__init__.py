@@ -1,0 +1,1 @@
+"""The Megatron-Core model: attention with DMC, layer specs, norms, decisions."""

@@ -1,0 +1,1 @@
+"""Ops of the paged cache: append, attention, prefill, eviction, pages."""

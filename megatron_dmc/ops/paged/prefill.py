@@ -1,0 +1,333 @@
+"""Prefill: chunks of several requests' prompts into a paged cache, and their attention.
+docs/method.md, section 6; docs/kernels.md has the structure and its costs.
+
+Dimension letters as in `ops.paged.decode`; here T are the packed tokens of B chunks, Y = B + 1, X tiles.
+
+A token sees, in each head, the final states of the segments before its own, and its own segment's
+state at itself. The final states are the entries: they are written to their pages first, and
+attention reads old and new ones there alike. A token whose segment is entry e sees the entries below e
+and, beside them, its own state.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.ops.backends import Backend, choose_backend, kernels
+from megatron_dmc.ops.paged import decode, pages
+from megatron_dmc.ops.paged.kv_pages import Pages, ScaledPages, as_stored
+from megatron_dmc.ops.paged.pages import FreePages
+from megatron_dmc.ops.tensors import to_device
+from megatron_dmc.ops.training.attention import (
+    chunk_attention,
+    compacted_attention,
+    join_by_lse,
+    masked_attention,
+)
+from megatron_dmc.ops.training.merge import MAX_MERGE_WINDOW, continue_merge
+
+_COMPACTED_COST = 1.5
+"""Time of `compacted_attention` over that of the dense kernels, per query and key, on a CPU."""
+
+
+class Tiles(NamedTuple):
+    """Chunks cut into tiles.
+
+    Attributes:
+        table_X2: int32, each tile's chunk and its first token within the chunk.
+        starts_Y: int32, the tiles before each chunk, and their number.
+    """
+
+    table_X2: Tensor
+    starts_Y: Tensor
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Where a step's prefilled tokens belong. Made once a step, it serves all layers.
+
+    Attributes:
+        rows: each chunk's row of the cache's storage; distinct.
+        num_tokens: each chunk's length, at least 1. The chunks follow one another in the packed tokens.
+        table_B3: int32, on the device: row, first packed token, number of tokens.
+    """
+
+    rows: tuple[int, ...]
+    num_tokens: tuple[int, ...]
+    table_B3: Tensor
+    _tiles: dict[tuple[int, bool], Tiles] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[int], num_tokens: Sequence[int], device: torch.device | str
+    ) -> "Chunks":
+        """Chunks without tokens are left out.
+
+        Raises:
+            ValueError: a row occurs twice: its second chunk would have to wait for the first.
+        """
+        pairs = [(r, n) for r, n in zip(rows, num_tokens, strict=True) if n > 0]
+        if len({r for r, _ in pairs}) < len(pairs):
+            raise ValueError(f"prefill: rows {list(rows)} are not distinct; use one call for each")
+        table, first = [], 0
+        for row, num in pairs:
+            table.append((row, first, num))
+            first += num
+        on_device = to_device(table, device, dtype=torch.int32).view(-1, 3)
+        return cls(tuple(r for r, _ in pairs), tuple(n for _, n in pairs), on_device)
+
+    def tiles(self, size: int, *, latest_first: bool = False) -> Tiles:
+        """Tiles of `size` tokens; `latest_first`: by falling place in their chunk, so that attention's
+        longest work starts first."""
+        key = (size, latest_first)
+        if key not in self._tiles:
+            table = [(c, at) for c, n in enumerate(self.num_tokens) for at in range(0, n, size)]
+            if latest_first:
+                table.sort(key=lambda tile: -tile[1])
+            starts = [0]
+            for n in self.num_tokens:
+                starts.append(starts[-1] + -(-n // size))
+            device = self.table_B3.device
+            self._tiles[key] = Tiles(
+                *(to_device(x, device, dtype=torch.int32) for x in (table, starts))
+            )
+        return self._tiles[key]
+
+
+def prefill(
+    q_TND: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    is_merge_TG: Tensor | None,
+    omega_TG: Tensor | None,
+    freqs_TF: Tensor | None,
+    k_pages_PSD: Pages,
+    v_pages_PSD: Pages,
+    block_table_RGM: Tensor,
+    num_entries_RG: Tensor,
+    segments_RGUA: Tensor | None,
+    chunks: Chunks,
+    *,
+    softmax_scale: float,
+    merge_window: int = 0,
+    free_pages: FreePages | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Chunks of several requests in parallel, each continuing from what the cache holds of its request:
+    any chunking gives what decoding the tokens one at a time gives. Only the last state of each segment
+    is written.
+
+    Mutates `k_pages_PSD, v_pages_PSD`, and the chunks' rows of `num_entries_RG` and `segments_RGUA`; with
+    `free_pages` also those of `block_table_RGM` (pages for new entries) and `free_pages.state`.
+
+    Args:
+        q_TND, k_TGD: unrotated; the borrowed channel is ignored when compressing. v_TGD: values.
+        is_merge_TG: bool; ignored at a chunk's first token where a head has no entry yet. None:
+            plain cache, every token is an entry and every channel counts.
+        omega_TG: importances, float32 or float64; None with `is_merge_TG`.
+        freqs_TF: RoPE angles of the tokens' positions, or None.
+        block_table_RGM, num_entries_RG, segments_RGUA: this layer's; `segments` may be None in plain
+            mode.
+        chunks: T is the sum of their lengths.
+        merge_window: W; 0 is unlimited.
+        free_pages: None: the block table must hold a page for every entry that the chunks write.
+
+    Returns:
+        out_TND in the queries' dtype, computed in float32 (float64).
+
+    Raises:
+        ValueError: the chunks do not cover the tokens, or the backend cannot.
+    """
+    if sum(chunks.num_tokens) != q_TND.shape[0]:
+        raise ValueError(
+            f"prefill: the chunks have {sum(chunks.num_tokens)} tokens, the queries {q_TND.shape[0]}"
+        )
+    if not chunks.rows:
+        return torch.zeros_like(q_TND)
+    if free_pages is not None:
+        rows_B = chunks.table_B3[:, 0].long()
+        table_BGM = block_table_RGM[rows_B]
+        total_BG = num_entries_RG[rows_B] + new_entries(is_merge_TG, num_entries_RG, chunks)
+        pages.take_for_entries(table_BGM, total_BG, k_pages_PSD.shape[1], free_pages)
+        block_table_RGM[rows_B] = table_BGM
+    chosen = _choose_backend(
+        backend, q_TND, k_pages_PSD, merge_window if is_merge_TG is not None else 0
+    )
+    if chosen != "torch":
+        cos_TF, sin_TF = decode.cosine_and_sine(freqs_TF, q_TND.dtype)
+        module = kernels(chosen, "prefill")
+        own_k_TGD, own_v_TGD, entry_TG = module.write_chunks(
+            k_TGD, v_TGD, is_merge_TG, omega_TG, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD,
+            block_table_RGM, num_entries_RG, segments_RGUA, chunks, merge_window=merge_window,
+        )  # fmt: skip
+        attended: Tensor = module.attend_chunks(
+            q_TND, own_k_TGD, own_v_TGD, entry_TG, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD,
+            block_table_RGM, chunks, softmax_scale=softmax_scale,
+        )  # fmt: skip
+        return attended
+
+    outs, first = [], 0
+    for row, num_tokens in zip(chunks.rows, chunks.num_tokens, strict=True):
+        at = slice(first, first + num_tokens)
+        first += num_tokens
+        freqs = None if freqs_TF is None else freqs_TF[at]
+        written = write_chunk(
+            k_TGD[at], v_TGD[at],
+            None if is_merge_TG is None else is_merge_TG[at],
+            None if omega_TG is None else omega_TG[at],
+            freqs, k_pages_PSD, v_pages_PSD, block_table_RGM[row], num_entries_RG[row],
+            None if segments_RGUA is None else segments_RGUA[row], merge_window=merge_window,
+        )  # fmt: skip
+        outs.append(
+            attend_chunk(
+                q_TND[at], written, freqs, k_pages_PSD, v_pages_PSD, block_table_RGM[row],
+                softmax_scale=softmax_scale,
+            )[0]
+        )  # fmt: skip
+    return torch.cat(outs)
+
+
+def new_entries(is_merge_TG: Tensor | None, num_entries_RG: Tensor, chunks: Chunks) -> Tensor:
+    """Entries that each chunk appends to each head, int64 (B, G); arguments as in `prefill`."""
+    rows_B, first_B, num_tokens_B = chunks.table_B3.long().unbind(1)
+    entries_BG = num_entries_RG[rows_B]
+    if is_merge_TG is None:
+        return num_tokens_B[:, None].expand_as(entries_BG)
+    is_append_TG = ~is_merge_TG
+    is_append_TG[first_B] |= entries_BG == 0
+    chunk_T = torch.repeat_interleave(num_tokens_B, output_size=is_merge_TG.shape[0])
+    return torch.zeros_like(entries_BG).index_add_(0, chunk_T, is_append_TG.to(entries_BG.dtype))
+
+
+def _choose_backend(
+    backend: str | None, q_TND: Tensor, k_pages_PSD: Pages, merge_window: int
+) -> Backend:
+    """The cache ops' choice; PyTorch where the kernels of prefill take less than those of decoding."""
+    chosen = choose_backend(backend, q_TND, k_pages_PSD.shape[1])
+    if chosen == "torch":
+        return chosen
+    refusal = ""
+    if merge_window > MAX_MERGE_WINDOW:
+        refusal = f"merge_window={merge_window}, more than {MAX_MERGE_WINDOW}, in prefill"
+    if isinstance(k_pages_PSD, ScaledPages):
+        refusal = f"pages in {k_pages_PSD.values_PSD.dtype} in prefill"
+    if refusal and backend is not None:
+        raise ValueError(f"backend={backend!r} does not take {refusal}; use None or 'torch'")
+    return "torch" if refusal else chosen
+
+
+class Written(NamedTuple):
+    """What `write_chunk` leaves for `attend_chunk`.
+
+    Attributes:
+        own_k_TGD, own_v_TGD: each token's state: rotated merged keys, merged values.
+        is_merge_TG: bool, None for a plain cache.
+        entry_TG: int64, the entry that a token's segment is.
+        num_visible_G: the entries from before the chunk that all its tokens see.
+    """
+
+    own_k_TGD: Tensor
+    own_v_TGD: Tensor
+    is_merge_TG: Tensor | None
+    entry_TG: Tensor
+    num_visible_G: Tensor
+
+
+def write_chunk(
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    is_merge_TG: Tensor | None,
+    omega_TG: Tensor | None,
+    freqs_TF: Tensor | None,
+    k_pages_PSD: Pages,
+    v_pages_PSD: Pages,
+    block_table_GM: Tensor,
+    num_entries_G: Tensor,
+    segments_GUA: Tensor | None,
+    *,
+    merge_window: int,
+    first_entry: int = 0,
+) -> Written:
+    """The part of `prefill` that mutates, for one request in PyTorch; the storage is that of its row.
+    A head's first `first_entry` slots hold no entries: they are counted, and neither read nor written."""
+    num_tokens, num_kv_heads = k_TGD.shape[:2]
+    num_cached = num_entries_G.clamp_min(first_entry)
+    is_merge = None
+    num_visible = num_cached
+    if is_merge_TG is None:
+        k, v = decode.apply_rope(k_TGD, freqs_TF), v_TGD
+        is_append = torch.ones(num_tokens, num_kv_heads, dtype=torch.bool, device=k.device)
+    else:
+        assert segments_GUA is not None and omega_TG is not None
+        starts = is_merge_TG[:1] & (num_cached > first_entry)
+        is_merge = torch.cat([starts, is_merge_TG[1:]])
+        k, v, segment = continue_merge(
+            decode.zero_borrowed_channel(k_TGD), v_TGD, is_merge, omega_TG, segments_GUA,
+            merge_window=merge_window,
+        )  # fmt: skip
+        segments_GUA.copy_(segment)
+        k = decode.zero_borrowed_channel(decode.apply_rope(k, freqs_TF))
+        # the open entry is superseded by the chunk's first state if that merged into it
+        num_visible = num_cached - starts[0].to(num_cached.dtype)
+        is_append = ~is_merge
+    entry_TG = num_cached + is_append.cumsum(0) - 1
+    is_last = torch.cat([is_append[1:], torch.ones_like(is_append[:1])])
+    slots_GT = decode.slots_of_entries(block_table_GM, entry_TG.T, k_pages_PSD.shape[1])
+    slots_TG = torch.where(is_last, slots_GT.T, -1)
+    decode.write_entries(
+        k_pages_PSD, v_pages_PSD, slots_TG.flatten(), k.flatten(0, 1), v.flatten(0, 1)
+    )
+    num_entries_G.copy_(entry_TG[-1] + 1)
+    # with 8-bit pages a token sees its chunk's states as a cache would give them back
+    return Written(
+        as_stored(k, k_pages_PSD), as_stored(v, v_pages_PSD), is_merge, entry_TG, num_visible
+    )
+
+
+def attend_chunk(
+    q_TND: Tensor,
+    written: Written,
+    freqs_TF: Tensor | None,
+    k_pages_PSD: Pages,
+    v_pages_PSD: Pages,
+    block_table_GM: Tensor,
+    *,
+    softmax_scale: float,
+    first_entry: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a chunk that `write_chunk` has written: over the entries alone where that is less
+    work, else by the stock kernels, which compute superseded keys and give them no weight.
+
+    Returns:
+        out_TND and its log-sum-exp lse_TN.
+    """
+    k, v, is_merge, entry_TG, num_visible = written
+    q = decode.rotate_query(q_TND, freqs_TF, compress=is_merge is not None)
+    num_tokens = q.shape[0]
+    if is_merge is not None:
+        num_old, num_new = int(num_visible.max()) - first_entry, int((~is_merge).sum(0).max())
+        # what either way computes is T / 2 times (T + 2 num_old) or (num_new + 2 num_old)
+        if _COMPACTED_COST * (num_new + 2 * num_old) <= num_tokens + 2 * num_old:
+            keys, values, _ = decode.read_entries(
+                k_pages_PSD, v_pages_PSD, block_table_GM, entry_TG[-1], q.dtype
+            )
+            keys, values = keys[:, first_entry:], values[:, first_entry:]
+            return compacted_attention(
+                q, k, v, keys, values, entry_TG - first_entry, softmax_scale=softmax_scale
+            )
+    out, lse = chunk_attention(q, k, v, is_merge, softmax_scale=softmax_scale)
+    old_k, old_v, is_entry = decode.read_entries(
+        k_pages_PSD, v_pages_PSD, block_table_GM, num_visible, q.dtype
+    )
+    old_k, old_v, is_entry = (x[:, first_entry:] for x in (old_k, old_v, is_entry))
+    if old_k.shape[1]:
+        # a plain cache is equally long in every head: nothing to hide
+        assert is_merge is not None or bool(is_entry.all())
+        old_out, old_lse = masked_attention(
+            q, old_k, old_v, None if is_merge is None else is_entry, softmax_scale=softmax_scale
+        )
+        out, lse = join_by_lse(out, lse, old_out, old_lse)
+    return out, lse

@@ -1,0 +1,1 @@
+"""Ops of training: merge, attention over stock flash kernels, delayed eviction."""

@@ -1,0 +1,373 @@
+"""Training attention at the speed of a stock flash kernel. docs/method.md, section 3.
+
+Dimension letters: T tokens, B batch, N query heads, G key/value heads, R query heads per
+key/value head, D head dim.
+"""
+
+import math
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.ops.tensors import accumulator_dtype
+from megatron_dmc.ops.training import diagonal
+from megatron_dmc.ops.training.flash import Kernel, choose_kernel
+
+MASKED = -1.0e4
+"""Stands for log(0) inside the kernel: exp of it is 0 in every dtype, and no NaN can arise."""
+
+
+def _diagonal(q_BNTD: Tensor):
+    """The implementation of `ops.training.diagonal` for these tensors: Triton's on a GPU, where it is."""
+    if q_BNTD.is_cuda and find_spec("triton"):
+        from megatron_dmc.ops.triton import diagonal as kernels
+
+        if kernels.takes(q_BNTD):
+            return kernels
+    return diagonal
+
+
+def bias_unit(scale: float) -> float:
+    """What the queries' borrowed channel holds: 1 / scale, as a power of two, exact in every dtype."""
+    return 2.0 ** round(-math.log2(scale))
+
+
+def shifted_forward(
+    q: Tensor, k: Tensor, v: Tensor, log_keep_BGT: Tensor, scale: float, kernel: Kernel
+):
+    """Shifted flash attention joined with the diagonal, section 3. Tensors (B, heads, T, D).
+
+    The queries are those of the last tokens; what stands before the first of them is the past.
+
+    Returns:
+        q and k with the bias in their borrowed channel, out_BNTD, lse_BNT, the diagonal's
+        probability p_own_BNT, and the flash kernel's states for its backward: of the queries' own
+        tokens (None for one query) and of the past (None for none).
+    """
+    past = k.shape[2] - q.shape[2]
+    q, k = q.clone(), k.clone()
+    q[..., -1] = bias_unit(scale)
+    # key j carries log_keep_{j+1}; the last key is never anybody's earlier key
+    k[..., :-1, -1] = log_keep_BGT[..., 1:].clamp_min(MASKED) / (scale * bias_unit(scale))
+    k[..., -1:, -1] = 0.0
+    own_k, own_v = k[:, :, past:], v[:, :, past:]
+    earlier = earlier_lse = state = past_state = None
+    if q.shape[2] > 1:
+        earlier, earlier_lse, state = kernel.forward(
+            q[:, :, 1:], own_k[:, :, :-1], own_v[:, :, :-1], scale, True
+        )
+    out, lse, p_own = _diagonal(q).join(q, own_k, own_v, earlier, earlier_lse, scale)
+    if past:
+        part, part_lse, past_state = kernel.forward(q, k[:, :, :past], v[:, :, :past], scale, False)
+        own_lse = lse
+        out, lse = join_by_lse(out, lse, part, part_lse.to(lse.dtype))
+        p_own = p_own * torch.exp(own_lse - lse)
+    return q, k, out, lse, p_own, (state, past_state)
+
+
+def shifted_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    p_own: Tensor,
+    states,
+    scale: float,
+    kernel: Kernel,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `shifted_forward`. Tensors (B, heads, T, D).
+
+    Args:
+        q, k: with the bias in their borrowed channel, as `shifted_forward` returns them.
+        out, lse: of all keys that the queries see, which may be more than these (joined by
+            log-sum-exp); p_own: the diagonal's probability among all of them.
+
+    Returns:
+        dq, dk, dv, with 0 in the borrowed channel, and the gradient of log_keep_BGT.
+    """
+    state, past_state = states
+    past = k.shape[2] - q.shape[2]
+    own_k, own_v = k[:, :, past:], v[:, :, past:]
+    earlier_grads = None
+    # the gradient of k[d] as the kernels saw it: their score held scale * unit * k[d], the bias
+    dbias = torch.zeros(k.shape[:3], dtype=lse.dtype, device=k.device)
+    if q.shape[2] > 1:
+        g, o = grad_out[:, :, 1:], out[:, :, 1:]
+        if not g.is_cuda or g.stride() != o.stride():  # as the kernels like them
+            g, o = g.contiguous(), o.contiguous()
+        earlier_grads = kernel.backward(
+            g, q[:, :, 1:], own_k[:, :, :-1], own_v[:, :, :-1], o, lse[:, :, 1:].contiguous(),
+            state, scale, True,
+        )  # fmt: skip
+        dbias[..., past + 1 :] = earlier_grads[1][..., -1]
+    dq, dk, dv = _diagonal(q).add_gradients(
+        grad_out, q, own_k, own_v, out, p_own, earlier_grads, scale
+    )
+    if past:
+        dq_past, dk_past, dv_past = kernel.backward(
+            grad_out.contiguous(), q, k[:, :, :past], v[:, :, :past], out.contiguous(),
+            lse.contiguous(), past_state, scale, False,
+        )  # fmt: skip
+        dbias[..., 1 : past + 1] = dk_past[..., -1]
+        dq_past[..., -1] = 0.0
+        dk_past[..., -1] = 0.0
+        dq, dk, dv = dq + dq_past, torch.cat([dk_past, dk], 2), torch.cat([dv_past, dv], 2)
+    return dq, dk, dv, dbias / (scale * bias_unit(scale))
+
+
+class _TrainingAttention(torch.autograd.Function):
+    """Shifted flash attention plus the diagonal, joined by log-sum-exp. All tensors (B, heads, T, D)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, log_keep_BGT, scale, kernel):
+        q, k, out, lse, p_own, states = shifted_forward(q, k, v, log_keep_BGT, scale, kernel)
+        ctx.save_for_backward(q, k, v, out, lse, p_own)
+        ctx.states, ctx.scale, ctx.kernel = states, scale, kernel
+        ctx.clamped = (log_keep_BGT < MASKED) if ctx.needs_input_grad[3] else None
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        q, k, v, out, lse, p_own = ctx.saved_tensors
+        dq, dk, dv, dbias = shifted_backward(
+            grad_out, q, k, v, out, lse, p_own, ctx.states, ctx.scale, ctx.kernel
+        )
+        if ctx.clamped is not None:
+            dbias = dbias.masked_fill(ctx.clamped, 0.0)
+        return dq, dk, dv, dbias, None, None
+
+
+def training_attention(
+    q_TBND: Tensor,
+    k_TBGD: Tensor,
+    v_TBGD: Tensor,
+    log_keep_TBG: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Causal attention in which key j counts for a later query with weight (1 - alpha_{j+1}).
+
+        score_ij = scale q_i . k_j + log_keep_{j+1}  (j < i)        score_ii = scale q_i . k_i
+
+    docs/method.md, section 3. Memory is linear in T. The last channel of q and k is the borrowed one:
+    its content is ignored, and its gradient is zero.
+
+    Args:
+        q_TBND: rotated queries; N is a multiple of G, heads ordered by group. Fewer tokens than
+            keys have: the queries are those of the last tokens.
+        k_TBGD, v_TBGD: rotated merged keys, merged values, same dtype as the queries.
+        log_keep_TBG: `log_keep[t] = log(1 - alpha_t)`, at most 0, -inf allowed; shifted inside.
+        softmax_scale: default 1 / sqrt(D).
+        backend: stock kernel by name; default: the choice of `ops.training.flash.choose_kernel`.
+
+    Returns:
+        out_TBND. Differentiable in all four tensors.
+
+    Raises:
+        ValueError: if N is not a multiple of G, the token counts do not fit, or the backend
+            cannot.
+    """
+    num_heads, num_kv_heads = q_TBND.shape[2], k_TBGD.shape[2]
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} KV heads")
+    if not q_TBND.shape[0] <= k_TBGD.shape[0] == v_TBGD.shape[0] == log_keep_TBG.shape[0]:
+        raise ValueError(
+            "training_attention: k, v and log_keep must have the same T, and q at most as many"
+        )
+    scale = 1.0 / math.sqrt(q_TBND.shape[-1]) if softmax_scale is None else softmax_scale
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_TBND, k_TBGD, v_TBGD))
+    out = _TrainingAttention.apply(
+        q,
+        k,
+        v,
+        log_keep_TBG.permute(1, 2, 0).to(accumulator_dtype(q_TBND.dtype)),
+        scale,
+        choose_kernel(q, k, v, backend=backend),
+    )
+    return out.permute(2, 0, 1, 3)
+
+
+class _PlainAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scale, kernel):
+        past = k.shape[2] - q.shape[2]
+        out, lse, state = kernel.forward(q, k[:, :, past:], v[:, :, past:], scale, True)
+        past_state = None
+        if past:
+            part, part_lse, past_state = kernel.forward(
+                q, k[:, :, :past], v[:, :, :past], scale, False
+            )
+            out, lse = join_by_lse(out, lse, part, part_lse)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.states, ctx.scale, ctx.kernel = (state, past_state), scale, kernel
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        q, k, v, out, lse = ctx.saved_tensors
+        (state, past_state), past = ctx.states, k.shape[2] - q.shape[2]
+        grad_out, kernel = grad_out.contiguous(), ctx.kernel
+        own = k[:, :, past:], v[:, :, past:]
+        dq, dk, dv = kernel.backward(grad_out, q, *own, out, lse, state, ctx.scale, True)
+        if past:
+            dq_past, dk_past, dv_past = kernel.backward(
+                grad_out, q, k[:, :, :past], v[:, :, :past], out, lse, past_state, ctx.scale, False
+            )
+            dq, dk, dv = dq + dq_past, torch.cat([dk_past, dk], 2), torch.cat([dv_past, dv], 2)
+        return dq, dk, dv, None, None
+
+
+def causal_attention(
+    q_TBND: Tensor,
+    k_TBGD: Tensor,
+    v_TBGD: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Plain causal attention on the same stock kernel: DMC off, and the yardstick of benchmarks.
+
+    Args and returns as `training_attention`, but every channel counts.
+    """
+    scale = 1.0 / math.sqrt(q_TBND.shape[-1]) if softmax_scale is None else softmax_scale
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_TBND, k_TBGD, v_TBGD))
+    kernel = choose_kernel(q, k, v, backend=backend)
+    out = _PlainAttention.apply(q, k, v, scale, kernel)
+    return out.permute(2, 0, 1, 3)
+
+
+def join_by_lse(
+    out_TND: Tensor, lse_TN: Tensor, other_TND: Tensor, other_lse_TN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys, from its two parts.
+
+    Args:
+        out_TND, other_TND: the parts' outputs, any dtype; lse_TN, other_lse_TN: their
+            log-sum-exps, float32 or float64.
+
+    Returns:
+        out in `out_TND`'s dtype, and the joint log-sum-exp.
+    """
+    lse = torch.logaddexp(lse_TN, other_lse_TN)
+    out = out_TND.to(lse.dtype) * torch.exp(lse_TN - lse)[..., None]
+    out = out + other_TND.to(lse.dtype) * torch.exp(other_lse_TN - lse)[..., None]
+    return out.to(out_TND.dtype), lse
+
+
+def chunk_attention(
+    q_TND: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    is_merge_TG: Tensor | None,
+    *,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """A chunk's attention to its own tokens: `training_attention` with hard decisions, for one
+    sequence, without a backward. Superseded states are invisible to later tokens.
+
+    Args:
+        q_TND: rotated queries; k_TGD, v_TGD: rotated merged keys, merged values.
+        is_merge_TG: bool, or None for plain causal attention in which every channel counts.
+
+    Returns:
+        out_TND in the queries' dtype; lse_TN, float32 (float64 for float64).
+    """
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_TND, k_TGD, v_TGD))
+    acc = accumulator_dtype(q.dtype)
+    kernel = choose_kernel(q, k, v)
+    if is_merge_TG is None:
+        out, lse, _ = kernel.forward(q, k, v, softmax_scale, True)
+    else:
+        log_keep = torch.zeros(is_merge_TG.shape, dtype=acc, device=q.device)
+        log_keep = log_keep.masked_fill(is_merge_TG, float("-inf")).T[None]
+        _, _, out, lse, _, _ = shifted_forward(q, k, v, log_keep, softmax_scale, kernel)
+    return out[0].transpose(0, 1), lse[0].T.to(acc)
+
+
+def masked_attention(
+    q_TND: Tensor,
+    k_GED: Tensor,
+    v_GED: Tensor,
+    is_visible_GE: Tensor | None,
+    *,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Every query attends to the same keys of its head, on the stock flash kernel.
+
+    Args:
+        q_TND: rotated queries; k_GED, v_GED: finite everywhere.
+        is_visible_GE: bool; travels in the borrowed channel, whose content in q and k is ignored.
+            None: every key is visible and every channel counts.
+
+    Returns:
+        out_TND and lse_TN as `chunk_attention`. Where a head sees no key, its lse is so low that
+        `join_by_lse` gives its output no weight.
+    """
+    q, k, v = q_TND.transpose(0, 1)[None], k_GED[None], v_GED[None]
+    acc = accumulator_dtype(q.dtype)
+    if is_visible_GE is not None:
+        q = torch.cat([q[..., :-1], torch.full_like(q[..., :1], 1.0 / softmax_scale)], dim=-1)
+        bias = torch.zeros_like(k[..., :1]).masked_fill(~is_visible_GE[None, ..., None], MASKED)
+        k = torch.cat([k[..., :-1], bias], dim=-1)
+    kernel = choose_kernel(q, k, v, causal=False)
+    out, lse, _ = kernel.forward(q, k, v, softmax_scale, False)
+    return out[0].transpose(0, 1), lse[0].T.to(acc)
+
+
+_QUERY_BLOCK = 128
+
+
+def compacted_attention(
+    q_TND: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    k_GED: Tensor,
+    v_GED: Tensor,
+    entry_TG: Tensor,
+    *,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Every query attends to the entries below its own one, and to its own state in place of that.
+
+    The entries alone are keys: E of them where `chunk_attention` has T states. Memory is that of a block
+    of queries' scores, so linear in E.
+
+    Args:
+        q_TND: rotated queries, the borrowed channel zero.
+        k_TGD, v_TGD: each token's state: rotated merged keys, merged values.
+        k_GED, v_GED: entries; finite everywhere. E is at least the largest of `entry_TG`.
+        entry_TG: int64, the entry that the token's segment is, not falling with T.
+
+    Returns:
+        out_TND in the queries' dtype, computed in float32 (float64), and its log-sum-exp lse_TN.
+    """
+    num_tokens, num_kv_heads = entry_TG.shape
+    acc = accumulator_dtype(q_TND.dtype)
+    keys_GDE, values = k_GED.to(acc).transpose(1, 2), v_GED.to(acc)
+    indices = torch.arange(keys_GDE.shape[2], device=q_TND.device)
+    out = torch.empty_like(q_TND)
+    lse_TN = torch.empty(q_TND.shape[:2], dtype=acc, device=q_TND.device)
+    for first in range(0, num_tokens, _QUERY_BLOCK):
+        at = slice(first, first + _QUERY_BLOCK)
+        entry = entry_TG[at]
+        # all queries of the block see the entries below `low`, none those from `high` on
+        low, high = int(entry[0].min()), int(entry[-1].max())
+        q = softmax_scale * q_TND[at].unflatten(1, (num_kv_heads, -1)).to(acc)
+        own = (q * k_TGD[at, :, None].to(acc)).sum(-1).transpose(0, 1)
+        q = q.transpose(0, 1)  # (G, T, R, D)
+        scores = (q.flatten(1, 2) @ keys_GDE[..., :high]).unflatten(1, q.shape[1:3])
+        hidden = indices[low:high] >= entry.T[..., None]
+        scores[..., low:].masked_fill_(hidden[:, :, None], float("-inf"))
+        most = own if high == 0 else torch.maximum(own, scores.amax(-1))
+        weights = scores.sub_(most[..., None]).exp_()
+        own = torch.exp(own - most)
+        total = own + weights.sum(-1)
+        attended = (weights.flatten(1, 2) @ values[:, :high]).unflatten(1, q.shape[1:3])
+        attended += own[..., None] * v_TGD[at].to(acc).transpose(0, 1)[:, :, None]
+        out[at] = (attended / total[..., None]).transpose(0, 1).flatten(1, 2)
+        lse_TN[at] = (most + total.log()).transpose(0, 1).flatten(1, 2)
+    return out, lse_TN

@@ -1,0 +1,1 @@
+"""Quality of a model: likelihood, lm-eval, the report."""
