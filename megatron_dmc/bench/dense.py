@@ -4,7 +4,7 @@ Everything but decode attention is the engine's own: a request's keys and values
 head, in storage for its longest sequence, to which a block table of consecutive pages leads the same append
 and prefill. On a GPU decoding runs PyTorch's variable-length flash attention; it does not split a sequence, so
 a batch with fewer sequences x heads than multiprocessors leaves some idle. On a CPU it is scaled-dot-product
-attention, padded to the longest request. Page accounting goes on beside it over pages that stay empty:
+attention, padded to the longest request. Page accounting still runs, over pages that stay empty:
 the cache's memory is needed twice, so measure at a batch that leaves room.
 
 Dimension letters: L layers, R rows of per-request storage, M pages of a row's head, S slots per page, G key/value

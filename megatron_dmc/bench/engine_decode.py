@@ -4,7 +4,7 @@ Regime: `LLMEngine` with a random model, every request with `--lengths` tokens i
 (`bench.filled`); merge decisions are imposed (`bench.imposed`), with the part of its tokens that a head appends
 spread evenly between half and one and a half times the mean. CR 1 is the engine without DMC. All engines have as
 many pages as CR 1 needs. On a CPU they take turns step by step; on a GPU they follow one another, as
-their caches do not fit together. Metric: tokens per second from the median step, beside CR 1 and beside the
+their caches do not fit together. Metric: tokens per second from the median step, compared with CR 1 and with the
 bandwidth of a copy. Before timing, decode attention over the filled cache is compared with the specification.
 
 Dimension letters: L layers, G key/value heads.

@@ -113,7 +113,7 @@ def run_requests(llm: LLM, asked: Asked, *, name: str, batch: int, bar: bool = F
 
 
 def decode_figures(run: Run, cost: ModelCost, ceilings: Ceilings) -> dict[str, Any]:
-    """Achieved beside attainable, of the steps that only decode; empty where there are none."""
+    """Achieved and attainable figures of the steps that only decode; empty where there are none."""
     steps = run.decoding
     if not steps:
         return {}

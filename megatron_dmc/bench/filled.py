@@ -202,7 +202,7 @@ def figures(
     ceilings: Ceilings,
     decisions: ImposedDecisions | None,
 ) -> Row:
-    """Achieved beside attainable, from the median step; live bytes are those after the last one.
+    """Achieved and attainable figures from the median step; live bytes are those after the last one.
 
     Raises:
         DMCError: the measured CR is not the imposed one.

@@ -109,6 +109,7 @@ def check_memory(
         tables += rows * (rule.eviction_delay + 1) * 5
     elif rule is not None:
         tables += rows * num_kept(rule.merge_window) * (2 * d.kv_channels + 1) * 4
+        tables += rows * rule.merge_delay * 5  # decisions and importances of the raw tokens
     if weights + pages + tables <= total:
         return
     asked = "num_pages" if arguments["num_pages"] is not None else "kv_cache_memory_bytes"
