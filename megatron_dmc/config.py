@@ -137,6 +137,11 @@ class DMCConfig:
         """True where tokens may merge (retrofit, finetune, and every model made by them)."""
         return Stage(self.stage).compresses
 
+    @property
+    def decision_delay(self) -> int:
+        """Tokens until a decision takes effect in the cache, under either policy."""
+        return self.eviction_delay if self.policy == "evict" else self.merge_delay
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in checkpoints and in a Hugging Face `config.json`."""
         return asdict(self)

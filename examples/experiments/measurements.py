@@ -74,18 +74,16 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
 # --- the cache over time ----------------------------------------------------------------------------
 
 
-def sizes_over_time(is_gone_LXTG: Tensor, delay: int | None) -> Tensor:
+def sizes_over_time(is_gone_LXTG: Tensor, delay: int) -> Tensor:
     """Entries of every head after each token, (L, X, T, G) int64.
 
     Args:
-        is_gone_LXTG: merged into the entry before (delay None), or evicted `delay` + 1 tokens later.
+        is_gone_LXTG: merged into the entry before, or evicted.
+        delay: tokens until that takes effect.
     """
     length = is_gone_LXTG.shape[2]
-    gone = is_gone_LXTG.long().cumsum(2)
-    if delay is not None:
-        late = torch.zeros_like(gone)
-        late[:, :, delay + 1 :] = gone[:, :, : max(0, length - delay - 1)]
-        gone = late
+    gone = torch.zeros_like(is_gone_LXTG, dtype=torch.int64)
+    gone[:, :, delay:] = is_gone_LXTG.long().cumsum(2)[:, :, : max(0, length - delay)]
     return torch.arange(1, length + 1)[None, None, :, None] - gone
 
 
@@ -93,7 +91,9 @@ def cache(loaded: LoadedModel, ids_XT: np.ndarray) -> dict[str, Any]:
     """Perplexity, and CR by the entries that are there: at the windows' end and summed over time. Where a
     token leaves some time after its decision, this is less than the CR of the decisions."""
     forward, dmc = forward_of(loaded), loaded.description.dmc
-    delay = dmc.eviction_delay if dmc is not None and dmc.policy == "evict" else None
+    evicts = dmc is not None and dmc.policy == "evict"
+    # `forward_of` puts an eviction at the token that leaves, one before the one that decided
+    delay = dmc.decision_delay + evicts if dmc is not None else 0
     nll, last, summed = 0.0, 0, 0
     heads = loaded.description.num_layers * loaded.description.num_query_groups
     length = ids_XT.shape[1] - 1

@@ -163,6 +163,7 @@ def measure(arm: Arm, folders: list[Path], data: Path, short: bool) -> dict:
         return {
             "perplexity": evaluation.perplexity,
             "measured_cr": evaluation.measured_cr,
+            "cache_cr": evaluation.cache_cr,
             "measured_cr_per_layer_head": evaluation.measured_cr_LG,
         }
 

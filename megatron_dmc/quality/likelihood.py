@@ -89,7 +89,11 @@ class Evaluation:
     num_tokens: int
     """Tokens that entered a cache: windows x length."""
     num_entries_LG: np.ndarray
-    """Entries that they took, per layer and KV head."""
+    """Entries that they took by the decisions, per layer and KV head."""
+    num_token_steps: int
+    """Tokens in an uncompressed cache, summed over the steps of every window."""
+    num_slot_steps_LG: np.ndarray
+    """Slots in use, summed over the same steps, per layer and KV head; raw tokens of a delay are in it."""
 
     @property
     def perplexity(self) -> float:
@@ -97,8 +101,15 @@ class Evaluation:
 
     @property
     def measured_cr(self) -> float:
-        """Total tokens / total entries."""
+        """Decided CR: total tokens / total entries, as the decisions count them."""
         return float(self.num_tokens * self.num_entries_LG.size / self.num_entries_LG.sum())
+
+    @property
+    def cache_cr(self) -> float:
+        """Cache CR: uncompressed slots / slots in use, each summed over time. With a delay it is below
+        `measured_cr`, since a decision frees its slot later."""
+        slots_LG = self.num_slot_steps_LG
+        return float(self.num_token_steps * slots_LG.size / slots_LG.sum())
 
     @property
     def measured_cr_LG(self) -> list[list[float]]:
@@ -162,6 +173,10 @@ def evaluate(
     device = next(loaded.model.parameters()).device
     nll, predicted, total = 0.0, 0, 0
     entries_LG = np.zeros((d.num_layers, d.num_query_groups), dtype=np.int64)
+    slot_steps_LG, token_steps = np.zeros_like(entries_LG), 0
+    delay = d.dmc.decision_delay if d.dmc is not None else 0
+    # a decision at token t holds from step t + delay on: it saves a slot in the steps that are left
+    saved_T = (length - delay - torch.arange(length, device=device)).clamp(min=0)
     batches = list(windows(tokens, length, batch, limit))
     for index, rows in enumerate(tqdm(batches, desc=label, unit="batch", disable=not progress)):
         rows = rows.to(device)
@@ -175,9 +190,13 @@ def evaluate(
         predicted += rows[:, 1:].numel()
         total += rows[:, :-1].numel()
         entries_LG += rows[:, :-1].numel()
+        token_steps += len(rows) * length * (length + 1) // 2
         for layer, is_merge_TBG in enumerate(trace.is_merge_LTBG):
             entries_LG[layer] -= is_merge_TBG.sum(dim=(0, 1)).cpu().numpy()
-    return Evaluation(nll, predicted, total, entries_LG)
+            slot_steps_LG[layer] -= (is_merge_TBG.sum(1) * saved_T[:, None]).sum(0).cpu().numpy()
+    return Evaluation(
+        nll, predicted, total, entries_LG, token_steps, slot_steps_LG + token_steps
+    )  # fmt: skip
 
 
 @torch.no_grad()

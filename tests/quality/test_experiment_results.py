@@ -15,6 +15,7 @@ from megatron_dmc import LLM, SamplingParams
 from megatron_dmc.checkpoint.load import LoadedModel
 from megatron_dmc.checkpoint.tokenizer import load_tokenizer
 from megatron_dmc.config import DMCConfig
+from megatron_dmc.quality.likelihood import evaluate
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples" / "experiments"))
@@ -84,26 +85,29 @@ def test_whole_windows_give_the_engines_log_likelihoods(policy, kv_heads):
 # --- sizes over time
 
 
-@pytest.mark.parametrize("delay", [None, 0, 3])
+@pytest.mark.parametrize("delay", [0, 1, 4])
 def test_sizes_over_time_count_the_entries_that_are_there(delay):
     is_gone = torch.rand(2, 3, 17, 2, generator=torch.Generator().manual_seed(4)) < 0.6
     sizes = measurements.sizes_over_time(is_gone, delay)
-    late = 0 if delay is None else delay + 1
     for index in np.ndindex(2, 3, 2):
         layer, x, head = index
         decisions = is_gone[layer, x, :, head].tolist()
         for t in range(17):
-            alive = [j for j in range(t + 1) if not (decisions[j] and t - j >= late)]
+            alive = [j for j in range(t + 1) if not (decisions[j] and t - j >= delay)]
             assert sizes[layer, x, t, head] == len(alive)
 
 
-@pytest.mark.parametrize("policy", ["merge", "evict"])
-def test_the_final_size_is_what_the_engine_holds(policy):
-    """Decisions by the full forward, entries counted by the engine."""
-    evict = dict(policy="evict", eviction_delay=4, alpha_offset=0.3, target_cr=2.0)
-    dmc = retrofitted() if policy == "merge" else DMCConfig(stage="finetune", **evict)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"merge_delay": 5}, {"policy": "evict", "eviction_delay": 4}],
+    ids=["merge", "delayed-merge", "evict"],
+)
+def test_the_final_size_is_what_the_engine_holds(settings):
+    """Decisions by the full forward, slots counted by the engine; `evaluate` sums the same over time."""
+    dmc = DMCConfig(stage="finetune", alpha_offset=0.3, target_cr=2.0, **settings)
     loaded = random_model(2, dmc=dmc)
-    ids = torch.randint(0, VOCAB, (4, 41), generator=torch.Generator().manual_seed(5))
+    tokens = torch.randint(0, VOCAB, (161,), generator=torch.Generator().manual_seed(5))
+    ids = tokens.unfold(0, 41, 40)
     llm = LLM(loaded, device="cpu")
     prompts = [{"prompt_token_ids": row[:-1]} for row in ids.tolist()]
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
@@ -111,6 +115,10 @@ def test_the_final_size_is_what_the_engine_holds(policy):
     row = measurements.cache(loaded, ids.numpy())
     assert row["final_cr"] == pytest.approx(4 * 40 * 3 * 2 / held)
     assert 1.2 < row["final_cr"] != row["mean_cr"]
+    found = evaluate(loaded, tokens.numpy(), length=40, progress=False)
+    assert found.cache_cr == pytest.approx(row["mean_cr"])
+    if dmc.decision_delay:
+        assert found.cache_cr < found.measured_cr
 
 
 # --- texts

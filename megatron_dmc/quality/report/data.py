@@ -72,7 +72,9 @@ class ReportData:
     target_cr: float
     """Compression ratio (tokens / cache entries) that training aimed at."""
     measured_cr: float
-    """Tokens / cache entries on held-out text, total over total."""
+    """Decided CR: tokens / cache entries by the decisions on held-out text, total over total."""
+    cache_cr: float | None = None
+    """Cache CR: slots without DMC / slots in use, summed over time; raw tokens of a delay count."""
     measured_cr_per_layer_head: list[list[float]]
     """[L][G]."""
     engine_vs_full_forward_max_abs_diff: float | None = None
@@ -106,6 +108,7 @@ class ReportData:
             _check(isinstance(getattr(self, name), str), name, getattr(self, name), "a text")
         for name in ("base_perplexity", "dmc_perplexity", "target_cr", "measured_cr"):
             _check_number(name, getattr(self, name), minimum=1)
+        _check_number("cache_cr", self.cache_cr, 1, optional=True)
         _check_number("base_continued_perplexity", self.base_continued_perplexity, 1, optional=True)
         for name in ("engine_vs_full_forward_max_abs_diff", "seconds"):
             _check_number(name, getattr(self, name), 0, optional=True)

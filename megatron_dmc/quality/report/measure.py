@@ -179,6 +179,7 @@ def measure(
         base_continued_perplexity=base_continued_perplexity,
         target_cr=settings_of_dmc.target_cr,
         measured_cr=dmc_result.measured_cr,
+        cache_cr=dmc_result.cache_cr,
         measured_cr_per_layer_head=dmc_result.measured_cr_LG,
         engine_vs_full_forward_max_abs_diff=difference,
         cache_bytes=dmc_run.cache_bytes,
@@ -193,7 +194,11 @@ def measure(
             Completion(prompt=dmc.tokenizer.decode(p), base=b, dmc=d, dmc_cr=c)
             for p, b, d, c in zip(prompts, base_run.texts, dmc_run.texts, dmc_run.crs, strict=True)
         ],
-        settings=dict(settings or {}) | {"merge_window": settings_of_dmc.merge_window},
+        settings=dict(settings or {})
+        | {
+            "merge_window": settings_of_dmc.merge_window,
+            "merge_delay": settings_of_dmc.merge_delay,
+        },
         environment=environment(),
         commands=list(commands or []),
     )

@@ -64,6 +64,12 @@ def _details(data: ReportData) -> str:
         f"On held-out text {data.measured_cr:.2f} tokens share one cache entry; the target of "
         f"{data.target_cr:g} is {reached}."
     )
+    if data.cache_cr is not None and data.settings.get("merge_delay"):
+        text += (
+            f" The newest {data.settings['merge_delay']} tokens of a head stay unmerged, so over the"
+            f" windows the cache itself is {data.cache_cr:.2f}x smaller; the longer the text, the"
+            " closer the two."
+        )
     if data.base_continued_perplexity is not None:
         ratio = data.dmc_perplexity / data.base_continued_perplexity
         text += (
@@ -96,7 +102,8 @@ def _results(data: ReportData) -> list[tuple[str, str, str]]:
         ("Perplexity, DMC model", number(data.dmc_perplexity, ".3f"),
          of_base(data.dmc_perplexity)),
         ("Target CR", number(data.target_cr, "g", "x"), "tokens per cache entry"),
-        ("Measured CR", number(data.measured_cr, ".3f", "x"), "held-out text, all heads together"),
+        ("Decided CR", number(data.measured_cr, ".3f", "x"), "held-out text, all heads together"),
+        ("Cache CR", number(data.cache_cr, ".3f", "x"), "slots in use, summed over each window"),
         ("KV cache, uncompressed", size(data.cache_bytes_uncompressed), "generation run"),
         ("KV cache, DMC", size(data.cache_bytes), ratio),
         ("Generation, base model", number(data.tokens_per_second_base, ",.1f", " tokens/s"), ""),
