@@ -1,6 +1,6 @@
-"""README and tutorials: links lead somewhere, badges are true, blocks of commands are shell that names files of ours.
+"""README and tutorials: links resolve, badges match pyproject.toml, command blocks are shell that names existing files.
 
-That the tutorials' commands do what they say is shown by `run_tutorials.py`."""
+`run_tutorials.py` runs the commands of the tutorials."""
 
 import re
 import subprocess
