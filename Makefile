@@ -3,6 +3,8 @@
 
 PYTHON := .venv/bin/python
 ARGS ?=
+# One process per core; an idle one takes over another's remaining tests. ARGS="-n 0" runs them in one process.
+PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test demo lint docs clean
@@ -14,7 +16,7 @@ setup: ## Find Python 3.12 or 3.13, make .venv and install the pinned dependenci
 	@bash tools/setup_env.sh
 
 test: setup ## Run the tests
-	@$(PYTHON) -m pytest $(ARGS)
+	@$(PYTHON) -m pytest $(PARALLEL) $(ARGS)
 
 demo: setup ## Retrofit a small language model to a quarter of its KV cache, write demo/report.html
 	@$(PYTHON) examples/demo.py $(ARGS)

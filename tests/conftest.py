@@ -2,13 +2,37 @@
 elsewhere; the named scripts (`tests/support/engine_machine.py`, `tests/soak`) draw new ones. After the tests
 pytest prints each parallel layout with its largest deviation."""
 
+import fcntl
+import os
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # the workers share the cores; torch is imported later and reads this
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 settings.register_profile("repeatable", derandomize=True, database=None)
 settings.load_profile("repeatable")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-timeout starts its clock
+def pytest_runtest_protocol(item):
+    """A test marked `alone` runs while no other worker of pytest-xdist runs one."""
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    lock = fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH
+    folder = Path(item.config.option.basetemp).parent  # all workers' folders lie in it
+    with open(folder / "gate.lock", "w") as gate, open(folder / "turn.lock", "w") as turn:
+        fcntl.flock(gate, fcntl.LOCK_EX)  # a waiting `alone` test keeps others from starting
+        fcntl.flock(turn, lock)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        try:
+            return (yield)
+        finally:
+            fcntl.flock(turn, fcntl.LOCK_UN)  # a forked child holds the file open
 
 
 @pytest.fixture

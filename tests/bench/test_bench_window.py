@@ -174,6 +174,7 @@ def test_a_stage_that_fails_takes_no_other_rows_along(monkeypatch, tmp_path, cap
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.alone
 def test_what_no_longer_fits_the_budget_is_a_row(monkeypatch, tmp_path):
     behaviour = {"first": "row('a')", "slow": "plan('a'); time.sleep(60)", "late": "row('a')"}
     began = time.monotonic()

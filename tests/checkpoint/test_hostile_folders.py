@@ -282,6 +282,7 @@ def test_one_error_names_every_problem(good, tmp_path):
     assert cli.main(["plan", "--model", str(folder), "--gpus", "8"]) == 2  # reads config.json only
 
 
+@pytest.mark.alone
 def test_10_000_000_experts_or_layers_take_no_time(good, tmp_path):
     for key, value in (("num_hidden_layers", 4096), ("num_hidden_layers", 10**7)):
         (tmp_path / "config.json").write_text(json.dumps(GOOD | {key: value}))

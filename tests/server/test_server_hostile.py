@@ -119,6 +119,7 @@ BODIES = {
 }
 
 
+@pytest.mark.alone
 def test_large_bodies_hold_up_nobody(server):
     """Each is refused, and /health answers within a second meanwhile."""
     post(server, b'{"prompt": "x", "max_tokens": 1}')
@@ -182,6 +183,7 @@ def test_other_refusals_of_large_bodies_are_answered(server):
     assert post(server, body)[0] == 400
 
 
+@pytest.mark.alone
 def test_half_requests_end_and_keep_nobody_out(server):
     """70 of them, more than there are connections."""
     began = time.monotonic()
