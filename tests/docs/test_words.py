@@ -36,7 +36,17 @@ WORDS = {
 """Pattern of a word (spaces also match a line break) -> what to write instead."""
 
 TITLE = r"(What|How|Where|Why|Who|Which|When|All that|That which)\b"
-CLEAN = ("tests/docs/", "docs/architecture.md")
+CLEAN = (
+    "tests/docs/",
+    "tests/README.md",
+    "docs/architecture.md",
+    "docs/index.md",
+    "docs/concepts.md",
+    "docs/faq.md",
+    "docs/decisions.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+)
 """Folders and files that are clean; extend it as you clean more. At the end: everything."""
 NOT_PROSE = ("tests/docs/test_words.py", "requirements.lock", "examples/models/")
 HASH = (".sh", ".toml", ".yml", ".yaml", ".cfg", ".txt", "Makefile", "Dockerfile", ".ci/run")
@@ -69,6 +79,7 @@ def prose(path: str, source: str) -> dict[int, str]:
     if path.endswith(".md"):
         fenced = re.compile(r"^ *(```|~~~).*?^ *\1", re.MULTILINE | re.DOTALL)
         source = fenced.sub(lambda block: "\n" * block[0].count("\n"), source)
+        source = re.sub(r"^ {4}.*", "", source, flags=re.MULTILINE)  # indented code
         return {n: re.sub(r"`[^`]*`", "``", t) for n, t in enumerate(source.splitlines(), 1)}
     if path.endswith(HASH):
         return {n: t.split("#", 1)[1] for n, t in lines.items() if re.search(r"(^|\s)#", t)}
