@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megatron_dmc.cache.policies import EvictionPolicy, make_policy
 from megatron_dmc.ops.paged.budget import WorkingCache, attend_and_evict
-from megatron_dmc.ops.paged.decode import accumulator_dtype, apply_rope
+from megatron_dmc.ops.rope import rotate_by
+from megatron_dmc.ops.tensors import accumulator_dtype
 
 
 def final_budget(length: int, cr: float) -> int:
@@ -71,7 +72,7 @@ class _Windows(BaseInferenceContext):
         """See `attention.PagedAttentionContext`; the windows lie one behind the other."""
         if freqs_SF is not None:
             freqs = freqs_SF[: len(q_TND) // self.num_windows].repeat(self.num_windows, 1)
-            q_TND, k_TGD = apply_rope(q_TND, freqs), apply_rope(k_TGD, freqs)
+            q_TND, k_TGD = rotate_by(q_TND, freqs), rotate_by(k_TGD, freqs)
         q, k, v = (x.unflatten(0, (self.num_windows, -1)) for x in (q_TND, k_TGD, v_TGD))
         num_windows, length, num_kv_heads, head_dim = k.shape
         columns = (num_windows, num_kv_heads, min(self.budget, length) + 1)

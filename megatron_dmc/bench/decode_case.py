@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_dmc.bench.measure import errors_within_twice_the_yardstick
 from megatron_dmc.errors import DMCError
-from megatron_dmc.ops import gates, reference
+from megatron_dmc.ops import gates, reference, rope
 from megatron_dmc.ops.paged import decode, kv_pages
 from megatron_dmc.ops.paged.kv_pages import Pages, ScaledPages
 from megatron_dmc.ops.paged.pages import FreePages
@@ -161,7 +161,7 @@ def random_cache(
         for some in live.split(_AT_ONCE):
             rows = torch.randn(len(some), dim, generator=on_device, device=device)
             if pages is k_pages:
-                rows[:, -1] = 0.0
+                gates.borrowed(rows).zero_()
             kv_pages.store(pages, some, rows)
     state = torch.randn(
         num_rows, num_kv_heads, num_kept(merge_window), 2 * dim + 1, generator=on_device,
@@ -241,17 +241,16 @@ def _append_in_float64(
     the tensors' own dtype, whose epsilon is part of them."""
     is_merge = omega = None
     if compress:
-        logit = gates.decision_logit(k, alpha_offset=alpha_offset)
-        is_merge = gates.hard_decisions(logit) & may_merge
-        omega = gates.importance(q, k.shape[1], alpha_offset=alpha_offset).double()
+        is_merge, omega = gates.decide(q, k, alpha_offset=alpha_offset, may_merge=may_merge)
+        omega = omega.double()
     angles = None if angles_XF is None else angles_XF[positions].double()
-    cos, sin = decode.cosine_and_sine(angles, torch.float64)
+    cos, sin = rope.cosine_and_sine(angles, torch.float64)
     decode.torch_append(
         k.double(), v.double(), is_merge, omega, cos, sin, cache.k_pages_PSD, cache.v_pages_PSD,
         cache.block_table_RGM, cache.num_entries_RG, cache.segments_RGUA, rows, merge_window,
         cache.free_pages,
     )  # fmt: skip
-    return decode.rotate_query(q.double(), angles, compress=compress)
+    return rope.rotate_by(q.double(), angles, compress=compress)
 
 
 def check_append(
@@ -281,7 +280,7 @@ def check_append(
     exact, honest = (cache.compacted(d, k.shape[0] * k.shape[1]) for d in (torch.float64, dtype))
 
     def run(op, cache: LayerCache) -> Tensor:
-        cos, sin = decode.cosine_and_sine(angles_XF, dtype)
+        cos, sin = rope.cosine_and_sine(angles_XF, dtype)
         return op(
             q, k, v, cos, sin, positions_B, cache.k_pages_PSD, cache.v_pages_PSD,
             cache.block_table_RGM, cache.num_entries_RG, cache.segments_RGUA, rows_B,

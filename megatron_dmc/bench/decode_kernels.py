@@ -36,6 +36,7 @@ from megatron_dmc.bench.measure import (
 )
 from megatron_dmc.bench.prefill_kernels import PAGE_SIZE, prefill_panel, prefill_rows
 from megatron_dmc.errors import DMCError
+from megatron_dmc.ops import rope
 from megatron_dmc.ops.backends import refusal
 from megatron_dmc.ops.paged import decode
 from megatron_dmc.ops.paged.kv_pages import entry_bytes, parse_kv_cache_dtype
@@ -146,7 +147,7 @@ def measure(
     # of standard normal logits as many are above this as tokens merge
     offset = statistics.NormalDist().inv_cdf(1 / cr) if cr > 1 else 1e4
     angles = torch.rand(batch, dim // 2, device=settings.device).repeat(1, 2)
-    cos, sin = decode.cosine_and_sine(angles, settings.dtype)
+    cos, sin = rope.cosine_and_sine(angles, settings.dtype)
 
     def attend() -> None:
         plans = decode.plan_decode_attention(

@@ -28,6 +28,7 @@ from megatron_dmc.engine import EngineConfig, LLMEngine, SamplingParams
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.request import RequestStatus
 from megatron_dmc.errors import DMCError
+from megatron_dmc.ops import gates
 from megatron_dmc.ops.paged import decode, kv_pages
 
 PAGE_SIZE = 16
@@ -132,7 +133,7 @@ def _fill_pages(context: PagedContext) -> None:
             some = torch.arange(first, min(first + _AT_ONCE, slots), device=device)
             x = torch.randn(len(some), dim, device=device)
             if pages is pool.k_pages_PSD and context.rule is not None:
-                x[:, -1] = 0.0
+                gates.borrowed(x).zero_()
             kv_pages.store(pages, some, x)
 
 
@@ -152,7 +153,7 @@ def check(engine: LLMEngine) -> float:
         seed=1,
     )  # fmt: skip
     if context.rule is not None:
-        q[..., -1] = 0.0
+        gates.borrowed(q).zero_()
     checked = slice(-CHECKED_REQUESTS, None)
     if isinstance(context, DenseContext):
         return context.check(q, rows, tables.num_entries_LRG[0, rows, 0] - 1, checked)

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from megatron_dmc.bench import decode_case, prefill_case
 from megatron_dmc.bench.measure import Panel, Settings, as_row, measure_time
+from megatron_dmc.ops import rope
 from megatron_dmc.ops.backends import kernels
-from megatron_dmc.ops.paged import decode, prefill
+from megatron_dmc.ops.paged import prefill
 from megatron_dmc.ops.paged.prefill import Chunks
 from megatron_dmc.ops.training.attention import causal_attention
 
@@ -102,7 +103,7 @@ class _Prompt:
                     softmax_scale=self.scale,
                 )[0]  # fmt: skip
         else:
-            cos, sin = decode.cosine_and_sine(self.freqs, q.dtype)
+            cos, sin = rope.cosine_and_sine(self.freqs, q.dtype)
             module = kernels(backend, "prefill")  # type: ignore[arg-type]
             own_k, own_v, entry_TG = module.write_chunks(
                 k, v, self.is_merge, self.omega, cos, sin, *pages, cache.block_table_RGM,

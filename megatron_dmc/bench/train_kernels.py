@@ -212,7 +212,7 @@ def flex_attention(num_heads: int, length: int) -> Op:
         def score(s, b, h, i, j):
             return s + torch.where(i == j, 0.0, bias[b, h // group, j])
 
-        q, k = (torch.cat([x[..., :-1], torch.zeros_like(x[..., :1])], -1) for x in (q, k))
+        q, k = (gates.zero_borrowed_channel(x) for x in (q, k))
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
         out = compiled(q, k, v, score_mod=score, block_mask=mask, enable_gqa=group > 1)
         return out.permute(2, 0, 1, 3)
@@ -228,7 +228,7 @@ def dense_bias_attention(q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor) -> T
     eye = torch.eye(length, dtype=torch.bool, device=q.device)
     future = torch.ones_like(eye).triu(1)
     bias = bias.masked_fill(eye, 0.0).masked_fill(future, float("-inf")).to(q.dtype)
-    q, k = (torch.cat([x[..., :-1], torch.zeros_like(x[..., :1])], -1) for x in (q, k))
+    q, k = (gates.zero_borrowed_channel(x) for x in (q, k))
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).permute(2, 0, 1, 3)

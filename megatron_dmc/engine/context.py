@@ -6,6 +6,7 @@ A components of an accumulator, M block-table width.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from megatron.core.inference.config import InferenceConfig
@@ -28,7 +29,7 @@ from megatron_dmc.engine.flips import FlipCounter
 from megatron_dmc.engine.request import Request
 from megatron_dmc.engine.rule import CompressionRule
 from megatron_dmc.engine.scheduler import NO_PREFIX, CachedPrefix
-from megatron_dmc.ops import gates
+from megatron_dmc.ops import gates, rope
 from megatron_dmc.ops.paged import decode, delayed, evict
 from megatron_dmc.ops.paged.kv_pages import Pages
 from megatron_dmc.ops.paged.prefill import prefill
@@ -384,7 +385,7 @@ class PagedContext(BaseInferenceContext):
         chunks = [EvictingChunk(c.row, c.start, c.num_tokens) for c in self._chunks]
         if freqs_SF is not None:
             freqs_TF = torch.cat([freqs_SF[c.start : c.end] for c in self._chunks])
-            q_TND, k_TGD = (decode.apply_rope(x, freqs_TF) for x in (q_TND, k_TGD))
+            q_TND, k_TGD = (rope.rotate_by(x, freqs_TF) for x in (q_TND, k_TGD))
         return self._evicting.attend(
             layer_index, q_TND, k_TGD, v_TGD, chunks, softmax_scale=softmax_scale
         )
@@ -414,7 +415,7 @@ class PagedContext(BaseInferenceContext):
                 k_BGD, v_BGD, is_merge_BG, omega_BG, freqs_BF, *layer, segments, rows_B,
                 merge_window=self._window, free_pages=free_pages, backend=self._backend,
             )  # fmt: skip
-            q_BND = decode.rotate_query(q_BND, freqs_BF, compress=True)
+            q_BND = rope.rotate_by(q_BND, freqs_BF, compress=True)
         else:
             cos_SF, sin_SF = self._cosine_and_sine(freqs_SF, q_BND.dtype)
             is_merge_BG, omega_BG = self._given_gates(layer_index, 0, q_BND.shape[0])
@@ -455,7 +456,7 @@ class PagedContext(BaseInferenceContext):
                 *layer, rings, rows_B, free_pages=free_pages,
             )  # fmt: skip
             out[single] = decode.paged_decode_attention(
-                decode.rotate_query(q_TND[single], freqs_BF, compress=True), *layer,
+                rope.rotate_by(q_TND[single], freqs_BF, compress=True), *layer,
                 softmax_scale=softmax_scale, rows_B=rows_B, backend=self._backend,
             )  # fmt: skip
         for piece in (piece for part in self._prefills for piece in part.pieces):
@@ -498,7 +499,7 @@ class PagedContext(BaseInferenceContext):
                 merge_window=self._window, free_pages=free_pages,
             )  # fmt: skip
             out[single] = decode.paged_decode_attention(
-                decode.rotate_query(q_TND[single], freqs_BF, compress=True), *layer,
+                rope.rotate_by(q_TND[single], freqs_BF, compress=True), *layer,
                 softmax_scale=softmax_scale, rows_B=rows_B, backend=self._backend,
             )  # fmt: skip
         for piece in (piece for part in self._prefills for piece in part.pieces):
@@ -531,7 +532,7 @@ class PagedContext(BaseInferenceContext):
         if freqs_SF is None:
             return None, None
         if self._angles is None or self._angles[0].data_ptr() != freqs_SF.data_ptr():
-            cos, sin = decode.cosine_and_sine(freqs_SF, dtype)
+            cos, sin = rope.cosine_and_sine(freqs_SF, dtype)
             assert cos is not None and sin is not None
             # held on to, so that no other tensor comes to lie there
             self._angles = (freqs_SF, cos, sin)
@@ -551,13 +552,16 @@ class PagedContext(BaseInferenceContext):
         (the ops see to it)."""
         if self.rule is None:
             return None, None
-        logit_TG = gates.decision_logit(k_TGD, alpha_offset=self.rule.alpha_offset)
-        if self.rule.shared_decisions:
-            num_heads = logit_TG.shape[-1] * self._num_ranks
-            logit_TG = gates.share_decisions(logit_TG, num_heads, self._sum_over_ranks)
-        is_merge_TG = gates.hard_decisions(logit_TG)
-        if not self.rule.may_merge:
-            is_merge_TG = torch.zeros_like(is_merge_TG)
-        omega_TG = gates.importance(q_TND, k_TGD.shape[1], alpha_offset=self.rule.alpha_offset)
         given_TG = self._given_gates(layer_index, first, len(q_TND))
-        return (is_merge_TG, omega_TG) if given_TG[0] is None else given_TG
+        if given_TG[0] is not None:
+            return given_TG
+        share = None
+        if self.rule.shared_decisions:
+            num_heads = k_TGD.shape[1] * self._num_ranks
+            share = partial(
+                gates.share_decisions, num_kv_heads_total=num_heads, reduce=self._sum_over_ranks
+            )
+        return gates.decide(
+            q_TND, k_TGD, alpha_offset=self.rule.alpha_offset, share=share,
+            may_merge=self.rule.may_merge,
+        )  # fmt: skip

@@ -77,12 +77,6 @@ class Angles(NamedTuple):
     """Of all tokens of the sequence."""
 
 
-def _scale_channel(x: Tensor, channel: int, factor: float) -> Tensor:
-    scale = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
-    scale[channel] = factor
-    return x * scale
-
-
 class DMCSelfAttention(SelfAttention):
     """Self-attention that decides, per token and KV head, to append to or merge into the cache.
 
@@ -155,7 +149,7 @@ class DMCSelfAttention(SelfAttention):
         q_TBND, k_TBGD, v_TBGD = self.get_query_key_value_tensors(hidden_states)
         if self.config.dmc.compresses and self.config.dmc.importance == "constant":
             # a logit of 0 for every token, in the engine's kernels too; the rows get no gradient
-            q_TBND = _scale_channel(q_TBND, gates.IMPORTANCE_CHANNEL, 0.0)
+            q_TBND = gates.scale_borrowed_channel(q_TBND, 0.0)
         if isinstance(rotary_pos_emb, tuple):
             rotary_pos_emb = rotary_pos_emb[0]
         if context is not None:
@@ -221,11 +215,11 @@ class DMCSelfAttention(SelfAttention):
         if stage is Stage.ZERO_OUT:
             factor = self._zero_out_scale(key)
             self._faded = factor == 0.0 and self.training
-            q = _scale_channel(q, gates.IMPORTANCE_CHANNEL, factor)
-            k = _scale_channel(k, gates.DECISION_CHANNEL, factor)
+            q = gates.scale_borrowed_channel(q, factor)
+            k = gates.scale_borrowed_channel(k, factor)
             q, k = self._rotate(q, angles.own), self._rotate(k, angles.own)
-            q = _scale_channel(q, gates.IMPORTANCE_CHANNEL, factor)
-            k = _scale_channel(k, gates.DECISION_CHANNEL, factor)
+            q = gates.scale_borrowed_channel(q, factor)
+            k = gates.scale_borrowed_channel(k, factor)
         else:
             q, k = self._rotate(q, angles.own), self._rotate(k, angles.own)
         k, v = layout.gather(k), layout.gather(v)
@@ -240,7 +234,7 @@ class DMCSelfAttention(SelfAttention):
             omega_TBG = layout.gather(
                 gates.importance(q, k.shape[2], alpha_offset=dmc.alpha_offset)
             )
-        q = _scale_channel(q, gates.IMPORTANCE_CHANNEL, 0.0)
+        q = gates.scale_borrowed_channel(q, 0.0)
         q = self._rotate(q, angles.own)
         # Segments cross the ranks' boundaries: the merge runs over the whole sequence.
         k, v = layout.gather(k), layout.gather(v)
@@ -259,7 +253,7 @@ class DMCSelfAttention(SelfAttention):
             )
         else:
             alpha, log_keep, alpha_hat = gates.hard_gate(logit_TBG, starts_TB=starts_TB)
-        k = _scale_channel(k, gates.DECISION_CHANNEL, 0.0)
+        k = gates.scale_borrowed_channel(k, 0.0)
         # what RoPE mixes into the borrowed channel is ignored by attention
         attention: Callable[..., Tensor] = training_attention
         keys: tuple[Tensor, ...] = ()
@@ -269,7 +263,7 @@ class DMCSelfAttention(SelfAttention):
             attention = partial(delayed_attention, merge_delay=dmc.merge_delay)
             keys = (self._rotate(k, angles.whole), v)
         if dmc.pool_after_rope:
-            k = _scale_channel(self._rotate(k, angles.whole), gates.DECISION_CHANNEL, 0.0)
+            k = gates.scale_borrowed_channel(self._rotate(k, angles.whole), 0.0)
         if merges:
             k, v = merge(k, v, alpha, omega_TBG, merge_window=dmc.merge_window)
         if not dmc.pool_after_rope:

@@ -13,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DECISION_CHANNEL = -1
+BORROWED_CHANNEL = -1
+"""The component of each query and key head that holds a gate's logit instead of content. It is one
+component of both: training attention carries its bias in the product of the two."""
+DECISION_CHANNEL = BORROWED_CHANNEL
 """Component of the unrotated key that holds the decision logit."""
-IMPORTANCE_CHANNEL = -1
+IMPORTANCE_CHANNEL = BORROWED_CHANNEL
 """Component of the unrotated query that holds the importance logit."""
 
 _MASK64 = (1 << 64) - 1
@@ -23,6 +26,33 @@ _MASK64 = (1 << 64) - 1
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def borrowed(x: Tensor) -> Tensor:
+    """A view of the borrowed channel of queries or keys (..., D)."""
+    return x[..., BORROWED_CHANNEL]
+
+
+def zero_borrowed_channel(x: Tensor) -> Tensor:
+    """A copy of queries or keys (..., D) whose borrowed channel is 0."""
+    channel = BORROWED_CHANNEL % x.shape[-1]
+    zero = torch.zeros_like(x[..., :1])
+    return torch.cat([x[..., :channel], zero, x[..., channel + 1 :]], dim=-1)
+
+
+def scale_borrowed_channel(x: Tensor, factor: float) -> Tensor:
+    """Queries or keys (..., D) whose borrowed channel is multiplied by `factor`. Differentiable."""
+    scale = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
+    scale[BORROWED_CHANNEL] = factor
+    return x * scale
+
+
+def content_channels(x: Tensor) -> Tensor:
+    """The other D - 1 channels of queries or keys (..., D): a view where they are contiguous."""
+    channel = BORROWED_CHANNEL % x.shape[-1]
+    if channel == x.shape[-1] - 1:
+        return x[..., :channel]
+    return torch.cat([x[..., :channel], x[..., channel + 1 :]], dim=-1)
 
 
 def decision_logit(k_TBGD: Tensor, *, alpha_offset: float) -> Tensor:
@@ -76,6 +106,32 @@ def importance(q_TBND: Tensor, num_kv_heads: int, *, alpha_offset: float) -> Ten
 def hard_decisions(alpha_logit: Tensor) -> Tensor:
     """`is_merge = alpha_logit > 0`, compared in float32. Bool, the shape of `alpha_logit`."""
     return alpha_logit.float() > 0
+
+
+def decide(
+    q_TND: Tensor,
+    k_TGD: Tensor,
+    *,
+    alpha_offset: float,
+    share: Callable[[Tensor], Tensor] | None = None,
+    may_merge: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Inference's gates: every token's hard decision and importance.
+
+    A sequence's first token has nothing to merge into; the ops on the cache ignore its decision.
+
+    Args:
+        q_TND, k_TGD: unrotated (after QK-norm where the model has one), with any leading dimensions.
+        alpha_offset: see `decision_logit`.
+        share: `share_decisions` of the layer, for DMC-C; None: each head decides by itself.
+        may_merge: False: every token is appended.
+
+    Returns:
+        is_merge_TG, bool; omega_TG as `importance` returns it.
+    """
+    logit_TG = decision_logit(k_TGD, alpha_offset=alpha_offset)
+    is_merge_TG = hard_decisions(logit_TG if share is None else share(logit_TG)) & may_merge
+    return is_merge_TG, importance(q_TND, k_TGD.shape[-2], alpha_offset=alpha_offset)
 
 
 def mix_seed(*parts: int) -> int:

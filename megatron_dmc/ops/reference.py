@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops.gates import (  # noqa: F401  (the gates are part of the specification)
+    content_channels,
     decision_logit,
     hard_decisions,
     hard_gate,
     importance,
     logistic_noise,
     soft_gate,
+    zero_borrowed_channel,
 )
 
 
@@ -82,7 +84,7 @@ def training_attention(
     scale = 1.0 / math.sqrt(dim) if softmax_scale is None else softmax_scale
     repeats = num_heads // k_TBGD.shape[2]
     k, v = (x.repeat_interleave(repeats, dim=2) for x in (k_TBGD, v_TBGD))
-    scores = scale * torch.einsum("ibnd,jbnd->bnij", q_TBND[..., :-1], k[..., :-1])
+    scores = scale * torch.einsum("ibnd,jbnd->bnij", content_channels(q_TBND), content_channels(k))
     shifted = torch.cat([log_keep_TBG[1:], torch.zeros_like(log_keep_TBG[:1])])
     bias = shifted.repeat_interleave(repeats, dim=2).permute(1, 2, 0)[:, :, None, :]
     eye = torch.eye(num_tokens, dtype=torch.bool, device=k.device)
@@ -106,7 +108,7 @@ def eviction_attention(
     scale = 1.0 / math.sqrt(dim) if softmax_scale is None else softmax_scale
     repeats = num_heads // k_TBGD.shape[2]
     k, v = (x.repeat_interleave(repeats, dim=2) for x in (k_TBGD, v_TBGD))
-    scores = scale * torch.einsum("ibnd,jbnd->bnij", q_TBND[..., :-1], k[..., :-1])
+    scores = scale * torch.einsum("ibnd,jbnd->bnij", content_channels(q_TBND), content_channels(k))
     shifted = torch.cat([log_keep_TBG[1:], torch.zeros_like(log_keep_TBG[:1])])
     bias = shifted.repeat_interleave(repeats, dim=2).permute(1, 2, 0)[:, :, None, :]
     tokens = torch.arange(num_tokens, device=k.device)
@@ -137,8 +139,10 @@ def delayed_attention(
     k, v, merged_k, merged_v = (
         x.repeat_interleave(repeats, dim=2) for x in (k_TBGD, v_TBGD, merged_k_TBGD, merged_v_TBGD)
     )
-    raw = scale * torch.einsum("ibnd,jbnd->bnij", q_TBND[..., :-1], k[..., :-1])
-    merged = scale * torch.einsum("ibnd,jbnd->bnij", q_TBND[..., :-1], merged_k[..., :-1])
+    raw = scale * torch.einsum("ibnd,jbnd->bnij", content_channels(q_TBND), content_channels(k))
+    merged = scale * torch.einsum(
+        "ibnd,jbnd->bnij", content_channels(q_TBND), content_channels(merged_k)
+    )
     shifted = torch.cat([log_keep_TBG[1:], torch.zeros_like(log_keep_TBG[:1])])
     bias = shifted.repeat_interleave(repeats, dim=2).permute(1, 2, 0)[:, :, None, :]
     tokens = torch.arange(num_tokens, device=k.device)
@@ -215,9 +219,8 @@ class HeadCache:
         else:
             self.segment = Segment.open(kv, omega, merge_window=self.merge_window)
         entry = self.segment.emit()
-        key = rotate(entry[None, : k_D.shape[0]], freqs_F[None])[0].clone()
-        key[-1] = 0.0
-        self.keys.append(key)
+        key = rotate(entry[None, : k_D.shape[0]], freqs_F[None])[0]
+        self.keys.append(zero_borrowed_channel(key))
         self.values.append(entry[k_D.shape[0] :])
 
     def attend(self, q_RD: Tensor, *, softmax_scale: float) -> Tensor:
@@ -288,8 +291,7 @@ def prefill(
         out_TND.
     """
     group = q_TND.shape[1] // k_TGD.shape[1]
-    q = rotate(q_TND, freqs_TF)
-    q = torch.cat([q[..., :-1], torch.zeros_like(q[..., :1])], dim=-1)
+    q = zero_borrowed_channel(rotate(q_TND, freqs_TF))
     out = torch.zeros_like(q)
     for t in range(q.shape[0]):
         for g, cache in enumerate(caches):

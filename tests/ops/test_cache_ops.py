@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_dmc.ops import gates, reference
+from megatron_dmc.ops import gates, reference, rope
 from megatron_dmc.ops.paged import decode, prefill
 from megatron_dmc.ops.tensors import accumulator_dtype
 from megatron_dmc.ops.training.merge import num_kept
@@ -49,7 +49,7 @@ def make_inputs(num_tokens, num_kv_heads, group, seed=0, dtype=torch.float64):
     q = randn(num_tokens, num_kv_heads * group, D, seed=seed).to(dtype)
     k = randn(num_tokens, num_kv_heads, D, seed=seed + 1).to(dtype)
     v = randn(num_tokens, num_kv_heads, D, seed=seed + 2).to(dtype)
-    k[..., -1] = 2 * k[..., -1] + 1.0
+    gates.borrowed(k).mul_(2).add_(1.0)
     is_merge = gates.hard_decisions(gates.decision_logit(k, alpha_offset=OFFSET))
     omega = gates.importance(q, num_kv_heads, alpha_offset=OFFSET)
     return q, k, v, is_merge, omega
@@ -73,7 +73,7 @@ def run_decode(cache, rows, q, k, v, is_merge, omega, freqs, merge_window):
         k, v, is_merge, omega, freqs, cache.k_pages, cache.v_pages, cache.block_table,
         cache.num_entries, cache.segments, rows, merge_window=merge_window,
     )  # fmt: skip
-    q = decode.rotate_query(q, freqs, compress=is_merge is not None)
+    q = rope.rotate_by(q, freqs, compress=is_merge is not None)
     return decode.paged_decode_attention(
         q, cache.k_pages, cache.v_pages, cache.block_table[rows], cache.num_entries[rows],
         softmax_scale=SCALE,
@@ -84,7 +84,7 @@ def dense(q, k, v, is_merge, omega, freqs, merge_window):
     """Section 3 with hard decisions over the whole sequence."""
     alpha = is_merge.to(q.dtype)
     alpha[0] = 0
-    zero = decode.zero_borrowed_channel
+    zero = gates.zero_borrowed_channel
     y_k, y_v = reference.merge(
         zero(k)[:, None], v[:, None], alpha[:, None], omega[:, None], merge_window=merge_window
     )
@@ -107,7 +107,7 @@ def test_prefill_in_chunks_equals_reference_and_dense_formula(merge_window, grou
     num_tokens, num_kv_heads = 23, 3
     q, k, v, is_merge, omega = make_inputs(num_tokens, num_kv_heads, group)
     freqs = angles(num_tokens)
-    zero = decode.zero_borrowed_channel
+    zero = gates.zero_borrowed_channel
     heads = [reference.HeadCache(merge_window=merge_window) for _ in range(num_kv_heads)]
     want = reference.prefill(
         zero(q), zero(k), v, is_merge, omega, freqs, heads, softmax_scale=SCALE

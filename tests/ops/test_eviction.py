@@ -9,12 +9,12 @@ from tiny_gpt import check_idle, dmc_config, drain, greedy_params, make_engine, 
 
 from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.ops import reference
+from megatron_dmc.ops.gates import zero_borrowed_channel
 from megatron_dmc.ops.paged.decode import (
     paged_decode_attention,
-    rotate_query,
-    zero_borrowed_channel,
 )
 from megatron_dmc.ops.paged.evict import Rings, decode_evict, prefill_evict
+from megatron_dmc.ops.rope import rotate_by
 from megatron_dmc.ops.training.delayed import eviction_attention
 
 
@@ -175,7 +175,7 @@ def test_prefill_in_chunks_then_ragged_decode_equals_dense(delay, chunks):
             order,
         )  # fmt: skip
         out = paged_decode_attention(
-            rotate_query(q, freqs, compress=True), cache.k, cache.v, cache.table[order],
+            rotate_by(q, freqs, compress=True), cache.k, cache.v, cache.table[order],
             cache.num_entries[order], softmax_scale=SCALE,
         )  # fmt: skip
         for b, row in enumerate(order):

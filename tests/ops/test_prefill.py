@@ -7,8 +7,8 @@ from test_cache_ops import SCALE, S, angles, entries_of, make_cache, make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dmc.errors import OutOfPages
-from megatron_dmc.ops import reference
-from megatron_dmc.ops.paged import decode, prefill
+from megatron_dmc.ops import gates, reference
+from megatron_dmc.ops.paged import prefill
 from megatron_dmc.ops.paged.pages import FreePages
 from megatron_dmc.ops.paged.prefill import Chunks
 
@@ -54,7 +54,7 @@ def test_requests_together_in_chunks_equal_the_reference(merge_window, cost, ste
         for of_request, part in zip(outs, out.split(sizes), strict=True):
             of_request.append(part)
         done = ends
-    zero = decode.zero_borrowed_channel
+    zero = gates.zero_borrowed_channel
     for row, (q, k, v, is_merge, omega), parts in zip(ROWS, requests, outs, strict=True):
         heads = [reference.HeadCache(merge_window=merge_window) for _ in range(4)]
         want = reference.prefill(

@@ -14,7 +14,7 @@ from megatron_dmc import SamplingParams
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.engine import EngineConfig, LLMEngine
 from megatron_dmc.ops import gates, reference
-from megatron_dmc.ops.paged.decode import zero_borrowed_channel
+from megatron_dmc.ops.gates import zero_borrowed_channel
 
 L, N, G, D, H, V, MAX_LEN = 2, 4, 2, 8, 16, 40, 64
 SCALE = 1 / math.sqrt(D)

@@ -16,57 +16,12 @@ What lies in slots that hold no entry is never used, be it NaN.
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops import gates
+from megatron_dmc.ops import gates, rope
 from megatron_dmc.ops.backends import choose_backend, kernels
 from megatron_dmc.ops.paged import pages as page_ops
 from megatron_dmc.ops.paged.kv_pages import Pages, load, store
 from megatron_dmc.ops.paged.pages import FreePages
 from megatron_dmc.ops.tensors import accumulator_dtype
-
-
-def apply_rope(x_XHD: Tensor, freqs_XF: Tensor | None) -> Tensor:
-    """RoPE, half-split layout, on the first F channels; the others pass.
-
-    Args:
-        x_XHD: X tokens or requests, H heads of any kind.
-        freqs_XF: each row's angles; None leaves `x` alone.
-
-    Returns:
-        the rotated tensor in the dtype of `x`; cosine and sine are rounded to it first, as Megatron
-        does.
-    """
-    return _turn(x_XHD, *cosine_and_sine(freqs_XF, x_XHD.dtype))
-
-
-def cosine_and_sine(
-    freqs_XF: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
-    """The tables of cosines and sines that RoPE needs, (X, F) each in the model's dtype."""
-    if freqs_XF is None:
-        return None, None
-    return freqs_XF.cos().to(dtype), freqs_XF.sin().to(dtype)
-
-
-def _turn(x_XHD: Tensor, cos_XF: Tensor | None, sin_XF: Tensor | None) -> Tensor:
-    if cos_XF is None or sin_XF is None:
-        return x_XHD
-    num_rotary = cos_XF.shape[1]
-    rotary, passed = x_XHD[..., :num_rotary], x_XHD[..., num_rotary:]
-    first, second = rotary.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return torch.cat([rotary * cos_XF[:, None] + turned * sin_XF[:, None], passed], dim=-1)
-
-
-def zero_borrowed_channel(x: Tensor) -> Tensor:
-    """A copy of queries or keys (..., D) with the borrowed channel set to zero."""
-    return torch.cat([x[..., :-1], torch.zeros_like(x[..., :1])], dim=-1)
-
-
-def rotate_query(q_XND: Tensor, freqs_XF: Tensor | None, *, compress: bool) -> Tensor:
-    """Rotated queries; when compressing, with the borrowed channel zeroed before and after."""
-    if not compress:
-        return apply_rope(q_XND, freqs_XF)
-    return zero_borrowed_channel(apply_rope(zero_borrowed_channel(q_XND), freqs_XF))
 
 
 def slots_of_entries(block_table_XM: Tensor, entries_XE: Tensor, page_size: int) -> Tensor:
@@ -151,7 +106,7 @@ def decode_append(
     Raises:
         ValueError: the backend does not exist or does not take these tensors.
     """
-    cos, sin = cosine_and_sine(freqs_BF, k_BGD.dtype)
+    cos, sin = rope.cosine_and_sine(freqs_BF, k_BGD.dtype)
     chosen = choose_backend(backend, k_BGD, k_pages_PSD.shape[1])
     if chosen == "torch":
         _append_live(
@@ -193,12 +148,12 @@ def torch_append(
     ]
     has_page = slots >= 0
     if is_merge_BG is None:
-        key, value = _turn(k_BGD, cos_BF, sin_BF), v_BGD
+        key, value = rope.rotate(k_BGD, cos_BF, sin_BF), v_BGD
     else:
         assert segments_RGUA is not None and omega_BG is not None
         acc = segments_RGUA.dtype
         omega = omega_BG.to(acc)[..., None]
-        k = zero_borrowed_channel(k_BGD)
+        k = gates.zero_borrowed_channel(k_BGD)
         weighted = torch.cat([k.to(acc) * omega, v_BGD.to(acc) * omega, omega], dim=-1)
         old = segments_RGUA[rows_B]
         # a segment opens with what was kept forgotten
@@ -211,7 +166,7 @@ def torch_append(
         total = segment.sum(2)
         y = (total[..., :-1] / total[..., -1:]).to(k_BGD.dtype)
         y_k, value = y.split([k_BGD.shape[-1], v_BGD.shape[-1]], dim=-1)
-        key = zero_borrowed_channel(_turn(y_k, cos_BF, sin_BF))
+        key = gates.zero_borrowed_channel(rope.rotate(y_k, cos_BF, sin_BF))
     num_entries_RG[rows_B] = torch.where(has_page, entry + 1, entries)
     write_entries(k_pages_PSD, v_pages_PSD, slots.flatten(), key.flatten(0, 1), value.flatten(0, 1))
 
@@ -263,7 +218,7 @@ def gate_and_append(
 
     Args:
         q_BND, k_BGD, v_BGD: unrotated, the borrowed channel in place (after QK-norm, if any).
-        cos_XF, sin_XF: `cosine_and_sine` of X positions; both halves of F are alike. None: no RoPE.
+        cos_XF, sin_XF: `rope.cosine_and_sine` of X positions; both halves of F are alike. None: no RoPE.
         positions_B: int64, each token's row in these tables.
         rows_B: int64, distinct; -1 for padding of a fixed batch: nothing of it is written.
         alpha_offset: docs/method.md, section 1.
@@ -291,16 +246,12 @@ def gate_and_append(
     cos, sin = (None if x is None else x[positions_B] for x in (cos_XF, sin_XF))
     is_merge, omega = is_merge_BG, omega_BG
     if compress and is_merge is None:
-        logit = gates.decision_logit(k_BGD, alpha_offset=alpha_offset)
-        is_merge = gates.hard_decisions(logit) & may_merge
-        omega = gates.importance(q_BND, k_BGD.shape[1], alpha_offset=alpha_offset)
+        is_merge, omega = gates.decide(q_BND, k_BGD, alpha_offset=alpha_offset, may_merge=may_merge)
     _append_live(
         k_BGD, v_BGD, is_merge, omega, cos, sin, k_pages_PSD, v_pages_PSD, block_table_RGM,
         num_entries_RG, segments_RGUA, rows_B, merge_window, free_pages,
     )  # fmt: skip
-    if not compress:
-        return _turn(q_BND, cos, sin)
-    return zero_borrowed_channel(_turn(zero_borrowed_channel(q_BND), cos, sin))
+    return rope.rotate(q_BND, cos, sin, compress=compress)
 
 
 def plan_decode_attention(

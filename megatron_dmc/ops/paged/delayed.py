@@ -17,15 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_dmc.ops import gates, rope
 from megatron_dmc.ops.paged import pages as page_ops
 from megatron_dmc.ops.paged.decode import (
-    apply_rope,
-    cosine_and_sine,
-    rotate_query,
     slots_of_entries,
     torch_append,
     write_entries,
-    zero_borrowed_channel,
 )
 from megatron_dmc.ops.paged.kv_pages import Pages, as_stored, load_slots
 from megatron_dmc.ops.paged.pages import FreePages
@@ -56,7 +53,7 @@ class DelayedDecisions:
 
 
 def _unrotate(k_XHD: Tensor, freqs_XF: Tensor | None) -> Tensor:
-    return apply_rope(k_XHD, None if freqs_XF is None else -freqs_XF)
+    return rope.rotate_by(k_XHD, None if freqs_XF is None else -freqs_XF)
 
 
 def decode_delayed(
@@ -100,7 +97,7 @@ def decode_delayed(
         at_CG1 = slot[:, None, None].expand(*table_CGM.shape[:2], 1)
         places_CG = slots_of_entries(table_CGM, at_CG1, page_size)[..., 0]
         k, v = (load_slots(pages, places_CG, k_BGD.dtype) for pages in (k_pages_PSD, v_pages_PSD))
-        cos, sin = cosine_and_sine(freqs, k.dtype)
+        cos, sin = rope.cosine_and_sine(freqs, k.dtype)
         torch_append(
             _unrotate(k, freqs), v, decisions.is_merge_XGW[rows, :, slot],
             decisions.omega_XGW[rows, :, slot], cos, sin, k_pages_PSD, v_pages_PSD,
@@ -115,7 +112,7 @@ def decode_delayed(
     at_BG1 = slot_B[:, None, None].expand(*table_BGM.shape[:2], 1)
     places_BG = slots_of_entries(table_BGM, at_BG1, page_size)[..., 0]
     freqs = None if freqs_SF is None else freqs_SF[positions_B]
-    key = apply_rope(zero_borrowed_channel(k_BGD), freqs)
+    key = rope.rotate_by(gates.zero_borrowed_channel(k_BGD), freqs)
     write_entries(
         k_pages_PSD, v_pages_PSD, places_BG.flatten(), key.flatten(0, 1), v_BGD.flatten(0, 1)
     )
@@ -175,7 +172,7 @@ def prefill_delayed(
     first = position - num_old
     old_slots = torch.arange(first, position, device=device) % delay
     places_GX = slots_of_entries(block_table_GM, old_slots.expand(num_kv_heads, -1), page_size)
-    key = apply_rope(zero_borrowed_channel(k_TGD), angles(position, end))
+    key = rope.rotate_by(gates.zero_borrowed_channel(k_TGD), angles(position, end))
     k, v = (
         torch.cat([load_slots(pages, places_GX.T, x.dtype), as_stored(x, pages)])
         for pages, x in ((k_pages_PSD, key), (v_pages_PSD, v_TGD))
@@ -192,7 +189,7 @@ def prefill_delayed(
         slots_G = num_entries_G.clamp_min(min(end, delay)) + appends.sum(0)
         page_ops.take_for_entries(block_table_GM, slots_G, page_size, free_pages)
 
-    q = rotate_query(q_TND, angles(position, end), compress=True)
+    q = rope.rotate_by(q_TND, angles(position, end), compress=True)
     out, lse = recent_attention(q, k, v, num_recent=delay, softmax_scale=softmax_scale)
     if num_leaving:
         freqs = angles(first, first + num_leaving)

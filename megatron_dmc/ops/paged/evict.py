@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_dmc.ops import rope
 from megatron_dmc.ops.paged import pages
 from megatron_dmc.ops.paged.decode import (
-    apply_rope,
     read_entries,
-    rotate_query,
     slots_of_entries,
     write_entries,
-    zero_borrowed_channel,
 )
 from megatron_dmc.ops.paged.kv_pages import Pages, as_stored
 from megatron_dmc.ops.paged.pages import FreePages
@@ -142,7 +140,7 @@ def decode_evict(
         pages.take_for_entries(table_HM, num_entries, k_pages_PSD.shape[1], free_pages)
         block_table_RGM[rows_B] = table_HM.unflatten(0, (batch, num_kv_heads))
     slots = slots_of_entries(table_HM, entry_1H.T, k_pages_PSD.shape[1])
-    key = zero_borrowed_channel(apply_rope(zero_borrowed_channel(k_BGD), freqs_BF))
+    key = rope.rotate_by(k_BGD, freqs_BF, compress=True)
     write_entries(k_pages_PSD, v_pages_PSD, slots[:, 0], key.flatten(0, 1), v_BGD.flatten(0, 1))
     num_entries_RG[rows_B] = num_entries.view(batch, num_kv_heads)
     rings.entry_XGK[rows_B] = after.entry_XGK.view_as(old.entry_XGK)
@@ -184,8 +182,8 @@ def prefill_evict(
     if num_tokens == 0:
         return torch.zeros_like(q_TND)
     device, num_slots = q_TND.device, rings.entry_XGK.shape[-1]
-    q = rotate_query(q_TND, freqs_TF, compress=True)
-    k = zero_borrowed_channel(apply_rope(zero_borrowed_channel(k_TGD), freqs_TF))
+    q = rope.rotate_by(q_TND, freqs_TF, compress=True)
+    k = rope.rotate_by(k_TGD, freqs_TF, compress=True)
 
     # the position from which on each key is gone: of cached entries, and of the chunk's tokens
     old_k, old_v, is_entry = read_entries(

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_dmc.ops import gates, rope
 from megatron_dmc.ops.backends import Backend, choose_backend, kernels
 from megatron_dmc.ops.paged import decode, pages
 from megatron_dmc.ops.paged.kv_pages import Pages, ScaledPages, as_stored
@@ -157,7 +158,7 @@ def prefill(
         backend, q_TND, k_pages_PSD, merge_window if is_merge_TG is not None else 0
     )
     if chosen != "torch":
-        cos_TF, sin_TF = decode.cosine_and_sine(freqs_TF, q_TND.dtype)
+        cos_TF, sin_TF = rope.cosine_and_sine(freqs_TF, q_TND.dtype)
         module = kernels(chosen, "prefill")
         own_k_TGD, own_v_TGD, entry_TG = module.write_chunks(
             k_TGD, v_TGD, is_merge_TG, omega_TG, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD,
@@ -258,18 +259,18 @@ def write_chunk(
     is_merge = None
     num_visible = num_cached
     if is_merge_TG is None:
-        k, v = decode.apply_rope(k_TGD, freqs_TF), v_TGD
+        k, v = rope.rotate_by(k_TGD, freqs_TF), v_TGD
         is_append = torch.ones(num_tokens, num_kv_heads, dtype=torch.bool, device=k.device)
     else:
         assert segments_GUA is not None and omega_TG is not None
         starts = is_merge_TG[:1] & (num_cached > first_entry)
         is_merge = torch.cat([starts, is_merge_TG[1:]])
         k, v, segment = continue_merge(
-            decode.zero_borrowed_channel(k_TGD), v_TGD, is_merge, omega_TG, segments_GUA,
+            gates.zero_borrowed_channel(k_TGD), v_TGD, is_merge, omega_TG, segments_GUA,
             merge_window=merge_window,
         )  # fmt: skip
         segments_GUA.copy_(segment)
-        k = decode.zero_borrowed_channel(decode.apply_rope(k, freqs_TF))
+        k = gates.zero_borrowed_channel(rope.rotate_by(k, freqs_TF))
         # the open entry is superseded by the chunk's first state if that merged into it
         num_visible = num_cached - starts[0].to(num_cached.dtype)
         is_append = ~is_merge
@@ -305,7 +306,7 @@ def attend_chunk(
         out_TND and its log-sum-exp lse_TN.
     """
     k, v, is_merge, entry_TG, num_visible = written
-    q = decode.rotate_query(q_TND, freqs_TF, compress=is_merge is not None)
+    q = rope.rotate_by(q_TND, freqs_TF, compress=is_merge is not None)
     num_tokens = q.shape[0]
     if is_merge is not None:
         num_old, num_new = int(num_visible.max()) - first_entry, int((~is_merge).sum(0).max())

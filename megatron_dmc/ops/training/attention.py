@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from megatron_dmc.ops import gates
 from megatron_dmc.ops.tensors import accumulator_dtype
 from megatron_dmc.ops.training import diagonal
 from megatron_dmc.ops.training.flash import Kernel, choose_kernel
@@ -47,10 +48,11 @@ def shifted_forward(
     """
     past = k.shape[2] - q.shape[2]
     q, k = q.clone(), k.clone()
-    q[..., -1] = bias_unit(scale)
+    gates.borrowed(q).fill_(bias_unit(scale))
     # key j carries log_keep_{j+1}; the last key is never anybody's earlier key
-    k[..., :-1, -1] = log_keep_BGT[..., 1:].clamp_min(MASKED) / (scale * bias_unit(scale))
-    k[..., -1:, -1] = 0.0
+    bias_BGT = gates.borrowed(k)
+    bias_BGT[..., :-1] = log_keep_BGT[..., 1:].clamp_min(MASKED) / (scale * bias_unit(scale))
+    bias_BGT[..., -1:] = 0.0
     own_k, own_v = k[:, :, past:], v[:, :, past:]
     earlier = earlier_lse = state = past_state = None
     if q.shape[2] > 1:
@@ -102,7 +104,7 @@ def shifted_backward(
             g, q[:, :, 1:], own_k[:, :, :-1], own_v[:, :, :-1], o, lse[:, :, 1:].contiguous(),
             state, scale, True,
         )  # fmt: skip
-        dbias[..., past + 1 :] = earlier_grads[1][..., -1]
+        dbias[..., past + 1 :] = gates.borrowed(earlier_grads[1])
     dq, dk, dv = _diagonal(q).add_gradients(
         grad_out, q, own_k, own_v, out, p_own, earlier_grads, scale
     )
@@ -111,9 +113,9 @@ def shifted_backward(
             grad_out.contiguous(), q, k[:, :, :past], v[:, :, :past], out.contiguous(),
             lse.contiguous(), past_state, scale, False,
         )  # fmt: skip
-        dbias[..., 1 : past + 1] = dk_past[..., -1]
-        dq_past[..., -1] = 0.0
-        dk_past[..., -1] = 0.0
+        dbias[..., 1 : past + 1] = gates.borrowed(dk_past)
+        gates.borrowed(dq_past).zero_()
+        gates.borrowed(dk_past).zero_()
         dq, dk, dv = dq + dq_past, torch.cat([dk_past, dk], 2), torch.cat([dv_past, dv], 2)
     return dq, dk, dv, dbias / (scale * bias_unit(scale))
 
@@ -310,9 +312,9 @@ def masked_attention(
     q, k, v = q_TND.transpose(0, 1)[None], k_GED[None], v_GED[None]
     acc = accumulator_dtype(q.dtype)
     if is_visible_GE is not None:
-        q = torch.cat([q[..., :-1], torch.full_like(q[..., :1], 1.0 / softmax_scale)], dim=-1)
-        bias = torch.zeros_like(k[..., :1]).masked_fill(~is_visible_GE[None, ..., None], MASKED)
-        k = torch.cat([k[..., :-1], bias], dim=-1)
+        q, k = q.clone(), k.clone()
+        gates.borrowed(q).fill_(1.0 / softmax_scale)
+        gates.borrowed(k).zero_().masked_fill_(~is_visible_GE, MASKED)
     kernel = choose_kernel(q, k, v, causal=False)
     out, lse, _ = kernel.forward(q, k, v, softmax_scale, False)
     return out[0].transpose(0, 1), lse[0].T.to(acc)

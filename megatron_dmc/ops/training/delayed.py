@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_dmc.ops import gates
 from megatron_dmc.ops.tensors import accumulator_dtype
 from megatron_dmc.ops.training.attention import (
     MASKED,
@@ -143,7 +144,7 @@ def _part_backward(
     _put(dk, part.keys_CX, part_dk, add=True)
     _put(dv, part.keys_CX, part_dv, add=True)
     if dbias is not None:
-        _put(dbias, part.keys_CX, part_dk[..., -1], add=True)
+        _put(dbias, part.keys_CX, gates.borrowed(part_dk), add=True)
 
 
 class _EvictionAttention(torch.autograd.Function):
@@ -152,11 +153,12 @@ class _EvictionAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, log_keep_BGT, n, scale, kernel: Kernel):
         q, near_k, far_k = q.clone(), k.clone(), k.clone()
-        q[..., -1] = bias_unit(scale)
-        near_k[..., -1] = 0.0
+        gates.borrowed(q).fill_(bias_unit(scale))
+        gates.borrowed(near_k).zero_()
         # key j carries log_keep_{j+1}; the last key is never far
-        far_k[..., -1:, -1] = 0.0
-        far_k[..., :-1, -1] = log_keep_BGT[..., 1:].clamp_min(MASKED) / (scale * bias_unit(scale))
+        bias_BGT = gates.borrowed(far_k)
+        bias_BGT[..., -1:] = 0.0
+        bias_BGT[..., :-1] = log_keep_BGT[..., 1:].clamp_min(MASKED) / (scale * bias_unit(scale))
         near = _near_parts(q.shape[2], k.shape[2], n, q.device)
         far = _far_parts(q.shape[2], k.shape[2], n, q.device)
         joined = _Joined(q)
@@ -179,7 +181,8 @@ class _EvictionAttention(torch.autograd.Function):
                     part, state, grad_out, q, k, v, out, lse, ctx.scale, ctx.kernel, grads, bias
                 )
         dq, dk, dv = grads
-        dq[..., -1] = dk[..., -1] = 0.0
+        gates.borrowed(dq).zero_()
+        gates.borrowed(dk).zero_()
         dlog_keep = torch.zeros_like(dbias)
         dlog_keep[..., 1:] = dbias[..., :-1] / (ctx.scale * bias_unit(ctx.scale))
         dlog_keep = dlog_keep.masked_fill(ctx.clamped, 0.0)
@@ -193,7 +196,8 @@ class _DelayedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, merged_k, merged_v, log_keep_BGT, n, scale, kernel: Kernel):
         near_q, near_k = q.clone(), k.clone()
-        near_q[..., -1] = near_k[..., -1] = 0.0
+        gates.borrowed(near_q).zero_()
+        gates.borrowed(near_k).zero_()
         joined = _Joined(q)
         near = _near_parts(q.shape[2], k.shape[2], n, q.device)
         ctx.near = [(part, joined.attend(part, near_q, near_k, v, scale, kernel)) for part in near]
@@ -223,7 +227,8 @@ class _DelayedAttention(torch.autograd.Function):
         for part, state in ctx.near:
             _part_backward(part, state, grad_out, q, k, v, out, lse, ctx.scale, ctx.kernel, grads)
         dq, dk, dv = grads
-        dq[..., -1] = dk[..., -1] = 0.0
+        gates.borrowed(dq).zero_()
+        gates.borrowed(dk).zero_()
         dmerged_k, dmerged_v = torch.zeros_like(k), torch.zeros_like(v)
         dlog_keep = torch.zeros(k.shape[:3], dtype=lse.dtype, device=k.device)
         if far:

@@ -7,6 +7,7 @@ stock kernel gave for queries 1 to T-1 over keys 0 to T-2; for T = 1 these are N
 import torch
 from torch import Tensor
 
+from megatron_dmc.ops import gates
 from megatron_dmc.ops.tensors import accumulator_dtype
 
 
@@ -25,15 +26,15 @@ def join(
     """Attention to earlier keys joined by log-sum-exp with attention to the own key.
 
     Args:
-        q_BNTD, k_BGTD: their last channel is the borrowed one and does not count.
+        q_BNTD, k_BGTD: the borrowed channel does not count.
 
     Returns:
         out_BNTD in q's dtype; lse_BNT and the own key's probability p_own_BNT, float32 (float64).
     """
     num_kv_heads = k_BGTD.shape[1]
     acc = accumulator_dtype(q_BNTD.dtype)
-    q_own = _by_group(q_BNTD[..., :-1], num_kv_heads).to(acc)
-    k_own = k_BGTD[..., None, :, :-1].to(acc)
+    q_own = _by_group(gates.content_channels(q_BNTD), num_kv_heads).to(acc)
+    k_own = gates.content_channels(k_BGTD)[:, :, None].to(acc)
     lse = ((q_own * k_own).sum(-1) * scale).flatten(1, 2)
     out = v_BGTD[:, :, None].expand(_by_group(q_BNTD, num_kv_heads).shape).flatten(1, 2)
     if past_out_BNTD is None or past_lse_BNT is None:
@@ -78,6 +79,6 @@ def add_gradients(
         dq[:, :, 1:] += past_grads[0].to(acc)
         dk[:, :, :-1] += past_grads[1].to(acc)
         dv[:, :, :-1] += past_grads[2].to(acc)
-    dq[..., -1] = 0.0
-    dk[..., -1] = 0.0
+    gates.borrowed(dq).zero_()
+    gates.borrowed(dk).zero_()
     return dq.to(q_BNTD.dtype), dk.to(k_BGTD.dtype), dv.to(v_BGTD.dtype)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_dmc.ops.paged.kv_pages import Pages
 from megatron_dmc.ops.tensors import dense_channels
-from megatron_dmc.ops.triton.launch import on_device
+from megatron_dmc.ops.triton.launch import borrowed_channel, is_content, on_device
 from megatron_dmc.ops.triton.stored import encode, parts, scale_of
 
 
@@ -86,10 +86,11 @@ def append_kernel(
     m_lo, m_rest = o_h < HALF, o_z < D - 2 * HALF
     m_hi = m_lo
     # channels that carry content: all but the borrowed one
-    m_hi_c, m_rest_c = m_hi, m_rest
+    m_lo_c, m_hi_c, m_rest_c = m_lo, m_hi, m_rest
     if COMPRESS:
-        m_hi_c = m_hi & (HALF + o_h != D - 1)
-        m_rest_c = m_rest & (2 * HALF + o_z != D - 1)
+        m_lo_c = m_lo & is_content(o_h, D)
+        m_hi_c = m_hi & is_content(HALF + o_h, D)
+        m_rest_c = m_rest & is_content(2 * HALF + o_z, D)
     # [H]
     b_cos = tl.load(p_cos + i_position * s_cx + o_h, mask=m_lo, other=1.0).to(tl.float32)
     b_sin = tl.load(p_sin + i_position * s_sx + o_h, mask=m_lo, other=0.0).to(tl.float32)
@@ -99,9 +100,9 @@ def append_kernel(
     p_v += i_b * s_vb + i_g * s_vg
     if ROTATE_Q:
         for i_r in range(R):
-            b_lo, b_hi, b_rest = _load(p_q + i_r * s_qn, o_h, o_z, m_lo, m_hi_c, m_rest_c, HALF)
+            b_lo, b_hi, b_rest = _load(p_q + i_r * s_qn, o_h, o_z, m_lo_c, m_hi_c, m_rest_c, HALF)
             b_turned = tl.where(m_hi_c, b_hi * b_cos + b_lo * b_sin, 0.0)
-            b_lo = b_lo * b_cos - b_hi * b_sin
+            b_lo = tl.where(m_lo_c, b_lo * b_cos - b_hi * b_sin, 0.0)
             p_o = p_q_out + i_b * s_ob + (i_g * R + i_r) * s_on
             _store(p_o, b_lo, b_turned, b_rest, o_h, o_z, m_lo, m_hi, m_rest, HALF)
 
@@ -118,10 +119,10 @@ def append_kernel(
             omega = tl.load(p_omega + i_b * num_groups + i_g).to(tl.float32)
         else:
             if MAY_MERGE:
-                is_merge = tl.load(p_k + D - 1).to(tl.float32) - alpha_offset > 0
+                is_merge = tl.load(p_k + borrowed_channel(D)).to(tl.float32) - alpha_offset > 0
             logit = 0.0
             for i_r in range(R):
-                logit += tl.load(p_q + i_r * s_qn + D - 1).to(tl.float32)
+                logit += tl.load(p_q + i_r * s_qn + borrowed_channel(D)).to(tl.float32)
             omega = 1.0 / (1.0 + tl.exp(-(logit / R + alpha_offset))) + eps
         is_merge = is_merge & (num_entries > 0)
 
@@ -141,7 +142,7 @@ def append_kernel(
         i_page = tl.where(m_take, i_new.to(tl.int64), i_page)
     m_write = i_page >= 0
 
-    b_klo, b_khi, b_krest = _load(p_k, o_h, o_z, m_lo, m_hi_c, m_rest_c, HALF)
+    b_klo, b_khi, b_krest = _load(p_k, o_h, o_z, m_lo_c, m_hi_c, m_rest_c, HALF)
     b_vlo, b_vhi, b_vrest = _load(p_v, o_h, o_z, m_lo, m_hi, m_rest, HALF)
     if COMPRESS:
         p_segments += i_row * s_sr + i_g * s_sg
@@ -197,7 +198,7 @@ def append_kernel(
         b_vlo, b_vhi, b_vrest = b_tvlo / total, b_tvhi / total, b_tvrest / total
 
     b_turned = tl.where(m_hi_c, b_khi * b_cos + b_klo * b_sin, 0.0)
-    b_klo = b_klo * b_cos - b_khi * b_sin
+    b_klo = tl.where(m_lo_c, b_klo * b_cos - b_khi * b_sin, 0.0)
     b_krest = tl.where(m_rest_c, b_krest, 0.0)
     i_slot = i_page * S + i_entry % S
     _store_entry(

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_dmc.ops.tensors import dense_channels
-from megatron_dmc.ops.triton.launch import capability, on_device
+from megatron_dmc.ops.triton.launch import capability, is_content, on_device
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def join_kernel(
     # [I, F]
     p_k += i_b * s_kb + i_g * s_kg + o_t[:, None] * s_kt + o_d[None, :]
     p_v += i_b * s_vb + i_g * s_vg + o_t[:, None] * s_vt + o_d[None, :]
-    b_k = tl.load(p_k, mask=m_td & (o_d < D - 1)[None, :], other=0.0).to(tl.float32)
+    b_k = tl.load(p_k, mask=m_td & is_content(o_d, D)[None, :], other=0.0).to(tl.float32)
     b_v = tl.load(p_v, mask=m_td, other=0.0).to(tl.float32)
     for i_r in range(R):
         i_n = i_g * R + i_r
@@ -75,7 +75,7 @@ def add_gradients_kernel(
     o_d = tl.arange(0, F)
     m_t = o_t < T
     m_td = m_t[:, None] & (o_d < D)[None, :]
-    m_counts = m_td & (o_d < D - 1)[None, :]
+    m_counts = m_td & is_content(o_d, D)[None, :]
     # [I, F]
     p_k += i_b * s_kb + i_g * s_kg + o_t[:, None] * s_kt + o_d[None, :]
     p_v += i_b * s_vb + i_g * s_vg + o_t[:, None] * s_vt + o_d[None, :]

@@ -4,10 +4,28 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+
+from megatron_dmc.ops import gates
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Kernels run on the CPU, by Triton's interpreter (TRITON_INTERPRET=1 before the import)."""
+
+
+_BORROWED_CHANNEL = tl.constexpr(gates.BORROWED_CHANNEL)
+
+
+@triton.jit
+def borrowed_channel(D: tl.constexpr):
+    """The component of a head of D that holds a gate's logit; see `ops.gates`."""
+    return (_BORROWED_CHANNEL + D) % D
+
+
+@triton.jit
+def is_content(o_d, D: tl.constexpr):
+    """True for the other channels of a head of D."""
+    return (o_d >= 0) & (o_d < D) & (o_d != borrowed_channel(D))
 
 
 def on_device(x: Tensor) -> AbstractContextManager:

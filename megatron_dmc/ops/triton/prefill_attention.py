@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_dmc.ops.tensors import dense_channels
-from megatron_dmc.ops.triton.launch import INTERPRETED, capability, on_device
+from megatron_dmc.ops.triton.launch import INTERPRETED, capability, is_content, on_device
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def attend_kernel(
     p_q += o_t[:, None] * s_qt + o_n[:, None] * s_qn
     m_content = m_qd
     if COMPRESS:
-        m_content = m_q[:, None] & (o_d < D - 1)[None, :]
+        m_content = m_q[:, None] & is_content(o_d, D)[None, :]
     b_q = tl.load(p_q + o_d[None, :], mask=m_content, other=0.0)
     if HALF > 0:
         o_pair = tl.where(o_d < HALF, o_d + HALF, tl.where(o_d < 2 * HALF, o_d - HALF, o_d))
@@ -107,12 +107,12 @@ def attend_kernel(
         b_cos = tl.load(p_cos, mask=m_pair, other=1.0).to(tl.float32)
         b_sin = tl.load(p_sin, mask=m_pair, other=0.0).to(tl.float32)
         if COMPRESS:
-            m_pair = m_pair & (o_pair < D - 1)[None, :]
+            m_pair = m_pair & is_content(o_pair, D)[None, :]
         b_pair = tl.load(p_q + o_pair[None, :], mask=m_pair, other=0.0).to(tl.float32)
         b_turned = tl.where(o_d < HALF, -1.0, 1.0)[None, :] * b_pair * b_sin
         b_turned = b_q.to(tl.float32) * b_cos + b_turned
         if COMPRESS:
-            b_turned = tl.where((o_d < D - 1)[None, :], b_turned, 0.0)
+            b_turned = tl.where(is_content(o_d, D)[None, :], b_turned, 0.0)
         b_q = b_turned.to(b_q.dtype)
 
     if COMPRESS:

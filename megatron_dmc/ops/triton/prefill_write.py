@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_dmc.ops.tensors import dense_channels
-from megatron_dmc.ops.triton.launch import INTERPRETED, on_device
+from megatron_dmc.ops.triton.launch import INTERPRETED, is_content, on_device
 from megatron_dmc.ops.triton.scan import last_row, products, weighted_sum
 
 TILE = 32
@@ -75,7 +75,7 @@ def tails_kernel(
             o_d = i_d + tl.arange(0, F)
             m_d = o_d < D
             # [I, F]
-            m_k = m_open[:, None] & (o_d < D - 1)[None, :]
+            m_k = m_open[:, None] & is_content(o_d, D)[None, :]
             b_k = tl.load(p_k + o_t[:, None] * s_kt + o_d[None, :], mask=m_k, other=0.0)
             m_v = m_open[:, None] & m_d[None, :]
             b_v = tl.load(p_v + o_t[:, None] * s_vt + o_d[None, :], mask=m_v, other=0.0)
@@ -157,7 +157,7 @@ def write_kernel(
     o_pair = tl.where(o_d < HALF, o_d + HALF, tl.where(o_d < 2 * HALF, o_d - HALF, o_d))
     m_k, m_pair = m_d, m_d
     if COMPRESS:
-        m_k, m_pair = o_d < D - 1, m_d & (o_pair < D - 1)
+        m_k, m_pair = is_content(o_d, D), m_d & is_content(o_pair, D)
     p_k += start * s_kt + i_g * s_kg
     p_v += start * s_vt + i_g * s_vg
     # [I, F]
@@ -233,7 +233,7 @@ def write_kernel(
         b_sin = tl.load(p_sin, mask=m_turn, other=0.0).to(tl.float32)
         b_k = b_k * b_cos + tl.where(o_d < HALF, -1.0, 1.0)[None, :] * b_pair * b_sin
     if COMPRESS:
-        b_k = tl.where((o_d < D - 1)[None, :], b_k, 0.0)
+        b_k = tl.where(is_content(o_d, D)[None, :], b_k, 0.0)
     b_k, b_v = b_k.to(p_k_pages.dtype.element_ty), b_v.to(p_v_pages.dtype.element_ty)
 
     o_tg = (start + o_t) * num_groups + i_g
@@ -289,7 +289,7 @@ def kept_kernel(
             p_omega + (start + i_t) * s_ot + i_g * s_og + 0 * o_a, mask=m_new, other=0.0
         )
         # [F]; the borrowed channel is 0
-        b_x = tl.load(p_k + i_t * s_kt + o_a, mask=(o_a < D - 1) & m_new, other=0.0)
+        b_x = tl.load(p_k + i_t * s_kt + o_a, mask=is_content(o_a, D) & m_new, other=0.0)
         m_v = (o_a >= D) & (o_a < 2 * D) & m_new
         b_x += tl.load(p_v + i_t * s_vt + o_a - D, mask=m_v, other=0.0)
         b_x = tl.where(o_a == 2 * D, 1.0, b_x.to(tl.float32)) * b_omega.to(tl.float32)

@@ -32,8 +32,12 @@ struct AppendParams {
   bool compress, may_merge;
 };
 
+// The component of each query and key head that holds a gate's logit: `BORROWED_CHANNEL` of ops/gates.py.
+template <int kHeadDim>
+constexpr int kBorrowedChannel = kHeadDim - 1;
+
 // A thread owns pairs of channels: those that RoPE turns together, (j, j + half), and after them the
-// channels that pass, paired likewise. The borrowed channel is the second of the last pair.
+// channels that pass, paired likewise.
 template <int kHeadDim>
 struct Pairs {
   static constexpr int kTotal = kHeadDim / 2;
@@ -46,15 +50,16 @@ struct Pairs {
   DMC_DEVICE int second(int i) const {
     return pair(i) < half ? half + pair(i) : kTotal + pair(i);
   }
-  DMC_DEVICE bool has_borrowed(int i) const { return pair(i) == kTotal - 1; }
+  DMC_DEVICE bool is_content(int channel) const { return channel != kBorrowedChannel<kHeadDim>; }
 
   template <class T>
   DMC_DEVICE void load(float (&x)[2 * kOwn], const T* from, bool compress) const {
     DMC_UNROLL
     for (int i = 0; i < kOwn; ++i) {
-      const bool borrowed = compress && has_borrowed(i);
-      x[2 * i] = owns(i) ? to_float(from[first(i)]) : 0.0f;
-      x[2 * i + 1] = owns(i) && !borrowed ? to_float(from[second(i)]) : 0.0f;
+      const bool has_first = owns(i) && (!compress || is_content(first(i)));
+      const bool has_second = owns(i) && (!compress || is_content(second(i)));
+      x[2 * i] = has_first ? to_float(from[first(i)]) : 0.0f;
+      x[2 * i + 1] = has_second ? to_float(from[second(i)]) : 0.0f;
     }
   }
   DMC_DEVICE void load_sums(float (&x)[2 * kOwn], const float* from) const {
@@ -122,8 +127,8 @@ struct Pairs {
     DMC_UNROLL
     for (int i = 0; i < kOwn; ++i) {
       const float a = x[2 * i], b = x[2 * i + 1];
-      x[2 * i] = a * cos[i] - b * sin[i];
-      x[2 * i + 1] = compress && has_borrowed(i) ? 0.0f : b * cos[i] + a * sin[i];
+      x[2 * i] = compress && !is_content(first(i)) ? 0.0f : a * cos[i] - b * sin[i];
+      x[2 * i + 1] = compress && !is_content(second(i)) ? 0.0f : b * cos[i] + a * sin[i];
     }
   }
 };
@@ -151,7 +156,7 @@ DMC_DEVICE void append_token(const AppendParams<T>& p, int index) {
     const T* q_D = q_ND + r * p.q_stride[1];
     float q[kChannels];
     own.load(q, q_D, p.compress);
-    logit += to_float(q_D[kHeadDim - 1]);
+    logit += to_float(q_D[kBorrowedChannel<kHeadDim>]);
     own.turn(q, cos, sin, p.compress);
     const int64_t n = int64_t(g) * p.group + r;
     own.store(q, p.q_out_BND + b * p.q_out_stride[0] + n * p.q_out_stride[1]);
@@ -167,7 +172,7 @@ DMC_DEVICE void append_token(const AppendParams<T>& p, int index) {
     is_merge = p.is_merge_BG[index] != 0;
     omega = p.omega_BG[index];
   } else if (p.compress) {
-    is_merge = p.may_merge && to_float(k_D[kHeadDim - 1]) - p.alpha_offset > 0.0f;
+    is_merge = p.may_merge && to_float(k_D[kBorrowedChannel<kHeadDim>]) - p.alpha_offset > 0.0f;
     omega = sigmoid(logit / p.group + p.alpha_offset) + p.eps;
   }
   is_merge = is_merge && entries > 0;
