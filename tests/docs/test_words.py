@@ -44,6 +44,8 @@ CLEAN = (
     "docs/concepts.md",
     "docs/faq.md",
     "docs/decisions.md",
+    "docs/engine.md",
+    "docs/serving.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
 )
