@@ -46,6 +46,12 @@ CLEAN = (
     "docs/decisions.md",
     "docs/engine.md",
     "docs/serving.md",
+    "docs/training.md",
+    "docs/checkpoints.md",
+    "docs/huggingface.md",
+    "docs/evaluation.md",
+    "docs/results.md",
+    "README.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
 )
