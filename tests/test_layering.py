@@ -32,7 +32,6 @@ LEVELS = {
     "plan": 6,
     "bench": 6,
     "quality": 6,
-    "engine_flags": 6,
     "cli": 7,
 }
 """Level of every module and package directly under megatron_dmc."""
@@ -40,8 +39,6 @@ LEVELS = {
 SAME_LEVEL = {
     ("config", "errors"),
     ("bench", "plan"),
-    ("bench", "engine_flags"),
-    ("server", "engine_flags"),
 }
 """(importer, imported): the only imports within a level. Add none that closes a circle."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron_dmc.bench.serving import add_serving_benchmarks
 from megatron_dmc.bench.suite_plan import add_suite
 from megatron_dmc.bench.window import add_window
-from megatron_dmc.engine_flags import add_kv_cache_dtype
+from megatron_dmc.engine.flags import add_settings
 from megatron_dmc.errors import DMCError
 
 
@@ -75,7 +75,7 @@ def add_benchmarks(parser: argparse.ArgumentParser) -> None:
                 "--crs", type=float, nargs="+", metavar="CR",
                 help="tokens over entries (default: 1, 4 and 8, 1 and 4 on a CPU)",
             )  # fmt: skip
-            add_kv_cache_dtype(sub)
+            add_settings(sub, ["kv_cache_dtype"])
             sub.add_argument(
                 "--prompts", type=int, nargs="+", metavar="T",
                 help="tokens of a prompt that is prefilled (default: 4096 and 32768, 512 on a CPU)",
@@ -85,7 +85,7 @@ def add_benchmarks(parser: argparse.ArgumentParser) -> None:
             sub.add_argument("--batch", type=int, default=4, help="requests (default: 4)")
             sub.add_argument("--crs", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0],
                              metavar="CR", help="imposed CRs (default: 1 2 4 8)")  # fmt: skip
-            add_kv_cache_dtype(sub)
+            add_settings(sub, ["kv_cache_dtype"])
         sub.set_defaults(module=benchmark.module, benchmark=benchmark.name)
     add_serving_benchmarks(names)
     add_suite(names)

@@ -25,6 +25,7 @@ from megatron_dmc.bench.tables import Row
 from megatron_dmc.checkpoint.load import LoadedModel
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.engine import EngineConfig, LLMEngine, SamplingParams
+from megatron_dmc.engine.config import KVCacheDtype
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.request import RequestStatus
 from megatron_dmc.errors import DMCError
@@ -44,7 +45,7 @@ def make_engine(
     max_model_len: int,
     max_num_seqs: int,
     num_pages: int,
-    kv_cache_dtype: str = "auto",
+    kv_cache_dtype: KVCacheDtype = "auto",
     make_context: Callable[..., PagedContext] = PagedContext,
     cudagraph_capture_sizes: Sequence[int] | None = None,
 ) -> LLMEngine:
@@ -60,7 +61,7 @@ def make_engine(
     description = replace(loaded.description, dmc=None)
     sizes = [max_num_seqs] if cudagraph_capture_sizes is None else cudagraph_capture_sizes
     config = EngineConfig(
-        max_model_len=max_model_len, num_pages=num_pages, page_size=PAGE_SIZE,
+        max_model_len=max_model_len, num_pages=num_pages, block_size=PAGE_SIZE,
         kv_cache_dtype=kv_cache_dtype, max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max(2048, max_num_seqs), count_flipped_decisions=False,
         cudagraph_capture_sizes=sizes or None, enforce_eager=not sizes,
@@ -72,7 +73,7 @@ def make_engine(
             max_num_batched_tokens=config.max_num_batched_tokens,
         )  # fmt: skip
     return LLMEngine(
-        loaded.model, description, None, config, dtype=parameter.dtype, device=parameter.device,
+        loaded.model, description, None, config, dtype=parameter.dtype,
         make_context=make_context,
     )  # fmt: skip
 

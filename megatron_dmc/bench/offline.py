@@ -23,7 +23,7 @@ from megatron_dmc.bench.measure import Panel, Settings, document, finish, releas
 from megatron_dmc.bench.serving import prompts
 from megatron_dmc.bench.subject import Case, Subject
 from megatron_dmc.bench.tables import Row, curves, write_csv
-from megatron_dmc.engine_flags import model_path
+from megatron_dmc.engine.flags import model_path
 from megatron_dmc.errors import DMCError
 
 

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron_dmc.engine_flags import add_engine_arguments
+from megatron_dmc.engine.flags import add_engine_arguments
 
 HIGHEST_RANDOM_ID = 500
 """Random prompts draw their token ids from [3, this): every vocabulary has those."""

@@ -26,8 +26,8 @@ from megatron_dmc.checkpoint.tokenizer import load_tokenizer
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.engine import LLM
 from megatron_dmc.engine.context import PagedContext
-from megatron_dmc.engine.llm import pages_in_memory, parse_dtype
-from megatron_dmc.engine_flags import engine_options, given_tokenizer, model_path
+from megatron_dmc.engine.flags import engine_settings, model_path, tokenizer_path
+from megatron_dmc.engine.sizes import model_dtype, pages_in_memory
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops.paged.kv_pages import entry_bytes, parse_kv_cache_dtype
 from megatron_dmc.plan.model import find_model
@@ -133,7 +133,7 @@ class Subject:
             )
         self.args = args
         self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = parse_dtype(args.dtype)
+        dtype = model_dtype(args.dtype)
         self.is_random = args.load_format == "dummy"
         if self.is_random:
             found: Any = find_model(model_path(args))
@@ -154,7 +154,7 @@ class Subject:
                 model_path(args), device=self.device, dtype=dtype, allow_pickle=args.allow_pickle,
                 verify_checkpoint=args.verify_checkpoint, trust_remote_code=trusted,
             )  # fmt: skip
-            if (place := given_tokenizer(args)) is not None:
+            if (place := tokenizer_path(args)) is not None:
                 self.loaded = replace(
                     self.loaded, tokenizer=load_tokenizer(place, trust_remote_code=trusted)
                 )
@@ -208,7 +208,7 @@ class Subject:
             DMCError: no request fits into the cache.
         """
         decisions = self.decisions(case)
-        options = engine_options(self.args)
+        options = engine_settings(self.args)
         batch = case.max_num_seqs
         if batch is None:
             batch = self.largest_batch(case, decisions)

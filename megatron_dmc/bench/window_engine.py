@@ -37,7 +37,7 @@ from megatron_dmc.checkpoint.load import LoadedModel
 from megatron_dmc.engine import LLMEngine, SamplingParams
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.graphs import Captured
-from megatron_dmc.engine.llm import pages_in_memory
+from megatron_dmc.engine.sizes import pages_in_memory
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops.paged.kv_pages import entry_bytes
 from megatron_dmc.plan.model import find_model

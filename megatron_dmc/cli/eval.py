@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from megatron_dmc.engine_flags import add_engine_arguments, make_llm, model_path
+from megatron_dmc.engine.flags import add_engine_arguments, make_llm, model_path
 from megatron_dmc.errors import DMCError
 from megatron_dmc.quality.lm_eval.suite import (
     SUITE_FEWSHOT,
@@ -24,15 +24,6 @@ _PARTS = ("results", "groups", "n-shot", "n-samples", "versions", "configs", "sa
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command, named as lm-eval's and the engine's."""
     add_engine_arguments(parser)
-    group = parser.add_argument_group("eviction, to compare with (plain models)")
-    group.add_argument(
-        "--cache-policy", metavar="POLICY",
-        help="h2o, tova or window: evict entries where the cache holds more than --cache-budget",
-    )  # fmt: skip
-    group.add_argument(
-        "--cache-budget", metavar="N", type=cache_budget,
-        help="entries that each head keeps; with a point, as 0.25, the part of the prompt",
-    )  # fmt: skip
     group = parser.add_argument_group("evaluation")
     group.add_argument(
         "--tasks", default="local",
@@ -61,10 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def cache_budget(text: str) -> int | float:
-    return float(text) if "." in text else int(text)
-
-
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     if importlib.util.find_spec("lm_eval") is None:
@@ -88,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_dmc.quality.lm_eval.model import MegatronDMC
 
     path = model_path(args)
-    llm = make_llm(args, cache_policy=args.cache_policy, cache_budget=args.cache_budget)
+    llm = make_llm(args)
     model = MegatronDMC(
         path, tokenizer=args.tokenizer, llm=llm, max_gen_toks=args.max_gen_toks,
         allow_pickle=args.allow_pickle,

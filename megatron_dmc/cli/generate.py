@@ -1,46 +1,29 @@
-"""`megatron-dmc generate`: stream a completion, then say what it cost."""
+"""`megatron-dmc generate`: stream a completion, then print its speed, CR and cache size."""
 
 import argparse
 import sys
 import time
 
-from megatron_dmc.engine_flags import (
-    add_checkpoint_arguments,
-    add_kv_cache_dtype,
-    add_parallel_arguments,
-    add_trust_remote_code,
-    is_follower,
-)
+from megatron_dmc.engine.flags import add_engine_arguments, is_follower, make_llm, model_path
 from megatron_dmc.errors import DMCError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command, named as vLLM's where it has them."""
-    parser.add_argument("model", metavar="MODEL", help="Hugging Face folder or Megatron checkpoint")
-    parser.add_argument("--prompt", help="text to continue; default: standard input")
-    parser.add_argument("--max-tokens", type=int, default=128, help="most tokens to generate")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0, help="0: no limit")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stop", action="append", default=[], help="text that ends it; repeatable")
-    parser.add_argument("--ignore-eos", action="store_true")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ...")
-    parser.add_argument("--device", help="default: the GPU if there is one")
-    parser.add_argument("--max-model-len", type=int, help="longest sequence; default: the model's")
-    parser.add_argument("--block-size", type=int, default=16, help="slots per page")
-    add_kv_cache_dtype(parser)
-    add_trust_remote_code(parser)
-    parser.add_argument(
-        "--no-dmc", action="store_true", help="append every token, whatever the model decides"
-    )
-    add_checkpoint_arguments(parser)
-    add_parallel_arguments(parser)
+    add_engine_arguments(parser, max_num_seqs=1)
+    group = parser.add_argument_group("generation")
+    group.add_argument("--prompt", help="text to continue; default: standard input")
+    group.add_argument("--max-tokens", type=int, default=128, help="most tokens to generate")
+    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    group.add_argument("--top-k", type=int, default=0, help="0: no limit")
+    group.add_argument("--top-p", type=float, default=1.0)
+    group.add_argument("--stop", action="append", default=[], help="text that ends it; repeatable")
+    group.add_argument("--ignore-eos", action="store_true", help="continue after end of text")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from megatron_dmc.engine import LLM, SamplingParams
+    from megatron_dmc.engine.sampling_params import SamplingParams
 
     params = SamplingParams(
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
@@ -48,21 +31,14 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     follows = is_follower(args)
     prompt = sys.stdin.read() if args.prompt is None and not follows else args.prompt
-    llm = LLM(
-        args.model, dtype=args.dtype, device=args.device, max_model_len=args.max_model_len,
-        max_num_seqs=1, block_size=args.block_size, kv_cache_dtype=args.kv_cache_dtype,
-        enable_dmc=False if args.no_dmc else None, trust_remote_code=args.trust_remote_code,
-        allow_pickle=args.allow_pickle, verify_checkpoint=args.verify_checkpoint,
-        tensor_parallel_size=args.tensor_parallel_size,
-        distributed_timeout_seconds=args.distributed_timeout_seconds,
-    )  # fmt: skip
+    llm = make_llm(args)
     if follows:
         llm.follow()
         return 0
     engine = llm.engine
     if engine.tokenizer is None:
         raise DMCError(
-            f"{args.model}: no tokenizer beside the checkpoint; copy tokenizer.model there"
+            f"{model_path(args)}: the checkpoint has no tokenizer; give its folder with --tokenizer"
         )
     engine.add_request("0", prompt, params)
     print(prompt, end="", flush=True)

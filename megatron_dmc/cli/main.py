@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from megatron_dmc import __version__
-from megatron_dmc.engine_flags import add_trust_remote_code
+from megatron_dmc.engine.flags import CHECKPOINT_SETTINGS, add_settings
 from megatron_dmc.errors import DMCError, EngineDead
 from megatron_dmc.quiet import silence_optional_packages
 
@@ -18,8 +18,6 @@ type Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 def add_convert(subparsers: Subparsers) -> None:
     """`megatron-dmc convert`."""
-    from megatron_dmc.engine_flags import add_checkpoint_arguments
-
     parser = subparsers.add_parser(
         "convert",
         help="convert between Hugging Face folders and Megatron torch_dist checkpoints",
@@ -45,8 +43,7 @@ def add_convert(subparsers: Subparsers) -> None:
         "--dmc-target-cr", type=float, metavar="CR",
         help="of a released DMC checkpoint that does not say it",
     )  # fmt: skip
-    add_checkpoint_arguments(parser)
-    add_trust_remote_code(parser)
+    add_settings(parser, CHECKPOINT_SETTINGS)
     parser.add_argument("--force", action="store_true", help="replace what is in OUT")
     parser.set_defaults(run=run_convert)
 
@@ -129,8 +126,6 @@ def run_serve(args: argparse.Namespace) -> int:
 
 def add_report(subparsers: Subparsers) -> None:
     """`megatron-dmc report`."""
-    from megatron_dmc.engine_flags import add_checkpoint_arguments
-
     parser = subparsers.add_parser(
         "report",
         help="compare a DMC model with its base on held-out text, write report.html and .json",
@@ -149,8 +144,7 @@ def add_report(subparsers: Subparsers) -> None:
         help="TensorBoard folder of a training stage; repeatable, in order",
     )  # fmt: skip
     parser.add_argument("--device", help="default: the GPU if there is one")
-    add_checkpoint_arguments(parser)
-    add_trust_remote_code(parser)
+    add_settings(parser, CHECKPOINT_SETTINGS)
     parser.set_defaults(run=run_report)
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from megatron_dmc.engine_flags import add_engine_arguments, is_follower, make_llm, model_path
+from megatron_dmc.engine.flags import add_engine_arguments, is_follower, make_llm, model_path
 from megatron_dmc.errors import DMCError
 
 if TYPE_CHECKING:
@@ -114,11 +114,11 @@ def run(args: argparse.Namespace) -> int:
                 timeout_graceful_shutdown=int(args.shutdown_timeout + LAST_WORDS_S),
             )
         )  # fmt: skip
-        config = engine.config
+        pool = engine.context.pool
         print(
-            f"serving {', '.join(service.model_names)} at {_address(listener)}: {config.num_pages} pages "
-            f"of {config.page_size} slots ({config.num_pages * engine.context.pool.page_bytes:,} bytes), "
-            f"at most {config.max_num_seqs} requests of {config.max_model_len} tokens at a time",
+            f"serving {', '.join(service.model_names)} at {_address(listener)}: {pool.num_pages} pages "
+            f"of {pool.page_size} slots ({pool.num_pages * pool.page_bytes:,} bytes), at most "
+            f"{engine.config.max_num_seqs} requests of {engine.max_model_len} tokens at a time",
             file=sys.stderr,
             flush=True,
         )

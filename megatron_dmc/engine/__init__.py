@@ -1,12 +1,33 @@
-"""The inference engine: requests, scheduling, the paged context, sampling."""
+"""The inference engine: requests, scheduling, the paged context, sampling.
 
-from megatron_dmc.engine.async_llm import AsyncLLM, RequestStream
-from megatron_dmc.engine.config import EngineConfig
-from megatron_dmc.engine.engine import LLMEngine
-from megatron_dmc.engine.llm import LLM
-from megatron_dmc.engine.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from megatron_dmc.engine.sampling_params import SamplingParams
-from megatron_dmc.engine.stats import EngineStats
+Names are imported when they are first used: `engine.config` and `engine.flags` need no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_dmc.engine.async_llm import AsyncLLM, RequestStream
+    from megatron_dmc.engine.config import EngineConfig
+    from megatron_dmc.engine.engine import LLMEngine
+    from megatron_dmc.engine.llm import LLM
+    from megatron_dmc.engine.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from megatron_dmc.engine.sampling_params import SamplingParams
+    from megatron_dmc.engine.stats import EngineStats
+
+_MODULES = {
+    "LLM": "llm",
+    "AsyncLLM": "async_llm",
+    "CompletionOutput": "request",
+    "EngineConfig": "config",
+    "EngineStats": "stats",
+    "LLMEngine": "engine",
+    "Logprob": "request",
+    "RequestMetrics": "request",
+    "RequestOutput": "request",
+    "RequestStream": "async_llm",
+    "SamplingParams": "sampling_params",
+}
 
 __all__ = [
     "LLM",
@@ -21,3 +42,9 @@ __all__ = [
     "RequestStream",
     "SamplingParams",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -15,9 +15,10 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from megatron_dmc.engine.build import build_engine
+from megatron_dmc.engine.config import EngineConfig
 from megatron_dmc.engine.engine import LLMEngine
 from megatron_dmc.engine.isolation import own_work
-from megatron_dmc.engine.llm import LLM
 from megatron_dmc.engine.prompts import read_prompt
 from megatron_dmc.engine.request import RequestOutput
 from megatron_dmc.engine.sampling_params import SamplingParams
@@ -112,10 +113,16 @@ class AsyncLLM:
 
     @classmethod
     def from_model(
-        cls, model: Any, *, observer: Observer | None = None, **arguments: Any
+        cls,
+        model: Any,
+        tokenizer: Any | None = None,
+        *,
+        observer: Observer | None = None,
+        **settings: Any,
     ) -> "AsyncLLM":
-        """Load a model; `arguments` are those of `LLM`."""
-        return cls(LLM(model, **arguments).engine, observer=observer)
+        """Load a model; the arguments are those of `LLM`."""
+        config = EngineConfig.from_settings(settings)
+        return cls(build_engine(model, tokenizer, config), observer=observer)
 
     # Requests.
 

@@ -30,7 +30,7 @@ from megatron_dmc.engine.runner import ModelRunner, device_of_weights
 from megatron_dmc.engine.sampler import SampledToken, Sampler, token_logprobs
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.engine.scheduler import ScheduledChunk, Scheduler
-from megatron_dmc.engine.sizes import check_fits_model
+from megatron_dmc.engine.sizes import resolve_sizes
 from megatron_dmc.engine.stats import Counters, EngineStats
 from megatron_dmc.errors import EngineDead, InvalidRequest, RequestFailed
 from megatron_dmc.ops.paged.kv_pages import parse_kv_cache_dtype
@@ -51,11 +51,8 @@ class LLMEngine:
         description: `num_layers, num_query_groups, kv_channels, vocab_size,
             max_position_embeddings, dmc`.
         tokenizer: see `as_tokenizer`; None: token ids only, no texts.
-        config: sizes.
-        dtype: the model's.
-        device: of the cache and of all computation; default: where the model's weights are.
-        enable_dmc: None: as the model. False: never merge (the borrowed channel of a DMC model still
-            carries no content). True: refuse a plain model.
+        config: settings; those about loading a model have no effect here.
+        dtype: the model's. The cache and all computation are where its weights are.
         eos_id: end-of-text token; default: the tokenizer's.
         further_eos_ids: tokens that end an answer too, as models of several kinds of turns have them.
         default_sampling_params: arguments of the `SamplingParams` of requests that bring none.
@@ -73,20 +70,19 @@ class LLMEngine:
         config: EngineConfig,
         *,
         dtype: torch.dtype,
-        device: torch.device | str | None = None,
-        enable_dmc: bool | None = None,
         eos_id: int | None = None,
         further_eos_ids: Collection[int] = (),
         default_sampling_params: dict[str, Any] | None = None,
         parallel: TensorParallel | None = None,
         make_context: Callable[..., PagedContext] = PagedContext,
     ):
-        device = device_of_weights(model, device)
+        device = device_of_weights(model, config.device)
         num_ranks = 1 if parallel is None else parallel.size
         heads_per_rank = description.num_query_groups // num_ranks
-        check_fits_model(config, description, heads_per_rank)
-        rule = compression_rule(description.dmc, enable_dmc)
-        check_combinations(config, rule, num_ranks)
+        config = resolve_sizes(config, description, dtype=dtype, device=device, parallel=parallel)
+        assert config.num_pages is not None and config.max_model_len is not None
+        rule = compression_rule(description.dmc, config.enable_dmc)
+        check_combinations(config, rule)
         has_ring = rule is not None and rule.has_ring
         self.config, self.description = config, description
         self.tokenizer = tokenizer = as_tokenizer(tokenizer)
@@ -105,7 +101,7 @@ class LLMEngine:
             num_kv_heads=heads_per_rank,
             head_dim=description.kv_channels,
             num_pages=config.num_pages,
-            page_size=config.page_size,
+            page_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
             max_model_len=config.max_model_len,
             dtype=dtype,
@@ -132,7 +128,7 @@ class LLMEngine:
         eager = config.enforce_eager or has_ring or config.cache_policy is not None
         if device.type == "cuda" and not eager:
             self.runner.capture_on_gpu(
-                config.graph_sizes(), progress=parallel is None or parallel.rank == 0
+                config.capture_sizes(), progress=parallel is None or parallel.rank == 0
             )
         self.scheduler = Scheduler(
             self.context,
@@ -208,7 +204,7 @@ class LLMEngine:
                 f"request {request_id}: stop={params.stop!r} needs a tokenizer; use stop_token_ids"
             )
         check_token_ids(request_id, params, self.description.vocab_size)
-        room = self.config.max_model_len - len(token_ids)
+        room = self.max_model_len - len(token_ids)
         new = room if params.max_tokens is None else min(params.max_tokens, room)
         request = Request(
             request_id=request_id,
@@ -242,6 +238,11 @@ class LLMEngine:
     @property
     def has_unfinished_requests(self) -> bool:
         return self.scheduler.has_unfinished_requests
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence, prompt and completion together."""
+        return self.scheduler.max_model_len
 
     # A step.
 

@@ -51,12 +51,6 @@ class CudaGraphs:
         return Captured(graph.replay, output)
 
 
-def default_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes as vLLM's: 1, 2, 4, multiples of 8 up to 256, of 16 up to 512; and `max_num_seqs`."""
-    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)]
-    return sorted({size for size in (*sizes, max_num_seqs) if size <= min(max_num_seqs, 512)})
-
-
 class DecodeGraphs:
     """The model's decode step, captured for some batch sizes.
 

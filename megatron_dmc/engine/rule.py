@@ -1,4 +1,4 @@
-"""What the cache does with a model's tokens, and what cannot be combined."""
+"""The compression rule implied by a model's DMC settings, and the combinations that are unsupported."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -34,10 +34,11 @@ def compression_rule(dmc: Any | None, enable_dmc: bool | None) -> CompressionRul
 
     Args:
         dmc: `DMCConfig`, or None.
-        enable_dmc: as `LLMEngine` takes it.
+        enable_dmc: the engine's setting.
 
     Raises:
-        UnsupportedConfig: the model does not compress though it shall, or in a way that the cache has not.
+        UnsupportedConfig: `enable_dmc` was requested for a model without DMC, or the cache does not support the
+            model's variant.
     """
     merges = dmc is not None and dmc.compresses
     if enable_dmc and not merges:
@@ -60,8 +61,8 @@ def compression_rule(dmc: Any | None, enable_dmc: bool | None) -> CompressionRul
     )
 
 
-def check_combinations(config: EngineConfig, rule: CompressionRule | None, num_ranks: int) -> None:
-    """Refuse settings that contradict the model or one another.
+def check_combinations(config: EngineConfig, rule: CompressionRule | None) -> None:
+    """Refuse settings that contradict the model.
 
     Raises:
         UnsupportedConfig: names the setting and the remedy.
@@ -76,14 +77,8 @@ def check_combinations(config: EngineConfig, rule: CompressionRule | None, num_r
             f"enable_prefix_caching=True: this model {what}, and a page whose slots are written again "
             "cannot be shared; switch it off"
         )
-    if config.cache_policy is None:
-        return
-    policy = f"cache_policy={config.cache_policy!r}"
-    if num_ranks > 1:
+    if config.cache_policy is not None and rule is not None:
         raise UnsupportedConfig(
-            f"{policy} with tensor parallelism is not supported; use one process"
-        )
-    if rule is not None:
-        raise UnsupportedConfig(
-            f"{policy} with a DMC model: it compresses by itself; use the base model"
+            f"cache_policy={config.cache_policy!r} with a DMC model: it compresses by itself; use the base "
+            "model"
         )

@@ -1,4 +1,4 @@
-"""Whether an engine of the sizes that were asked for can be, said before a model is loaded."""
+"""Resolve the sizes that a configuration leaves open, and check them against the model and the memory."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,120 +6,181 @@ from typing import Any
 import psutil
 import torch
 
-from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.description import ModelDescription, parse_dtype
 from megatron_dmc.checkpoint.weights import weight_bytes
-from megatron_dmc.engine.config import EngineConfig, parse_dtype
-from megatron_dmc.engine.rule import compression_rule
+from megatron_dmc.engine.config import EngineConfig
+from megatron_dmc.engine.parallel.group import TensorParallel
+from megatron_dmc.engine.rule import CompressionRule, compression_rule
 from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.ops.paged.kv_pages import entry_bytes, parse_kv_cache_dtype
 from megatron_dmc.ops.training.merge import num_kept
 
-MOST = {
-    "max_model_len": 2**31 - 1,
-    "num_pages": 2**31 - 1,
-    "block_size": 2**16,
-    "page_size": 2**16,
-    "max_num_seqs": 2**16,
-    "max_num_batched_tokens": 2**24,
-    "kv_cache_memory_bytes": 2**50,
-    "tensor_parallel_size": 2**16,
-}
-"""Arguments of `LLM`, above which numbers overflow; memory sets lower limits."""
+_DEFAULT_CPU_CACHE_BYTES = 2**30
 
 
-def check_arguments(arguments: dict[str, Any]) -> None:
-    """Look at the sizes among the arguments of `LLM`, without a model.
+def model_dtype(name: str | torch.dtype) -> torch.dtype | None:
+    """The model's dtype from the setting `dtype`; None for "auto".
 
     Raises:
-        UnsupportedConfig: names the argument, its value and what it may be.
+        UnsupportedConfig: for an unknown name.
     """
-    for name, most in MOST.items():
-        value = arguments[name]
-        if value is not None and not (type(value) is int and 1 <= value <= most):
+    synonyms = {"half": "float16", "float": "float32"}
+    return None if name == "auto" else parse_dtype(synonyms.get(str(name), name))
+
+
+def resolve_sizes(
+    config: EngineConfig,
+    description: Any,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    parallel: TensorParallel | None,
+) -> EngineConfig:
+    """The configuration with `max_model_len` and `num_pages` set, the same on every rank.
+
+    Args:
+        dtype: the model's; `device`: its weights', in whose memory the cache is.
+
+    Raises:
+        UnsupportedConfig: the sizes do not fit the model, or no memory is left for the cache.
+    """
+    max_model_len, num_pages = config.max_model_len, config.num_pages
+    num_ranks = 1 if parallel is None else parallel.size
+    if max_model_len is None:
+        max_model_len = int(description.max_position_embeddings)
+    if num_pages is None:
+        cache_dtype = parse_kv_cache_dtype(config.kv_cache_dtype) or dtype
+        pages_per_sequence = (
+            -(-max_model_len // config.block_size)
+            * description.num_layers
+            * description.num_query_groups
+            // num_ranks
+        )
+        num_pages = pages_in_memory(
+            2 * config.block_size * entry_bytes(description.kv_channels, cache_dtype),
+            worst_case=pages_per_sequence * config.max_num_seqs,
+            kv_cache_memory_bytes=config.kv_cache_memory_bytes,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            device=device,
+        )
+    if parallel is not None:
+        num_pages = parallel.least(num_pages)
+    config = replace(config, max_model_len=max_model_len, num_pages=num_pages)
+    check_fits_model(config, description, num_ranks)
+    return config
+
+
+def pages_in_memory(
+    page_bytes: int,
+    *,
+    worst_case: int,
+    kv_cache_memory_bytes: int | None,
+    gpu_memory_utilization: float,
+    device: torch.device,
+) -> int:
+    """Pages that fit into the given memory, at most `worst_case`.
+
+    Args:
+        page_bytes: of one page, key and value together, with their scales.
+        worst_case: pages that all requests need together if nothing merges.
+        kv_cache_memory_bytes: memory of the cache. None: on a GPU the part `gpu_memory_utilization` of its
+            memory less all that is in use, on a CPU 1 GiB.
+
+    Raises:
+        UnsupportedConfig: no memory is left for a page.
+    """
+    if kv_cache_memory_bytes is None and device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        kv_cache_memory_bytes = int(total * gpu_memory_utilization) - (total - free)
+        if kv_cache_memory_bytes < page_bytes:
             raise UnsupportedConfig(
-                f"{name}={value!r}: use a positive whole number, at most {most}"
+                f"gpu_memory_utilization={gpu_memory_utilization} leaves no memory for the cache; "
+                "raise it, or use kv_cache_memory_bytes"
             )
-    part = arguments["gpu_memory_utilization"]
-    if not (isinstance(part, int | float) and 0 < part <= 1):
-        raise UnsupportedConfig(f"gpu_memory_utilization={part!r}: use a number above 0, at most 1")
-    _config(arguments, arguments["max_model_len"] or 1)
+    limit = _DEFAULT_CPU_CACHE_BYTES if kv_cache_memory_bytes is None else kv_cache_memory_bytes
+    return min(worst_case, limit // page_bytes)
 
 
-def _config(arguments: dict[str, Any], max_model_len: int) -> EngineConfig:
-    """Validates what it is made of. Where no number of pages was given it holds a stand-in."""
-    names = ("kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens", "scheduling_policy",
-             "enable_prefix_caching", "prefix_block_size", "enforce_eager", "cudagraph_capture_sizes",
-             "cache_policy", "cache_budget")  # fmt: skip
-    size = arguments["block_size"] or arguments["page_size"] or EngineConfig.page_size
-    return EngineConfig(
-        max_model_len, arguments["num_pages"] or MOST["num_pages"], size,
-        **{name: arguments[name] for name in names},
-    )  # fmt: skip
-
-
-def check_fits_model(config: EngineConfig, description: Any, heads_per_rank: int) -> None:
-    """Raises UnsupportedConfig: too few pages for a token, or sequences longer than the model's."""
-    num_heads = description.num_layers * heads_per_rank
-    if config.num_pages < num_heads:
+def check_fits_model(config: EngineConfig, description: Any, num_ranks: int) -> None:
+    """Raises:
+    UnsupportedConfig: too few pages for a token, or sequences longer than the model's.
+    """
+    heads = -(-description.num_query_groups // num_ranks)
+    num_heads = description.num_layers * heads
+    if config.num_pages is not None and config.num_pages < num_heads:
         raise UnsupportedConfig(
             f"num_pages={config.num_pages} cannot hold a single token: {description.num_layers} "
-            f"layers of {heads_per_rank} KV heads need {num_heads} pages at least"
+            f"layers of {heads} KV heads need {num_heads} pages at least"
         )
-    if config.max_model_len > description.max_position_embeddings:
+    longest = description.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > longest:
         raise UnsupportedConfig(
-            f"max_model_len={config.max_model_len} is more than the model's "
-            f"{description.max_position_embeddings} positions; lower it"
+            f"max_model_len={config.max_model_len} is more than the model's {longest} positions; lower it"
         )
 
 
-def check_memory(
-    description: ModelDescription, arguments: dict[str, Any], device: torch.device
-) -> None:
-    """Compare what the engine of `LLM(**arguments)` keeps in memory with the device's memory.
+def check_memory(description: ModelDescription, config: EngineConfig, device: torch.device) -> None:
+    """Compare the engine's needs with the device's memory, before a model is loaded.
 
     Raises:
-        UnsupportedConfig: there is no such device; or names the arguments that ask for more, and how
-            much.
+        UnsupportedConfig: there is no such device; or names the settings that ask for more memory than it
+            has, and how much.
     """
-    d, dtype = description, parse_dtype(arguments["dtype"]) or description.dtype
-    ranks = arguments["tensor_parallel_size"]
-    heads = -(-d.num_query_groups // ranks)
-    config = _config(arguments, arguments["max_model_len"] or d.max_position_embeddings)
-    check_fits_model(config, d, heads)
-    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    if device.type == "cuda" and (device.index or 0) >= gpus:
+    ranks = config.tensor_parallel_size
+    check_fits_model(config, description, ranks)
+    total = _device_memory(device)
+    dtype = model_dtype(config.dtype) or description.dtype
+    weights = weight_bytes(replace(description, dtype=dtype)) // ranks
+    setting, pages = _cache_bytes(config, description, dtype)
+    max_model_len = config.max_model_len or description.max_position_embeddings
+    rows = description.num_layers * -(-description.num_query_groups // ranks) * config.max_num_seqs
+    tables = rows * -(-max_model_len // config.block_size) * 4
+    rule = compression_rule(description.dmc, config.enable_dmc)
+    tables += rows * _state_bytes(rule, description.kv_channels)
+    if weights + pages + tables <= total:
+        return
+    parts = [
+        f"the model {weights:,} bytes",
+        *([f"{setting}={getattr(config, setting)} {pages:,}"] if pages else []),
+        f"tables for max_num_seqs={config.max_num_seqs} of max_model_len={max_model_len} {tables:,}",
+    ]
+    _, remedy = max(
+        (weights, "use a GPU with more memory, or more of them"),
+        (pages, f"lower {setting}"),
+        (tables, "lower max_num_seqs or max_model_len"),
+    )
+    raise UnsupportedConfig(
+        f"{', '.join(parts)}: more than the {total:,} bytes of this {device.type.upper()}; {remedy}"
+    )
+
+
+def _device_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return psutil.virtual_memory().total
+    gpus = torch.cuda.device_count()
+    if (device.index or 0) >= gpus:
         raise UnsupportedConfig(
             f"device={device}: this machine has {gpus} GPUs; choose another, or device='cpu'"
         )
-    total = (
-        torch.cuda.get_device_properties(device).total_memory
-        if device.type == "cuda"
-        else psutil.virtual_memory().total
-    )
-    weights = weight_bytes(replace(d, dtype=dtype)) // ranks
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def _cache_bytes(
+    config: EngineConfig, description: ModelDescription, dtype: torch.dtype
+) -> tuple[str, int]:
+    """The setting that fixes the cache's size, and its bytes; 0 where none does."""
+    if config.num_pages is None:
+        return "kv_cache_memory_bytes", config.kv_cache_memory_bytes or 0
     cache_dtype = parse_kv_cache_dtype(config.kv_cache_dtype) or dtype
-    pages = arguments["kv_cache_memory_bytes"] or 0
-    if arguments["num_pages"] is not None:
-        page_bytes = 2 * config.page_size * entry_bytes(d.kv_channels, cache_dtype)
-        pages = config.num_pages * page_bytes
-    rows = d.num_layers * heads * config.max_num_seqs
-    tables = rows * -(-config.max_model_len // config.page_size) * 4
-    rule = compression_rule(d.dmc, arguments["enable_dmc"])
-    if rule is not None and rule.eviction_delay is not None:
-        tables += rows * (rule.eviction_delay + 1) * 5
-    elif rule is not None:
-        tables += rows * num_kept(rule.merge_window) * (2 * d.kv_channels + 1) * 4
-        tables += rows * rule.merge_delay * 5  # decisions and importances of the raw tokens
-    if weights + pages + tables <= total:
-        return
-    asked = "num_pages" if arguments["num_pages"] is not None else "kv_cache_memory_bytes"
-    parts = [
-        f"the model {weights:,} bytes",
-        *([f"{asked}={arguments[asked]} {pages:,}"] if pages else []),
-        f"tables for max_num_seqs={config.max_num_seqs} of max_model_len={config.max_model_len} {tables:,}",
-    ]
-    largest = max((weights, "use a GPU with more memory, or more of them"), (pages, f"lower {asked}"),
-                  (tables, "lower max_num_seqs or max_model_len"))[1]  # fmt: skip
-    raise UnsupportedConfig(
-        f"{', '.join(parts)}: more than the {total:,} bytes of this {device.type.upper()}; {largest}"
-    )
+    entry = entry_bytes(description.kv_channels, cache_dtype)
+    return "num_pages", config.num_pages * 2 * config.block_size * entry
+
+
+def _state_bytes(rule: CompressionRule | None, head_dim: int) -> int:
+    """Bytes that a row keeps for each head, apart from its pages and its block table."""
+    if rule is None:
+        return 0
+    if rule.eviction_delay is not None:
+        return (rule.eviction_delay + 1) * 5
+    # an open segment; decisions and importances of the raw tokens
+    return num_kept(rule.merge_window) * (2 * head_dim + 1) * 4 + rule.merge_delay * 5

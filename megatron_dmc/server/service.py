@@ -33,7 +33,7 @@ class Service:
 
     @property
     def max_model_len(self) -> int:
-        return self.llm.engine.config.max_model_len
+        return self.llm.engine.max_model_len
 
     # The end of the server.
 

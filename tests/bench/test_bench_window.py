@@ -396,7 +396,7 @@ def test_all_cases_get_the_same_number_of_pages(monkeypatch, tmp_path, capsys):
 
     from megatron_dmc.bench import cost, offline, subject
     from megatron_dmc.cli.main import main
-    from megatron_dmc.engine import llm
+    from megatron_dmc.engine import sizes
 
     happened = []
     pages = iter((900, 800, 700, 600))
@@ -405,7 +405,7 @@ def test_all_cases_get_the_same_number_of_pages(monkeypatch, tmp_path, capsys):
         happened.append("size")
         return next(pages)
 
-    for module in (subject, llm):
+    for module in (subject, sizes):
         monkeypatch.setattr(module, "pages_in_memory", pages_in_memory)
     release, product = cost.release_memory, cost.matrix_product_rate
     monkeypatch.setattr(cost, "release_memory", lambda: (happened.append("release"), release()))

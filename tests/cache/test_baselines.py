@@ -103,7 +103,7 @@ def dense_greedy(model, prompt, count, policy, budget):
 def test_equals_the_dense_method_token_for_token(policy, budget, chunk):
     """Prompts shorter and longer than the budget, in chunks of several sizes, decoded together."""
     engine = make_engine(
-        None, cache_policy=policy, cache_budget=budget, max_num_batched_tokens=chunk, page_size=4
+        None, cache_policy=policy, cache_budget=budget, max_num_batched_tokens=chunk, block_size=4
     )
     prompts = make_prompts(3, seed=budget, longest=18) + [[1, 2, 3] * 6]
     model = TinyGPT(None)
@@ -165,7 +165,7 @@ def test_pages_stay_within_the_budget_and_are_conserved(policy):
     budget, page_size = 10, 4
     most = -(-budget // page_size) * L * G
     engine = make_engine(
-        None, cache_policy=policy, cache_budget=budget, page_size=page_size, max_num_seqs=4,
+        None, cache_policy=policy, cache_budget=budget, block_size=page_size, max_num_seqs=4,
         num_pages=3 * most - 4, max_num_batched_tokens=11,
     )  # fmt: skip
     # without the budget the longest would need more pages than there are

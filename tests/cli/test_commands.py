@@ -1,9 +1,6 @@
 """The commands on what a short demo leaves behind: in processes of their own, as a user runs them, and
 where a start would tell nothing more, in this one."""
 
-import argparse
-import dataclasses
-import inspect
 import io
 import json
 import os
@@ -16,10 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dmc import LLM
 from megatron_dmc.cli.main import main as cli
-from megatron_dmc.engine import EngineConfig
-from megatron_dmc.engine_flags import add_engine_arguments, engine_options
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = next((ROOT / "examples" / "models").iterdir())
@@ -130,19 +124,6 @@ def check_one_line(stderr: str, words: list[str]) -> None:
     lines = stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("megatron-dmc: error:"), stderr
     assert all(word in lines[0] for word in words)
-
-
-def test_flags_llm_and_engine_have_the_same_defaults():
-    parser = argparse.ArgumentParser()
-    add_engine_arguments(parser)
-    flags = engine_options(parser.parse_args(["model"]))
-    llm = {name: p.default for name, p in inspect.signature(LLM).parameters.items()}
-    config = {f.name: f.default for f in dataclasses.fields(EngineConfig)}
-    assert flags.pop("block_size") == config["page_size"]
-    assert flags == {name: llm[name] for name in flags}
-    shared = flags.keys() & config.keys() - {"max_model_len", "num_pages"}  # those have none there
-    assert len(shared) == 9
-    assert {name: flags[name] for name in shared} == {name: config[name] for name in shared}
 
 
 def test_report_of_two_models(demo_folder, tmp_path):

@@ -3,6 +3,7 @@
 `run_tutorials.py` runs the commands of the tutorials."""
 
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -44,6 +45,14 @@ def test_tutorial_is_shell(page):
     assert checked.returncode == 0, checked.stderr
     named = set(re.findall(r"\b(?:tools|examples|tests|megatron_dmc)/[\w/.-]+", text))
     assert named and not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_pages_of_settings_are_up_to_date():
+    """`python tools/settings_pages.py` writes them."""
+    pages = runpy.run_path(str(ROOT / "tools/settings_pages.py"))["PAGES"]
+    assert [
+        name for name, page in pages.items() if (ROOT / "docs" / name).read_text() != page()
+    ] == []
 
 
 def test_tables_of_the_results_page(tmp_path):

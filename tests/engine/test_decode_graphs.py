@@ -20,7 +20,7 @@ from tiny_gpt import (
 from megatron_dmc import LLM, SamplingParams
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.engine import EngineConfig
-from megatron_dmc.engine.graphs import Captured, DecodeGraphs, default_sizes
+from megatron_dmc.engine.graphs import Captured, DecodeGraphs
 from megatron_dmc.errors import UnsupportedConfig
 
 
@@ -151,14 +151,14 @@ def test_inputs_are_padded_to_the_next_size():
 
 
 def test_sizes():
-    assert default_sizes(1) == [1]
-    assert default_sizes(20) == [1, 2, 4, 8, 16, 20]
-    assert default_sizes(600)[-2:] == [496, 512]
-    assert default_sizes(256)[-2:] == [248, 256]
+    assert EngineConfig(max_num_seqs=1).capture_sizes() == [1]
+    assert EngineConfig(max_num_seqs=20).capture_sizes() == [1, 2, 4, 8, 16, 20]
+    assert EngineConfig(max_num_seqs=600).capture_sizes()[-2:] == [496, 512]
+    assert EngineConfig(max_num_seqs=256).capture_sizes()[-2:] == [248, 256]
     config = EngineConfig(
         max_model_len=8, num_pages=8, max_num_seqs=9, cudagraph_capture_sizes=[8, 4, 16]
     )
-    assert config.graph_sizes() == [4, 8]
+    assert config.capture_sizes() == [4, 8]
     for sizes in ([], [0], [2.5], [True], [65, 80]):
         with pytest.raises(UnsupportedConfig, match="cudagraph_capture_sizes="):
             EngineConfig(max_model_len=8, num_pages=8, cudagraph_capture_sizes=sizes)

@@ -366,8 +366,8 @@ def test_llm_refuses_a_bad_prompt_and_forgets_the_others():
     assert not llm.engine.has_unfinished_requests
     with pytest.raises(InvalidRequest, match="2 sampling_params for 1 prompts"):
         llm.generate([[1]], [SamplingParams()] * 2)
-    with pytest.raises(UnsupportedConfig, match="block_size=4 and page_size=8"):
-        make_llm(block_size=4, page_size=8)
+    with pytest.raises(UnsupportedConfig, match="page_size=8: no such engine setting"):
+        make_llm(page_size=8)
 
 
 class Counted(list):

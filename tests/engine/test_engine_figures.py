@@ -76,7 +76,7 @@ def preempted_stats(dtype):
     loaded = random_model(2, dmc=retrofitted(), dtype=dtype)
     engine = LLMEngine(
         loaded.model, loaded.description, None,
-        EngineConfig(max_model_len=64, num_pages=120, page_size=4, max_num_seqs=6,
+        EngineConfig(max_model_len=64, num_pages=120, block_size=4, max_num_seqs=6,
                      max_num_batched_tokens=48, count_flipped_decisions=True),
         dtype=dtype,
     )  # fmt: skip

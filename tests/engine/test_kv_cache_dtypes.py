@@ -11,7 +11,7 @@ from tiny_gpt import D, check_idle, dmc_config, drain, greedy_params, make_engin
 
 from megatron_dmc import LLM, SamplingParams
 from megatron_dmc.checkpoint.load import load_model
-from megatron_dmc.engine_flags import add_engine_arguments, make_llm
+from megatron_dmc.engine.flags import add_engine_arguments, make_llm
 from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.ops.paged.kv_pages import ScaledPages
 

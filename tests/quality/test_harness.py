@@ -193,7 +193,7 @@ def test_penalties_are_those_of_lm_evals_hf(plain, huggingface):
 @pytest.mark.parametrize("asked", [511, 512, 513, 100_000])
 def test_a_task_may_ask_for_more_tokens_than_the_context_has(plain, asked, caplog):
     """The prompt keeps what fits, and the rest of the context is generated."""
-    longest = plain.llm.engine.config.max_model_len
+    longest = plain.llm.engine.max_model_len
     assert longest == 512
     settings = {"until": ["\n"], "max_gen_toks": asked}
     contexts = ["def f(x):\n    return", CODE[:6000], ""]

@@ -158,7 +158,7 @@ def engine_on_fake_gpu(model, description, **options):
     """Within `fake_gpu`: an engine around the model, which is moved there."""
     move_to_fake_gpu(model)
     config = EngineConfig(
-        max_model_len=128, num_pages=256, page_size=16, max_num_seqs=8, enforce_eager=True
+        max_model_len=128, num_pages=256, block_size=16, max_num_seqs=8, enforce_eager=True
     )
     engine = LLMEngine(model, description, None, config, dtype=torch.bfloat16, eos_id=1, **options)
     MadeUpCopy.tables = engine.context.tables

@@ -139,10 +139,10 @@ def dmc_config(merge_window=0, **settings):
 
 
 def make_engine(
-    dmc, *, tokenizer=None, eos_id=None, enable_dmc=None, model=None, dtype=torch.float64, **sizes
+    dmc, *, tokenizer=None, eos_id=None, model=None, dtype=torch.float64, **settings
 ):  # fmt: skip
     config = {
-        "max_model_len": MAX_LEN, "num_pages": 400, "page_size": 4, "max_num_seqs": 4,
+        "max_model_len": MAX_LEN, "num_pages": 400, "block_size": 4, "max_num_seqs": 4,
         "max_num_batched_tokens": 32, "poison": True,
     }  # fmt: skip
     description = SimpleNamespace(
@@ -150,8 +150,8 @@ def make_engine(
         max_position_embeddings=MAX_LEN, dmc=dmc,
     )  # fmt: skip
     return LLMEngine(
-        model or TinyGPT(dmc), description, tokenizer, EngineConfig(**config | sizes),
-        dtype=dtype, enable_dmc=enable_dmc, eos_id=eos_id,
+        model or TinyGPT(dmc), description, tokenizer,
+        EngineConfig(**config | settings), dtype=dtype, eos_id=eos_id,
     )  # fmt: skip
 
 

@@ -4,7 +4,6 @@ import functools
 import importlib.metadata
 import json
 import re
-import runpy
 from argparse import Namespace
 
 import pytest
@@ -67,11 +66,9 @@ def test_flags_listed_as_tested_are():
     assert [flag for flag in tested if not re.search(rf"(?<![-\w]){flag}(?![-\w])", text)] == []
 
 
-def test_the_page_of_flags_is_made_from_the_list():
-    made = runpy.run_path(str(ROOT / "tools/flags_page.py"))
+def test_the_list_is_of_the_installed_megatron():
     version = importlib.metadata.version("megatron-core")
-    assert made["VERSION"] == version and f"Megatron-LM {version} " in flags.TABLE.read_text()
-    assert (ROOT / "docs/flags.md").read_text() == made["page"]()
+    assert f"Megatron-LM {version} " in flags.TABLE.read_text()
 
 
 def value_for(action) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_dmc.engine.config import EngineConfig
 from megatron_dmc.engine.parallel.group import TensorParallel
 from megatron_dmc.engine.parallel.processes import WorkerProcesses, join_group
 from megatron_dmc.engine.sizes import check_memory
@@ -20,17 +21,18 @@ def is_launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def start_ranks(arguments: dict[str, Any], device: torch.device) -> TensorParallel:
-    """Start or join the ranks of `LLM(**arguments)`. On a GPU, also choose this rank's.
+def start_ranks(
+    arguments: tuple[Any, Any, Any], config: EngineConfig, device: torch.device
+) -> TensorParallel:
+    """Start the ranks of `build_engine`, or join those of a launcher. On a GPU, also choose this rank's.
+
+    Args:
+        arguments: model, tokenizer and `make_context` of `build_engine`.
 
     Raises:
         UnsupportedConfig: the model cannot be split so, or the processes are not as many.
     """
-    size, timeout_s = arguments["tensor_parallel_size"], arguments["distributed_timeout_seconds"]
-    if not isinstance(size, int) or size < 1:
-        raise UnsupportedConfig(f"tensor_parallel_size={size!r}: use a positive whole number")
-    if not timeout_s > 0:
-        raise UnsupportedConfig(f"distributed_timeout_seconds={timeout_s}: use a positive number")
+    size = config.tensor_parallel_size
     if device.index is not None and device.type != "cpu":
         raise UnsupportedConfig(
             f"device={device} with tensor_parallel_size={size}: every rank has a GPU of its own; use "
@@ -39,14 +41,16 @@ def start_ranks(arguments: dict[str, Any], device: torch.device) -> TensorParall
     launched = is_launched() or dist.is_initialized()
     workers = None
     if not launched:
-        _check(arguments, device)
-        workers = WorkerProcesses(size, arguments, device=device)
+        _check(arguments, config, device)
+        workers = WorkerProcesses(size, (*arguments, config), device=device)
     if device.type == "cuda" and device.index is None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if workers is not None:
         workers.wait_until_connected()
         join_group(0, size, workers.store, device)
-    return TensorParallel(size, device=device, timeout_s=timeout_s, workers=workers)
+    return TensorParallel(
+        size, device=device, timeout_s=config.distributed_timeout_seconds, workers=workers
+    )
 
 
 @contextmanager
@@ -67,23 +71,23 @@ def ended_on_failure(parallel: TensorParallel | None) -> Iterator[None]:
         raise
 
 
-def _check(arguments: dict[str, Any], device: torch.device) -> None:
-    """Tell what cannot be before there are processes."""
+def _check(arguments: tuple[Any, Any, Any], config: EngineConfig, device: torch.device) -> None:
+    """Refuse what cannot work before there are processes."""
     from megatron_dmc.checkpoint.convert import open_checkpoint
     from megatron_dmc.checkpoint.load import check_divisible
 
-    model, size = arguments["model"], arguments["tensor_parallel_size"]
+    model, size = arguments[0], config.tensor_parallel_size
     if hasattr(model, "description"):
         raise UnsupportedConfig(
             f"tensor_parallel_size={size} with a model that is loaded already: every rank loads its "
             "own share; give the checkpoint's path"
         )
     description, *_ = open_checkpoint(
-        model, allow_pickle=arguments["allow_pickle"], verify_checkpoint=False,
-        trust_remote_code=arguments["trust_remote_code"],
+        model, allow_pickle=config.allow_pickle, verify_checkpoint=False,
+        trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
     check_divisible(description, size)
-    check_memory(description, arguments, device)
+    check_memory(description, config, device)
     try:
         pickle.dumps(arguments)
     except Exception as error:

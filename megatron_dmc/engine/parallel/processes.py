@@ -30,10 +30,10 @@ class WorkerProcesses:
     """Ranks 1 to `size` - 1.
 
     Args:
-        arguments: of `LLM`, the same for every rank.
+        arguments: of `build_engine`, the same for every rank.
     """
 
-    def __init__(self, size: int, arguments: dict[str, Any], *, device: torch.device):
+    def __init__(self, size: int, arguments: tuple, *, device: torch.device):
         if device.type == "cuda" and torch.cuda.device_count() < size:
             raise UnsupportedConfig(
                 f"tensor_parallel_size={size}: this machine has {torch.cuda.device_count()} GPUs; lower "

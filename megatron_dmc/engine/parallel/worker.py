@@ -27,9 +27,10 @@ def main() -> int:
     warnings.simplefilter("ignore")
     orders = sys.stdin.buffer
     rank, size, port, device_type, arguments = pickle.load(orders)
+    model, tokenizer, make_context, config = arguments
     threading.Thread(target=_end_with_parent, args=(orders,), daemon=True).start()
 
-    from megatron_dmc.engine.llm import LLM
+    from megatron_dmc.engine.build import build_engine
     from megatron_dmc.engine.parallel.processes import connect, join_group
 
     device = torch.device(device_type)
@@ -38,7 +39,7 @@ def main() -> int:
         torch.cuda.set_device(device)
     try:
         join_group(rank, size, connect(rank, size, port), device)
-        LLM(**arguments).follow()
+        build_engine(model, tokenizer, config, make_context=make_context).follow()
     except EngineDead as error:
         print(f"megatron-dmc: rank {rank}: {error}", file=sys.stderr)
         return 1

@@ -118,7 +118,7 @@ class MegatronDMC(TemplateLM):
     def max_length(self) -> int:
         """Most tokens that a scored token may be preceded by. The engine holds the scored token too and
         keeps room for one more: two less than `max_model_len`."""
-        return self.llm.engine.config.max_model_len - 2
+        return self.llm.engine.max_model_len - 2
 
     @property
     def eot_token_id(self) -> int:
@@ -261,7 +261,7 @@ class MegatronDMC(TemplateLM):
         generates the rest."""
         prompts, params = [], []
         num_cut = num_shortened = 0
-        longest = self.llm.engine.config.max_model_len
+        longest = self.llm.engine.max_model_len
         for context, arguments in (request.args for request in requests):
             settings = dict(normalize_gen_kwargs(arguments, self.max_gen_toks))
             asked = int(settings.pop("max_gen_toks"))
@@ -297,7 +297,7 @@ class MegatronDMC(TemplateLM):
         return {
             "model_num_parameters": sum(p.numel() for p in weights),
             "model_dtype": str(weights[0].dtype),
-            "max_model_len": engine.config.max_model_len,
+            "max_model_len": engine.max_model_len,
             "cache_policy": engine.config.cache_policy,
             "cache_budget": engine.config.cache_budget,
             "measured_cr": stats.measured_cr,
