@@ -5,7 +5,7 @@ Dimension letters as in `ops.paged.decode`.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,103 +15,56 @@ from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import gates, reference, rope
 from megatron_dmc.ops.paged import decode, kv_pages
 from megatron_dmc.ops.paged.kv_pages import Pages, ScaledPages
+from megatron_dmc.ops.paged.layer_cache import LayerCache
 from megatron_dmc.ops.paged.pages import FreePages
-from megatron_dmc.ops.tensors import accumulator_dtype
 from megatron_dmc.ops.training.merge import num_kept
 
 NAN = float("nan")
 _AT_ONCE = 1 << 20
 
 
-@dataclass
-class LayerCache:
-    """One layer's storage over a pool of its own; whatever holds no entry is NaN."""
+def compacted(cache: LayerCache, dtype: torch.dtype, num_taken: int) -> LayerCache:
+    """As `LayerCache.clone`, with no other pages than those in the tables and the `num_taken` free ones that are
+    taken next, renumbered: a check widens what it compares, however large the pool."""
+    free_pages, table = cache.free_pages, cache.block_table_RGM
+    assert free_pages is not None
+    asked = int(free_pages.state[0])
+    held = table[table >= 0].unique()
+    pages = torch.cat([held, free_pages.page_ids[asked : asked + num_taken]])
+    numbers = torch.arange(len(held) - asked, len(pages), device=table.device)
+    return replace(
+        cache,
+        k_pages_PSD=_some(cache.k_pages_PSD, pages),
+        v_pages_PSD=_some(cache.v_pages_PSD, pages),
+        block_table_RGM=torch.where(
+            table < 0, -1, torch.searchsorted(held, table.clamp_min(0), out_int32=True)
+        ),
+        free_pages=FreePages(numbers.int(), free_pages.state),
+    ).clone(dtype)
 
-    k_pages_PSD: Pages
-    v_pages_PSD: Pages
-    block_table_RGM: Tensor
-    num_entries_RG: Tensor
-    segments_RGUA: Tensor
-    free_pages: FreePages
 
-    def clone(self, dtype: torch.dtype) -> "LayerCache":
-        """A copy with keys and values in another dtype, and the sums in its accumulator's. Entries of
-        8 bits stay what they are, but in float64 they are widened."""
-        return LayerCache(
-            _clone(self.k_pages_PSD, dtype),
-            _clone(self.v_pages_PSD, dtype),
-            self.block_table_RGM.clone(),
-            self.num_entries_RG.clone(),
-            self.segments_RGUA.to(accumulator_dtype(dtype), copy=True),
-            FreePages(self.free_pages.page_ids.clone(), self.free_pages.state.clone()),
-        )
+def entries_of(cache: LayerCache, dtype: torch.dtype = torch.float64) -> Tensor:
+    """All live entries, head by head, keys and values in one row: (entries, 2 D) in `dtype`."""
+    lengths = cache.num_entries_RG
+    entries = torch.arange(int(lengths.max()), device=lengths.device).expand(*lengths.shape, -1)
+    slots = cache.slots(slice(None), entries)[entries < lengths[..., None]]
+    if (slots < 0).any():
+        raise DMCError("an entry has no page")
+    kv = torch.empty(len(slots), 2 * cache.head_dim, dtype=dtype, device=slots.device)
+    for to, some in zip(kv.split(_AT_ONCE), slots.split(_AT_ONCE), strict=True):
+        torch.cat(cache.load_slots(some, dtype), dim=1, out=to)
+    return kv
 
-    def of_rows(self, rows: slice) -> "LayerCache":
-        """A view of some requests' cache, over the same pool."""
-        return LayerCache(
-            self.k_pages_PSD, self.v_pages_PSD, self.block_table_RGM[rows],
-            self.num_entries_RG[rows], self.segments_RGUA[rows], self.free_pages,
-        )  # fmt: skip
 
-    def compacted(self, dtype: torch.dtype, num_taken: int) -> "LayerCache":
-        """As `clone`, with no other pages than those in the tables and the `num_taken` free ones that are
-        taken next, renumbered: a check widens what it compares, however large the pool."""
-        table, asked = self.block_table_RGM, int(self.free_pages.state[0])
-        free = self.free_pages.page_ids[asked : asked + num_taken]
-        held = table[table >= 0].unique()
-        pages = torch.cat([held, free])
-        numbers = torch.arange(len(held) - asked, len(pages), device=table.device)
-        return LayerCache(
-            _some(self.k_pages_PSD, pages),
-            _some(self.v_pages_PSD, pages),
-            torch.where(
-                table < 0, -1, torch.searchsorted(held, table.clamp_min(0), out_int32=True)
-            ),
-            self.num_entries_RG,
-            self.segments_RGUA,
-            FreePages(numbers.int(), self.free_pages.state),
-        ).clone(dtype)
-
-    def entries(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """All live entries, head by head, keys and values side by side: (entries, 2 D) in `dtype`."""
-        page_size, dim = self.k_pages_PSD.shape[1:]
-        lengths = self.num_entries_RG
-        entries = torch.arange(int(lengths.max()), device=lengths.device).expand(*lengths.shape, -1)
-        is_live = entries < lengths[..., None]
-        slots = decode.slots_of_entries(self.block_table_RGM, entries, page_size)[is_live]
-        if (slots < 0).any():
-            raise DMCError("an entry has no page")
-        kv = torch.empty(len(slots), 2 * dim, dtype=dtype, device=slots.device)
-        for out, pages in zip(
-            kv.split(dim, dim=1), (self.k_pages_PSD, self.v_pages_PSD), strict=True
-        ):
-            for to, some in zip(out.split(_AT_ONCE), slots.split(_AT_ONCE), strict=True):
-                to.copy_(kv_pages.load(_slots_as_pages(pages), some, dtype)[:, 0])
-        return kv
-
-    def is_poisoned(self) -> Tensor:
-        """Slots whose key is NaN, bool (P, S)."""
-        keys = self.k_pages_PSD
-        return keys.isnan().any(-1) if isinstance(keys, Tensor) else keys.scales_PS.isnan()
+def results_of(out: Tensor, cache: LayerCache) -> list[Tensor]:
+    """What an op that appends is checked by: its output, the live entries and the open segments."""
+    assert cache.segments_RGUA is not None
+    return [out, entries_of(cache), cache.segments_RGUA]
 
 
 def _some(pages: Pages, page_ids: Tensor) -> Pages:
     some = [x[page_ids] for x in kv_pages.tensors_of(pages)]
     return some[0] if isinstance(pages, Tensor) else ScaledPages(*some)
-
-
-def _slots_as_pages(pages: Pages) -> Pages:
-    """The same memory as pages of one slot."""
-    flat = [x.flatten(0, 1).unsqueeze(1) for x in kv_pages.tensors_of(pages)]
-    return flat[0] if isinstance(pages, Tensor) else ScaledPages(*flat)
-
-
-def _clone(pages: Pages, dtype: torch.dtype) -> Pages:
-    if isinstance(pages, Tensor):
-        return pages.to(dtype, copy=True)
-    if dtype == torch.float64:
-        return kv_pages.dequantise(pages.values_PSD, pages.scales_PS, dtype)
-    return ScaledPages(pages.values_PSD.clone(), pages.scales_PS.clone())
 
 
 def random_cache(
@@ -151,13 +104,13 @@ def random_cache(
         for _ in range(2)
     )
     table, lengths = table.to(device), lengths_RG.to(device, copy=True)
-    entries = torch.arange(int(lengths.max()), device=device).expand(num_rows, num_kv_heads, -1)
-    slots = decode.slots_of_entries(table, entries, page_size) if total else entries
-    slots = torch.where(entries < lengths[..., None], slots, -1).flatten()
     on_device = torch.Generator(device=device).manual_seed(seed)
-    live = slots[slots >= 0]
+    cache = LayerCache(k_pages, v_pages, table, lengths)
+    cache.poison()
+    entries = torch.arange(int(lengths.max()), device=device).expand(num_rows, num_kv_heads, -1)
+    slots = cache.slots(slice(None), entries) if total else entries
+    live = slots[entries < lengths[..., None]]
     for pages in (k_pages, v_pages):
-        kv_pages.fill_with_nan(pages, slice(None))
         for some in live.split(_AT_ONCE):
             rows = torch.randn(len(some), dim, generator=on_device, device=device)
             if pages is k_pages:
@@ -169,7 +122,7 @@ def random_cache(
     )  # fmt: skip
     state[..., -1] = state[..., -1].abs() + 0.1
     free_pages = FreePages.of(order[total:].to(device))
-    return LayerCache(k_pages, v_pages, table, lengths, state, free_pages)
+    return replace(cache, segments_RGUA=state, free_pages=free_pages)
 
 
 def random_heads(
@@ -197,7 +150,7 @@ def check_attention(
     softmax_scale: float,
     checked: slice = slice(None),
 ) -> float:
-    """Run `attend(q, k_pages, v_pages, table_RGM, entries_RG, rows_B, softmax_scale=...)` and compare.
+    """Run `attend(cache, rows_B, q, softmax_scale=...)` and compare.
 
     Args:
         checked: the requests whose results are compared.
@@ -209,9 +162,7 @@ def check_attention(
         DMCError: more than twice the error of the specification in this dtype, or not zero for a head
             without entries or for padding.
     """
-    args = (cache.block_table_RGM, cache.num_entries_RG)
-    out = attend(q_BND, cache.k_pages_PSD, cache.v_pages_PSD, *args, rows_B,
-                 softmax_scale=softmax_scale)  # fmt: skip
+    out = attend(cache, rows_B, q_BND, softmax_scale=softmax_scale)
     rows = rows_B[checked]
     lengths = cache.num_entries_RG[rows].masked_fill(rows[:, None] < 0, 0)
     tables, q = cache.block_table_RGM[rows], q_BND[checked]
@@ -234,23 +185,29 @@ def check_attention(
 
 
 def _append_in_float64(
-    q, k, v, positions, rows, angles_XF, cache, *,
-    alpha_offset, merge_window=0, compress=True, may_merge=True,
-) -> Tensor:  # fmt: skip
+    cache: LayerCache,
+    rows_B: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    freqs_BF: Tensor | None,
+    *,
+    alpha_offset: float | None,
+    merge_window: int = 0,
+    may_merge: bool = True,
+) -> Tensor:
     """The specification's rotated queries, and its work on the float64 cache; the gates are those of
     the tensors' own dtype, whose epsilon is part of them."""
-    is_merge = omega = None
-    if compress:
+    given = None
+    if alpha_offset is not None:
         is_merge, omega = gates.decide(q, k, alpha_offset=alpha_offset, may_merge=may_merge)
-        omega = omega.double()
-    angles = None if angles_XF is None else angles_XF[positions].double()
-    cos, sin = rope.cosine_and_sine(angles, torch.float64)
+        given = is_merge, omega.double()
+    freqs_BF = None if freqs_BF is None else freqs_BF.double()
     decode.torch_append(
-        k.double(), v.double(), is_merge, omega, cos, sin, cache.k_pages_PSD, cache.v_pages_PSD,
-        cache.block_table_RGM, cache.num_entries_RG, cache.segments_RGUA, rows, merge_window,
-        cache.free_pages,
+        cache, rows_B, k.double(), v.double(), given,
+        rope.cosine_and_sine(freqs_BF, torch.float64), merge_window=merge_window,
     )  # fmt: skip
-    return rope.rotate_by(q.double(), angles, compress=compress)
+    return rope.rotate_by(q.double(), freqs_BF, compress=given is not None)
 
 
 def check_append(
@@ -262,8 +219,8 @@ def check_append(
     rows_B: Tensor,
     **options,
 ) -> dict[str, float]:
-    """Run `append(q, k, v, cos, sin, positions, k_pages, ..., rows_B, free_pages=..., **options)` on
-    the cache, and compare all that it mutated with the PyTorch version in float64.
+    """Run `append(cache, rows_B, q, k, v, angles, positions, **options)` and compare everything that it mutated
+    with the PyTorch version in float64.
 
     Returns:
         the relative errors.
@@ -277,22 +234,20 @@ def check_append(
     dtype = q.dtype
     poisoned, entries = cache.is_poisoned(), cache.num_entries_RG.clone()
     # a head takes one page at most
-    exact, honest = (cache.compacted(d, k.shape[0] * k.shape[1]) for d in (torch.float64, dtype))
+    exact, honest = (compacted(cache, d, k.shape[0] * k.shape[1]) for d in (torch.float64, dtype))
 
     def run(op, cache: LayerCache) -> Tensor:
-        cos, sin = rope.cosine_and_sine(angles_XF, dtype)
-        return op(
-            q, k, v, cos, sin, positions_B, cache.k_pages_PSD, cache.v_pages_PSD,
-            cache.block_table_RGM, cache.num_entries_RG, cache.segments_RGUA, rows_B,
-            free_pages=cache.free_pages, **options,
-        )  # fmt: skip
+        angles = rope.cosine_and_sine(angles_XF, dtype)
+        return op(cache, rows_B, q, k, v, angles, positions_B, **options)
 
     q_ours = run(append, cache)
     q_honest = run(functools.partial(decode.gate_and_append, backend="torch"), honest)
     live = rows_B >= 0
+    freqs_BF = None if angles_XF is None else angles_XF[positions_B[live]]
     q_exact = _append_in_float64(
-        q[live], k[live], v[live], positions_B[live], rows_B[live], angles_XF, exact, **options
+        exact, rows_B[live], q[live], k[live], v[live], freqs_BF, **options
     )
+    assert cache.free_pages is not None and exact.free_pages is not None
     for name, ours, spec in (
         ("entry counts", cache.num_entries_RG, exact.num_entries_RG),
         ("pages held", cache.block_table_RGM >= 0, exact.block_table_RGM >= 0),
@@ -309,7 +264,7 @@ def check_append(
         raise DMCError(f"{int(written)} slots were filled for {int(appended)} new entries")
     return errors_within_twice_the_yardstick(
         ["q", "entries", "segments"],
-        [q_ours[live], cache.entries(), cache.segments_RGUA],
-        [q_exact, exact.entries(), exact.segments_RGUA],
-        [q_honest[live], honest.entries(), honest.segments_RGUA],
+        results_of(q_ours[live], cache),
+        results_of(q_exact, exact),
+        results_of(q_honest[live], honest),
     )

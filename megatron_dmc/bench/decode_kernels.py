@@ -13,6 +13,7 @@ Dimension letters as in `ops.paged.decode`.
 """
 
 import argparse
+import functools
 import itertools
 import math
 import statistics
@@ -40,6 +41,7 @@ from megatron_dmc.ops import rope
 from megatron_dmc.ops.backends import refusal
 from megatron_dmc.ops.paged import decode
 from megatron_dmc.ops.paged.kv_pages import entry_bytes, parse_kv_cache_dtype
+from megatron_dmc.ops.paged.layer_cache import LayerCache
 
 SPREAD = 0.6
 BYTES_OF_LAYERS = 256 << 20
@@ -87,7 +89,7 @@ def layers_of(settings: Settings, needed: int) -> int:
 
 
 def check(
-    backend: str, q_BND: Tensor, k_BGD: Tensor, v_BGD: Tensor, cache: decode_case.LayerCache
+    backend: str, q_BND: Tensor, k_BGD: Tensor, v_BGD: Tensor, cache: LayerCache
 ) -> dict[str, float]:
     """Errors of a backend's attention, for the last four requests, and append, for all of them, on the
     cache that is timed, which becomes one token longer.
@@ -98,14 +100,12 @@ def check(
     batch, _, dim = q_BND.shape
     rows, last = torch.arange(batch, device=q_BND.device), slice(-CHECKED_REQUESTS, None)
     error = decode_case.check_attention(
-        lambda q, k, v, table, entries, rows, softmax_scale: decode.paged_decode_attention(
-            q, k, v, table, entries, rows_B=rows, softmax_scale=softmax_scale, backend=backend
-        ),
+        functools.partial(decode.paged_decode_attention, backend=backend),
         q_BND, cache, rows, softmax_scale=dim**-0.5, checked=last,
     )  # fmt: skip
     angles = torch.rand(batch, dim // 2, device=q_BND.device).repeat(1, 2)
     errors = decode_case.check_append(
-        lambda *args, **kwargs: decode.gate_and_append(*args, **kwargs, backend=backend),
+        functools.partial(decode.gate_and_append, backend=backend),
         [x[last] for x in (q_BND, k_BGD, v_BGD)], angles, rows[last], cache.of_rows(last),
         rows[:CHECKED_REQUESTS], alpha_offset=0.0,
     )  # fmt: skip
@@ -147,7 +147,7 @@ def measure(
     # of standard normal logits as many are above this as tokens merge
     offset = statistics.NormalDist().inv_cdf(1 / cr) if cr > 1 else 1e4
     angles = torch.rand(batch, dim // 2, device=settings.device).repeat(1, 2)
-    cos, sin = rope.cosine_and_sine(angles, settings.dtype)
+    tables = rope.cosine_and_sine(angles, settings.dtype)
 
     def attend() -> None:
         plans = decode.plan_decode_attention(
@@ -155,18 +155,14 @@ def measure(
         )
         for cache, plan in zip(caches, plans, strict=True):
             decode.paged_decode_attention(
-                q, cache.k_pages_PSD, cache.v_pages_PSD, cache.block_table_RGM,
-                cache.num_entries_RG, softmax_scale=dim**-0.5, rows_B=rows, plan_Y=plan,
-                backend=backend,
-            )  # fmt: skip
+                cache, rows, q, softmax_scale=dim**-0.5, plan_Y=plan, backend=backend
+            )
 
     def append() -> None:
         for cache in caches:
             decode.gate_and_append(
-                q, k, v, cos, sin, rows, cache.k_pages_PSD, cache.v_pages_PSD,
-                cache.block_table_RGM, cache.num_entries_RG, cache.segments_RGUA, rows,
-                alpha_offset=offset, free_pages=cache.free_pages, backend=backend,
-            )  # fmt: skip
+                cache, rows, q, k, v, tables, rows, alpha_offset=offset, backend=backend
+            )
 
     result = []
     # attention first: append makes the caches longer
@@ -188,6 +184,7 @@ def measure(
         }
         result.append(row)
     for cache in caches:
+        assert cache.free_pages is not None
         cache.free_pages.taken()  # raises if a head was left out: then less than a step was timed
     result[1]["time_over_attention"] = result[1]["median_ms"] / result[0]["median_ms"]
     return result

@@ -24,6 +24,7 @@ from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops.paged import decode
 from megatron_dmc.ops.paged import pages as page_ops
+from megatron_dmc.ops.paged.layer_cache import LayerCache
 
 
 class DenseContext(PagedContext):
@@ -80,8 +81,8 @@ class DenseContext(PagedContext):
                 )  # fmt: skip
         super().end_step()
 
-    def _layer(self, layer_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return (
+    def _layer(self, layer_index: int) -> LayerCache:
+        return LayerCache(
             self.k_LPSD[layer_index], self.v_LPSD[layer_index], self.table_RGM,
             self.tables.num_entries_LRG[layer_index],
         )  # fmt: skip
@@ -95,11 +96,10 @@ class DenseContext(PagedContext):
         freqs_SF: Tensor | None,
         softmax_scale: float,
     ) -> Tensor:
-        cos_SF, sin_SF = self._cosine_and_sine(freqs_SF, q_BND.dtype)
         q_BND = decode.gate_and_append(
-            q_BND, k_BGD, v_BGD, cos_SF, sin_SF, self._positions_B, *self._layer(layer_index), None,
-            self._rows_B, alpha_offset=0.0, compress=False, may_merge=False, merge_window=0,
-            free_pages=None, backend=self._backend,
+            self._layer(layer_index), self._rows_B, q_BND, k_BGD, v_BGD,
+            self._cosine_and_sine(freqs_SF, q_BND.dtype), self._positions_B, alpha_offset=None,
+            backend=self._backend,
         )  # fmt: skip
         return self._attend_to_rows(layer_index, q_BND, softmax_scale)
 

@@ -146,7 +146,7 @@ def check(engine: LLMEngine) -> float:
         DMCError: it is wrong: nothing may be timed.
     """
     context, d = engine.context, engine.description
-    tables, pool = context.tables, context.pool
+    tables = context.tables
     device = tables.num_entries_LRG.device
     rows = torch.tensor([request.row for request in engine.scheduler.running], device=device)
     (q,) = decode_case.random_heads(
@@ -158,15 +158,9 @@ def check(engine: LLMEngine) -> float:
     checked = slice(-CHECKED_REQUESTS, None)
     if isinstance(context, DenseContext):
         return context.check(q, rows, tables.num_entries_LRG[0, rows, 0] - 1, checked)
-    cache = decode_case.LayerCache(
-        pool.k_pages_PSD, pool.v_pages_PSD, tables.page_ids_LRGM[0], tables.num_entries_LRG[0],
-        torch.empty(0), pool.free_pages,
-    )  # fmt: skip
     return decode_case.check_attention(
-        lambda q, k, v, table, entries, rows, softmax_scale: decode.paged_decode_attention(
-            q, k, v, table, entries, rows_B=rows, softmax_scale=softmax_scale
-        ),
-        q, cache, rows, softmax_scale=d.kv_channels**-0.5, checked=checked,
+        decode.paged_decode_attention, q, tables.layer(0), rows,
+        softmax_scale=d.kv_channels**-0.5, checked=checked,
     )  # fmt: skip
 
 

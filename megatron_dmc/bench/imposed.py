@@ -29,6 +29,7 @@ from megatron_dmc.engine.chunks import PackedChunk
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.request import Request
 from megatron_dmc.errors import DMCError
+from megatron_dmc.ops.paged.decode import Gates
 from megatron_dmc.ops.tensors import accumulator_dtype, to_device
 
 SPREAD = 0.6
@@ -259,8 +260,6 @@ class ImposingContext(PagedContext):
             self._is_merge_LTG[:, tokens], self._omega_LTG[:, tokens], self._eps,
         )  # fmt: skip
 
-    def _given_gates(
-        self, layer_index: int, first: int, count: int
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _given_gates(self, layer_index: int, first: int, count: int) -> Gates:
         tokens = slice(first, first + count)
         return self._is_merge_LTG[layer_index, tokens], self._omega_LTG[layer_index, tokens]

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_dmc.bench import decode_case
-from megatron_dmc.bench.decode_case import LayerCache
 from megatron_dmc.bench.measure import Settings, as_row, captured, measure_time
 from megatron_dmc.bench.tables import Row
 from megatron_dmc.errors import DMCError
+from megatron_dmc.ops.paged.layer_cache import LayerCache
 
 logger = logging.getLogger(__name__)
 Attend = Callable[[], Tensor]
@@ -79,7 +79,7 @@ def flashinfer(q_BND: Tensor, cache: LayerCache, settings: Settings) -> Attend:
         raise Absent("not installed") from e
     _need_gpu(settings)
     q, lengths, table = _folded(q_BND, cache)
-    size = cache.k_pages_PSD.shape[1]
+    size = cache.page_size
     pages = (lengths + size - 1) // size
     indptr = torch.cat([pages.new_zeros(1), pages.cumsum(0)]).int()
     held = torch.arange(table.shape[1], device=table.device) < pages[:, None]
@@ -143,7 +143,9 @@ def torch_varlen(q_BND: Tensor, cache: LayerCache, settings: Settings) -> Attend
     _need_gpu(settings)
     q, lengths, _ = _folded(q_BND, cache)
     num_sequences, group, dim = q.shape
-    k, v = (x[:, None].contiguous() for x in cache.entries(q.dtype).split(dim, dim=1))
+    k, v = (
+        x[:, None].contiguous() for x in decode_case.entries_of(cache, q.dtype).split(dim, dim=1)
+    )
     ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
     starts = torch.arange(num_sequences + 1, device=q.device, dtype=torch.int32) * group
     packed = q.reshape(-1, 1, dim).contiguous()
@@ -166,7 +168,7 @@ def torch_sdpa(q_BND: Tensor, cache: LayerCache, settings: Settings) -> Attend:
         torch.zeros(num_sequences, 1, is_entry.shape[1], dim, dtype=q.dtype, device=q.device)
         for _ in "kv"
     )
-    k[:, 0][is_entry], v[:, 0][is_entry] = cache.entries(q.dtype).split(dim, dim=1)
+    k[:, 0][is_entry], v[:, 0][is_entry] = decode_case.entries_of(cache, q.dtype).split(dim, dim=1)
     mask = is_entry[:, None, None]
 
     def attend() -> Tensor:
@@ -241,7 +243,7 @@ def _measure_one(
     cache = cache_of(few, 0)
     rows = torch.arange(len(few), device=settings.device)
     error = decode_case.check_attention(
-        lambda q, *_, **__: library.make(q, cache, settings)(), queries(few), cache, rows,
+        lambda cache, rows, q, **_: library.make(q, cache, settings)(), queries(few), cache, rows,
         softmax_scale=dim**-0.5,
     )  # fmt: skip
     q = queries(lengths_BG)

@@ -4,21 +4,24 @@ Dimension letters as in `ops.paged.prefill`.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from megatron_dmc.bench.decode_case import LayerCache
+from megatron_dmc.bench.decode_case import results_of
 from megatron_dmc.bench.measure import errors_within_twice_the_yardstick
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops.paged import prefill
-from megatron_dmc.ops.paged.kv_pages import tensors_of
+from megatron_dmc.ops.paged.decode import Gates
+from megatron_dmc.ops.paged.layer_cache import LayerCache
 from megatron_dmc.ops.paged.prefill import Chunks
+from megatron_dmc.ops.tensors import accumulator_dtype
 
 
 def random_decisions(
     num_tokens: int, merge_rates_G: Sequence[float], *, device: torch.device | str, seed: int = 0
-) -> tuple[Tensor, Tensor]:
+) -> Gates:
     """is_merge_TG, bool, with a rate for each head, and omega_TG, float32."""
     generator = torch.Generator().manual_seed(seed)
     shape = (num_tokens, len(merge_rates_G))
@@ -29,7 +32,8 @@ def random_decisions(
 
 def give_pages(cache: LayerCache, new_BG: Tensor, chunks: Chunks) -> None:
     """Give every head the pages that its new entries need, from the cache's free list."""
-    page_size, at = cache.k_pages_PSD.shape[1], 0
+    page_size, at = cache.page_size, 0
+    assert cache.free_pages is not None
     for b, row in enumerate(chunks.rows):
         for g in range(new_BG.shape[1]):
             held = int((cache.block_table_RGM[row, g] >= 0).sum())
@@ -43,8 +47,7 @@ def give_pages(cache: LayerCache, new_BG: Tensor, chunks: Chunks) -> None:
 def check_prefill(
     run: Callable[..., Tensor],
     qkv: list[Tensor],
-    is_merge_TG: Tensor | None,
-    omega_TG: Tensor | None,
+    gates_TG: Gates | None,
     freqs_TF: Tensor | None,
     cache: LayerCache,
     chunks: Chunks,
@@ -52,8 +55,8 @@ def check_prefill(
     softmax_scale: float,
     merge_window: int = 0,
 ) -> dict[str, float]:
-    """Run `run(q, k, ..., segments_RGUA, chunks, softmax_scale=..., merge_window=...)` on the cache, and
-    compare its output and all that it mutated with the PyTorch version in float64.
+    """Run `run(cache, chunks, q, k, v, gates, freqs, softmax_scale=..., merge_window=...)` and compare its output
+    and everything that it mutated with the PyTorch version in float64. It takes no pages.
 
     Returns:
         the relative errors.
@@ -63,17 +66,17 @@ def check_prefill(
             written that was not to be.
     """
     dtype = qkv[0].dtype
-    new_BG = prefill.new_entries(is_merge_TG, cache.num_entries_RG, chunks)
+    new_BG = prefill.new_entries(gates_TG, cache.num_entries_RG, chunks)
     give_pages(cache, new_BG, chunks)
+    cache = replace(cache, free_pages=None)
     before, exact, honest = (cache.clone(d) for d in (dtype, torch.float64, dtype))
 
     def call(op, cache: LayerCache, dtype: torch.dtype, **options) -> Tensor:
+        acc = accumulator_dtype(dtype)
         return op(
-            *(x.to(dtype) for x in qkv) if dtype != qkv[0].dtype else qkv, is_merge_TG, omega_TG,
-            None if freqs_TF is None else freqs_TF.to(cache.segments_RGUA.dtype),
-            cache.k_pages_PSD, cache.v_pages_PSD, cache.block_table_RGM, cache.num_entries_RG,
-            cache.segments_RGUA, chunks, softmax_scale=softmax_scale, merge_window=merge_window,
-            **options,
+            cache, chunks, *(x.to(dtype) for x in qkv) if dtype != qkv[0].dtype else qkv, gates_TG,
+            None if freqs_TF is None else freqs_TF.to(acc), softmax_scale=softmax_scale,
+            merge_window=merge_window, **options,
         )  # fmt: skip
 
     ours = call(run, cache, dtype)
@@ -86,13 +89,12 @@ def check_prefill(
         )
     if not torch.equal(cache.block_table_RGM, before.block_table_RGM):
         raise DMCError("the block table was changed")
-    (keys,), (keys_before,) = (tensors_of(c.k_pages_PSD) for c in (cache, before))
-    filled = (keys.isnan() != keys_before.isnan()).any(-1).sum()
+    filled = (cache.is_poisoned() != before.is_poisoned()).sum()
     if filled != new_BG.sum():
         raise DMCError(f"{int(filled)} slots were filled for {int(new_BG.sum())} new entries")
     return errors_within_twice_the_yardstick(
         ["out", "entries", "segments"],
-        [ours, cache.entries(), cache.segments_RGUA],
-        [wanted, exact.entries(), exact.segments_RGUA],
-        [usual, honest.entries(), honest.segments_RGUA],
+        results_of(ours, cache),
+        results_of(wanted, exact),
+        results_of(usual, honest),
     )

@@ -11,6 +11,7 @@ Dimension letters as in `ops.paged.prefill`.
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,9 +42,9 @@ class _Prompt:
         self.q, self.k, self.v = decode_case.random_heads(
             num_tokens, [num_kv_heads * group, num_kv_heads, num_kv_heads], dim, seed=seed, **make
         )
-        self.is_merge = self.omega = None
+        self.gates = None
         if cr is not None:
-            self.is_merge, self.omega = prefill_case.random_decisions(
+            self.gates = prefill_case.random_decisions(
                 num_tokens, [1 - 1 / cr] * num_kv_heads, device=settings.device, seed=seed
             )
         frequency = 10000.0 ** (-torch.arange(dim // 2, device=settings.device) / (dim / 2))
@@ -63,22 +64,21 @@ class _Prompt:
             return prefill.prefill(*args, **options, backend=backend)
 
         return prefill_case.check_prefill(
-            run, [self.q, self.k, self.v], self.is_merge, self.omega, self.freqs, self.cache, self.chunks,
+            run, [self.q, self.k, self.v], self.gates, self.freqs, self.cache, self.chunks,
             softmax_scale=self.scale,
         )  # fmt: skip
 
     def whole(self, backend: str) -> Callable[[], Tensor]:
         """The op on the empty cache."""
-        cache = self.cache
-        new_BG = prefill.new_entries(self.is_merge, cache.num_entries_RG, self.chunks)
-        prefill_case.give_pages(cache, new_BG, self.chunks)
+        cache = replace(self.cache, free_pages=None)
+        new_BG = prefill.new_entries(self.gates, cache.num_entries_RG, self.chunks)
+        prefill_case.give_pages(self.cache, new_BG, self.chunks)
 
         def run() -> Tensor:
             cache.num_entries_RG.zero_()
             return prefill.prefill(
-                self.q, self.k, self.v, self.is_merge, self.omega, self.freqs, cache.k_pages_PSD,
-                cache.v_pages_PSD, cache.block_table_RGM, cache.num_entries_RG,
-                cache.segments_RGUA, self.chunks, softmax_scale=self.scale, backend=backend,
+                cache, self.chunks, self.q, self.k, self.v, self.gates, self.freqs,
+                softmax_scale=self.scale, backend=backend,
             )  # fmt: skip
 
         return run
@@ -89,32 +89,26 @@ class _Prompt:
         q, k, v = self.q, self.k, self.v
         cache, dim = self.cache, q.shape[2]
         cache.num_entries_RG.zero_()
-        pages = (cache.k_pages_PSD, cache.v_pages_PSD)
         if backend == "torch":
-            written = prefill.write_chunk(
-                k, v, self.is_merge, self.omega, self.freqs, *pages, cache.block_table_RGM[0],
-                cache.num_entries_RG[0], cache.segments_RGUA[0], merge_window=0,
-            )  # fmt: skip
+            written = prefill.write_chunk(cache, 0, k, v, self.gates, self.freqs, merge_window=0)
             entry_TG = written.entry_TG
 
             def run() -> Tensor:
                 return prefill.attend_chunk(
-                    q, written, self.freqs, *pages, cache.block_table_RGM[0],
-                    softmax_scale=self.scale,
-                )[0]  # fmt: skip
+                    cache, 0, q, written, self.freqs, softmax_scale=self.scale
+                )[0]
         else:
-            cos, sin = rope.cosine_and_sine(self.freqs, q.dtype)
+            angles = rope.cosine_and_sine(self.freqs, q.dtype)
             module = kernels(backend, "prefill")  # type: ignore[arg-type]
-            own_k, own_v, entry_TG = module.write_chunks(
-                k, v, self.is_merge, self.omega, cos, sin, *pages, cache.block_table_RGM,
-                cache.num_entries_RG, cache.segments_RGUA, self.chunks, merge_window=0,
-            )  # fmt: skip
+            states = module.write_chunks(
+                cache, self.chunks, k, v, self.gates, angles, merge_window=0
+            )
+            entry_TG = states[-1]
 
             def run() -> Tensor:
                 attended: Tensor = module.attend_chunks(
-                    q, own_k, own_v, entry_TG, cos, sin, *pages, cache.block_table_RGM, self.chunks,
-                    softmax_scale=self.scale,
-                )  # fmt: skip
+                    cache, self.chunks, q, states, angles, softmax_scale=self.scale
+                )
                 return attended
 
         group = q.shape[1] // k.shape[1]

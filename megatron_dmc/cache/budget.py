@@ -18,9 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megatron_dmc.cache import BlockTables
 from megatron_dmc.cache.policies.base import EvictionPolicy
-from megatron_dmc.ops.paged import pages
 from megatron_dmc.ops.paged.budget import WorkingCache, attend_and_evict
-from megatron_dmc.ops.paged.decode import read_entries, slots_of_entries, write_entries
 from megatron_dmc.ops.tensors import accumulator_dtype
 
 
@@ -101,7 +99,7 @@ class EvictingCache:
         softmax_scale: float,
     ) -> Tensor:
         """Out of the pages, through the tokens, and back what is new: out_XTND."""
-        tables, pool, device = self.tables, self.tables.pool, q[0].device
+        pages, device = self.tables.layer(layer), q[0].device
 
         def index(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
@@ -113,18 +111,11 @@ class EvictingCache:
         before_X, after_X = torch.minimum(first_X, budget_X), index(after)
         # one column is free at any time
         num_columns = max(after) + 1
-        num_kv_heads = tables.num_kv_heads
-        table_XGM = tables.page_ids_LRGM[layer, rows_X]
-        before_XG = before_X[:, None].expand(-1, num_kv_heads)
-        k_old, v_old, _ = read_entries(
-            pool.k_pages_PSD, pool.v_pages_PSD, table_XGM.flatten(0, 1), before_XG.flatten(),
-            k[0].dtype,
-        )  # fmt: skip
-        pad = (0, 0, 0, num_columns - k_old.shape[1])
-        k_XGED, v_XGED = (
-            torch.nn.functional.pad(x, pad).unflatten(0, (len(chunks), num_kv_heads))
-            for x in (k_old, v_old)
-        )
+        num_kv_heads = pages.num_kv_heads
+        before_XG, after_XG = (x[:, None].expand(-1, num_kv_heads) for x in (before_X, after_X))
+        k_old, v_old, _ = pages.load(rows_X, k[0].dtype, before_XG)
+        pad = (0, 0, 0, num_columns - k_old.shape[2])
+        k_XGED, v_XGED = (torch.nn.functional.pad(x, pad) for x in (k_old, v_old))
         width = min(num_columns, self._position_LRGE.shape[-1])
         column_E = torch.arange(num_columns, device=device)
         padding = (0, num_columns - width)
@@ -142,18 +133,14 @@ class EvictingCache:
         )  # fmt: skip
         cache.compact(after_X)
 
-        tables.num_entries_LRG[layer, rows_X] = after_X[:, None].expand(-1, num_kv_heads)
-        pages.take_for_entries(
-            table_XGM, tables.num_entries_LRG[layer, rows_X], pool.page_size, pool.free_pages
-        )
-        tables.page_ids_LRGM[layer, rows_X] = table_XGM
+        pages.num_entries_RG[rows_X] = after_XG
+        pages.take_pages(rows_X, after_XG)
         is_new_XGE = cache.position_XGE >= first_X[:, None, None]
         columns = column_E[:-1].expand(len(chunks), num_kv_heads, -1)
-        slots_XGE = slots_of_entries(table_XGM, columns, pool.page_size)
-        slots_XGE = torch.where(is_new_XGE[..., :-1], slots_XGE, -1)
-        write_entries(
-            pool.k_pages_PSD, pool.v_pages_PSD, slots_XGE.flatten(),
-            cache.k_XGED[:, :, :-1].flatten(0, 2), cache.v_XGED[:, :, :-1].flatten(0, 2),
+        slots_XGE = torch.where(is_new_XGE[..., :-1], pages.slots(rows_X, columns), -1)
+        pages.store(
+            slots_XGE.flatten(), cache.k_XGED[:, :, :-1].flatten(0, 2),
+            cache.v_XGED[:, :, :-1].flatten(0, 2),
         )  # fmt: skip
         kept = slice(0, num_columns - 1)
         self._position_LRGE[layer, rows_X, :, kept] = cache.position_XGE[..., kept].int()

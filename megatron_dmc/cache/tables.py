@@ -16,7 +16,7 @@ from megatron_dmc.cache.counts import PageCounts, Run
 from megatron_dmc.cache.late_copy import LateCopy
 from megatron_dmc.cache.pool import PagePool
 from megatron_dmc.errors import OutOfPages
-from megatron_dmc.ops.paged import pages
+from megatron_dmc.ops.paged.layer_cache import LayerCache
 from megatron_dmc.ops.tensors import accumulator_dtype
 
 Exchange = Callable[[np.ndarray], np.ndarray]
@@ -106,6 +106,21 @@ class BlockTables:
         self._late: list[LateCounts] = []
         self._tell_growth: Callable[[np.ndarray], None] | None = None
         self._copy: LateCopy | None = None
+
+    def layer(self, layer_index: int, segments: OpenSegments | None = None) -> LayerCache:
+        """One layer's storage, as the ops take it. Copies nothing.
+
+        Args:
+            segments: None: the layer's tokens do not merge.
+        """
+        return LayerCache(
+            self.pool.k_pages_PSD,
+            self.pool.v_pages_PSD,
+            self.page_ids_LRGM[layer_index],
+            self.num_entries_LRG[layer_index],
+            None if segments is None else segments.state_LRGUA[layer_index],
+            self.pool.free_pages,
+        )
 
     @property
     def counts(self) -> PageCounts:
@@ -229,10 +244,8 @@ class BlockTables:
         needed = self._counts.pages_of(num_entries_LG.cpu().numpy()).sum()
         assert self.may_take(int(needed)), f"{needed} pages are not free"
         self.num_entries_LRG[:, row] = num_entries_LG.to(self.num_entries_LRG)
-        pages.take_for_entries(
-            self.page_ids_LRGM[:, row], self.num_entries_LRG[:, row], self.pool.page_size,
-            self.pool.free_pages,
-        )  # fmt: skip
+        for layer_index in range(self.num_layers):
+            self.layer(layer_index).take_pages(row, self.num_entries_LRG[layer_index, row])
         self.end_step([row])
         self.settle()
 

@@ -31,7 +31,8 @@ from megatron_dmc.engine.rule import CompressionRule
 from megatron_dmc.engine.scheduler import NO_PREFIX, CachedPrefix
 from megatron_dmc.ops import gates, rope
 from megatron_dmc.ops.paged import decode, delayed, evict
-from megatron_dmc.ops.paged.kv_pages import Pages
+from megatron_dmc.ops.paged.decode import Angles, Gates
+from megatron_dmc.ops.paged.layer_cache import LayerCache
 from megatron_dmc.ops.paged.prefill import prefill
 from megatron_dmc.ops.tensors import accumulator_dtype
 from megatron_dmc.ops.training.merge import num_kept
@@ -352,19 +353,17 @@ class PagedContext(BaseInferenceContext):
                 layer_index, q_TND[single], k_TGD[single], v_TGD[single], freqs_SF, softmax_scale
             )
         q, k, v = (x[num_singles:] for x in (q_TND, k_TGD, v_TGD))
-        is_merge, omega = self._gates(layer_index, num_singles, q, k)
-        if self.flips is not None and is_merge is not None:
-            self.flips.prefilled(is_merge)
-        layer, segments = self._layer(layer_index), self._segments_of(layer_index)
+        gates_TG = self._gates(layer_index, num_singles, q, k)
+        if self.flips is not None and gates_TG is not None:
+            self.flips.prefilled(gates_TG[0])
+        cache = self._layer(layer_index)
         for part in self._prefills:
             at = part.tokens
             out[num_singles:][at] = prefill(
-                q[at], k[at], v[at],
-                None if is_merge is None else is_merge[at],
-                None if omega is None else omega[at],
+                cache, part.chunks, q[at], k[at], v[at],
+                None if gates_TG is None else (gates_TG[0][at], gates_TG[1][at]),
                 None if freqs_SF is None else freqs_SF[part.positions],
-                *layer, segments, part.chunks, softmax_scale=softmax_scale,
-                merge_window=self._window, free_pages=self.pool.free_pages, backend=self._backend,
+                softmax_scale=softmax_scale, merge_window=self._window, backend=self._backend,
             )  # fmt: skip
             for piece in part.pieces:
                 if piece.snapshot is not None and self.prefixes is not None:
@@ -400,35 +399,32 @@ class PagedContext(BaseInferenceContext):
         softmax_scale: float,
     ) -> Tensor:
         """One token of each request: on a GPU three launches, and one more a step for the plans."""
-        rule, rows_B, free_pages = self.rule, self._rows_B, self.pool.free_pages
+        rule, rows_B = self.rule, self._rows_B
         if self._plans_L is None:
             self._plans_L = decode.plan_decode_attention(
                 self.tables.num_entries_LRG, rows_B, like=k_BGD, page_size=self.page_size,
                 group=q_BND.shape[1] // k_BGD.shape[1], ahead=1, backend=self._backend,
             )  # fmt: skip
-        layer, segments = self._layer(layer_index), self._segments_of(layer_index)
+        cache = self._layer(layer_index)
         if rule is not None and rule.shared_decisions:
             # the heads' logits have to meet first
             freqs_BF = None if freqs_SF is None else freqs_SF[self._positions_B]
-            is_merge_BG, omega_BG = self._gates(layer_index, 0, q_BND, k_BGD)
+            gates_BG = self._gates(layer_index, 0, q_BND, k_BGD)
             decode.decode_append(
-                k_BGD, v_BGD, is_merge_BG, omega_BG, freqs_BF, *layer, segments, rows_B,
-                merge_window=self._window, free_pages=free_pages, backend=self._backend,
+                cache, rows_B, k_BGD, v_BGD, gates_BG, freqs_BF, merge_window=self._window,
+                backend=self._backend,
             )  # fmt: skip
             q_BND = rope.rotate_by(q_BND, freqs_BF, compress=True)
         else:
-            cos_SF, sin_SF = self._cosine_and_sine(freqs_SF, q_BND.dtype)
-            is_merge_BG, omega_BG = self._given_gates(layer_index, 0, q_BND.shape[0])
             q_BND = decode.gate_and_append(
-                q_BND, k_BGD, v_BGD, cos_SF, sin_SF, self._positions_B, *layer, segments, rows_B,
-                alpha_offset=0.0 if rule is None else rule.alpha_offset,
-                compress=rule is not None, may_merge=rule is not None and rule.may_merge,
-                merge_window=self._window, is_merge_BG=is_merge_BG, omega_BG=omega_BG,
-                free_pages=free_pages, backend=self._backend,
+                cache, rows_B, q_BND, k_BGD, v_BGD, self._cosine_and_sine(freqs_SF, q_BND.dtype),
+                self._positions_B, alpha_offset=None if rule is None else rule.alpha_offset,
+                may_merge=rule is not None and rule.may_merge, merge_window=self._window,
+                gates_BG=self._given_gates(layer_index, 0, q_BND.shape[0]), backend=self._backend,
             )  # fmt: skip
         return decode.paged_decode_attention(
-            q_BND, *layer, softmax_scale=softmax_scale, rows_B=rows_B,
-            plan_Y=self._plans_L[layer_index], backend=self._backend,
+            cache, rows_B, q_BND, softmax_scale=softmax_scale, plan_Y=self._plans_L[layer_index],
+            backend=self._backend,
         )  # fmt: skip
 
     def _attend_evicting(
@@ -442,22 +438,21 @@ class PagedContext(BaseInferenceContext):
     ) -> Tensor:
         """`attend` where tokens leave the cache instead of merging. PyTorch, but for decode attention."""
         assert self.rings is not None
-        layer, rows_B, free_pages = self._layer(layer_index), self._rows_B, self.pool.free_pages
-        k_pages, v_pages, table_RGM, num_entries_RG = layer
+        cache, rows_B = self._layer(layer_index), self._rows_B
         rings, num_singles = self.rings[layer_index], rows_B.shape[0]
-        is_evict_TG, _ = self._gates(layer_index, 0, q_TND, k_TGD)
-        assert is_evict_TG is not None
-        out = torch.empty_like(q_TND)
+        gates_TG = self._gates(layer_index, 0, q_TND, k_TGD)
+        assert gates_TG is not None
+        is_evict_TG, out = gates_TG[0], torch.empty_like(q_TND)
         if num_singles:
             single = slice(0, num_singles)
             freqs_BF = None if freqs_SF is None else freqs_SF[self._positions_B]
             evict.decode_evict(
-                k_TGD[single], v_TGD[single], is_evict_TG[single], freqs_BF, self._positions_B,
-                *layer, rings, rows_B, free_pages=free_pages,
+                cache, rows_B, k_TGD[single], v_TGD[single], is_evict_TG[single], freqs_BF,
+                self._positions_B, rings,
             )  # fmt: skip
             out[single] = decode.paged_decode_attention(
-                rope.rotate_by(q_TND[single], freqs_BF, compress=True), *layer,
-                softmax_scale=softmax_scale, rows_B=rows_B, backend=self._backend,
+                cache, rows_B, rope.rotate_by(q_TND[single], freqs_BF, compress=True),
+                softmax_scale=softmax_scale, backend=self._backend,
             )  # fmt: skip
         for piece in (piece for part in self._prefills for piece in part.pieces):
             first = num_singles + piece.first
@@ -466,9 +461,8 @@ class PagedContext(BaseInferenceContext):
             if freqs_SF is not None:
                 freqs_TF = freqs_SF[piece.start : piece.start + piece.num_tokens]
             out[span] = evict.prefill_evict(
-                q_TND[span], k_TGD[span], v_TGD[span], is_evict_TG[span], freqs_TF, piece.start,
-                k_pages, v_pages, table_RGM[piece.row], num_entries_RG[piece.row], rings[piece.row],
-                softmax_scale=softmax_scale, free_pages=free_pages,
+                cache, piece.row, q_TND[span], k_TGD[span], v_TGD[span], is_evict_TG[span],
+                freqs_TF, piece.start, rings, softmax_scale=softmax_scale,
             )  # fmt: skip
         return out
 
@@ -483,51 +477,37 @@ class PagedContext(BaseInferenceContext):
     ) -> Tensor:
         """`attend` where tokens merge after a delay. PyTorch, except for decode attention."""
         assert self.delayed is not None
-        layer, rows_B, free_pages = self._layer(layer_index), self._rows_B, self.pool.free_pages
-        k_pages, v_pages, table_RGM, num_entries_RG = layer
-        segments_RGUA, decisions = self._segments_of(layer_index), self.delayed[layer_index]
-        assert segments_RGUA is not None
-        is_merge_TG, omega_TG = self._gates(layer_index, 0, q_TND, k_TGD)
-        assert is_merge_TG is not None and omega_TG is not None
+        cache, rows_B = self._layer(layer_index), self._rows_B
+        decisions = self.delayed[layer_index]
+        gates_TG = self._gates(layer_index, 0, q_TND, k_TGD)
+        assert gates_TG is not None
         num_singles, out = rows_B.shape[0], torch.empty_like(q_TND)
         if num_singles:
             single = slice(0, num_singles)
             freqs_BF = None if freqs_SF is None else freqs_SF[self._positions_B]
             delayed.decode_delayed(
-                k_TGD[single], v_TGD[single], is_merge_TG[single], omega_TG[single], freqs_SF,
-                self._positions_B, *layer, segments_RGUA, decisions, rows_B,
-                merge_window=self._window, free_pages=free_pages,
+                cache, rows_B, k_TGD[single], v_TGD[single],
+                (gates_TG[0][single], gates_TG[1][single]), freqs_SF, self._positions_B, decisions,
+                merge_window=self._window,
             )  # fmt: skip
             out[single] = decode.paged_decode_attention(
-                rope.rotate_by(q_TND[single], freqs_BF, compress=True), *layer,
-                softmax_scale=softmax_scale, rows_B=rows_B, backend=self._backend,
+                cache, rows_B, rope.rotate_by(q_TND[single], freqs_BF, compress=True),
+                softmax_scale=softmax_scale, backend=self._backend,
             )  # fmt: skip
         for piece in (piece for part in self._prefills for piece in part.pieces):
             first = num_singles + piece.first
             span = slice(first, first + piece.num_tokens)
             out[span] = delayed.prefill_delayed(
-                q_TND[span], k_TGD[span], v_TGD[span], is_merge_TG[span], omega_TG[span], freqs_SF,
-                piece.start, k_pages, v_pages, table_RGM[piece.row], num_entries_RG[piece.row],
-                segments_RGUA[piece.row], decisions[piece.row], softmax_scale=softmax_scale,
-                merge_window=self._window, free_pages=free_pages,
+                cache, piece.row, q_TND[span], k_TGD[span], v_TGD[span],
+                (gates_TG[0][span], gates_TG[1][span]), freqs_SF, piece.start, decisions,
+                softmax_scale=softmax_scale, merge_window=self._window,
             )  # fmt: skip
         return out
 
-    def _layer(self, layer_index: int) -> tuple[Pages, Pages, Tensor, Tensor]:
-        """What the ops take of a layer: pages of keys and of values, block_table_RGM, num_entries_RG."""
-        pool, tables = self.pool, self.tables
-        return (
-            pool.k_pages_PSD, pool.v_pages_PSD, tables.page_ids_LRGM[layer_index],
-            tables.num_entries_LRG[layer_index],
-        )  # fmt: skip
+    def _layer(self, layer_index: int) -> LayerCache:
+        return self.tables.layer(layer_index, self.segments)
 
-    def _segments_of(self, layer_index: int) -> Tensor | None:
-        """A layer's segments_RGUA; None where nothing merges."""
-        return None if self.segments is None else self.segments.state_LRGUA[layer_index]
-
-    def _cosine_and_sine(
-        self, freqs_SF: Tensor | None, dtype: torch.dtype
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _cosine_and_sine(self, freqs_SF: Tensor | None, dtype: torch.dtype) -> Angles:
         """RoPE's tables, made once for angles that stay where they are, as Megatron's do."""
         if freqs_SF is None:
             return None, None
@@ -538,22 +518,17 @@ class PagedContext(BaseInferenceContext):
             self._angles = (freqs_SF, cos, sin)
         return self._angles[1], self._angles[2]
 
-    def _given_gates(
-        self, layer_index: int, first: int, count: int
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Decisions and importances (count, G) that stand in for those of a layer's channels, of packed
-        tokens from `first` on; None, None: none do."""
-        return None, None
+    def _given_gates(self, layer_index: int, first: int, count: int) -> Gates | None:
+        """Gates (count, G) that stand in for those of a layer's channels, of packed tokens from `first` on;
+        None: none do."""
+        return None
 
-    def _gates(
-        self, layer_index: int, first: int, q_TND: Tensor, k_TGD: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Decisions and importances of packed tokens from `first` on; a sequence's first token never merges
-        (the ops see to it)."""
+    def _gates(self, layer_index: int, first: int, q_TND: Tensor, k_TGD: Tensor) -> Gates | None:
+        """Gates of packed tokens from `first` on; a sequence's first token never merges (the ops see to it)."""
         if self.rule is None:
-            return None, None
+            return None
         given_TG = self._given_gates(layer_index, first, len(q_TND))
-        if given_TG[0] is not None:
+        if given_TG is not None:
             return given_TG
         share = None
         if self.rule.shared_decisions:

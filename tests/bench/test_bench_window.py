@@ -370,7 +370,7 @@ def test_checks_widen_only_what_they_compare(monkeypatch):
     errors = decode_kernels.check("torch", *qkv, cache)
     # keys and values of four requests, in their pages and the free ones that append may take
     assert 0 < most <= 4 * 2 * (5 + 1) * 8 * 2 * 16 and errors["attention"] < 1e-5
-    assert cache.entries(torch.float32).dtype == torch.float32
+    assert decode_case.entries_of(cache, torch.float32).dtype == torch.float32
     # a free page is still free, and those taken are the heads' own
     assert int(cache.free_pages.state[0]) == int((cache.block_table_RGM >= 0).sum()) - 90
 

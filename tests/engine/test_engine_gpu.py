@@ -176,9 +176,8 @@ def attended(backend, stored, batch=16):
 
     def attend():
         return decode.paged_decode_attention(
-            q, cache.k_pages_PSD, cache.v_pages_PSD, cache.block_table_RGM, cache.num_entries_RG,
-            softmax_scale=1 / math.sqrt(128), rows_B=rows, backend=backend,
-        )  # fmt: skip
+            cache, rows, q, softmax_scale=1 / math.sqrt(128), backend=backend
+        )
 
     return attend
 

@@ -4,13 +4,13 @@ Dimension letters as in `ops.paged.decode`.
 """
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_dmc.ops import gates, reference, rope
 from megatron_dmc.ops.paged import decode, prefill
+from megatron_dmc.ops.paged.layer_cache import LayerCache
 from megatron_dmc.ops.tensors import accumulator_dtype
 from megatron_dmc.ops.training.merge import num_kept
 
@@ -36,12 +36,12 @@ def make_cache(num_rows, num_kv_heads, num_pages_each, merge_window, dtype=torch
     needed = num_rows * num_kv_heads * num_pages_each
     pages = torch.randperm(needed + 3, generator=torch.Generator().manual_seed(5))[:needed]
     acc = accumulator_dtype(dtype)
-    return SimpleNamespace(
-        k_pages=torch.full((needed + 3, S, D), NAN, dtype=dtype),
-        v_pages=torch.full((needed + 3, S, D), NAN, dtype=dtype),
-        block_table=pages.view(num_rows, num_kv_heads, num_pages_each).to(torch.int32),
-        num_entries=torch.zeros(num_rows, num_kv_heads, dtype=torch.int64),
-        segments=torch.zeros(num_rows, num_kv_heads, num_kept(merge_window), 2 * D + 1, dtype=acc),
+    return LayerCache(
+        torch.full((needed + 3, S, D), NAN, dtype=dtype),
+        torch.full((needed + 3, S, D), NAN, dtype=dtype),
+        pages.view(num_rows, num_kv_heads, num_pages_each).to(torch.int32),
+        torch.zeros(num_rows, num_kv_heads, dtype=torch.int64),
+        torch.zeros(num_rows, num_kv_heads, num_kept(merge_window), 2 * D + 1, dtype=acc),
     )
 
 
@@ -58,26 +58,19 @@ def make_inputs(num_tokens, num_kv_heads, group, seed=0, dtype=torch.float64):
 def run_prefill(cache, row, q, k, v, is_merge, omega, freqs, merge_window, tokens):
     chunks = prefill.Chunks.of([row], [len(q[tokens])], "cpu")
     return prefill.prefill(
-        q[tokens], k[tokens], v[tokens],
-        None if is_merge is None else is_merge[tokens],
-        None if omega is None else omega[tokens],
+        cache, chunks, q[tokens], k[tokens], v[tokens],
+        None if is_merge is None else (is_merge[tokens], omega[tokens]),
         None if freqs is None else freqs[tokens],
-        cache.k_pages, cache.v_pages, cache.block_table, cache.num_entries, cache.segments, chunks,
         softmax_scale=SCALE, merge_window=merge_window,
     )  # fmt: skip
 
 
 def run_decode(cache, rows, q, k, v, is_merge, omega, freqs, merge_window):
     """All tensors lead with B."""
-    decode.decode_append(
-        k, v, is_merge, omega, freqs, cache.k_pages, cache.v_pages, cache.block_table,
-        cache.num_entries, cache.segments, rows, merge_window=merge_window,
-    )  # fmt: skip
-    q = rope.rotate_by(q, freqs, compress=is_merge is not None)
-    return decode.paged_decode_attention(
-        q, cache.k_pages, cache.v_pages, cache.block_table[rows], cache.num_entries[rows],
-        softmax_scale=SCALE,
-    )  # fmt: skip
+    given = None if is_merge is None else (is_merge, omega)
+    decode.decode_append(cache, rows, k, v, given, freqs, merge_window=merge_window)
+    q = rope.rotate_by(q, freqs, compress=given is not None)
+    return decode.paged_decode_attention(cache, rows, q, softmax_scale=SCALE)
 
 
 def dense(q, k, v, is_merge, omega, freqs, merge_window):
@@ -95,9 +88,8 @@ def dense(q, k, v, is_merge, omega, freqs, merge_window):
 
 
 def entries_of(cache, row, head):
-    num = int(cache.num_entries[row, head])
-    pages = cache.block_table[row, head].long()
-    return cache.k_pages[pages].flatten(0, 1)[:num], cache.v_pages[pages].flatten(0, 1)[:num]
+    k, v, is_entry = cache.load(row, cache.k_pages_PSD.dtype)
+    return k[head][is_entry[head]], v[head][is_entry[head]]
 
 
 @pytest.mark.parametrize("merge_window", WINDOWS)
@@ -123,13 +115,13 @@ def test_prefill_in_chunks_equals_reference_and_dense_formula(merge_window, grou
     torch.testing.assert_close(
         out, dense(q, k, v, is_merge, omega, freqs, merge_window), rtol=0, atol=1e-12
     )
-    assert cache.num_entries[1].tolist() == [len(h.keys) for h in heads]
-    assert cache.num_entries[0].tolist() == [0] * num_kv_heads
+    assert cache.num_entries_RG[1].tolist() == [len(h.keys) for h in heads]
+    assert cache.num_entries_RG[0].tolist() == [0] * num_kv_heads
     for g, head in enumerate(heads):
         keys, values = entries_of(cache, 1, g)
         torch.testing.assert_close(keys, torch.stack(head.keys), rtol=0, atol=1e-12)
         torch.testing.assert_close(values, torch.stack(head.values), rtol=0, atol=1e-12)
-        state = cache.segments[1, g].sum(0)
+        state = cache.segments_RGUA[1, g].sum(0)
         torch.testing.assert_close(state[:-1] / state[-1], head.segment.emit(), rtol=0, atol=1e-12)
 
 
@@ -162,7 +154,7 @@ def test_ragged_decode_after_prefill_equals_dense_formula(merge_window, group):
         torch.testing.assert_close(torch.cat(outs[i]), want, rtol=0, atol=1e-12)
         appended = ~inputs[3]
         appended[0] = True
-        assert cache.num_entries[rows[i]].tolist() == appended.sum(0).tolist()
+        assert cache.num_entries_RG[rows[i]].tolist() == appended.sum(0).tolist()
 
 
 @pytest.mark.parametrize("chunks", [[1] * 9, [9], [4, 5], [2, 1, 6]])
@@ -188,7 +180,7 @@ def test_plain_cache_is_plain_attention_with_every_channel(chunks, group, rotary
         *(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=True, enable_gqa=True
     )[0].transpose(0, 1)
     torch.testing.assert_close(torch.cat(outs), want, rtol=0, atol=1e-12)
-    assert cache.num_entries.tolist() == [[9, 9]]
+    assert cache.num_entries_RG.tolist() == [[9, 9]]
 
 
 @pytest.mark.parametrize("group", [1, 2, 4])
@@ -197,31 +189,31 @@ def test_paged_decode_attention_equals_reference_over_ragged_heads(group):
     cache = make_cache(3, 3, 4, 0)
     for b in range(3):
         for g in range(3):
-            slots = decode.slots_of_entries(
-                cache.block_table[b, g][None], torch.arange(num_entries[b, g])[None], S
-            )[0]
+            entries = torch.arange(num_entries[b, g])
+            slots = cache.slots(b, entries.expand(3, -1))[g]
             rows = randn(2, len(slots), D, seed=10 * b + g)
-            decode.write_entries(cache.k_pages, cache.v_pages, slots, rows[0], rows[1])
-    cache.block_table[0, 0] = -1  # no entries, no pages
+            cache.store(slots, rows[0], rows[1])
+    cache.num_entries_RG.copy_(num_entries)
+    cache.block_table_RGM[0, 0] = -1  # no entries, no pages
     q = randn(3, 3 * group, D, seed=99)
-    args = (q, cache.k_pages, cache.v_pages, cache.block_table, num_entries)
-    out = decode.paged_decode_attention(*args, softmax_scale=SCALE)
-    want = reference.paged_decode_attention(*args, softmax_scale=SCALE)
+    out = decode.paged_decode_attention(cache, torch.arange(3), q, softmax_scale=SCALE)
+    want = reference.paged_decode_attention(
+        q, cache.k_pages_PSD, cache.v_pages_PSD, cache.block_table_RGM, num_entries,
+        softmax_scale=SCALE,
+    )  # fmt: skip
     torch.testing.assert_close(out, want, rtol=0, atol=1e-12)
     assert torch.equal(out[0, :group], torch.zeros_like(out[0, :group]))
 
 
 def test_nothing_is_written_without_a_page():
     cache = make_cache(1, 2, 2, 0)
-    cache.block_table[0, 1] = -1
+    cache.block_table_RGM[0, 1] = -1
     _, k, v, _, omega = make_inputs(1, 2, 1)
-    before = cache.k_pages.clone()
-    decode.decode_append(
-        k, v, torch.zeros(1, 2, dtype=torch.bool), omega, None, cache.k_pages, cache.v_pages,
-        cache.block_table, cache.num_entries, cache.segments, torch.tensor([0]),
-    )  # fmt: skip
-    changed = (cache.k_pages != before) & ~(cache.k_pages.isnan() & before.isnan())
-    page = int(cache.block_table[0, 0, 0])
+    before = cache.k_pages_PSD.clone()
+    appends = torch.zeros(1, 2, dtype=torch.bool)
+    decode.decode_append(cache, torch.tensor([0]), k, v, (appends, omega), None)
+    changed = (cache.k_pages_PSD != before) & ~(cache.k_pages_PSD.isnan() & before.isnan())
+    page = int(cache.block_table_RGM[0, 0, 0])
     assert changed.flatten(1).any(1).nonzero().flatten().tolist() == [page]
     assert changed[page].any(-1).tolist() == [True, False, False, False]
 
@@ -236,7 +228,7 @@ def test_low_precision_makes_the_same_decisions_and_stays_close(merge_window, dt
     assert torch.equal(gates.hard_decisions(logit), is_merge)
     freqs = angles(num_tokens).float()
     cache = make_cache(1, 2, 6, merge_window, dtype)
-    assert cache.segments.dtype == torch.float32
+    assert cache.segments_RGUA.dtype == torch.float32
     outs = [
         run_prefill(cache, 0, q, k, v, is_merge, omega, freqs, merge_window, slice(0, 10)),
         run_prefill(cache, 0, q, k, v, is_merge, omega, freqs, merge_window, slice(10, 15)),
@@ -253,13 +245,12 @@ def test_low_precision_makes_the_same_decisions_and_stays_close(merge_window, dt
     assert error <= 2 * (honest.double() - want).abs().max() + 1e-6
     appended = ~is_merge
     appended[0] = True
-    assert cache.num_entries[0].tolist() == appended.sum(0).tolist()
+    assert cache.num_entries_RG[0].tolist() == appended.sum(0).tolist()
 
 
 def test_unknown_backend_is_refused():
+    cache = make_cache(1, 1, 1, 0)
     with pytest.raises(ValueError, match="backend='fpga' does not exist"):
         decode.paged_decode_attention(
-            torch.zeros(1, 1, D), torch.zeros(1, S, D), torch.zeros(1, S, D),
-            torch.zeros(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int64),
-            softmax_scale=1.0, backend="fpga",
-        )  # fmt: skip
+            cache, torch.tensor([0]), torch.zeros(1, 1, D), softmax_scale=1.0, backend="fpga"
+        )

@@ -116,7 +116,9 @@ def test_kernels_compile_without_spills(target, everything, tmp_path):
 USE_EXTENSION = """
 import torch
 from torch._subclasses import FakeTensorMode
-from megatron_dmc.ops import cuda, kv_pages
+from megatron_dmc.ops import cuda
+from megatron_dmc.ops.paged import kv_pages
+from megatron_dmc.ops.paged.layer_cache import LayerCache
 assert cuda.absence() == "", cuda.absence()
 from megatron_dmc.ops.cuda import decode, prefill as cuda_prefill
 from megatron_dmc.ops.paged.prefill import Chunks
@@ -146,22 +148,23 @@ assert mutated == ["out"], mutated
 
 with FakeTensorMode():
     q, *cache = tensors("cuda")
-    out = decode.paged_decode_attention(q, *cache, None, softmax_scale=1.0, num_workers=4)
-    assert out.shape == q.shape and out.dtype == q.dtype and out.device.type == "cuda"
     k_pages, v_pages, table, entries, rows = cache
+    cache = LayerCache(k_pages, v_pages, table, entries)
+    out = decode.paged_decode_attention(cache, rows, q, None, softmax_scale=1.0, num_workers=4)
+    assert out.shape == q.shape and out.dtype == q.dtype and out.device.type == "cuda"
     k = q[:, :2]
     segments = torch.zeros(3, 2, 1, 257, device="cuda")
     scaled = kv_pages.empty_pages(6, 16, 128, dtype=torch.float8_e4m3fn, device="cuda")
     for pages in (k_pages, scaled):
         out = decode.decode_append(
-            q, k, k, None, None, None, None, rows, pages, pages, table, entries, segments, rows,
-            None, None, compress=True, may_merge=True, alpha_offset=5.0, merge_window=0)
+            LayerCache(pages, pages, table, entries, segments), rows, q, k, k, None, (None, None),
+            rows, compress=True, may_merge=True, alpha_offset=5.0, merge_window=0)
         assert out.shape == q.shape
     own = k.contiguous()
     cos = torch.zeros(2, 128, dtype=q.dtype, device="cuda")
     entry = torch.zeros(2, 2, dtype=torch.int32, device="cuda")
     chunks = Chunks.of([1], [2], "cuda")
-    out = cuda_prefill.attend_chunks(q, own, own, entry, cos, cos, k_pages, v_pages, table, chunks,
+    out = cuda_prefill.attend_chunks(cache, chunks, q, (own, own, entry), (cos, cos),
                                      softmax_scale=1.0)
     assert out.shape == q.shape and out.dtype == q.dtype and out.device.type == "cuda"
     pages = torch.zeros(6, dtype=torch.int32, device="cuda")

@@ -10,10 +10,9 @@ from tiny_gpt import check_idle, dmc_config, drain, greedy_params, make_engine, 
 from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.ops import reference
 from megatron_dmc.ops.gates import zero_borrowed_channel
-from megatron_dmc.ops.paged.decode import (
-    paged_decode_attention,
-)
+from megatron_dmc.ops.paged.decode import paged_decode_attention
 from megatron_dmc.ops.paged.evict import Rings, decode_evict, prefill_evict
+from megatron_dmc.ops.paged.layer_cache import LayerCache
 from megatron_dmc.ops.rope import rotate_by
 from megatron_dmc.ops.training.delayed import eviction_attention
 
@@ -103,20 +102,22 @@ def test_memory_is_linear_in_tokens():
 G, N, D, PAGE_SIZE, ROWS, SCALE = 3, 6, 8, 4, 3, 0.4
 
 
-class Cache:
+def make_cache(longest):
     """One layer's cache of a few requests, all pages given out beforehand, NaN where nothing is."""
+    width = -(-longest // PAGE_SIZE)
+    pages = torch.randperm(ROWS * G * width, generator=torch.Generator().manual_seed(1))
+    shape = (ROWS * G * width, PAGE_SIZE, D)
+    return LayerCache(
+        torch.full(shape, float("nan"), dtype=torch.float64),
+        torch.full(shape, float("nan"), dtype=torch.float64),
+        pages.view(ROWS, G, width).int(),
+        torch.zeros(ROWS, G, dtype=torch.int64),
+    )
 
-    def __init__(self, delay, longest):
-        width = -(-longest // PAGE_SIZE)
-        pages = torch.randperm(ROWS * G * width, generator=torch.Generator().manual_seed(1))
-        self.table = pages.view(ROWS, G, width).int()
-        self.k = torch.full((ROWS * G * width, PAGE_SIZE, D), float("nan"), dtype=torch.float64)
-        self.v = self.k.clone()
-        self.num_entries = torch.zeros(ROWS, G, dtype=torch.int64)
-        shape = (ROWS, G, delay + 1)
-        self.rings = Rings(
-            torch.full(shape, 7, dtype=torch.int32), torch.ones(shape, dtype=torch.bool)
-        )
+
+def make_rings(delay):
+    shape = (ROWS, G, delay + 1)
+    return Rings(torch.full(shape, 7, dtype=torch.int32), torch.ones(shape, dtype=torch.bool))
 
 
 def sequence(length, seed):
@@ -149,7 +150,7 @@ def entries_of(evict, delay):
 def test_prefill_in_chunks_then_ragged_decode_equals_dense(delay, chunks):
     lengths = [37, 9, 1]  # the first row in chunks; the others at once
     new = 12
-    cache = Cache(delay, max(lengths) + new)
+    cache, rings = make_cache(max(lengths) + new), make_rings(delay)
     sequences = [sequence(length + new, seed) for seed, length in enumerate(lengths, start=1)]
     outs = []
     for row, (length, (q, k, v, evict, freqs)) in enumerate(zip(lengths, sequences, strict=True)):
@@ -158,8 +159,8 @@ def test_prefill_in_chunks_then_ragged_decode_equals_dense(delay, chunks):
             span = slice(at, at + size)
             parts.append(
                 prefill_evict(
-                    q[span], k[span], v[span], evict[span], freqs[span], at, cache.k, cache.v,
-                    cache.table[row], cache.num_entries[row], cache.rings[row], softmax_scale=SCALE,
+                    cache, row, q[span], k[span], v[span], evict[span], freqs[span], at, rings,
+                    softmax_scale=SCALE,
                 )
             )  # fmt: skip
             at += size
@@ -170,20 +171,15 @@ def test_prefill_in_chunks_then_ragged_decode_equals_dense(delay, chunks):
         q, k, v, evict, freqs = (
             torch.stack([sequences[r][i][lengths[r] + step] for r in order]) for i in range(5)
         )
-        decode_evict(
-            k, v, evict, freqs, at, cache.k, cache.v, cache.table, cache.num_entries, cache.rings,
-            order,
-        )  # fmt: skip
-        out = paged_decode_attention(
-            rotate_by(q, freqs, compress=True), cache.k, cache.v, cache.table[order],
-            cache.num_entries[order], softmax_scale=SCALE,
-        )  # fmt: skip
+        decode_evict(cache, order, k, v, evict, freqs, at, rings)
+        q = rotate_by(q, freqs, compress=True)
+        out = paged_decode_attention(cache, order, q, softmax_scale=SCALE)
         for b, row in enumerate(order):
             outs[row].append(out[b : b + 1])
     for row, inputs in enumerate(sequences):
         torch.testing.assert_close(torch.cat(outs[row]), dense(*inputs, delay), rtol=0, atol=1e-12)
-        assert torch.equal(cache.num_entries[row], entries_of(inputs[3], delay))
-        assert delay > 3 or (cache.num_entries[row] < 0.7 * inputs[3].shape[0]).any()
+        assert torch.equal(cache.num_entries_RG[row], entries_of(inputs[3], delay))
+        assert delay > 3 or (cache.num_entries_RG[row] < 0.7 * inputs[3].shape[0]).any()
 
 
 @pytest.mark.parametrize("delay", [0, 3])

@@ -3,6 +3,8 @@
 Dimension letters as in `ops.paged.kv_pages`.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_cache_ops import (
@@ -18,6 +20,7 @@ from test_cache_ops import (
 
 from megatron_dmc.cache import PagePool
 from megatron_dmc.ops.paged import decode, kv_pages
+from megatron_dmc.ops.paged.layer_cache import LayerCache
 
 EIGHT_BITS = [torch.float8_e4m3fn, torch.int8]
 # largest error of a channel over the entry's largest one: half a step
@@ -65,14 +68,14 @@ def test_a_free_page_that_is_read_shows(dtype):
     used, unused = pool.take(1), pool.take(1)
     slots = used.long() * S + torch.arange(S)
     x = torch.randn(S, 8, generator=torch.Generator().manual_seed(0))
-    decode.write_entries(pool.k_pages_PSD, pool.v_pages_PSD, slots, x, x)
     table = used.clone().view(1, 1, 1)
+    cache = LayerCache(pool.k_pages_PSD, pool.v_pages_PSD, table, torch.tensor([[S]]))
+    cache.store(slots, x, x)
     q = torch.ones(1, 1, 8)
 
     def attend(table):
-        return decode.paged_decode_attention(
-            q, pool.k_pages_PSD, pool.v_pages_PSD, table, torch.tensor([[S]]), softmax_scale=1.0
-        )
+        of_table = replace(cache, block_table_RGM=table)
+        return decode.paged_decode_attention(of_table, torch.tensor([0]), q, softmax_scale=1.0)
 
     assert attend(table).isfinite().all()
     assert attend(unused.view(1, 1, 1)).isnan().all()
@@ -84,10 +87,10 @@ def test_a_free_page_that_is_read_shows(dtype):
 
 def scaled(cache, dtype):
     """The same cache with pages of 8 bits."""
-    for name in ("k_pages", "v_pages"):
-        pages = kv_pages.empty_pages(*getattr(cache, name).shape, dtype=dtype)
-        kv_pages.fill_with_nan(pages, slice(None))
-        setattr(cache, name, pages)
+    shape = cache.k_pages_PSD.shape
+    k_pages, v_pages = (kv_pages.empty_pages(*shape, dtype=dtype) for _ in "kv")
+    cache = replace(cache, k_pages_PSD=k_pages, v_pages_PSD=v_pages)
+    cache.poison()
     return cache
 
 
@@ -116,8 +119,8 @@ def test_prefill_in_any_chunks_equals_decoding(dtype, merge_window, compress):
             batch = [None if x is None else x[tokens] for x in (q, k, v, is_merge, omega)]
             out.append(run_decode(cache, torch.tensor([0]), *batch, freqs[tokens], merge_window))
         outs.append(torch.cat(out))
-        used = cache.block_table.long().flatten()
-        pages.append([x[used] for x in kv_pages.tensors_of(cache.k_pages)])
+        used = cache.block_table_RGM.long().flatten()
+        pages.append([x[used] for x in kv_pages.tensors_of(cache.k_pages_PSD)])
     torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=1e-12)
     torch.testing.assert_close(outs[2], outs[0], rtol=0, atol=1e-12)
     for values, scales in pages[1:]:
@@ -137,11 +140,11 @@ def test_merging_does_not_accumulate_the_rounding(dtype):
         batch = [x[t : t + 1] for x in (q, k, v, is_merge, omega)]
         for cache in (exact, stored):
             run_decode(cache, torch.tensor([0]), *batch, None, 0)
-    assert stored.num_entries.item() == 1
+    assert stored.num_entries_RG.item() == 1
     for pages, wanted in zip(
-        (stored.k_pages, stored.v_pages), entries_of(exact, 0, 0), strict=True
+        (stored.k_pages_PSD, stored.v_pages_PSD), entries_of(exact, 0, 0), strict=True
     ):
-        got = kv_pages.load(pages, stored.block_table[0, 0].long(), torch.float64)[0, :1]
+        got = kv_pages.load(pages, stored.block_table_RGM[0, 0].long(), torch.float64)[0, :1]
         assert (got - wanted).abs().max() <= 1.001 * STEP[dtype] * wanted.abs().max()
         assert torch.equal(got, kv_pages.as_stored(wanted, pages))
 

@@ -1,6 +1,8 @@
 """Prefill of several requests in PyTorch against the reference, token by token. Dimension letters as in
 `ops.paged.prefill`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_cache_ops import SCALE, S, angles, entries_of, make_cache, make_inputs
@@ -47,9 +49,9 @@ def test_requests_together_in_chunks_equal_the_reference(merge_window, cost, ste
         ]
         sizes = [b - a for a, b in zip(done, ends, strict=True)]
         out = prefill.prefill(
-            *packed, torch.cat([freqs[span] for span in spans]), cache.k_pages, cache.v_pages,
-            cache.block_table, cache.num_entries, cache.segments, Chunks.of(ROWS, sizes, "cpu"),
-            softmax_scale=SCALE, merge_window=merge_window,
+            cache, Chunks.of(ROWS, sizes, "cpu"), *packed[:3], packed[3:],
+            torch.cat([freqs[span] for span in spans]), softmax_scale=SCALE,
+            merge_window=merge_window,
         )  # fmt: skip
         for of_request, part in zip(outs, out.split(sizes), strict=True):
             of_request.append(part)
@@ -61,21 +63,24 @@ def test_requests_together_in_chunks_equal_the_reference(merge_window, cost, ste
             zero(q), zero(k), v, is_merge, omega, freqs[: len(q)], heads, softmax_scale=SCALE
         )
         torch.testing.assert_close(torch.cat(parts), want, rtol=0, atol=1e-12)
-        assert cache.num_entries[row].tolist() == [len(h.keys) for h in heads]
+        assert cache.num_entries_RG[row].tolist() == [len(h.keys) for h in heads]
         for g, head in enumerate(heads):
             keys, values = entries_of(cache, row, g)
             torch.testing.assert_close(keys, torch.stack(head.keys), rtol=0, atol=1e-12)
             torch.testing.assert_close(values, torch.stack(head.values), rtol=0, atol=1e-12)
-    assert cache.num_entries[1].tolist() == [0] * 4
+    assert cache.num_entries_RG[1].tolist() == [0] * 4
 
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_pages_are_taken_for_new_entries_and_no_others(plain):
     requests = requests_of(1)
     cache = make_cache(4, 4, 40, 0)
-    page_ids = cache.block_table.flatten().clone()
+    page_ids = cache.block_table_RGM.flatten().clone()
     free_pages = FreePages.of(page_ids)
-    cache.block_table.fill_(-1)
+    cache.block_table_RGM.fill_(-1)
+    cache = replace(
+        cache, free_pages=free_pages, segments_RGUA=None if plain else cache.segments_RGUA
+    )
     for spans in (
         [slice(0, 7), slice(0, 4), slice(0, 30)],
         [slice(7, 90), slice(4, 9), slice(30, 31)],
@@ -84,28 +89,27 @@ def test_pages_are_taken_for_new_entries_and_no_others(plain):
             torch.cat([x[i][s] for x, s in zip(requests, spans, strict=True)]) for i in range(5)
         ]
         prefill.prefill(
-            *packed[:3], *([None, None] if plain else packed[3:]),
-            torch.cat([angles(150)[s] for s in spans]), cache.k_pages, cache.v_pages,
-            cache.block_table, cache.num_entries, None if plain else cache.segments,
-            Chunks.of(ROWS, [s.stop - s.start for s in spans], "cpu"), softmax_scale=SCALE,
-            free_pages=free_pages,
+            cache, Chunks.of(ROWS, [s.stop - s.start for s in spans], "cpu"), *packed[:3],
+            None if plain else packed[3:], torch.cat([angles(150)[s] for s in spans]),
+            softmax_scale=SCALE,
         )  # fmt: skip
-        held = cache.block_table >= 0
-        assert torch.equal(held.sum(-1), (cache.num_entries + S - 1) // S)
+        held = cache.block_table_RGM >= 0
+        assert torch.equal(held.sum(-1), (cache.num_entries_RG + S - 1) // S)
         assert held.long().diff(dim=-1).max() == 0  # from the first column on, without a gap
         assert free_pages.taken() == held.sum()
-        taken = cache.block_table[held]
+        taken = cache.block_table_RGM[held]
         assert sorted(taken.tolist()) == sorted(page_ids[: len(taken)].tolist())
-    assert cache.num_entries.sum(-1)[1] == 0 and (cache.num_entries[ROWS] > 0).all()
+    assert cache.num_entries_RG.sum(-1)[1] == 0 and (cache.num_entries_RG[ROWS] > 0).all()
     if plain:
-        assert cache.num_entries[ROWS].tolist() == [[90] * 4, [9] * 4, [31] * 4]
+        assert cache.num_entries_RG[ROWS].tolist() == [[90] * 4, [9] * 4, [31] * 4]
     with pytest.raises(OutOfPages):
         q, k, v, is_merge, omega = requests[0]
         few = FreePages.of(page_ids[:3])
+        empty = make_cache(4, 4, 40, 0)
+        empty.block_table_RGM.fill_(-1)
         prefill.prefill(
-            q, k, v, ~is_merge & False, omega, None, cache.k_pages, cache.v_pages,
-            torch.full_like(cache.block_table, -1), torch.zeros_like(cache.num_entries),
-            cache.segments, Chunks.of([1], [len(q)], "cpu"), softmax_scale=SCALE, free_pages=few,
+            replace(empty, free_pages=few), Chunks.of([1], [len(q)], "cpu"), q, k, v,
+            (~is_merge & False, omega), None, softmax_scale=SCALE,
         )  # fmt: skip
         few.taken()
 
@@ -130,9 +134,8 @@ def test_memory_is_linear_in_tokens(monkeypatch):
     cache = make_cache(1, 1, num_tokens // S, 0, torch.float32)
     with Largest() as largest:
         out = prefill.prefill(
-            q, k, v, is_merge, omega, angles(num_tokens).float(), cache.k_pages, cache.v_pages,
-            cache.block_table, cache.num_entries, cache.segments,
-            Chunks.of([0], [num_tokens], "cpu"), softmax_scale=SCALE,
+            cache, Chunks.of([0], [num_tokens], "cpu"), q, k, v, (is_merge, omega),
+            angles(num_tokens).float(), softmax_scale=SCALE,
         )  # fmt: skip
     assert out.isfinite().all() and largest.elements < num_tokens**2 / 4
 
@@ -156,9 +159,8 @@ def test_what_is_refused(monkeypatch):
 
     def call(chunks, **options):
         return prefill.prefill(
-            q, k, v, is_merge, omega, None, cache.k_pages, cache.v_pages, cache.block_table,
-            cache.num_entries, cache.segments, chunks, softmax_scale=SCALE, **options,
-        )  # fmt: skip
+            cache, chunks, q, k, v, (is_merge, omega), None, softmax_scale=SCALE, **options
+        )
 
     with pytest.raises(ValueError, match="the chunks have 3 tokens, the queries 4"):
         call(Chunks.of([0], [3], "cpu"))
@@ -170,4 +172,4 @@ def test_what_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="does not take merge_window=17, more than 16, in prefill"):
         call(chunks, backend="triton", merge_window=17)
     assert call(chunks, merge_window=17).shape == q.shape  # PyTorch takes over
-    assert cache.num_entries.tolist() == [[int((~is_merge[1:]).sum()) + 1]]
+    assert cache.num_entries_RG.tolist() == [[int((~is_merge[1:]).sum()) + 1]]

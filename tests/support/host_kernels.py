@@ -120,9 +120,11 @@ def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def paged(k_pages, v_pages, table, entries) -> PagedKV:
-    (k, *k_scales), (v, *v_scales) = tensors_of(k_pages), tensors_of(v_pages)
-    scales = (*k_scales, *v_scales) or (None, None)
+def paged(cache, entries=None) -> PagedKV:
+    """Args: entries: None for kernels that do not read them."""
+    pages = tensors_of(cache.k_pages_PSD), tensors_of(cache.v_pages_PSD)
+    (k, *k_scales), (v, *v_scales) = pages
+    scales, table = (*k_scales, *v_scales) or (None, None), cache.block_table_RGM
     return PagedKV(
         *map(address, (k, v, *scales, table, entries)), *table.stride()[:2],
         *((0, 0) if entries is None else entries.stride()),
@@ -137,13 +139,16 @@ def call(name: str, params: ctypes.Structure, dtype: torch.dtype | None = None) 
 
 
 def decode_append(
-    q, k, v, is_merge, omega, cos, sin, positions, k_pages, v_pages, table, entries, segments, rows,
-    free_ids, free_state, *, compress, may_merge, alpha_offset, merge_window,
+    cache, rows, q, k, v, gates, angles, positions, *, compress, may_merge, alpha_offset,
+    merge_window,
 ):  # fmt: skip
+    (is_merge, omega), (cos, sin) = gates or (None, None), angles
+    segments, free = cache.segments_RGUA, cache.free_pages
+    free_ids, free_state = (None, None) if free is None else (free.page_ids, free.state)
     out = None if q is None else torch.full(q.shape, float("nan"), dtype=q.dtype)
     zero = (0, 0)
     params = AppendParams(
-        paged(k_pages, v_pages, table, entries), *map(address, (q, k, v, out, cos, sin)),
+        paged(cache, cache.num_entries_RG), *map(address, (q, k, v, out, cos, sin)),
         *map(address, (is_merge, omega, positions, rows, segments if compress else None)),
         *map(address, (free_ids, free_state)),
         *(zero if q is None else q.stride()[:2]), *k.stride()[:2], *v.stride()[:2],
@@ -171,17 +176,18 @@ def plan(entries_LRG: Tensor, rows: Tensor, *, ahead: int = 0) -> Tensor:
 
 
 def paged_decode_attention(
-    q, k_pages, v_pages, table, entries, rows, plan_Y, *, softmax_scale, num_workers=NUM_WORKERS
-):
+    cache, rows, q, plan_Y, *, softmax_scale, num_workers=NUM_WORKERS
+):  # fmt: skip
+    entries = cache.num_entries_RG
     plan_Y = plan(entries[None], rows)[0] if plan_Y is None else plan_Y
     out = torch.full(q.shape, float("nan"), dtype=q.dtype)
-    group = q.shape[1] // table.shape[1]
+    group = q.shape[1] // cache.num_kv_heads
     part = torch.full((num_workers, 2, group, q.shape[2]), float("nan"))
     part_lse = torch.full((num_workers, 2, group), float("nan"))
     params = AttentionParams(
-        paged(k_pages, v_pages, table, entries), *map(address, (q, out, rows, plan_Y)),
+        paged(cache, entries), *map(address, (q, out, rows, plan_Y)),
         *map(address, (part, part_lse)), *q.stride()[:2], *out.stride()[:2], q.shape[0],
-        table.shape[1], group, num_workers, softmax_scale * 1.4426950408889634,
+        cache.num_kv_heads, group, num_workers, softmax_scale * 1.4426950408889634,
     )  # fmt: skip
     call("attend", params, q.dtype)
     return out
@@ -195,10 +201,9 @@ def release_pages(page_ids_XY, free_page_ids, free_state, num_extra_owners_P):
     call("release", params)
 
 
-def write_chunks(
-    k, v, is_merge, omega, cos, sin, k_pages, v_pages, table, entries, segments, chunks, *,
-    merge_window,
-):  # fmt: skip
+def write_chunks(cache, chunks, k, v, gates, angles, *, merge_window):
+    (is_merge, omega), (cos, sin) = gates or (None, None), angles
+    entries, segments = cache.num_entries_RG, cache.segments_RGUA
     tiles = chunks.tiles(32)
     num_tiles, compress = len(tiles.table_X2), is_merge is not None
     own_k, own_v = (torch.full(k.shape, float("nan"), dtype=k.dtype) for _ in range(2))
@@ -210,7 +215,7 @@ def write_chunks(
     call(
         "prefill_write",
         PrefillParams(
-            paged(k_pages, v_pages, table, entries),
+            paged(cache, entries),
             *map(address, (k, v, own_k, own_v, cos, sin, is_merge, omega, chunks.table_B3)),
             *map(address, (tiles.table_X2, tiles.starts_Y, segments if compress else None)),
             *map(address, (appends, base, sums, entry)), *k.stride()[:2], *v.stride()[:2],
@@ -223,23 +228,22 @@ def write_chunks(
     return (own_k, own_v, entry) if compress else (None, None, entry)
 
 
-def attend_chunks(
-    q, own_k, own_v, entry, cos, sin, k_pages, v_pages, table, chunks, *, softmax_scale
-):  # fmt: skip
+def attend_chunks(cache, chunks, q, states, angles, *, softmax_scale):
     from megatron_dmc.ops.cuda.prefill import rows_of
 
-    group = q.shape[1] // table.shape[1]
+    (own_k, own_v, entry), (cos, sin) = states, angles
+    group = q.shape[1] // cache.num_kv_heads
     tile_tokens = rows_of(q.shape[2]) // group
     tiles = chunks.tiles(tile_tokens, latest_first=True).table_X2
     out = torch.full(q.shape, float("nan"), dtype=q.dtype)
     call(
         "prefill_attend",
         PrefillAttentionParams(
-            paged(k_pages, v_pages, table, None),
+            paged(cache),
             *map(address, (q, out, own_k, own_v, cos, sin, entry, chunks.table_B3, tiles)),
             *q.stride()[:2], *out.stride()[:2],
             *(0 if x is None else x.stride(0) for x in (cos, sin)), len(tiles), tile_tokens,
-            table.shape[1], group, 0 if cos is None else cos.shape[1] // 2,
+            cache.num_kv_heads, group, 0 if cos is None else cos.shape[1] // 2,
             softmax_scale * 1.4426950408889634,
         ),
         q.dtype,

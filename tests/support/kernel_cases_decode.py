@@ -3,7 +3,9 @@
 Dimension letters as in `ops.paged.decode`.
 """
 
+import functools
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,17 +85,16 @@ def test_attention_equals_the_specification(case):
         shape[0], heads, dim, dtype=dtype, device=DEVICE, seed=1, strided=True
     )
 
-    def attend(q, k_pages, v_pages, table, entries, rows, *, softmax_scale):
+    def attend(cache, rows, q, *, softmax_scale):
         plan = None
         if ahead:
-            layers = torch.stack([entries + 5, entries])
+            layers = torch.stack([cache.num_entries_RG + 5, cache.num_entries_RG])
             plan = cache_ops.plan_decode_attention(
                 layers, rows, like=q, page_size=page_size, ahead=ahead, backend=BACKEND
             )[1]
         return cache_ops.paged_decode_attention(
-            q, k_pages, v_pages, table, entries, rows_B=rows, plan_Y=plan,
-            softmax_scale=softmax_scale, backend=BACKEND,
-        )  # fmt: skip
+            cache, rows, q, plan_Y=plan, softmax_scale=softmax_scale, backend=BACKEND
+        )
 
     decode_case.check_attention(attend, q, cache, rows, softmax_scale=3 * dim**-0.5)
 
@@ -106,11 +107,10 @@ def test_any_number_of_workers_gives_the_same(num_workers):
     rows = torch.tensor([0], device=DEVICE)
     (q,) = decode_case.random_heads(1, [3], 64, dtype=HALF, device=DEVICE, seed=1)
 
-    def attend(q, k_pages, v_pages, table, entries, rows, *, softmax_scale):
+    def attend(cache, rows, q, *, softmax_scale):
         return kernels.paged_decode_attention(
-            q, k_pages, v_pages, table, entries, rows, None, softmax_scale=softmax_scale,
-            num_workers=num_workers,
-        )  # fmt: skip
+            cache, rows, q, None, softmax_scale=softmax_scale, num_workers=num_workers
+        )
 
     decode_case.check_attention(attend, q, cache, rows, softmax_scale=0.5)
 
@@ -156,12 +156,10 @@ def test_append_equals_the_specification(case):
         )
         positions = torch.tensor([40, 0, 3, 17], device=DEVICE) + step
 
-        def append(*args, **kwargs):
-            return cache_ops.gate_and_append(*args, **kwargs, backend=BACKEND)
-
+        append = functools.partial(cache_ops.gate_and_append, backend=BACKEND)
         decode_case.check_append(
-            append, qkv, angles, positions, cache, rows, alpha_offset=0.2, merge_window=window,
-            compress=compress, may_merge=may_merge,
+            append, qkv, angles, positions, cache, rows, alpha_offset=0.2 if compress else None,
+            merge_window=window, may_merge=may_merge,
         )  # fmt: skip
 
 
@@ -178,17 +176,12 @@ def test_every_run_gives_the_same_bits():
     for _ in range(runs):
         cache = start.clone(HALF)
         q = cache_ops.gate_and_append(
-            *qkv, None, None, rows, cache.k_pages_PSD, cache.v_pages_PSD, cache.block_table_RGM,
-            cache.num_entries_RG, cache.segments_RGUA, rows, alpha_offset=0.0, compress=False,
-            free_pages=cache.free_pages, backend=BACKEND,
-        )  # fmt: skip
+            cache, rows, *qkv, (None, None), rows, alpha_offset=None, backend=BACKEND
+        )
         # every head stood at the end of a page
         held = cache.block_table_RGM[cache.block_table_RGM >= 0]
         assert held.unique().numel() == held.numel() == cache.k_pages_PSD.shape[0]
-        out = cache_ops.paged_decode_attention(
-            q, cache.k_pages_PSD, cache.v_pages_PSD, cache.block_table_RGM, cache.num_entries_RG,
-            softmax_scale=0.2, rows_B=rows, backend=BACKEND,
-        )  # fmt: skip
+        out = cache_ops.paged_decode_attention(cache, rows, q, softmax_scale=0.2, backend=BACKEND)
         results.append(out)
     assert all(torch.equal(out, results[0]) for out in results) and results[0].isfinite().all()
 
@@ -204,15 +197,8 @@ def test_a_pool_of_more_than_2_31_elements():
     rows = torch.arange(4, device=DEVICE)
     qkv = decode_case.random_heads(4, [4, 4, 4], dim, dtype=HALF, device=DEVICE, seed=1)
 
-    def append(*args, **kwargs):
-        return cache_ops.gate_and_append(*args, **kwargs, backend=BACKEND)
-
-    def attend(q, k_pages, v_pages, table, entries, rows, *, softmax_scale):
-        return cache_ops.paged_decode_attention(
-            q, k_pages, v_pages, table, entries, rows_B=rows, softmax_scale=softmax_scale,
-            backend=BACKEND,
-        )  # fmt: skip
-
+    append = functools.partial(cache_ops.gate_and_append, backend=BACKEND)
+    attend = functools.partial(cache_ops.paged_decode_attention, backend=BACKEND)
     decode_case.check_append(append, qkv, None, rows, cache, rows, alpha_offset=0.0)
     decode_case.check_attention(attend, qkv[0], cache, rows, softmax_scale=0.1)
 
@@ -230,16 +216,14 @@ def test_append_with_gates_from_outside(window):
     half = torch.arange(64, device=DEVICE).view(2, 32) / 10
     results = []
     for backend, dtype in ((BACKEND, HALF), ("torch", torch.float64), ("torch", HALF)):
-        cache = start.clone(dtype)
+        cache = replace(start.clone(dtype), free_pages=None)
         cache_ops.decode_append(
-            k.to(dtype), v.to(dtype), is_merge, omega, torch.cat([half, half], -1),
-            cache.k_pages_PSD, cache.v_pages_PSD, cache.block_table_RGM, cache.num_entries_RG,
-            cache.segments_RGUA, torch.tensor([1, 0], device=DEVICE), merge_window=window,
-            backend=backend,
+            cache, torch.tensor([1, 0], device=DEVICE), k.to(dtype), v.to(dtype), (is_merge, omega),
+            torch.cat([half, half], -1), merge_window=window, backend=backend,
         )  # fmt: skip
         # row 0 is served second; its head 0 has neither an entry nor a page, so it is left alone
         assert cache.num_entries_RG.tolist() == [[0, 8], [5, 17]]
-        results.append([cache.entries(), cache.segments_RGUA])
+        results.append([decode_case.entries_of(cache), cache.segments_RGUA])
     errors_within_twice_the_yardstick(["entries", "segments"], *results)
 
 
@@ -270,12 +254,10 @@ def test_entries_of_8_bits_are_rounded_alike(dim, stored):
     start.block_table_RGM[..., 0] = start.free_pages.page_ids.view(batch, num_kv_heads)
     pages = []
     for backend in (BACKEND, "torch"):
-        cache = start.clone(HALF)
+        cache = replace(start.clone(HALF), free_pages=None)
         cache_ops.decode_append(
-            k, v, None, None, None, cache.k_pages_PSD, cache.v_pages_PSD, cache.block_table_RGM,
-            cache.num_entries_RG, cache.segments_RGUA, torch.arange(batch, device=DEVICE),
-            backend=backend,
-        )  # fmt: skip
+            cache, torch.arange(batch, device=DEVICE), k, v, None, None, backend=backend
+        )
         written = cache.block_table_RGM[..., 0].long()
         pages.append([
             (x.values_PSD[written][:, :, 0], x.scales_PS[written][:, :, 0])

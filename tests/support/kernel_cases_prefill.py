@@ -43,9 +43,9 @@ def run_case(
             total, [num_kv_heads * group, num_kv_heads, num_kv_heads], dim, dtype=dtype,
             device=DEVICE, seed=seed + step, strided=strided,
         )  # fmt: skip
-        is_merge = omega = angles = None
+        gates = angles = None
         if not plain:
-            is_merge, omega = prefill_case.random_decisions(
+            gates = prefill_case.random_decisions(
                 total, [rates[g % len(rates)] for g in range(num_kv_heads)], device=DEVICE,
                 seed=seed + step,
             )  # fmt: skip
@@ -58,7 +58,7 @@ def run_case(
             return prefill.prefill(*args, **options, backend=BACKEND)
 
         prefill_case.check_prefill(
-            run, qkv, is_merge, omega, angles, cache, chunks, softmax_scale=2 / math.sqrt(dim),
+            run, qkv, gates, angles, cache, chunks, softmax_scale=2 / math.sqrt(dim),
             merge_window=window,
         )  # fmt: skip
         # pages given are gone

@@ -30,7 +30,7 @@ from megatron_dmc.engine import EngineConfig, LLMEngine
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.request import Request
 from megatron_dmc.engine.scheduler import ScheduledChunk
-from megatron_dmc.ops.paged import decode, kv_pages
+from megatron_dmc.ops.paged import kv_pages
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples" / "models" / "stdlib-llama-3m"
@@ -128,12 +128,10 @@ def errors_by_granularity(loaded, window):
     request = Request("0", 0, None, window, SamplingParams(max_tokens=1), len(window) + 1)
     engine.context.start(request)
     engine.runner.run([ScheduledChunk(request, len(window))], [[]])
-    tables, pool = engine.context.tables, engine.context.pool
     length = len(window) // 16 * 16
-    k_XED, v_XED, _ = decode.read_entries(
-        pool.k_pages_PSD, pool.v_pages_PSD, tables.page_ids_LRGM[:, request.row].flatten(0, 1),
-        tables.num_entries_LRG[:, request.row].flatten(), torch.float32,
-    )  # fmt: skip
+    tables, row = engine.context.tables, request.row
+    layers = [tables.layer(i).load(row, torch.float32) for i in range(tables.num_layers)]
+    k_XED, v_XED = (torch.cat([layer[i] for layer in layers]) for i in range(2))
     errors = {}
     for dtype, (name, x) in itertools.product(kv_pages.LARGEST, (("K", k_XED), ("V", v_XED))):
         x = x[:, :length]

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops.cuda import absence
-from megatron_dmc.ops.paged.kv_pages import Pages, tensors_of
+from megatron_dmc.ops.paged.decode import Angles, Gates
+from megatron_dmc.ops.paged.kv_pages import tensors_of
+from megatron_dmc.ops.paged.layer_cache import LayerCache
 from megatron_dmc.ops.tensors import dense_channels
 
 
@@ -33,32 +35,22 @@ def _num_workers(device: torch.device, head_dim: int, dtype: torch.dtype) -> int
         return int(operators().count_workers(head_dim, torch.empty(0, dtype=dtype)))
 
 
-def _parts(
-    k_pages_PSD: Pages, v_pages_PSD: Pages
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _pages_of(cache: LayerCache) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Keys and values as they are stored, and the scales of both or None."""
-    (k, *k_scales), (v, *v_scales) = tensors_of(k_pages_PSD), tensors_of(v_pages_PSD)
+    (k, *k_scales), (v, *v_scales) = tensors_of(cache.k_pages_PSD), tensors_of(cache.v_pages_PSD)
     k_scale, v_scale = (*k_scales, *v_scales) or (None, None)
     return k, v, k_scale, v_scale
 
 
 def decode_append(
+    cache: LayerCache,
+    rows_B: Tensor,
     q_BND: Tensor | None,
     k_BGD: Tensor,
     v_BGD: Tensor,
-    is_merge_BG: Tensor | None,
-    omega_BG: Tensor | None,
-    cos_XF: Tensor | None,
-    sin_XF: Tensor | None,
+    gates_BG: Gates | None,
+    angles_XF: Angles,
     positions_B: Tensor,
-    k_pages_PSD: Pages,
-    v_pages_PSD: Pages,
-    block_table_RGM: Tensor,
-    num_entries_RG: Tensor,
-    segments_RGUA: Tensor | None,
-    rows_B: Tensor,
-    free_page_ids: Tensor | None,
-    free_state: Tensor | None,
     *,
     compress: bool,
     may_merge: bool,
@@ -68,13 +60,16 @@ def decode_append(
     """As `megatron_dmc.ops.triton.decode_append.decode_append`."""
     q = None if q_BND is None else dense_channels(q_BND)
     q_out = None if q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    is_merge, omega = gates_BG or (None, None)
+    free = cache.free_pages
     operators().decode_append(
         q, dense_channels(k_BGD), dense_channels(v_BGD),
-        None if is_merge_BG is None else is_merge_BG.contiguous(),
-        None if omega_BG is None else omega_BG.float().contiguous(),
-        cos_XF, sin_XF, positions_B, *_parts(k_pages_PSD, v_pages_PSD), block_table_RGM,
-        num_entries_RG, segments_RGUA if compress else None, rows_B, free_page_ids, free_state, q_out, compress,
-        may_merge, alpha_offset, merge_window,
+        None if is_merge is None else is_merge.contiguous(),
+        None if omega is None else omega.float().contiguous(),
+        *angles_XF, positions_B, *_pages_of(cache), cache.block_table_RGM, cache.num_entries_RG,
+        cache.segments_RGUA if compress else None, rows_B,
+        None if free is None else free.page_ids, None if free is None else free.state,
+        q_out, compress, may_merge, alpha_offset, merge_window,
     )  # fmt: skip
     return q_out
 
@@ -89,12 +84,9 @@ def plan(num_entries_LRG: Tensor, rows_B: Tensor, *, ahead: int = 0) -> Tensor:
 
 
 def paged_decode_attention(
-    q_BND: Tensor,
-    k_pages_PSD: Pages,
-    v_pages_PSD: Pages,
-    block_table_RGM: Tensor,
-    num_entries_RG: Tensor,
+    cache: LayerCache,
     rows_B: Tensor,
+    q_BND: Tensor,
     plan_Y: Tensor | None,
     *,
     softmax_scale: float,
@@ -105,19 +97,19 @@ def paged_decode_attention(
     Args:
         num_workers: C; default: as many warps as the GPU holds at once.
     """
-    pages = _parts(k_pages_PSD, v_pages_PSD)
+    pages = _pages_of(cache)
     q = dense_channels(q_BND)
     if q.stride(0) % 2 or q.stride(1) % 2 or q.storage_offset() % 2:
         q = q.contiguous()
     if plan_Y is None:
-        plan_Y = plan(num_entries_RG[None], rows_B)[0]
+        plan_Y = plan(cache.num_entries_RG[None], rows_B)[0]
     num_workers = num_workers or _num_workers(q.device, q.shape[-1], pages[0].dtype)
-    group = q.shape[1] // block_table_RGM.shape[1]
+    group = q.shape[1] // cache.num_kv_heads
     part = torch.empty(num_workers, 2, group, q.shape[-1], dtype=torch.float32, device=q.device)
     part_lse = torch.empty(num_workers, 2, group, dtype=torch.float32, device=q.device)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     operators().paged_decode_attention(
-        q, *pages, block_table_RGM, num_entries_RG, rows_B, plan_Y, out, part, part_lse,
+        q, *pages, cache.block_table_RGM, cache.num_entries_RG, rows_B, plan_Y, out, part, part_lse,
         softmax_scale,
     )  # fmt: skip
     return out

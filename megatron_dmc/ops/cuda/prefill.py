@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops.cuda.decode import operators
+from megatron_dmc.ops.paged.decode import Angles, Gates
+from megatron_dmc.ops.paged.layer_cache import LayerCache
+from megatron_dmc.ops.paged.prefill import Chunks, ChunkStates
 from megatron_dmc.ops.tensors import dense_channels
 
 TILE = 32
@@ -16,28 +19,23 @@ TILE = 32
 
 
 def write_chunks(
+    cache: LayerCache,
+    chunks: Chunks,
     k_TGD: Tensor,
     v_TGD: Tensor,
-    is_merge_TG: Tensor | None,
-    omega_TG: Tensor | None,
-    cos_TF: Tensor | None,
-    sin_TF: Tensor | None,
-    k_pages_PSD: Tensor,
-    v_pages_PSD: Tensor,
-    block_table_RGM: Tensor,
-    num_entries_RG: Tensor,
-    segments_RGUA: Tensor | None,
-    chunks,
+    gates_TG: Gates | None,
+    angles_TF: Angles,
     *,
     merge_window: int,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
+) -> ChunkStates:
     """As `megatron_dmc.ops.triton.prefill_write.write_chunks`."""
     k, v, device = dense_channels(k_TGD), dense_channels(v_TGD), k_TGD.device
     num_tokens, num_kv_heads, dim = k.shape
     tiles = chunks.tiles(TILE)
     ints = functools.partial(torch.empty, dtype=torch.int32, device=device)
     entry = ints(num_tokens, num_kv_heads)
-    num_tiles, compress = tiles.table_X2.shape[0], is_merge_TG is not None
+    num_tiles, compress = tiles.table_X2.shape[0], gates_TG is not None
+    is_merge, omega = gates_TG or (None, None)
     own_k = own_v = appends = sums = None
     if compress:
         own_k, own_v = (torch.empty(k.shape, dtype=k.dtype, device=device) for _ in range(2))
@@ -45,13 +43,14 @@ def write_chunks(
         rows = 0 if merge_window else num_tiles
         sums = torch.empty(rows, num_kv_heads, 2 * dim + 1, dtype=torch.float32, device=device)
     else:
-        base = num_entries_RG[chunks.table_B3[:, 0].long()].int()
+        base = cache.num_entries_RG[chunks.table_B3[:, 0].long()].int()
     operators().prefill_write(
         k, v,
-        None if is_merge_TG is None else is_merge_TG.contiguous(),
-        None if omega_TG is None else omega_TG.float().contiguous(),
-        cos_TF, sin_TF, k_pages_PSD, v_pages_PSD, block_table_RGM, num_entries_RG,
-        segments_RGUA if compress else None, chunks.table_B3, tiles.table_X2, tiles.starts_Y,
+        None if is_merge is None else is_merge.contiguous(),
+        None if omega is None else omega.float().contiguous(),
+        *angles_TF, cache.k_pages_PSD, cache.v_pages_PSD, cache.block_table_RGM,
+        cache.num_entries_RG, cache.segments_RGUA if compress else None, chunks.table_B3,
+        tiles.table_X2, tiles.starts_Y,
         appends, base, sums, own_k, own_v, entry, merge_window if compress else 0,
     )  # fmt: skip
     return own_k, own_v, entry
@@ -63,27 +62,22 @@ def rows_of(head_dim: int) -> int:
 
 
 def attend_chunks(
+    cache: LayerCache,
+    chunks: Chunks,
     q_TND: Tensor,
-    own_k_TGD: Tensor | None,
-    own_v_TGD: Tensor | None,
-    entry_TG: Tensor,
-    cos_TF: Tensor | None,
-    sin_TF: Tensor | None,
-    k_pages_PSD: Tensor,
-    v_pages_PSD: Tensor,
-    block_table_RGM: Tensor,
-    chunks,
+    states: ChunkStates,
+    angles_TF: Angles,
     *,
     softmax_scale: float,
 ) -> Tensor:
     """As `megatron_dmc.ops.triton.prefill_attention.attend_chunks`; at most `rows_of(D)` query heads for
     each key/value head, and a `softmax_scale` above 0."""
     q = dense_channels(q_TND)
-    tile_tokens = max(1, rows_of(q.shape[2]) // (q.shape[1] // entry_TG.shape[1]))
+    tile_tokens = max(1, rows_of(q.shape[2]) // (q.shape[1] // cache.num_kv_heads))
     tiles = chunks.tiles(tile_tokens, latest_first=True)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     operators().prefill_attention(
-        q, own_k_TGD, own_v_TGD, entry_TG, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD, block_table_RGM,
+        q, *states, *angles_TF, cache.k_pages_PSD, cache.v_pages_PSD, cache.block_table_RGM,
         chunks.table_B3, tiles.table_X2, out, tile_tokens, softmax_scale,
     )  # fmt: skip
     return out

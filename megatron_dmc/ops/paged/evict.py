@@ -16,14 +16,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_dmc.ops import rope
-from megatron_dmc.ops.paged import pages
-from megatron_dmc.ops.paged.decode import (
-    read_entries,
-    slots_of_entries,
-    write_entries,
-)
-from megatron_dmc.ops.paged.kv_pages import Pages, as_stored
-from megatron_dmc.ops.paged.pages import FreePages
+from megatron_dmc.ops.paged.kv_pages import as_stored
+from megatron_dmc.ops.paged.layer_cache import LayerCache
 
 _QUERY_BLOCK = 256
 """Queries of a chunk whose masks exist at a time."""
@@ -101,79 +95,65 @@ def place_tokens(
 
 
 def decode_evict(
+    cache: LayerCache,
+    rows_B: Tensor,
     k_BGD: Tensor,
     v_BGD: Tensor,
     is_evict_BG: Tensor,
     freqs_BF: Tensor | None,
     positions_B: Tensor,
-    k_pages_PSD: Pages,
-    v_pages_PSD: Pages,
-    block_table_RGM: Tensor,
-    num_entries_RG: Tensor,
     rings: Rings,
-    rows_B: Tensor,
-    *,
-    free_pages: FreePages | None = None,
 ) -> None:
     """One new token for each of B requests into the slot of the token that leaves, or a new one.
 
-    Mutates `k_pages_PSD, v_pages_PSD`, `num_entries_RG` and `rings` (R, G, K); with `free_pages` also
-    `block_table_RGM` and `free_pages.state`.
+    Mutates `cache` (without segments) and `rings` (R, G, K).
 
     Args:
+        rows_B: int64, each request's row; distinct, none of them padding.
         k_BGD, v_BGD: unrotated keys, their borrowed channel ignored; values.
         is_evict_BG: bool, about each request's token before this one.
         positions_B: int64, of the tokens.
-        block_table_RGM: without `free_pages` it holds a page for every entry that is written.
-        rows_B: which of the R rows each request uses; distinct, none of them padding.
     """
     batch, num_kv_heads = is_evict_BG.shape
     old = rings[rows_B]
     entry_1H, _, num_entries, after = place_tokens(
         is_evict_BG.reshape(1, -1),
         positions_B.repeat_interleave(num_kv_heads),
-        num_entries_RG[rows_B].flatten(),
+        cache.num_entries_RG[rows_B].flatten(),
         Rings(old.entry_XGK.flatten(0, 1), old.is_evicted_XGK.flatten(0, 1)),
     )
-    table_HM = block_table_RGM[rows_B].flatten(0, 1)
-    if free_pages is not None:
-        pages.take_for_entries(table_HM, num_entries, k_pages_PSD.shape[1], free_pages)
-        block_table_RGM[rows_B] = table_HM.unflatten(0, (batch, num_kv_heads))
-    slots = slots_of_entries(table_HM, entry_1H.T, k_pages_PSD.shape[1])
+    num_entries_BG = num_entries.view(batch, num_kv_heads)
+    cache.take_pages(rows_B, num_entries_BG)
+    slots = cache.slots(rows_B, entry_1H.view(batch, num_kv_heads, 1))
     key = rope.rotate_by(k_BGD, freqs_BF, compress=True)
-    write_entries(k_pages_PSD, v_pages_PSD, slots[:, 0], key.flatten(0, 1), v_BGD.flatten(0, 1))
-    num_entries_RG[rows_B] = num_entries.view(batch, num_kv_heads)
+    cache.store(slots.flatten(), key.flatten(0, 1), v_BGD.flatten(0, 1))
+    cache.num_entries_RG[rows_B] = num_entries_BG
     rings.entry_XGK[rows_B] = after.entry_XGK.view_as(old.entry_XGK)
     rings.is_evicted_XGK[rows_B] = after.is_evicted_XGK.view_as(old.is_evicted_XGK)
 
 
 def prefill_evict(
+    cache: LayerCache,
+    row: int,
     q_TND: Tensor,
     k_TGD: Tensor,
     v_TGD: Tensor,
     is_evict_TG: Tensor,
     freqs_TF: Tensor | None,
     position: int,
-    k_pages_PSD: Pages,
-    v_pages_PSD: Pages,
-    block_table_GM: Tensor,
-    num_entries_G: Tensor,
     rings: Rings,
     *,
     softmax_scale: float,
-    free_pages: FreePages | None = None,
 ) -> Tensor:
     """A chunk of one request's tokens in parallel: any chunking gives what decoding the tokens one at
     a time gives. Tokens that have left by the end of the chunk are not written.
 
-    Mutates `k_pages_PSD, v_pages_PSD`, `num_entries_G` and `rings` (G, K); with `free_pages` also
-    `block_table_GM` and `free_pages.state`.
+    Mutates the row's part of `cache` (without segments) and `rings` (R, G, K).
 
     Args:
         q_TND, k_TGD: unrotated, their borrowed channel ignored. v_TGD: values.
         is_evict_TG: bool, row t about the token before it.
         position: of the chunk's first token.
-        block_table_GM: without `free_pages` it holds a page for every entry that the chunk may write.
 
     Returns:
         out_TND in the queries' dtype.
@@ -181,14 +161,13 @@ def prefill_evict(
     num_tokens, num_kv_heads = is_evict_TG.shape
     if num_tokens == 0:
         return torch.zeros_like(q_TND)
+    rings, num_entries_G = rings[row], cache.num_entries_RG[row]
     device, num_slots = q_TND.device, rings.entry_XGK.shape[-1]
     q = rope.rotate_by(q_TND, freqs_TF, compress=True)
     k = rope.rotate_by(k_TGD, freqs_TF, compress=True)
 
     # the position from which on each key is gone: of cached entries, and of the chunk's tokens
-    old_k, old_v, is_entry = read_entries(
-        k_pages_PSD, v_pages_PSD, block_table_GM, num_entries_G, q.dtype
-    )
+    old_k, old_v, is_entry = cache.load(row, q.dtype)
     ring_slots = torch.arange(num_slots, device=device)
     token_K = position - 1 - (position - 1 - ring_slots) % num_slots
     evicted_GK = rings.is_evicted_XGK.clone()
@@ -207,8 +186,8 @@ def prefill_evict(
     gone_GT = torch.where(next_evicts.T, tokens + num_slots, _NEVER)
 
     # with 8-bit pages a token sees its chunk as the cache would give it back
-    keys = torch.cat([old_k, as_stored(k, k_pages_PSD).transpose(0, 1)], dim=1)
-    values = torch.cat([old_v, as_stored(v_TGD, v_pages_PSD).transpose(0, 1)], dim=1)
+    keys = torch.cat([old_k, as_stored(k, cache.k_pages_PSD).transpose(0, 1)], dim=1)
+    values = torch.cat([old_v, as_stored(v_TGD, cache.v_pages_PSD).transpose(0, 1)], dim=1)
     gone = torch.cat([gone_GE, gone_GT], dim=1)
     since = torch.cat([tokens.new_zeros(old_k.shape[1]), tokens])
     group = q.shape[1] // num_kv_heads
@@ -228,11 +207,9 @@ def prefill_evict(
     entry_TG, is_written, num_entries, after = place_tokens(
         is_evict_TG, torch.full_like(num_entries_G, position), num_entries_G, rings
     )
-    if free_pages is not None:
-        pages.take_for_entries(block_table_GM, num_entries, k_pages_PSD.shape[1], free_pages)
-    slots_TG = slots_of_entries(block_table_GM, entry_TG.T, k_pages_PSD.shape[1]).T
-    slots = torch.where(is_written, slots_TG, -1).flatten()
-    write_entries(k_pages_PSD, v_pages_PSD, slots, k.flatten(0, 1), v_TGD.flatten(0, 1))
+    cache.take_pages(row, num_entries)
+    slots = torch.where(is_written, cache.slots(row, entry_TG.T).T, -1).flatten()
+    cache.store(slots, k.flatten(0, 1), v_TGD.flatten(0, 1))
     num_entries_G.copy_(num_entries)
     rings.entry_XGK.copy_(after.entry_XGK)
     rings.is_evicted_XGK.copy_(after.is_evicted_XGK)

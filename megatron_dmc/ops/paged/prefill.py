@@ -18,9 +18,9 @@ from torch import Tensor
 
 from megatron_dmc.ops import gates, rope
 from megatron_dmc.ops.backends import Backend, choose_backend, kernels
-from megatron_dmc.ops.paged import decode, pages
-from megatron_dmc.ops.paged.kv_pages import Pages, ScaledPages, as_stored
-from megatron_dmc.ops.paged.pages import FreePages
+from megatron_dmc.ops.paged.decode import Gates
+from megatron_dmc.ops.paged.kv_pages import as_stored
+from megatron_dmc.ops.paged.layer_cache import LayerCache
 from megatron_dmc.ops.tensors import to_device
 from megatron_dmc.ops.training.attention import (
     chunk_attention,
@@ -32,6 +32,11 @@ from megatron_dmc.ops.training.merge import MAX_MERGE_WINDOW, continue_merge
 
 _COMPACTED_COST = 1.5
 """Time of `compacted_attention` over that of the dense kernels, per query and key, on a CPU."""
+
+
+ChunkStates = tuple[Tensor | None, Tensor | None, Tensor]
+"""Each token's own state, as the kernels of prefill hand it from writing to attention: rotated key and value
+(T, G, D), None for a plain cache, and the entry (T, G) that its segment is."""
 
 
 class Tiles(NamedTuple):
@@ -99,42 +104,31 @@ class Chunks:
 
 
 def prefill(
+    cache: LayerCache,
+    chunks: Chunks,
     q_TND: Tensor,
     k_TGD: Tensor,
     v_TGD: Tensor,
-    is_merge_TG: Tensor | None,
-    omega_TG: Tensor | None,
+    gates_TG: Gates | None,
     freqs_TF: Tensor | None,
-    k_pages_PSD: Pages,
-    v_pages_PSD: Pages,
-    block_table_RGM: Tensor,
-    num_entries_RG: Tensor,
-    segments_RGUA: Tensor | None,
-    chunks: Chunks,
     *,
     softmax_scale: float,
     merge_window: int = 0,
-    free_pages: FreePages | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Chunks of several requests in parallel, each continuing from what the cache holds of its request:
     any chunking gives what decoding the tokens one at a time gives. Only the last state of each segment
     is written.
 
-    Mutates `k_pages_PSD, v_pages_PSD`, and the chunks' rows of `num_entries_RG` and `segments_RGUA`; with
-    `free_pages` also those of `block_table_RGM` (pages for new entries) and `free_pages.state`.
+    Mutates `cache`: slots, and the chunks' rows.
 
     Args:
-        q_TND, k_TGD: unrotated; the borrowed channel is ignored when compressing. v_TGD: values.
-        is_merge_TG: bool; ignored at a chunk's first token where a head has no entry yet. None:
-            plain cache, every token is an entry and every channel counts.
-        omega_TG: importances, float32 or float64; None with `is_merge_TG`.
-        freqs_TF: RoPE angles of the tokens' positions, or None.
-        block_table_RGM, num_entries_RG, segments_RGUA: this layer's; `segments` may be None in plain
-            mode.
         chunks: T is the sum of their lengths.
+        q_TND, k_TGD: unrotated; the borrowed channel is ignored when compressing. v_TGD: values.
+        gates_TG: a decision is ignored at a chunk's first token where a head has no entry yet. None:
+            plain cache, every token is an entry and every channel counts.
+        freqs_TF: RoPE angles of the tokens' positions, or None.
         merge_window: W; 0 is unlimited.
-        free_pages: None: the block table must hold a page for every entry that the chunks write.
 
     Returns:
         out_TND in the queries' dtype, computed in float32 (float64).
@@ -148,26 +142,20 @@ def prefill(
         )
     if not chunks.rows:
         return torch.zeros_like(q_TND)
-    if free_pages is not None:
+    if cache.free_pages is not None:
         rows_B = chunks.table_B3[:, 0].long()
-        table_BGM = block_table_RGM[rows_B]
-        total_BG = num_entries_RG[rows_B] + new_entries(is_merge_TG, num_entries_RG, chunks)
-        pages.take_for_entries(table_BGM, total_BG, k_pages_PSD.shape[1], free_pages)
-        block_table_RGM[rows_B] = table_BGM
-    chosen = _choose_backend(
-        backend, q_TND, k_pages_PSD, merge_window if is_merge_TG is not None else 0
-    )
+        new_BG = new_entries(gates_TG, cache.num_entries_RG, chunks)
+        cache.take_pages(rows_B, cache.num_entries_RG[rows_B] + new_BG)
+    chosen = _choose_backend(backend, q_TND, cache, 0 if gates_TG is None else merge_window)
     if chosen != "torch":
-        cos_TF, sin_TF = rope.cosine_and_sine(freqs_TF, q_TND.dtype)
+        angles_TF = rope.cosine_and_sine(freqs_TF, q_TND.dtype)
         module = kernels(chosen, "prefill")
-        own_k_TGD, own_v_TGD, entry_TG = module.write_chunks(
-            k_TGD, v_TGD, is_merge_TG, omega_TG, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD,
-            block_table_RGM, num_entries_RG, segments_RGUA, chunks, merge_window=merge_window,
-        )  # fmt: skip
+        states = module.write_chunks(
+            cache, chunks, k_TGD, v_TGD, gates_TG, angles_TF, merge_window=merge_window
+        )
         attended: Tensor = module.attend_chunks(
-            q_TND, own_k_TGD, own_v_TGD, entry_TG, cos_TF, sin_TF, k_pages_PSD, v_pages_PSD,
-            block_table_RGM, chunks, softmax_scale=softmax_scale,
-        )  # fmt: skip
+            cache, chunks, q_TND, states, angles_TF, softmax_scale=softmax_scale
+        )
         return attended
 
     outs, first = [], 0
@@ -176,45 +164,39 @@ def prefill(
         first += num_tokens
         freqs = None if freqs_TF is None else freqs_TF[at]
         written = write_chunk(
-            k_TGD[at], v_TGD[at],
-            None if is_merge_TG is None else is_merge_TG[at],
-            None if omega_TG is None else omega_TG[at],
-            freqs, k_pages_PSD, v_pages_PSD, block_table_RGM[row], num_entries_RG[row],
-            None if segments_RGUA is None else segments_RGUA[row], merge_window=merge_window,
+            cache, row, k_TGD[at], v_TGD[at],
+            None if gates_TG is None else (gates_TG[0][at], gates_TG[1][at]), freqs,
+            merge_window=merge_window,
         )  # fmt: skip
-        outs.append(
-            attend_chunk(
-                q_TND[at], written, freqs, k_pages_PSD, v_pages_PSD, block_table_RGM[row],
-                softmax_scale=softmax_scale,
-            )[0]
-        )  # fmt: skip
+        out, _ = attend_chunk(cache, row, q_TND[at], written, freqs, softmax_scale=softmax_scale)
+        outs.append(out)
     return torch.cat(outs)
 
 
-def new_entries(is_merge_TG: Tensor | None, num_entries_RG: Tensor, chunks: Chunks) -> Tensor:
+def new_entries(gates_TG: Gates | None, num_entries_RG: Tensor, chunks: Chunks) -> Tensor:
     """Entries that each chunk appends to each head, int64 (B, G); arguments as in `prefill`."""
     rows_B, first_B, num_tokens_B = chunks.table_B3.long().unbind(1)
     entries_BG = num_entries_RG[rows_B]
-    if is_merge_TG is None:
+    if gates_TG is None:
         return num_tokens_B[:, None].expand_as(entries_BG)
-    is_append_TG = ~is_merge_TG
+    is_append_TG = ~gates_TG[0]
     is_append_TG[first_B] |= entries_BG == 0
-    chunk_T = torch.repeat_interleave(num_tokens_B, output_size=is_merge_TG.shape[0])
+    chunk_T = torch.repeat_interleave(num_tokens_B, output_size=is_append_TG.shape[0])
     return torch.zeros_like(entries_BG).index_add_(0, chunk_T, is_append_TG.to(entries_BG.dtype))
 
 
 def _choose_backend(
-    backend: str | None, q_TND: Tensor, k_pages_PSD: Pages, merge_window: int
+    backend: str | None, q_TND: Tensor, cache: LayerCache, merge_window: int
 ) -> Backend:
     """The cache ops' choice; PyTorch where the kernels of prefill take less than those of decoding."""
-    chosen = choose_backend(backend, q_TND, k_pages_PSD.shape[1])
+    chosen = choose_backend(backend, q_TND, cache.page_size)
     if chosen == "torch":
         return chosen
     refusal = ""
     if merge_window > MAX_MERGE_WINDOW:
         refusal = f"merge_window={merge_window}, more than {MAX_MERGE_WINDOW}, in prefill"
-    if isinstance(k_pages_PSD, ScaledPages):
-        refusal = f"pages in {k_pages_PSD.values_PSD.dtype} in prefill"
+    if cache.is_scaled:
+        refusal = "pages of 8 bits in prefill"
     if refusal and backend is not None:
         raise ValueError(f"backend={backend!r} does not take {refusal}; use None or 'torch'")
     return "torch" if refusal else chosen
@@ -238,31 +220,28 @@ class Written(NamedTuple):
 
 
 def write_chunk(
+    cache: LayerCache,
+    row: int,
     k_TGD: Tensor,
     v_TGD: Tensor,
-    is_merge_TG: Tensor | None,
-    omega_TG: Tensor | None,
+    gates_TG: Gates | None,
     freqs_TF: Tensor | None,
-    k_pages_PSD: Pages,
-    v_pages_PSD: Pages,
-    block_table_GM: Tensor,
-    num_entries_G: Tensor,
-    segments_GUA: Tensor | None,
     *,
     merge_window: int,
     first_entry: int = 0,
 ) -> Written:
-    """The part of `prefill` that mutates, for one request in PyTorch; the storage is that of its row.
+    """The part of `prefill` that mutates, for one request in PyTorch.
     A head's first `first_entry` slots hold no entries: they are counted, and neither read nor written."""
     num_tokens, num_kv_heads = k_TGD.shape[:2]
-    num_cached = num_entries_G.clamp_min(first_entry)
+    num_cached = cache.num_entries_RG[row].clamp_min(first_entry)
     is_merge = None
     num_visible = num_cached
-    if is_merge_TG is None:
+    if gates_TG is None:
         k, v = rope.rotate_by(k_TGD, freqs_TF), v_TGD
         is_append = torch.ones(num_tokens, num_kv_heads, dtype=torch.bool, device=k.device)
     else:
-        assert segments_GUA is not None and omega_TG is not None
+        assert cache.segments_RGUA is not None
+        (is_merge_TG, omega_TG), segments_GUA = gates_TG, cache.segments_RGUA[row]
         starts = is_merge_TG[:1] & (num_cached > first_entry)
         is_merge = torch.cat([starts, is_merge_TG[1:]])
         k, v, segment = continue_merge(
@@ -276,25 +255,25 @@ def write_chunk(
         is_append = ~is_merge
     entry_TG = num_cached + is_append.cumsum(0) - 1
     is_last = torch.cat([is_append[1:], torch.ones_like(is_append[:1])])
-    slots_GT = decode.slots_of_entries(block_table_GM, entry_TG.T, k_pages_PSD.shape[1])
-    slots_TG = torch.where(is_last, slots_GT.T, -1)
-    decode.write_entries(
-        k_pages_PSD, v_pages_PSD, slots_TG.flatten(), k.flatten(0, 1), v.flatten(0, 1)
-    )
-    num_entries_G.copy_(entry_TG[-1] + 1)
+    slots_TG = torch.where(is_last, cache.slots(row, entry_TG.T).T, -1)
+    cache.store(slots_TG.flatten(), k.flatten(0, 1), v.flatten(0, 1))
+    cache.num_entries_RG[row] = entry_TG[-1] + 1
     # with 8-bit pages a token sees its chunk's states as a cache would give them back
     return Written(
-        as_stored(k, k_pages_PSD), as_stored(v, v_pages_PSD), is_merge, entry_TG, num_visible
+        as_stored(k, cache.k_pages_PSD),
+        as_stored(v, cache.v_pages_PSD),
+        is_merge,
+        entry_TG,
+        num_visible,
     )
 
 
 def attend_chunk(
+    cache: LayerCache,
+    row: int,
     q_TND: Tensor,
     written: Written,
     freqs_TF: Tensor | None,
-    k_pages_PSD: Pages,
-    v_pages_PSD: Pages,
-    block_table_GM: Tensor,
     *,
     softmax_scale: float,
     first_entry: int = 0,
@@ -312,18 +291,13 @@ def attend_chunk(
         num_old, num_new = int(num_visible.max()) - first_entry, int((~is_merge).sum(0).max())
         # what either way computes is T / 2 times (T + 2 num_old) or (num_new + 2 num_old)
         if _COMPACTED_COST * (num_new + 2 * num_old) <= num_tokens + 2 * num_old:
-            keys, values, _ = decode.read_entries(
-                k_pages_PSD, v_pages_PSD, block_table_GM, entry_TG[-1], q.dtype
-            )
+            keys, values, _ = cache.load(row, q.dtype, entry_TG[-1])
             keys, values = keys[:, first_entry:], values[:, first_entry:]
             return compacted_attention(
                 q, k, v, keys, values, entry_TG - first_entry, softmax_scale=softmax_scale
             )
     out, lse = chunk_attention(q, k, v, is_merge, softmax_scale=softmax_scale)
-    old_k, old_v, is_entry = decode.read_entries(
-        k_pages_PSD, v_pages_PSD, block_table_GM, num_visible, q.dtype
-    )
-    old_k, old_v, is_entry = (x[:, first_entry:] for x in (old_k, old_v, is_entry))
+    old_k, old_v, is_entry = (x[:, first_entry:] for x in cache.load(row, q.dtype, num_visible))
     if old_k.shape[1]:
         # a plain cache is equally long in every head: nothing to hide
         assert is_merge is not None or bool(is_entry.all())

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_dmc.ops.paged.kv_pages import Pages
+from megatron_dmc.ops.paged.decode import Angles, Gates
+from megatron_dmc.ops.paged.layer_cache import LayerCache
 from megatron_dmc.ops.tensors import dense_channels
 from megatron_dmc.ops.triton.launch import borrowed_channel, is_content, on_device
 from megatron_dmc.ops.triton.stored import encode, parts, scale_of
@@ -213,22 +214,14 @@ def append_kernel(
 
 
 def decode_append(
+    cache: LayerCache,
+    rows_B: Tensor,
     q_BND: Tensor | None,
     k_BGD: Tensor,
     v_BGD: Tensor,
-    is_merge_BG: Tensor | None,
-    omega_BG: Tensor | None,
-    cos_XF: Tensor | None,
-    sin_XF: Tensor | None,
+    gates_BG: Gates | None,
+    angles_XF: Angles,
     positions_B: Tensor,
-    k_pages_PSD: Pages,
-    v_pages_PSD: Pages,
-    block_table_RGM: Tensor,
-    num_entries_RG: Tensor,
-    segments_RGUA: Tensor | None,
-    rows_B: Tensor,
-    free_page_ids: Tensor | None,
-    free_state: Tensor | None,
     *,
     compress: bool,
     may_merge: bool,
@@ -237,41 +230,41 @@ def decode_append(
 ) -> Tensor | None:
     """The host side of `append_kernel`; `megatron_dmc.ops.paged.decode` has the contract.
 
-    Gates come from `is_merge_BG, omega_BG` where given, else from the raw q and k.
+    Gates come from `gates_BG` where given, else from the raw q and k.
 
     Returns:
         the rotated queries, or None where `q_BND` is.
     """
     batch, num_kv_heads, dim = k_BGD.shape
-    k_pages, k_scales, stored = parts(k_pages_PSD)
-    v_pages, v_scales, _ = parts(v_pages_PSD)
+    k_pages, k_scales, stored = parts(cache.k_pages_PSD)
+    v_pages, v_scales, _ = parts(cache.v_pages_PSD)
+    table, entries, free = cache.block_table_RGM, cache.num_entries_RG, cache.free_pages
     k, v = dense_channels(k_BGD), dense_channels(v_BGD)
     q = k if q_BND is None else dense_channels(q_BND)
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    half = 0 if cos_XF is None else cos_XF.shape[1] // 2
-    cos, sin = (k if x is None else dense_channels(x) for x in (cos_XF, sin_XF))
-    segments = k if segments_RGUA is None else segments_RGUA
-    gates_given = is_merge_BG is not None
-    free = rows_B if free_page_ids is None else free_page_ids
+    half = 0 if angles_XF[0] is None else angles_XF[0].shape[1] // 2
+    cos, sin = (k if x is None else dense_channels(x) for x in angles_XF)
+    segments = k if cache.segments_RGUA is None else cache.segments_RGUA
+    is_merge, omega = gates_BG or (None, None)
+    free_ids, free_state = (rows_B, rows_B) if free is None else (free.page_ids, free.state)
     if batch:
         with on_device(k):
             append_kernel[num_kv_heads, batch](
                 q, k, v,
-                k if is_merge_BG is None else is_merge_BG.contiguous().view(torch.uint8),
-                k if omega_BG is None else omega_BG.contiguous(),
-                cos, sin, positions_B, rows_B, k_pages, v_pages, k_scales, v_scales, block_table_RGM,
-                num_entries_RG, segments, free, rows_B if free_state is None else free_state,
-                q_out, block_table_RGM.shape[2], free.numel(), alpha_offset,
-                torch.finfo(q.dtype).eps,
+                k if is_merge is None else is_merge.contiguous().view(torch.uint8),
+                k if omega is None else omega.contiguous(),
+                cos, sin, positions_B, rows_B, k_pages, v_pages, k_scales, v_scales, table, entries,
+                segments, free_ids, free_state, q_out, table.shape[2], free_ids.numel(),
+                alpha_offset, torch.finfo(q.dtype).eps,
                 *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos.stride(0), sin.stride(0),
-                *block_table_RGM.stride()[:2], *num_entries_RG.stride(), *segments.stride()[:2],
+                *table.stride()[:2], *entries.stride(), *segments.stride()[:2],
                 *q_out.stride()[:2],
-                D=dim, S=k_pages.shape[1], U=segments.shape[2] if compress else 1,
+                D=dim, S=cache.page_size, U=segments.shape[2] if compress else 1,
                 R=1 if q_BND is None else q.shape[1] // num_kv_heads,
                 HALF=half, H=max(1, triton.next_power_of_2(half)),
                 Z=max(1, triton.next_power_of_2(dim - 2 * half)),
-                COMPRESS=compress, GATES_GIVEN=gates_given, MAY_MERGE=may_merge,
+                COMPRESS=compress, GATES_GIVEN=is_merge is not None, MAY_MERGE=may_merge,
                 WINDOWED=compress and merge_window > 0, ROTATE_Q=q_BND is not None,
-                TAKE_PAGES=free_page_ids is not None, STORED=stored, num_warps=1,
+                TAKE_PAGES=free is not None, STORED=stored, num_warps=1,
             )  # fmt: skip
     return None if q_BND is None else q_out

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_dmc.ops.paged.kv_pages import Pages
+from megatron_dmc.ops.paged.layer_cache import LayerCache
 from megatron_dmc.ops.tensors import dense_channels
 from megatron_dmc.ops.triton.launch import INTERPRETED, on_device
 from megatron_dmc.ops.triton.stored import decode, parts
@@ -230,12 +230,9 @@ def plan(num_entries_LRG: Tensor, rows_B: Tensor, *, ahead: int = 0) -> Tensor:
 
 
 def paged_decode_attention(
-    q_BND: Tensor,
-    k_pages_PSD: Pages,
-    v_pages_PSD: Pages,
-    block_table_RGM: Tensor,
-    num_entries_RG: Tensor,
+    cache: LayerCache,
     rows_B: Tensor,
+    q_BND: Tensor,
     plan_Y: Tensor | None,
     *,
     softmax_scale: float,
@@ -246,14 +243,14 @@ def paged_decode_attention(
     Args:
         num_workers: default: `WORKERS_PER_MULTIPROCESSOR` for each multiprocessor.
     """
-    k_pages, k_scales, stored = parts(k_pages_PSD)
-    v_pages, v_scales, _ = parts(v_pages_PSD)
+    k_pages, k_scales, stored = parts(cache.k_pages_PSD)
+    v_pages, v_scales, _ = parts(cache.v_pages_PSD)
+    table, entries, num_kv_heads = cache.block_table_RGM, cache.num_entries_RG, cache.num_kv_heads
     q = dense_channels(q_BND)
     batch, num_heads, dim = q.shape
-    num_kv_heads, page_size = block_table_RGM.shape[1], k_pages_PSD.shape[1]
     group, heads = num_heads // num_kv_heads, batch * num_kv_heads
     if plan_Y is None:
-        plan_Y = plan(num_entries_RG[None], rows_B)[0]
+        plan_Y = plan(entries[None], rows_B)[0]
     if num_workers is None:
         num_workers = WORKERS_PER_MULTIPROCESSOR * _multiprocessors(q)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -264,10 +261,10 @@ def paged_decode_attention(
     if batch:
         with on_device(q):
             attend_kernel[(num_workers,)](
-                q, k_pages, v_pages, k_scales, v_scales, block_table_RGM, num_entries_RG, rows_B,
-                plan_Y, out, part, part_lse, heads, num_kv_heads, softmax_scale * 1.4426950408889634,
-                *q.stride()[:2], *block_table_RGM.stride()[:2], *num_entries_RG.stride(),
-                *out.stride()[:2], Q=queries, S=page_size, I=TILE, BLOCK=128,
+                q, k_pages, v_pages, k_scales, v_scales, table, entries, rows_B, plan_Y,
+                out, part, part_lse, heads, num_kv_heads, softmax_scale * 1.4426950408889634,
+                *q.stride()[:2], *table.stride()[:2], *entries.stride(),
+                *out.stride()[:2], Q=queries, S=cache.page_size, I=TILE, BLOCK=128,
                 INTERPRET=INTERPRETED, STORED=stored, num_warps=4, **sizes,
             )  # fmt: skip
             join_kernel[(heads,)](

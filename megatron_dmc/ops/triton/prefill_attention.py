@@ -16,6 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_dmc.ops.paged.decode import Angles
+from megatron_dmc.ops.paged.layer_cache import LayerCache
+from megatron_dmc.ops.paged.prefill import Chunks, ChunkStates
 from megatron_dmc.ops.tensors import dense_channels
 from megatron_dmc.ops.triton.launch import INTERPRETED, capability, is_content, on_device
 
@@ -164,16 +167,11 @@ def blocks_of(
 
 
 def attend_chunks(
+    cache: LayerCache,
+    chunks: Chunks,
     q_TND: Tensor,
-    own_k_TGD: Tensor | None,
-    own_v_TGD: Tensor | None,
-    entry_TG: Tensor,
-    cos_TF: Tensor | None,
-    sin_TF: Tensor | None,
-    k_pages_PSD: Tensor,
-    v_pages_PSD: Tensor,
-    block_table_RGM: Tensor,
-    chunks,
+    states: ChunkStates,
+    angles_TF: Angles,
     *,
     softmax_scale: float,
 ) -> Tensor:
@@ -181,27 +179,29 @@ def attend_chunks(
 
     Args:
         q_TND: unrotated queries.
-        own_k_TGD, own_v_TGD, entry_TG: what `write_chunks` returns.
-        cos_TF, sin_TF: `cache_ops.cosine_and_sine` of the tokens.
+        states: what `write_chunks` returns.
+        angles_TF: of the tokens.
 
     Returns:
         out_TND.
     """
     q = dense_channels(q_TND)
     num_heads, dim = q.shape[1:]
-    num_kv_heads, compress = entry_TG.shape[1], own_k_TGD is not None
+    own_k_TGD, own_v_TGD, entry_TG = states
+    num_kv_heads, compress = cache.num_kv_heads, own_k_TGD is not None
     group = num_heads // num_kv_heads
     queries, entries, num_warps, num_stages = blocks_of(dim, group, q.element_size(), capability(q))
     tiles = chunks.tiles(queries // group, latest_first=True)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    cos, sin, own_k, own_v = (q if x is None else x for x in (cos_TF, sin_TF, own_k_TGD, own_v_TGD))
+    cos, sin, own_k, own_v = (q if x is None else x for x in (*angles_TF, own_k_TGD, own_v_TGD))
+    half, table = 0 if angles_TF[0] is None else cos.shape[1] // 2, cache.block_table_RGM
     with on_device(q):
         attend_kernel[(tiles.table_X2.shape[0] * num_kv_heads,)](
-            q, cos, sin, own_k, own_v, entry_TG, k_pages_PSD, v_pages_PSD, block_table_RGM,
+            q, cos, sin, own_k, own_v, entry_TG, cache.k_pages_PSD, cache.v_pages_PSD, table,
             chunks.table_B3, tiles.table_X2, out, num_kv_heads, softmax_scale * 1.4426950408889634,
-            *q.stride()[:2], cos.stride(0), sin.stride(0), *block_table_RGM.stride()[:2],
+            *q.stride()[:2], cos.stride(0), sin.stride(0), *table.stride()[:2],
             *out.stride()[:2], R=group, Q=queries, D=dim, F=max(16, triton.next_power_of_2(dim)),
-            S=k_pages_PSD.shape[1], I=entries, HALF=0 if cos_TF is None else cos_TF.shape[1] // 2,
+            S=cache.page_size, I=entries, HALF=half,
             COMPRESS=compress, STAGES=num_stages, INTERPRET=INTERPRETED, num_warps=num_warps,
         )  # fmt: skip
     return out

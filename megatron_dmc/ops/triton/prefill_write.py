@@ -22,6 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_dmc.ops.paged.decode import Angles, Gates
+from megatron_dmc.ops.paged.layer_cache import LayerCache
+from megatron_dmc.ops.paged.prefill import Chunks, ChunkStates
 from megatron_dmc.ops.tensors import dense_channels
 from megatron_dmc.ops.triton.launch import INTERPRETED, is_content, on_device
 from megatron_dmc.ops.triton.scan import last_row, products, weighted_sum
@@ -304,33 +307,27 @@ def channels_of(head_dim: int, merge_window: int) -> int:
 
 
 def write_chunks(
+    cache: LayerCache,
+    chunks: Chunks,
     k_TGD: Tensor,
     v_TGD: Tensor,
-    is_merge_TG: Tensor | None,
-    omega_TG: Tensor | None,
-    cos_TF: Tensor | None,
-    sin_TF: Tensor | None,
-    k_pages_PSD: Tensor,
-    v_pages_PSD: Tensor,
-    block_table_RGM: Tensor,
-    num_entries_RG: Tensor,
-    segments_RGUA: Tensor | None,
-    chunks,
+    gates_TG: Gates | None,
+    angles_TF: Angles,
     *,
     merge_window: int,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """All that `megatron_dmc.ops.paged.prefill.prefill` mutates, done; its arguments.
+) -> ChunkStates:
+    """The part of `megatron_dmc.ops.paged.prefill.prefill` that mutates; its arguments.
 
     Args:
-        cos_TF, sin_TF: `cache_ops.cosine_and_sine` of the tokens.
+        angles_TF: of the tokens.
 
     Returns:
-        each token's own state, rotated keys and values (T, G, D), None for a plain cache; and
-        entry_TG, int32: the entry that its segment is.
+        each token's own state and entry, int32.
     """
     num_tokens, num_kv_heads, dim = k_TGD.shape
     k, v, device = dense_channels(k_TGD), dense_channels(v_TGD), k_TGD.device
-    compress, window = is_merge_TG is not None, merge_window if is_merge_TG is not None else 0
+    compress, window = gates_TG is not None, 0 if gates_TG is None else merge_window
+    num_entries_RG, table = cache.num_entries_RG, cache.block_table_RGM
     tile = WINDOWED_TILE if window else TILE
     own = tile - max(window - 1, 0)
     tiles = chunks.tiles(own)
@@ -338,17 +335,18 @@ def write_chunks(
     entry = torch.empty(num_tokens, num_kv_heads, dtype=torch.int32, device=device)
     channels = channels_of(dim, window)
     blocks = triton.cdiv(dim, channels)
-    half = 0 if cos_TF is None else cos_TF.shape[1] // 2
-    cos, sin = (k if x is None else dense_channels(x) for x in (cos_TF, sin_TF))
+    half = 0 if angles_TF[0] is None else angles_TF[0].shape[1] // 2
+    cos, sin = (k if x is None else dense_channels(x) for x in angles_TF)
     states: tuple[Tensor | None, Tensor | None] = (None, None)
     with on_device(k):
-        if not compress:
+        if gates_TG is None:
             base = num_entries_RG[chunks.table_B3[:, 0].long()].contiguous()
             merges, omegas, segments, carry = (k,) * 4
             own_k = own_v = k
         else:
-            assert is_merge_TG is not None and omega_TG is not None and segments_RGUA is not None
-            merges, omegas, segments = is_merge_TG.view(torch.uint8), omega_TG, segments_RGUA
+            assert cache.segments_RGUA is not None
+            merges, omegas = gates_TG[0].view(torch.uint8), gates_TG[1]
+            segments = cache.segments_RGUA
             rows = (num_tiles, num_kv_heads)
             appends, base = (torch.empty(rows, dtype=torch.int32, device=device) for _ in range(2))
             keep = torch.empty(rows, dtype=torch.float32, device=device)
@@ -370,11 +368,11 @@ def write_chunks(
             )  # fmt: skip
         write_kernel[num_tiles, num_kv_heads, blocks](
             k, v, merges, omegas, cos, sin, chunks.table_B3, tiles.table_X2, base, carry, segments,
-            k_pages_PSD, v_pages_PSD, block_table_RGM, num_entries_RG, own_k, own_v, entry,
-            block_table_RGM.shape[2], *k.stride()[:2], *v.stride()[:2], *merges.stride()[:2],
-            *omegas.stride()[:2], cos.stride(0), sin.stride(0), *block_table_RGM.stride()[:2],
+            cache.k_pages_PSD, cache.v_pages_PSD, table, num_entries_RG, own_k, own_v, entry,
+            table.shape[2], *k.stride()[:2], *v.stride()[:2], *merges.stride()[:2],
+            *omegas.stride()[:2], cos.stride(0), sin.stride(0), *table.stride()[:2],
             *num_entries_RG.stride(), *segments.stride()[:2], D=dim, I=tile, W=window, F=channels,
-            S=k_pages_PSD.shape[1], HALF=half, COMPRESS=compress, INTERPRET=INTERPRETED, num_warps=4,
+            S=cache.page_size, HALF=half, COMPRESS=compress, INTERPRET=INTERPRETED, num_warps=4,
         )  # fmt: skip
         if window:
             kept_kernel[num_chunks, num_kv_heads, triton.cdiv(2 * dim + 1, 128)](
