@@ -2,8 +2,8 @@
 
     python tools/settings_pages.py
 
-docs/flags.md is made from `megatron_dmc/training/flags.toml`, docs/settings.md from the fields and docstrings of
-`EngineConfig`. tests/docs/test_docs.py fails where a page is out of date.
+docs/flags.md is generated from `megatron_dmc/training/flags.toml`, docs/settings.md from the fields and docstrings of
+`EngineConfig`. tests/docs/test_docs.py fails if a page is out of date.
 """
 
 import importlib.metadata
@@ -16,17 +16,17 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 FLAGS_HEAD = """# Flags of Megatron-LM
 
-`pretrain_dmc.py` parses every flag of the pinned Megatron-LM, {version}. This is what it does with each, made from
-`megatron_dmc/training/flags.toml` by `tools/settings_pages.py`. A flag that is listed as refused ends the run at its start,
-with the reason, if it is set to anything but its default; so does a flag that is not listed. A few pairs of flags are
-refused besides, by `check_combinations` in `megatron_dmc/training/flags.py`.
+`pretrain_dmc.py` parses every flag of the pinned Megatron-LM, {version}. This page lists its treatment of each; it is
+generated from `megatron_dmc/training/flags.toml` by `tools/settings_pages.py`. A refused flag that differs from its
+default ends the run at its start, with the reason; so does a flag that is not listed. In addition `check_combinations` in
+`megatron_dmc/training/flags.py` refuses a few pairs of flags.
 """
 SECTIONS = {
-    "tested": "## Works, tested\n\nA test of this project runs with it.",
-    "megatron": "## Works by Megatron's code\n\nCode of Megatron that a run reaches reads it. Not each was tried here, "
-    "and none of them on a GPU.",
-    "same": "## Taken, changes no result",
-    "off": "## Only with `--dmc-stage off`\n\nModel and step are Megatron's own there, and the flag works by its code. "
+    "tested": "## Supported and tested\n\nA test of this project runs with the flag.",
+    "megatron": "## Supported by Megatron's code\n\nMegatron code that a run reaches reads the flag. Not every flag "
+    "was tried here, and none of them on a GPU.",
+    "same": "## Accepted without effect",
+    "off": "## Only with `--dmc-stage off`\n\nThere, model and step are Megatron's own, and the flag works by its code. "
     "With DMC, or with `--dmc-teacher`, it is refused.",
     "refused": "## Refused",
 }
@@ -34,10 +34,10 @@ SECTIONS = {
 SETTINGS_HEAD = """# Settings of the engine
 
 Keyword arguments of `LLM` and `AsyncLLM.from_model`, and flags of `megatron-dmc generate`, `serve`, `eval`,
-`bench throughput` and `bench latency`. A flag is the name with dashes: `--max-model-len 4096`; one that is on or off
-has a second form, `--no-enable-dmc`. Made from `megatron_dmc/engine/config.py` by `tools/settings_pages.py`.
+`bench throughput` and `bench latency`. A flag is the name with dashes: `--max-model-len 4096`; a boolean flag has a
+negative form, `--no-enable-dmc`. Generated from `megatron_dmc/engine/config.py` by `tools/settings_pages.py`.
 
-| setting | default | |
+| setting | default | meaning |
 | --- | --- | --- |
 """
 
@@ -58,7 +58,7 @@ def flags_page() -> str:
                 parts.append(f"{_flags(group)}{remark}\n")
         else:
             rows = [f"| {_flags(group)} | {group.why} |" for group in groups]
-            parts.append("\n".join(["| flags | why |", "| --- | --- |", *rows]) + "\n")
+            parts.append("\n".join(["| flags | reason |", "| --- | --- |", *rows]) + "\n")
     return "\n".join(parts)
 
 

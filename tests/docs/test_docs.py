@@ -22,6 +22,19 @@ def test_links_of_the_readme():
     assert not [target for target in local if not (ROOT / target).exists()]
 
 
+def test_files_that_pages_name():
+    """Paths in backticks are relative to the repository, the package or tests/."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    named = [
+        (page.name, path)
+        for page in pages
+        for path in re.findall(r"`([a-z_]+/[\w/]+\.(?:py|h|cu|cpp|sh|toml|md))`", page.read_text())
+    ]
+    homes = (ROOT, ROOT / "megatron_dmc", ROOT / "tests", ROOT / "megatron_dmc" / "csrc")
+    assert len(named) > 50
+    assert not [item for item in named if not any((home / item[1]).is_file() for home in homes)]
+
+
 def test_badges():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     said = dict(
