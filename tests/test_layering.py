@@ -22,6 +22,7 @@ LEVELS = {
     "schedule": 0,
     "quiet": 0,
     "_C": 0,  # the compiled csrc: part of the ops, and imports nothing
+    "_cpu": 0,
     "ops": 1,
     "cache": 2,
     "model": 3,

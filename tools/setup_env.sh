@@ -27,6 +27,7 @@ inputs_checksum() {
             done
             echo "${CUDA_HOME:-} ${CUDA_PATH:-} $(command -v nvcc || true)"
             echo "${TORCH_CUDA_ARCH_LIST:-} ${MEGATRON_DMC_SKIP_CUDA:-}"
+            echo "${CXX:-} $(command -v c++ || true) ${MEGATRON_DMC_SKIP_CPU:-}"
         fi
     } | cksum
 }
@@ -140,7 +141,7 @@ else
     pip_install --no-build-isolation -e '.[dev]'
 fi
 if [ -d megatron_dmc/csrc ]; then
-    # pip swallows what setup.py says about the CUDA kernels.
+    # pip swallows what setup.py says about the kernels.
     "$venv/bin/python" setup.py --quiet --version >/dev/null
 fi
 inputs_checksum >"$stamp"

@@ -7,10 +7,29 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include "append_operator.h"
 #include "checks.h"
 #include "kernels.h"
 
 namespace {
+
+void check_head_dim(int64_t dim) {
+  TORCH_CHECK_VALUE(dim == 64 || dim == 96 || dim == 128 || dim == 256, "head_dim=", dim,
+                    "; the kernels are built for 64, 96, 128 and 256");
+}
+
+void check_supported(ScalarType dtype, int64_t head_dim, int64_t page_size) {
+  TORCH_CHECK_VALUE(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "dtype ", dtype,
+                    "; the kernels take bfloat16 and float16");
+  check_head_dim(head_dim);
+  TORCH_CHECK_VALUE(page_size == 8 || page_size == 16 || page_size == 32 || page_size == 64,
+                    "page_size=", page_size, "; the kernels take 8, 16, 32 and 64");
+}
+
+void check_device(const Tensor& x, const char* name, const Tensor& like) {
+  TORCH_CHECK_VALUE(x.is_cuda() && x.device() == like.device(), name, " is on ", x.device(),
+                    "; all tensors must be on one GPU");
+}
 
 // On the device of `like`, launch(T{}) for its dtype; check_pages has refused others.
 template <class Launch>
@@ -23,105 +42,9 @@ void launch_for(const Tensor& like, Launch launch) {
   }
 }
 
-void decode_append(const OptionalTensor& q, const Tensor& k, const Tensor& v,
-                   const OptionalTensor& is_merge, const OptionalTensor& omega,
-                   const OptionalTensor& cos, const OptionalTensor& sin, const Tensor& positions,
-                   const Tensor& k_pages, const Tensor& v_pages, const OptionalTensor& k_scales,
-                   const OptionalTensor& v_scales, const Tensor& table, const Tensor& entries,
-                   const OptionalTensor& segments, const Tensor& rows,
-                   const OptionalTensor& free_ids, const OptionalTensor& free_state,
-                   const OptionalTensor& q_out, bool compress, bool may_merge, double alpha_offset,
-                   int64_t merge_window) {
-  check_shape(k, "k", {kAny, kAny, kAny});
-  const int64_t batch = k.size(0), heads = k.size(1), dim = k.size(2);
-  const ScalarType dtype = k.scalar_type();
-  check_cache(k_pages, v_pages, k_scales, v_scales, table, entries, dtype, heads, dim);
-  check_shape(v, "v", {batch, heads, dim});
-  check_dtype(v, "v", dtype);
-  check_last_dense(k, "k");
-  check_last_dense(v, "v");
-  check_indices(positions, "positions", batch);
-  check_indices(rows, "rows", batch);
-  TORCH_CHECK_VALUE(q.has_value() == q_out.has_value(), "q and q_out go together");
-  int64_t group = 1;
-  if (q) {
-    check_shape(*q, "q", {batch, kAny, dim});
-    group = checked_group(*q, heads);
-    check_dtype(*q, "q", dtype);
-    check_last_dense(*q, "q");
-    check_shape(*q_out, "q_out", {batch, q->size(1), dim});
-    check_dtype(*q_out, "q_out", dtype);
-    check_last_dense(*q_out, "q_out");
-  }
-  TORCH_CHECK_VALUE(is_merge.has_value() == omega.has_value(), "is_merge and omega go together");
-  if (is_merge) {
-    check_shape(*is_merge, "is_merge", {batch, heads});
-    check_dtype(*is_merge, "is_merge", ScalarType::Bool);
-    check_dense(*is_merge, "is_merge");
-    check_shape(*omega, "omega", {batch, heads});
-    check_dtype(*omega, "omega", ScalarType::Float);
-    check_dense(*omega, "omega");
-  }
-  TORCH_CHECK_VALUE(!compress || q || is_merge, "gates need q, or is_merge and omega");
-  check_angles(cos, sin, dtype, dim);
-  TORCH_CHECK_VALUE(merge_window >= 0, "merge_window=", merge_window, " is negative");
-  TORCH_CHECK_VALUE(!compress || segments, "segments are needed when compressing");
-  if (compress) check_segments(*segments, table.size(0), heads, merge_window, dim);
-  TORCH_CHECK_VALUE(free_ids.has_value() == free_state.has_value(),
-                    "free_page_ids and free_state go together");
-  if (free_ids) {
-    check_shape(*free_ids, "free_page_ids", {kAny});
-    check_dtype(*free_ids, "free_page_ids", ScalarType::Int);
-    check_dense(*free_ids, "free_page_ids");
-    check_shape(*free_state, "free_state", {2});
-    check_dtype(*free_state, "free_state", ScalarType::Int);
-    check_dense(*free_state, "free_state");
-  }
-  check_devices({{"k", k}, {"v", v}, {"positions", positions}, {"k_pages", k_pages},
-                 {"v_pages", v_pages}, {"block_table", table}, {"num_entries", entries},
-                 {"rows", rows}, {"q", q}, {"is_merge", is_merge}, {"omega", omega}, {"cos", cos},
-                 {"sin", sin}, {"segments", segments}, {"free_page_ids", free_ids},
-                 {"free_state", free_state}, {"q_out", q_out}});
-
-  launch_for(k, [&](auto type) {
-    using T = decltype(type);
-    dmc::AppendParams<T> p{};
-    p.kv = paged(k_pages, v_pages, k_scales, v_scales, table, entries);
-    p.q_BND = data<T>(q);
-    p.k_BGD = data<T>(k);
-    p.v_BGD = data<T>(v);
-    p.q_out_BND = data<T>(q_out);
-    p.cos_XF = data<T>(cos);
-    p.sin_XF = data<T>(sin);
-    p.is_merge_BG = data<uint8_t>(is_merge);
-    p.omega_BG = data<float>(omega);
-    p.positions_B = data<int64_t>(positions);
-    p.rows_B = data<int64_t>(rows);
-    p.free_ids = data<int32_t>(free_ids);
-    p.free_state = data<int32_t>(free_state);
-    copy_strides(p.k_stride, k);
-    copy_strides(p.v_stride, v);
-    p.group = int(group);
-    if (q) {
-      copy_strides(p.q_stride, *q);
-      copy_strides(p.q_out_stride, *q_out);
-    }
-    copy_angles(p, cos, sin);
-    if (compress) {
-      p.segments_RGUA = data<float>(segments);
-      p.segments_row_stride = segments->stride(0);
-      p.segments_head_stride = segments->stride(1);
-    }
-    p.num_requests = int(batch);
-    p.num_kv_heads = int(heads);
-    p.merge_window = int(merge_window);
-    p.num_free = free_ids ? int(free_ids->size(0)) : 0;
-    p.alpha_offset = float(alpha_offset);
-    p.eps = dtype == ScalarType::BFloat16 ? 0.0078125f : 0.0009765625f;
-    p.compress = compress;
-    p.may_merge = may_merge;
-    C10_CUDA_CHECK(dmc::launch_append(p, c10::cuda::getCurrentCUDAStream()));
-  });
+template <class T>
+void launch(const dmc::AppendParams<T>& p) {
+  C10_CUDA_CHECK(dmc::launch_append(p, c10::cuda::getCurrentCUDAStream()));
 }
 
 void plan(const Tensor& entries, const Tensor& rows, const Tensor& out, int64_t ahead) {
@@ -378,12 +301,7 @@ int64_t count_workers(int64_t head_dim, const Tensor& pages) {
 }  // namespace
 
 TORCH_LIBRARY(megatron_dmc, m) {
-  m.def(
-      "decode_append(Tensor? q, Tensor k, Tensor v, Tensor? is_merge, Tensor? omega, Tensor? cos, "
-      "Tensor? sin, Tensor positions, Tensor(a!) k_pages, Tensor(b!) v_pages, "
-      "Tensor(h!)? k_scales, Tensor(i!)? v_scales, Tensor(c!) block_table, Tensor(d!) num_entries, Tensor(e!)? segments, Tensor rows, "
-      "Tensor? free_page_ids, Tensor(f!)? free_state, Tensor(g!)? q_out, bool compress, "
-      "bool may_merge, float alpha_offset, int merge_window) -> ()");
+  m.def(kAppendSchema);
   m.def(
       "prefill_write(Tensor k, Tensor v, Tensor? is_merge, Tensor? omega, Tensor? cos, Tensor? sin, "
       "Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor block_table, Tensor(c!) num_entries, "

@@ -1,4 +1,5 @@
-// What operators check about tensors, and how they hand them to kernels. For binding.cpp alone.
+// What operators check about tensors, and how they hand them to kernels. For binding.cpp and cpu/binding.cpp
+// alone, which define what their kernels take: `check_supported` and `check_device`.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,6 +17,9 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kAny = -1;
+
+void check_supported(ScalarType dtype, int64_t head_dim, int64_t page_size);
+void check_device(const Tensor& x, const char* name, const Tensor& like);
 
 void check_shape(const Tensor& x, const char* name, std::initializer_list<int64_t> sizes) {
   bool fits = x.dim() == int64_t(sizes.size());
@@ -47,11 +51,6 @@ void check_aligned(const Tensor& x, const char* name) {
                     " must start at a multiple of 16 bytes; call clone()");
 }
 
-void check_device(const Tensor& x, const char* name, const Tensor& like) {
-  TORCH_CHECK_VALUE(x.is_cuda() && x.device() == like.device(), name, " is on ", x.device(),
-                    "; all tensors must be on one GPU");
-}
-
 // A tensor by its name, or an optional one, which may be missing.
 struct Argument {
   const char* name;
@@ -60,7 +59,7 @@ struct Argument {
   Argument(const char* name, const OptionalTensor& x) : name(name), tensor(x ? &*x : nullptr) {}
 };
 
-// Those that are there must be on one GPU: that of the first, which is never missing.
+// Those that are there must be on one device: that of the first, which is never missing.
 void check_devices(std::initializer_list<Argument> all) {
   for (const Argument& x : all) {
     if (x.tensor) check_device(*x.tensor, x.name, *all.begin()->tensor);
@@ -71,11 +70,6 @@ void check_indices(const Tensor& x, const char* name, int64_t size) {
   check_shape(x, name, {size});
   check_dtype(x, name, ScalarType::Long);
   check_dense(x, name);
-}
-
-void check_head_dim(int64_t dim) {
-  TORCH_CHECK_VALUE(dim == 64 || dim == 96 || dim == 128 || dim == 256, "head_dim=", dim,
-                    "; the kernels are built for 64, 96, 128 and 256");
 }
 
 dmc::Stored stored_as(const Tensor& pages) {
@@ -90,10 +84,8 @@ dmc::Stored stored_as(const Tensor& pages) {
 void check_pages(const Tensor& k_pages, const Tensor& v_pages, const OptionalTensor& k_scales,
                  const OptionalTensor& v_scales, const Tensor& table, ScalarType dtype,
                  int64_t heads, int64_t dim) {
-  TORCH_CHECK_VALUE(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "dtype ", dtype,
-                    "; the kernels take bfloat16 and float16");
-  check_head_dim(dim);
   check_shape(k_pages, "k_pages", {kAny, kAny, dim});
+  check_supported(dtype, dim, k_pages.size(1));
   check_shape(v_pages, "v_pages", {k_pages.size(0), k_pages.size(1), dim});
   const bool is_8bit = stored_as(k_pages) != dmc::kNumbers;
   if (!is_8bit) check_dtype(k_pages, "k_pages", dtype);
@@ -112,9 +104,6 @@ void check_pages(const Tensor& k_pages, const Tensor& v_pages, const OptionalTen
   check_dense(v_pages, "v_pages");
   check_aligned(k_pages, "k_pages");
   check_aligned(v_pages, "v_pages");
-  const int64_t page = k_pages.size(1);
-  TORCH_CHECK_VALUE(page == 8 || page == 16 || page == 32 || page == 64, "page_size=", page,
-                    "; the kernels take 8, 16, 32 and 64");
   check_shape(table, "block_table", {kAny, heads, kAny});
   check_dtype(table, "block_table", ScalarType::Int);
   check_last_dense(table, "block_table");

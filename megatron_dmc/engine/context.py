@@ -150,7 +150,10 @@ class PagedContext(BaseInferenceContext):
     @property
     def is_capturable(self) -> bool:
         """Whether decode steps run in kernels, which CUDA graphs can hold."""
-        return decode.choose_backend(self._backend, self._like, self.page_size) != "torch"
+        return decode.choose_backend(self._backend, self._like, self.page_size) in (
+            "triton",
+            "cuda",
+        )
 
     # What Megatron's GPTModel asks.
 

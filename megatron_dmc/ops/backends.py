@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Backend = Literal["torch", "triton", "cuda"]
+Backend = Literal["torch", "triton", "cuda", "cpu"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,16 @@ def refusal(backend: str, x: Tensor, page_size: int, group: int = 1) -> str:
         dtypes = (torch.float32, torch.bfloat16, torch.float16)
         if not (x.is_cuda or INTERPRETED):
             return "tensors that are not on a GPU"
+    elif backend == "cpu":
+        from megatron_dmc.ops import cpu
+
+        dtypes = (torch.bfloat16, torch.float32)
+        if reason := cpu.absence():
+            return reason
+        if x.device.type != "cpu":
+            return "tensors that are not on the CPU"
+        if reason := cpu.refusal(x.shape[-1], page_size, group):
+            return reason
     else:
         from megatron_dmc.ops import cuda
 
@@ -55,9 +65,9 @@ def _say_once(message: str) -> None:
 
 
 def _check_name(backend: str | None) -> None:
-    if backend not in (None, "torch", "triton", "cuda"):
+    if backend not in (None, "torch", "triton", "cuda", "cpu"):
         raise ValueError(
-            f"backend={backend!r} does not exist; use 'cuda', 'triton', 'torch' or None"
+            f"backend={backend!r} does not exist; use 'cuda', 'triton', 'cpu', 'torch' or None"
         )
 
 
@@ -65,8 +75,8 @@ def choose_backend(backend: str | None, x: Tensor, page_size: int, group: int = 
     """The one place that picks the default backend of the cache ops.
 
     Args:
-        backend: "torch", "triton" or "cuda"; None: PyTorch on a CPU, on a GPU the CUDA extension,
-            else Triton, else PyTorch, the reasons logged once.
+        backend: "torch", "triton", "cuda" or "cpu"; None: on a GPU the CUDA extension, else Triton, on a CPU
+            its extension, and where those cannot, PyTorch, the reasons logged once.
         x: queries or keys (..., D).
         group: query heads for each KV head, where attention is computed.
 
@@ -74,14 +84,14 @@ def choose_backend(backend: str | None, x: Tensor, page_size: int, group: int = 
         ValueError: for a backend that does not exist or does not take these tensors.
     """
     _check_name(backend)
-    if backend == "torch" or (backend is None and not x.is_cuda):
+    if backend == "torch" or (backend is None and x.device.type not in ("cpu", "cuda")):
         return "torch"
-    if backend in ("triton", "cuda"):
+    if backend is not None:
         if reason := refusal(backend, x, page_size, group):
             raise ValueError(f"backend={backend!r} does not take {reason}; use None or 'torch'")
         return backend  # type: ignore[return-value]
     reasons: list[str] = []
-    for name in ("cuda", "triton"):
+    for name in ("cuda", "triton") if x.is_cuda else ("cpu",):
         reason = refusal(name, x, page_size, group)
         if not reason:
             if reasons:
@@ -99,9 +109,12 @@ def choose_page_backend(backend: str | None, x: Tensor) -> Backend:
         ValueError: for a backend that does not exist.
     """
     _check_name(backend)
-    if backend is not None or not x.is_cuda:
-        return backend or "torch"  # type: ignore[return-value]
-    from megatron_dmc.ops import cuda
+    if backend is not None:
+        return backend  # type: ignore[return-value]
+    from megatron_dmc.ops import cpu, cuda
+
+    if not x.is_cuda:
+        return "torch" if x.device.type != "cpu" or cpu.absence() else "cpu"
 
     if not cuda.absence():
         return "cuda"

@@ -115,14 +115,19 @@ def test_kernels_compile_without_a_gpu_and_without_spills(full_size):
 
 def test_backend_is_picked_in_one_place(monkeypatch):
     x = torch.zeros(1, 2, 64)
-    assert backends.choose_backend(None, x, 16) == "torch"  # CPU tensors
+    assert backends.choose_backend(None, x.double(), 16) == "torch"
     with pytest.raises(ValueError, match="backend='triton' does not take tensors that are not on"):
         backends.choose_backend("triton", x, 16)
-    with pytest.raises(ValueError, match="backend='fpga' does not exist; use 'cuda', 'triton'"):
+    with pytest.raises(
+        ValueError, match="backend='fpga' does not exist; use 'cuda', 'triton', 'cpu'"
+    ):
         backends.choose_backend("fpga", x, 16)
     entries = torch.tensor([[[3, 5]]])
-    plan = decode.plan_decode_attention(entries, torch.tensor([0]), like=x, page_size=16)
-    assert plan == [None]
+    for backend in ("torch", None):
+        plan = decode.plan_decode_attention(
+            entries, torch.tensor([0]), like=x, page_size=16, backend=backend
+        )
+        assert plan == [None]
     monkeypatch.setattr(cuda, "absence", lambda: "")
     with FakeTensorMode():
         for dim, most in ((128, 16), (256, 8)):

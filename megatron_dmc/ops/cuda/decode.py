@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_dmc.ops.cuda import absence
 from megatron_dmc.ops.paged.decode import Angles, Gates
-from megatron_dmc.ops.paged.kv_pages import tensors_of
+from megatron_dmc.ops.paged.kv_pages import parts_of
 from megatron_dmc.ops.paged.layer_cache import LayerCache
 from megatron_dmc.ops.tensors import dense_channels
 
@@ -33,13 +33,6 @@ def operators():
 def _num_workers(device: torch.device, head_dim: int, dtype: torch.dtype) -> int:
     with torch.cuda.device(device):
         return int(operators().count_workers(head_dim, torch.empty(0, dtype=dtype)))
-
-
-def _pages_of(cache: LayerCache) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Keys and values as they are stored, and the scales of both or None."""
-    (k, *k_scales), (v, *v_scales) = tensors_of(cache.k_pages_PSD), tensors_of(cache.v_pages_PSD)
-    k_scale, v_scale = (*k_scales, *v_scales) or (None, None)
-    return k, v, k_scale, v_scale
 
 
 def decode_append(
@@ -66,7 +59,7 @@ def decode_append(
         q, dense_channels(k_BGD), dense_channels(v_BGD),
         None if is_merge is None else is_merge.contiguous(),
         None if omega is None else omega.float().contiguous(),
-        *angles_XF, positions_B, *_pages_of(cache), cache.block_table_RGM, cache.num_entries_RG,
+        *angles_XF, positions_B, *parts_of(cache.k_pages_PSD, cache.v_pages_PSD), cache.block_table_RGM, cache.num_entries_RG,
         cache.segments_RGUA if compress else None, rows_B,
         None if free is None else free.page_ids, None if free is None else free.state,
         q_out, compress, may_merge, alpha_offset, merge_window,
@@ -97,7 +90,7 @@ def paged_decode_attention(
     Args:
         num_workers: C; default: as many warps as the GPU holds at once.
     """
-    pages = _pages_of(cache)
+    pages = parts_of(cache.k_pages_PSD, cache.v_pages_PSD)
     q = dense_channels(q_BND)
     if q.stride(0) % 2 or q.stride(1) % 2 or q.storage_offset() % 2:
         q = q.contiguous()

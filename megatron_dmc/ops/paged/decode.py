@@ -215,7 +215,7 @@ def plan_decode_attention(
     chosen = choose_backend(backend, like, page_size, group)
     if chosen == "torch":
         return [None] * num_entries_LRG.shape[0]
-    return list(kernels(chosen).plan(num_entries_LRG, rows_B, ahead=ahead).unbind(0))
+    return list(kernels(chosen).plan(num_entries_LRG, rows_B, ahead=ahead))
 
 
 def paged_decode_attention(

@@ -89,6 +89,15 @@ def tensors_of(pages: Pages) -> tuple[Tensor, ...]:
     return (pages,) if isinstance(pages, Tensor) else (pages.values_PSD, pages.scales_PS)
 
 
+def parts_of(
+    k_pages_PSD: Pages, v_pages_PSD: Pages
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Keys and values as they are stored, and the scales of both or None: what operators take."""
+    (k, *k_scales), (v, *v_scales) = tensors_of(k_pages_PSD), tensors_of(v_pages_PSD)
+    k_scale, v_scale = (*k_scales, *v_scales) or (None, None)
+    return k, v, k_scale, v_scale
+
+
 def fill_with_nan(pages: Pages, page_ids: Tensor | slice) -> None:
     """Make these pages such that whoever uses an entry of them gets NaN, an 8-bit one by its scale.
     Mutates `pages`."""

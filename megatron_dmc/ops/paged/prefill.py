@@ -190,8 +190,8 @@ def _choose_backend(
 ) -> Backend:
     """The cache ops' choice; PyTorch where the kernels of prefill take less than those of decoding."""
     chosen = choose_backend(backend, q_TND, cache.page_size)
-    if chosen == "torch":
-        return chosen
+    if chosen in ("torch", "cpu"):
+        return "torch"
     refusal = ""
     if merge_window > MAX_MERGE_WINDOW:
         refusal = f"merge_window={merge_window}, more than {MAX_MERGE_WINDOW}, in prefill"

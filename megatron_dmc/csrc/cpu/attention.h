@@ -1,0 +1,385 @@
+// Decode attention over pages and per-head lengths. docs/method.md, section 6.
+//
+// Work is divided into items: up to kItem entries of one key/value head. The cut depends on the head's
+// own length alone, so an output does not depend on the number of threads or on the rest of the
+// batch. Threads take items in order from one counter; the thread that finishes a head's last item joins its parts.
+// An item is a row of tiles of kTile entries; while one is computed the next one is fetched into the
+// cache. Query heads of a group share a tile, up to three at a time in registers.
+//
+// Dimension letters as in dmc/attention.h.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
+#include "cpu/vectors.h"
+
+namespace dmc::cpu {
+inline namespace CPU_CAPABILITY {
+
+constexpr int kTile = 64;   // entries
+constexpr int kItem = 256;  // a multiple of kTile
+constexpr int kOctet = 8;   // entries that lie side by side: a page holds whole octets
+constexpr int kOctets = kTile / kOctet;
+constexpr int64_t kAlone = 1 << 15;  // bytes that are not worth a second thread
+
+struct Item {
+  int head;       // request * num_kv_heads + key/value head
+  int first, count;  // entries
+  int part;       // its place among the parts; -1: it is the whole head
+};
+
+// A tile's entries as octets of slots.
+struct Octets {
+  int64_t slot[kOctets];
+  int count;  // entries
+
+  Octets(const PagedKV& kv, const int32_t* table, int first, int count) : count(count) {
+    for (int o = 0; o * kOctet < count; ++o) {
+      const int entry = first + o * kOctet;
+      slot[o] = kv.slot(table[kv.column(entry)], entry);
+    }
+  }
+};
+
+// Four entries' products with each of R queries: out[r * kTile + e].
+template <class S, int R>
+inline void dot_four(const S* k, int dim, const float* q_RD, float* out) {
+  Vec sums[R][4];
+  for (auto& row : sums)
+    for (auto& sum : row) sum = Vec(0.0f);
+  for (int c = 0; c < dim; c += kStep) {
+#pragma GCC unroll 4
+    for (int e = 0; e < 4; ++e) {
+      Vec a, b;
+      load(k + e * dim + c, a, b);
+#pragma GCC unroll 3
+      for (int r = 0; r < R; ++r) {
+        sums[r][e] = at::vec::fmadd(a, Vec::loadu(q_RD + r * dim + c), sums[r][e]);
+        sums[r][e] = at::vec::fmadd(b, Vec::loadu(q_RD + r * dim + c + kLanes), sums[r][e]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    sum_lanes(sums[r][0], sums[r][1], sums[r][2], sums[r][3], out + r * kTile);
+}
+
+#ifdef __AVX512BF16__
+// The same with queries in bfloat16, channels as they lie.
+template <int R>
+inline void dot_four(const bf16* k, int dim, const bf16* q_RD, float* out) {
+  __m512 sums[R][4];
+  for (auto& row : sums)
+    for (auto& sum : row) sum = _mm512_setzero_ps();
+  for (int c = 0; c < dim; c += 32) {
+#pragma GCC unroll 4
+    for (int e = 0; e < 4; ++e) {
+      const auto key = (__m512bh)_mm512_loadu_si512(k + e * dim + c);
+#pragma GCC unroll 3
+      for (int r = 0; r < R; ++r) {
+        const auto query = (__m512bh)_mm512_loadu_si512(q_RD + r * dim + c);
+        sums[r][e] = _mm512_dpbf16_ps(sums[r][e], key, query);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    sum_lanes(sums[r][0], sums[r][1], sums[r][2], sums[r][3], out + r * kTile);
+}
+#endif
+
+// C steps of channels of R outputs: out = out * decay + sum over a tile's entries of weight * value.
+template <class S, int R, int C>
+inline void add_values(const S* v_pages, const Octets& tile, int dim, int channel,
+                       const float* weights, const float* decay, float* out_RD) {
+  Vec sums[R][2 * C];
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < 2 * C; ++i)
+      sums[r][i] = Vec::loadu(out_RD + r * dim + channel + i * kLanes) * Vec(decay[r]);
+  for (int o = 0; o * kOctet < tile.count; ++o) {
+    const S* v = v_pages + tile.slot[o] * dim + channel;
+    const int last = std::min(kOctet, tile.count - o * kOctet);
+    for (int e = 0; e < last; ++e) {
+#pragma GCC unroll 4
+      for (int i = 0; i < C; ++i) {
+        Vec a, b;
+        load(v + e * dim + i * kStep, a, b);
+#pragma GCC unroll 3
+        for (int r = 0; r < R; ++r) {
+          const Vec weight(weights[r * kTile + o * kOctet + e]);
+          sums[r][2 * i] = at::vec::fmadd(a, weight, sums[r][2 * i]);
+          sums[r][2 * i + 1] = at::vec::fmadd(b, weight, sums[r][2 * i + 1]);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < 2 * C; ++i) sums[r][i].store(out_RD + r * dim + channel + i * kLanes);
+}
+
+#ifdef __AVX512BF16__
+template <class S>
+constexpr bool kProductsOfBf16 = std::is_same_v<S, bf16>;
+#else
+template <class S>
+constexpr bool kProductsOfBf16 = false;
+#endif
+
+// The running softmax of a head's queries over an item. Channels as `load` orders them.
+template <class S>
+struct State {
+  using Query = std::conditional_t<kProductsOfBf16<S>, bf16, float>;
+  alignas(64) Query q[kMaxGroup * kMaxDim];  // bf16: in their own order
+  alignas(64) float out[kMaxGroup * kMaxDim];  // not divided by `sum` yet
+  alignas(64) float scores[kMaxGroup * kTile];
+  float max[kMaxGroup], sum[kMaxGroup], decay[kMaxGroup];
+};
+
+// f(r, count) for queries r to r + count, where `count` is a constant of 1 to 3.
+template <class F>
+inline void by_threes(int group, F f) {
+  int r = 0;
+  for (; group - r == 3 || group - r > 4; r += 3) f(r, std::integral_constant<int, 3>{});
+  for (; group - r >= 2; r += 2) f(r, std::integral_constant<int, 2>{});
+  if (r < group) f(r, std::integral_constant<int, 1>{});
+}
+
+inline void fetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 3);
+}
+
+template <class S, class T>
+struct Attention {
+  const AttentionParams<T>& p;
+  const S* k_pages;
+  const S* v_pages;
+  const int dim, group;
+  std::vector<Item> items;
+  std::unique_ptr<std::atomic<int>[]> left;  // of a head, items that are not done
+  std::unique_ptr<float[]> parts;            // of R (D + 2): out, max, sum
+  std::vector<int> first_part;               // of a head; -1: it has none
+
+  explicit Attention(const AttentionParams<T>& p)
+      : p(p),
+        k_pages(static_cast<const S*>(p.kv.k_pages_PSD)),
+        v_pages(static_cast<const S*>(p.kv.v_pages_PSD)),
+        dim(p.kv.head_dim),
+        group(p.group) {}
+
+  int64_t part_size() const { return int64_t(group) * (dim + 2); }
+  T* out_of(int head) const {
+    const int b = head / p.num_kv_heads, g = head % p.num_kv_heads;
+    return p.out_BND + b * p.out_stride[0] + int64_t(g) * group * p.out_stride[1];
+  }
+
+  void run() {
+    const int64_t bytes = divide() * dim * 2 * int64_t(sizeof(S));
+    std::atomic<int> next{0};
+    const auto work = [&](int64_t, int64_t) {
+      static thread_local State<S> state;
+      for (int at = next++; at < int(items.size());) {
+        const int then = next++;
+        attend(state, items[at], then < int(items.size()) ? &items[then] : nullptr);
+        at = then;
+      }
+    };
+    if (bytes <= kAlone) {
+      work(0, 1);
+    } else {
+      at::parallel_for(0, at::get_num_threads(), 1, work);
+    }
+  }
+
+  // The items, and zeros for heads without entries; returns the number of entries.
+  int64_t divide() {
+    const int heads = p.num_requests * p.num_kv_heads;
+    int64_t total = 0;
+    int num_parts = 0;
+    left = std::make_unique<std::atomic<int>[]>(heads);
+    first_part.assign(heads, -1);
+    for (int x = 0; x < heads; ++x) {
+      const int64_t row = p.rows_B[x / p.num_kv_heads];
+      const int n = row < 0 ? 0 : int(*p.kv.num_entries(row, x % p.num_kv_heads));
+      const int num_items = (n + kItem - 1) / kItem;
+      total += n;
+      left[x].store(num_items, std::memory_order_relaxed);
+      if (num_items > 1) first_part[x] = num_parts;
+      for (int i = 0; i < num_items; ++i) {
+        const int first = i * kItem;
+        items.push_back({x, first, std::min(kItem, n - first), num_items > 1 ? num_parts++ : -1});
+      }
+      if (n) continue;
+      for (int r = 0; r < group; ++r) {
+        T* out = out_of(x) + r * p.out_stride[1];
+        for (int c = 0; c < dim; ++c) from_float(0.0f, out[c]);
+      }
+    }
+    parts.reset(new float[num_parts * part_size()]);
+    return total;
+  }
+
+  const int32_t* table_of(int head) const {
+    return p.kv.table(p.rows_B[head / p.num_kv_heads], head % p.num_kv_heads);
+  }
+  Octets tile_of(const Item& item, int at) const {
+    return {p.kv, table_of(item.head), item.first + at, std::min(kTile, item.count - at)};
+  }
+
+  void attend(State<S>& s, const Item& item, const Item* then) {
+    const int b = item.head / p.num_kv_heads, g = item.head % p.num_kv_heads;
+    const T* q = p.q_BND + b * p.q_stride[0] + int64_t(g) * group * p.q_stride[1];
+    for (int r = 0; r < group; ++r) {
+      if constexpr (kProductsOfBf16<S>) {
+        std::copy_n(q + r * p.q_stride[1], dim, s.q + r * dim);
+      } else {
+        arrange<S>(q + r * p.q_stride[1], s.q + r * dim, dim);
+      }
+      s.max[r] = -INFINITY;
+      s.sum[r] = 0.0f;
+    }
+    std::fill_n(s.out, group * dim, 0.0f);
+    Octets tile = tile_of(item, 0);
+    for (int at = 0; at < item.count; at += kTile) {
+      const bool is_last = at + kTile >= item.count;
+      const Octets ahead = !is_last ? tile_of(item, at + kTile)
+                           : then   ? tile_of(*then, 0)
+                                    : Octets(p.kv, nullptr, 0, 0);
+      score(s, tile, ahead);
+      for (int r = 0; r < group; ++r) weigh(s, r, tile);
+      add(s, tile, ahead);
+      tile = ahead;
+    }
+    if (item.part < 0) {
+      write(s.out, s.sum, out_of(item.head));
+      return;
+    }
+    float* part = parts.get() + item.part * part_size();
+    std::copy_n(s.out, group * dim, part);
+    std::copy_n(s.max, group, part + group * dim);
+    std::copy_n(s.sum, group, part + group * dim + group);
+    if (--left[item.head] == 0) join(s, item.head);
+  }
+
+  void score(State<S>& s, const Octets& tile, const Octets& ahead) const {
+    for (int o = 0; o < kOctets; ++o) {
+      if (o * kOctet < ahead.count) {
+        fetch(k_pages + ahead.slot[o] * dim, kOctet * dim * sizeof(S));
+        if constexpr (is_8bit<S>) fetch(p.kv.k_scales_PS + ahead.slot[o], 1);
+      }
+      if (o * kOctet >= tile.count) continue;
+      for (int e = 0; e < kOctet; e += 4) {
+        const S* k = k_pages + (tile.slot[o] + e) * dim;
+        float* scores = s.scores + o * kOctet + e;
+        by_threes(group, [&](int r, auto count) {
+          constexpr int R = decltype(count)::value;
+          if constexpr (kProductsOfBf16<S>) {
+            dot_four<R>(k, dim, s.q + r * dim, scores + r * kTile);
+          } else {
+            dot_four<S, R>(k, dim, s.q + r * dim, scores + r * kTile);
+          }
+        });
+      }
+    }
+  }
+
+  // Scores of a query become weights.
+  void weigh(State<S>& s, int r, const Octets& tile) const {
+    float* x = s.scores + r * kTile;
+    for (int o = 0; o * kOctet < tile.count; ++o) {
+      const float* scales = is_8bit<S> ? p.kv.k_scales_PS + tile.slot[o] : nullptr;
+      for (int e = 0; e < kOctet; ++e)
+        x[o * kOctet + e] *= is_8bit<S> ? scales[e] * p.scale : p.scale;
+    }
+    const float of_tile = largest(x, tile.count);
+    const float most = of_tile <= s.max[r] ? s.max[r] : of_tile;
+    const float base = most == -INFINITY ? 0.0f : most;
+    for (int e = tile.count; e % kLanes; ++e) x[e] = -INFINITY;
+    Vec sums(0.0f);
+    for (int e = 0; e < tile.count; e += kLanes) {
+      const Vec weight = (Vec::loadu(x + e) - Vec(base)).exp_u20();
+      weight.store(x + e);
+      sums = sums + weight;
+    }
+    float lanes[kLanes], sum = 0.0f;
+    sums.store(lanes);
+    for (float lane : lanes) sum += lane;
+    s.decay[r] = std::exp(s.max[r] - base);
+    // of NaN the exponential above makes a number
+    s.sum[r] = base - base == 0.0f ? s.sum[r] * s.decay[r] + sum : NAN;
+    s.max[r] = most;
+    if constexpr (is_8bit<S>) {
+      for (int o = 0; o * kOctet < tile.count; ++o) {
+        const float* scales = p.kv.v_scales_PS + tile.slot[o];
+        const int last = std::min(kOctet, tile.count - o * kOctet);
+        for (int e = 0; e < last; ++e) x[o * kOctet + e] *= scales[e];
+      }
+    }
+  }
+
+  void add(State<S>& s, const Octets& tile, const Octets& ahead) const {
+    const int bytes = int(dim * sizeof(S)) * kOctet, steps = dim / kStep;
+    int fetched = 0;
+    for (int at = 0; at < steps;) {
+      const int two = at + 2 <= steps ? 2 : 1;
+      for (; fetched < kOctets * (at + two) / steps; ++fetched) {
+        if (fetched * kOctet >= ahead.count) continue;
+        fetch(v_pages + ahead.slot[fetched] * dim, bytes);
+        if constexpr (is_8bit<S>) fetch(p.kv.v_scales_PS + ahead.slot[fetched], 1);
+      }
+      if (two == 2) {
+        add_steps<2>(s, tile, at * kStep);
+      } else {
+        add_steps<1>(s, tile, at * kStep);
+      }
+      at += two;
+    }
+  }
+  template <int C>
+  void add_steps(State<S>& s, const Octets& tile, int c) const {
+    by_threes(group, [&](int r, auto count) {
+      add_values<S, decltype(count)::value, C>(v_pages, tile, dim, c, s.scores + r * kTile,
+                                               s.decay + r, s.out + r * dim);
+    });
+  }
+
+  void write(const float* out_RD, const float* sum_R, T* out) const {
+    for (int r = 0; r < group; ++r)
+      restore<S>(out_RD + r * dim, out + r * p.out_stride[1], dim, 1.0f / sum_R[r]);
+  }
+
+  void join(State<S>& s, int head) const {
+    const float* all = parts.get() + first_part[head] * part_size();
+    const int64_t row = p.rows_B[head / p.num_kv_heads];
+    const int count = int((*p.kv.num_entries(row, head % p.num_kv_heads) + kItem - 1) / kItem);
+    std::fill_n(s.out, group * dim, 0.0f);
+    for (int r = 0; r < group; ++r) {
+      float most = -INFINITY;
+      for (int i = 0; i < count; ++i) most = std::max(most, all[i * part_size() + group * dim + r]);
+      const float base = most == -INFINITY ? 0.0f : most;
+      s.sum[r] = 0.0f;
+      for (int i = 0; i < count; ++i) {
+        const float* part = all + i * part_size();
+        const float weight = std::exp(part[group * dim + r] - base);
+        s.sum[r] += weight * part[group * dim + group + r];
+        for (int c = 0; c < dim; ++c) s.out[r * dim + c] += weight * part[r * dim + c];
+      }
+    }
+    write(s.out, s.sum, out_of(head));
+  }
+};
+
+template <class T>
+void attend(const AttentionParams<T>& p) {
+  switch (p.kv.stored) {
+    case kE4m3: return Attention<e4m3, T>(p).run();
+    case kInt8: return Attention<int8, T>(p).run();
+    default: return Attention<T, T>(p).run();
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace dmc::cpu

@@ -1,0 +1,173 @@
+// The operators `torch.ops.megatron_dmc_cpu.*`, and the choice of the instruction set. The wrappers in
+// megatron_dmc/ops/cpu allocate all outputs.
+#include <ATen/core/Tensor.h>
+#include <Python.h>
+#include <torch/library.h>
+
+#include <string>
+
+#include "append_operator.h"
+#include "checks.h"
+#include "cpu/kernels.h"
+
+namespace {
+
+// This machine's best instruction set among those that were built; empty if it has none of them.
+// ATEN_CPU_CAPABILITY, which limits torch's own choice, is not asked.
+struct Choice {
+  const char* name = "";
+  const dmc::cpu::Kernels* kernels = nullptr;
+
+  Choice() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+      *this = {"avx2", &dmc::cpu::kernels_AVX2};
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+      *this = {"avx512", &dmc::cpu::kernels_AVX512};
+      if (__builtin_cpu_supports("avx512bf16"))
+        *this = {"avx512_bf16", &dmc::cpu::kernels_AVX512_BF16};
+    }
+#else
+    *this = {"default", &dmc::cpu::kernels_DEFAULT};
+#endif
+  }
+  Choice(const char* name, const dmc::cpu::Kernels* kernels) : name(name), kernels(kernels) {}
+};
+
+const Choice& choice() {
+  static const Choice chosen;
+  return chosen;
+}
+
+std::string instruction_set() { return choice().name; }
+
+template <class T>
+const dmc::cpu::KernelsOf<T>& kernels_of() {
+  TORCH_CHECK(choice().kernels, "the CPU kernels are built for AVX2 and later; this machine has none of it");
+  if constexpr (std::is_same_v<T, float>) {
+    return choice().kernels->of_float;
+  } else {
+    return choice().kernels->of_bf16;
+  }
+}
+
+void check_supported(ScalarType dtype, int64_t head_dim, int64_t page_size) {
+  TORCH_CHECK_VALUE(dtype == ScalarType::BFloat16 || dtype == ScalarType::Float, "dtype ", dtype,
+                    "; the kernels take bfloat16 and float32");
+  TORCH_CHECK_VALUE(head_dim % dmc::cpu::kDimStep == 0 && head_dim <= dmc::cpu::kMaxDim,
+                    "head_dim=", head_dim, "; the kernels take multiples of ",
+                    dmc::cpu::kDimStep, " up to ", dmc::cpu::kMaxDim);
+  TORCH_CHECK_VALUE(page_size >= 8 && (page_size & (page_size - 1)) == 0, "page_size=", page_size,
+                    "; the kernels take powers of two from 8 on");
+}
+
+void check_device(const Tensor& x, const char* name, const Tensor&) {
+  TORCH_CHECK_VALUE(x.device().is_cpu(), name, " is on ", x.device(), "; expected the CPU");
+}
+
+template <class Launch>
+void launch_for(const Tensor& like, Launch launch) {
+  if (like.scalar_type() == ScalarType::BFloat16) {
+    launch(dmc::bf16{});
+  } else {
+    launch(0.0f);
+  }
+}
+
+template <class T>
+void launch(const dmc::AppendParams<T>& p) {
+  kernels_of<T>().append(p);
+}
+
+void paged_decode_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
+                            const OptionalTensor& k_scales, const OptionalTensor& v_scales,
+                            const Tensor& table, const Tensor& entries, const Tensor& rows,
+                            const Tensor& out, double softmax_scale) {
+  check_shape(q, "q", {kAny, kAny, kAny});
+  check_shape(table, "block_table", {kAny, kAny, kAny});
+  const int64_t batch = q.size(0), dim = q.size(2), heads = table.size(1);
+  const ScalarType dtype = q.scalar_type();
+  check_cache(k_pages, v_pages, k_scales, v_scales, table, entries, dtype, heads, dim);
+  const int64_t group = checked_group(q, heads);
+  TORCH_CHECK_VALUE(group <= dmc::cpu::kMaxGroup, group, " query heads for each key/value head; the kernels "
+                    "take ", dmc::cpu::kMaxGroup);
+  check_last_dense(q, "q");
+  check_indices(rows, "rows", batch);
+  check_shape(out, "out", {batch, q.size(1), dim});
+  check_dtype(out, "out", dtype);
+  check_last_dense(out, "out");
+  check_devices({{"q", q}, {"k_pages", k_pages}, {"v_pages", v_pages}, {"block_table", table},
+                 {"num_entries", entries}, {"rows", rows}, {"out", out}});
+  launch_for(q, [&](auto type) {
+    using T = decltype(type);
+    dmc::cpu::AttentionParams<T> p{};
+    p.kv = paged(k_pages, v_pages, k_scales, v_scales, table, entries);
+    p.q_BND = data<T>(q);
+    p.out_BND = data<T>(out);
+    p.rows_B = data<int64_t>(rows);
+    copy_strides(p.q_stride, q);
+    copy_strides(p.out_stride, out);
+    p.num_requests = int(batch);
+    p.num_kv_heads = int(heads);
+    p.group = int(group);
+    p.scale = float(softmax_scale);
+    kernels_of<T>().attend(p);
+  });
+}
+
+void release_pages(const Tensor& ids, const Tensor& free_ids, const Tensor& free_state,
+                   const Tensor& extra_owners) {
+  check_shape(ids, "page_ids", {kAny, kAny});
+  check_dtype(ids, "page_ids", ScalarType::Int);
+  check_last_dense(ids, "page_ids");
+  check_ints(free_ids, "free_page_ids", {kAny});
+  check_ints(free_state, "free_state", {2});
+  check_ints(extra_owners, "num_extra_owners", {free_ids.size(0)});
+  check_devices({{"page_ids", ids}, {"free_page_ids", free_ids}, {"free_state", free_state},
+                 {"num_extra_owners", extra_owners}});
+  int32_t* stack = data<int32_t>(free_ids);
+  int32_t& taken = *data<int32_t>(free_state);
+  int32_t* owners = data<int32_t>(extra_owners);
+  for (int64_t x = 0; x < ids.size(0); ++x) {
+    int32_t* row = data<int32_t>(ids) + x * ids.stride(0);
+    for (int64_t y = 0; y < ids.size(1); ++y) {
+      const int32_t page = row[y];
+      if (page < 0) continue;
+      row[y] = dmc::kNoPage;
+      if (owners[page] > 0) {
+        --owners[page];
+      } else {
+        stack[--taken] = page;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+TORCH_LIBRARY(megatron_dmc_cpu, m) {
+  m.def(kAppendSchema);
+  m.def(
+      "paged_decode_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor? k_scales, "
+      "Tensor? v_scales, Tensor block_table, Tensor num_entries, Tensor rows, Tensor(a!) out, "
+      "float softmax_scale) -> ()");
+  m.def(
+      "release_pages(Tensor(a!) page_ids, Tensor(b!) free_page_ids, Tensor(c!) free_state, "
+      "Tensor(d!) num_extra_owners) -> ()");
+  m.def("instruction_set() -> str");
+}
+
+TORCH_LIBRARY_IMPL(megatron_dmc_cpu, CompositeExplicitAutograd, m) {
+  m.impl("decode_append", &decode_append);
+  m.impl("paged_decode_attention", &paged_decode_attention);
+  m.impl("release_pages", &release_pages);
+  m.impl("instruction_set", &instruction_set);
+}
+
+// `import megatron_dmc._cpu` registers the operators; the module itself is empty.
+PyMODINIT_FUNC PyInit__cpu() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}

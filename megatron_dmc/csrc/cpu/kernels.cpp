@@ -1,0 +1,13 @@
+// Compiled once for each instruction set, CPU_CAPABILITY; setup.py has the options.
+#include "cpu/append.h"
+#include "cpu/attention.h"
+#include "cpu/kernels.h"
+
+#define DMC_NAME_(capability) kernels_##capability
+#define DMC_NAME(capability) DMC_NAME_(capability)
+
+namespace dmc::cpu {
+
+const Kernels DMC_NAME(CPU_CAPABILITY) = {{&append, &attend}, {&append, &attend}};
+
+}  // namespace dmc::cpu

@@ -1,0 +1,41 @@
+// What the operators hand to the CPU's kernels, and the kernels of one instruction set.
+//
+// Numbers T are float or bf16. Dimension letters as in dmc/attention.h.
+#pragma once
+
+#include "dmc/append.h"
+#include "dmc/paged_kv.h"
+
+namespace dmc::cpu {
+
+template <class T>
+struct AttentionParams {
+  PagedKV kv;
+  const T* q_BND;
+  T* out_BND;
+  const int64_t* rows_B;
+  int64_t q_stride[2], out_stride[2];
+  int num_requests, num_kv_heads, group;
+  float scale;
+};
+
+template <class T>
+struct KernelsOf {
+  void (*append)(const AppendParams<T>&);
+  void (*attend)(const AttentionParams<T>&);
+};
+
+struct Kernels {
+  KernelsOf<float> of_float;
+  KernelsOf<bf16> of_bf16;
+};
+
+// Limits.
+constexpr int kMaxDim = 256;
+constexpr int kDimStep = 32;  // head dimensions are multiples
+constexpr int kMaxGroup = 32;
+
+// Of every instruction set that setup.py builds.
+extern const Kernels kernels_DEFAULT, kernels_AVX2, kernels_AVX512, kernels_AVX512_BF16;
+
+}  // namespace dmc::cpu

@@ -1,0 +1,37 @@
+"""The cache ops in the extension for CPUs `megatron_dmc._cpu`, where it is built."""
+
+import functools
+import importlib
+
+DIM_STEP, MAX_DIM = 32, 256
+"""Head dimensions are multiples of the first, up to the second."""
+MIN_PAGE_SIZE = 8
+MAX_GROUP = 32
+"""Query heads of a KV head that decode attention takes."""
+
+
+@functools.cache
+def absence() -> str:
+    """Why the extension is not there; empty where it is."""
+    try:
+        importlib.import_module("megatron_dmc._cpu")
+    except ImportError as error:
+        if getattr(error, "name", None) == "megatron_dmc._cpu":
+            return "the extension for CPUs is not built (pip install --no-build-isolation, with a compiler)"
+        return f"the extension for CPUs does not load ({error})"
+    from megatron_dmc.ops.cpu.decode import operators
+
+    if not operators().instruction_set():
+        return "the extension for CPUs is built for AVX2 and later, which this machine lacks"
+    return ""
+
+
+def refusal(head_dim: int, page_size: int, group: int) -> str:
+    """What the kernels do not take about these sizes; empty if they take them."""
+    if head_dim % DIM_STEP or head_dim > MAX_DIM:
+        return f"head_dim={head_dim}; they take multiples of {DIM_STEP} up to {MAX_DIM}"
+    if page_size < MIN_PAGE_SIZE or page_size & (page_size - 1):
+        return f"page_size={page_size}; they take powers of two from {MIN_PAGE_SIZE} on"
+    if group > MAX_GROUP:
+        return f"{group} query heads for each KV head; they take up to {MAX_GROUP}"
+    return ""

@@ -1,0 +1,126 @@
+"""CPU kernels: the cases of the other back ends, any number of threads, and (exhaustive) the extension as
+setup.py builds it."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_tools import run_cases
+
+from megatron_dmc.bench import decode_case
+from megatron_dmc.ops import backends, cpu
+from megatron_dmc.ops.paged import decode
+
+ROOT = Path(__file__).resolve().parents[2]
+
+needs_extension = pytest.mark.skipif(bool(cpu.absence()), reason=cpu.absence() or "-")
+
+
+@needs_extension
+@pytest.mark.parametrize("large", ["0", pytest.param("1", marks=pytest.mark.exhaustive)])
+def test_cases(large):
+    pytest.importorskip("triton")  # shares Triton's files of cases
+    run_cases(
+        "kernel_cases_decode.py", "kernel_cases_pages.py", TRITON_INTERPRET="1", DMC_TESTED_BACKEND="cpu",
+        DMC_LARGE_CASES=large,
+    )  # fmt: skip
+
+
+attend = partial(decode.paged_decode_attention, backend="cpu")
+
+
+@needs_extension
+def test_attention_is_the_same_for_any_threads_and_any_batch():
+    """Heads that are split, with 5 queries each: three and two at a time."""
+    lengths = torch.tensor([[257, 1], [0, 900], [512, 255]])
+    cache = decode_case.random_cache(
+        lengths, dim=64, page_size=16, dtype=torch.bfloat16, device="cpu"
+    )
+    (q,) = decode_case.random_heads(3, [10], 64, dtype=torch.bfloat16, device="cpu", seed=1)
+    rows, threads = torch.arange(3), torch.get_num_threads()
+    decode_case.check_attention(attend, q, cache, rows, softmax_scale=0.2)
+    try:
+        torch.set_num_threads(1)
+        alone = torch.cat(
+            [
+                attend(cache, r, x, softmax_scale=0.2)
+                for r, x in zip(rows.split(1), q.split(1), strict=True)
+            ]
+        )
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(attend(cache, rows, q, softmax_scale=0.2), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_extension
+@pytest.mark.parametrize("in_values", [False, True])
+def test_an_entry_that_is_not_a_number_gives_none(in_values):
+    """Also where it is the only entry, whose weight is 1 whatever its score."""
+    for count in (1, 9, 300):
+        cache = decode_case.random_cache(
+            torch.tensor([[count]]), dim=32, page_size=8, dtype=torch.float32, device="cpu"
+        )
+        pages = cache.v_pages_PSD if in_values else cache.k_pages_PSD
+        pages[cache.block_table_RGM[0, 0, (count - 1) // 8], (count - 1) % 8, 3] = float("nan")
+        out = attend(cache, torch.tensor([0]), torch.ones(1, 2, 32), softmax_scale=0.2)
+        assert out[..., 3].isnan().all() and (in_values or out.isnan().all())
+
+
+@needs_extension
+def test_what_the_kernels_do_not_take_is_said():
+    q = torch.zeros(1, 2, 64)
+    assert backends.choose_backend(None, q, 16) == "cpu"
+    for x, page_size, message in (
+        (q.double(), 16, "dtype torch.float64"),
+        (q[..., :40], 16, "head_dim=40; they take multiples of 32 up to 256"),
+        (q, 12, "page_size=12; they take powers of two from 8 on"),
+    ):
+        assert backends.choose_backend(None, x, page_size) == "torch"
+        with pytest.raises(ValueError, match=message):
+            backends.choose_backend("cpu", x, page_size)
+    rows, ints = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, 4, dtype=torch.int32)
+    pages, entries = torch.zeros(4, 16, 64), torch.zeros(1, 1, dtype=torch.int64)
+    operator = torch.ops.megatron_dmc_cpu.paged_decode_attention
+    for args, message in (
+        ((q, pages[..., :60], pages), "k_pages has shape"),
+        ((q.half(), pages, pages), "dtype Half; the kernels take bfloat16 and float32"),
+        ((q, pages, pages[:3]), "v_pages has shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            operator(*args, None, None, ints, entries, rows, q, 1.0)
+
+
+@pytest.mark.exhaustive
+def test_extension_is_built(tmp_path):
+    """From an installed torch, in about a minute; without a compiler there is one line that says why."""
+    build = [
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        f"--build-lib={tmp_path}",
+        f"--build-temp={tmp_path}/temp",
+    ]
+    environment = {**os.environ, "MEGATRON_DMC_SKIP_CUDA": "1"}
+    result = subprocess.run(
+        build,
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**environment, "CXX": "none"},
+    )
+    assert (
+        result.returncode == 0
+        and "CPU kernels are not built: no C++ compiler (none)" in result.stderr
+    )
+    subprocess.run(build, check=True, cwd=ROOT, env=environment, timeout=500)
+    (built,) = (tmp_path / "megatron_dmc").glob("_cpu*.so")
+    use = f"import torch; torch.ops.load_library({str(built)!r}); print(torch.ops.megatron_dmc_cpu.instruction_set())"
+    result = subprocess.run([sys.executable, "-c", use], check=True, capture_output=True, text=True)
+    assert result.stdout.strip() in ("avx2", "avx512", "avx512_bf16", "default", "")
