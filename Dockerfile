@@ -1,5 +1,5 @@
-# megatron-dmc on NVIDIA's PyTorch container: Transformer Engine, apex and flash-attn are in it, for A100 (sm_80),
-# H100 and H200 (sm_90a); newer GPUs run the PTX.
+# megatron-dmc on NVIDIA's PyTorch container: which includes Transformer Engine, apex and flash-attn. Built for
+# A100 (sm_80), H100 and H200 (sm_90a); newer GPUs run the PTX.
 #
 #   docker build -t megatron-dmc .
 #   docker run --rm --gpus all megatron-dmc bench throughput --model llama2-7b --load-format dummy \
@@ -11,14 +11,14 @@ FROM nvcr.io/nvidia/pytorch:26.02-py3
 
 WORKDIR /opt/megatron-dmc
 
-# Dependencies first: they change seldom. torch and what was built against it stay as they are in the image (the
-# script says how); its own PIP_CONSTRAINT would also hold back what nothing depends on.
+# Dependencies first: they rarely change. torch and the packages built against it stay as in the image (see the
+# script); the image's PIP_CONSTRAINT would also pin unrelated packages.
 COPY pyproject.toml constraints.txt tools/container_constraints.py ./
 RUN python container_constraints.py constraints.txt pyproject.toml --extras serve,report,eval \
         --write constraints-here.txt --requirements requirements-here.txt \
     && PIP_CONSTRAINT= pip install --no-cache-dir -c constraints-here.txt -r requirements-here.txt
 
-# The package with its CUDA kernels, without a look at dependencies. COMPILERS bounds their memory.
+# The package with its CUDA kernels, without resolving dependencies. COMPILERS bounds the build's memory.
 # (Not TORCH_CUDA_ARCH_LIST: the image sets that variable, and an ARG does not replace it.)
 ARG CUDA_ARCHITECTURES="8.0+PTX;9.0a"
 ARG COMPILERS=4
@@ -29,7 +29,7 @@ RUN TORCH_CUDA_ARCH_LIST="$CUDA_ARCHITECTURES" MAX_JOBS="$COMPILERS" PIP_CONSTRA
     && rm -rf build megatron_dmc megatron_dmc.egg-info \
     && python container_constraints.py --check constraints-here.txt
 
-# A model of 3 MB to try the commands with.
+# A model of 3 MB for trying the commands.
 COPY examples/models examples/models
 
 # Any user may run it: caches and home are writable by all.

@@ -1,4 +1,4 @@
-# Each target does the set-up it needs; a second call skips what is done.
+# Each target does the set-up it needs; a second call skips finished work.
 # ARGS goes to the program: make test ARGS="-k merge", make demo ARGS=--short
 
 PYTHON := .venv/bin/python

@@ -1,12 +1,12 @@
-"""Builds the extensions where that is possible: `megatron_dmc._C` (CUDA kernels) and `megatron_dmc._cpu`
-(kernels for CPUs); all else is in pyproject.toml.
+"""Build the extensions if possible: `megatron_dmc._C` (CUDA kernels) and `megatron_dmc._cpu` (CPU kernels);
+everything else is in pyproject.toml.
 
 Without sources, a CUDA toolkit, a C++ compiler or a matching torch in the build environment an
-extension is skipped with one line that says why, and the package runs without it.
+extension is skipped with a one-line reason, and the package runs without it.
 
 Environment:
     MEGATRON_DMC_SKIP_CUDA=1   never build the CUDA extension
-    MEGATRON_DMC_SKIP_CPU=1    never build that for CPUs
+    MEGATRON_DMC_SKIP_CPU=1    never build the CPU extension
     CUDA_HOME, CUDA_PATH       folder of the toolkit; default: the one that nvcc on PATH belongs to
     TORCH_CUDA_ARCH_LIST       GPU architectures, as torch writes them
     MAX_JOBS                   compilers at a time
@@ -38,12 +38,12 @@ INSTRUCTION_SETS = {
     "AVX512": ["-DCPU_CAPABILITY_AVX512", *AVX512],
     "AVX512_BF16": ["-DCPU_CAPABILITY_AVX512", *AVX512, "-mavx512bf16"],
 }
-"""For which the CPU kernels are built on x86-64, the best one to be chosen when they run; elsewhere it is what
-the compiler takes for granted."""
+"""Instruction sets of the CPU kernels on x86-64; the best one is chosen at run time. On other machines the
+compiler's default applies."""
 
 
 class CannotBuild(Exception):
-    """Why there will be no extension."""
+    """An extension cannot be built; the message is the reason."""
 
 
 def sources(folder: Path) -> list[str]:

@@ -10,7 +10,7 @@ What happens, each step a command that also works on its own:
  4. both models measured on held-out text and through the paged engine;
  5. demo/report.html and demo/report.json.
 
-A step that is done is not done again: after an interruption the same command goes on where it
+Finished steps are skipped: after an interruption the same command resumes where it
 stopped, training from its newest checkpoint.
 """
 
@@ -226,7 +226,7 @@ def prepare_data(work: Path, tokenizer: Path) -> dict[str, Path]:
 
 
 def megatron_flags(model: Path, data: dict[str, Path], work: Path, tokenizer: Path) -> list[str]:
-    """What all stages share."""
+    """Flags of all stages."""
     from megatron_dmc.checkpoint.description import ModelDescription
 
     return [

@@ -73,7 +73,7 @@ class Schedule(TrainerCallback):
 
 
 class DMCTrainer(Trainer):
-    """Logs the language-model loss and measured CR beside the loss, and keeps what it logged."""
+    """Logs the language-model loss and measured CR in addition to the loss, and keeps the log."""
 
     def __init__(self, *args, schedule: Schedule, **kwargs):
         super().__init__(*args, callbacks=[schedule], **kwargs)

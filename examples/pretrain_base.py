@@ -7,8 +7,8 @@ Corpus from the Python standard library, a sentencepiece tokenizer, a Llama of 3
 with plain multi-head attention, and an export as a Hugging Face checkpoint in bfloat16. It is trained
 in two phases (`PHASES`): the first is ordinary pretraining; the second trains on at the demo's batch
 and learning rate and decays as the demo decays, so that the demo's own training, were it without
-DMC, would leave the model as it is. About 80 minutes on two cores that multiply bfloat16 natively; goes
-on from its newest checkpoint when started again.
+DMC, would leave the model as it is. About 80 minutes on two cores that multiply bfloat16 natively;
+resumes from its newest checkpoint when started again.
 
 With --control the result is trained on without DMC for the demo's steps at the demo's learning
 rates, and control.json says what that changes.

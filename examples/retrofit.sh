@@ -9,8 +9,8 @@
 #     DMC_REPO=$PWD RUN_DIR=/shared/runs/7b-cr4 TRAIN_DATA=... VALID_DATA=... \
 #         sbatch --nodes 2 --gpus-per-node 8 examples/retrofit.sh /shared/Llama-2-7b-hf 4
 #
-# Steps: convert, zero-out, retrofit, finetune, evaluate. What is done is not done again: after a kill, a
-# crash or Ctrl-C the same command goes on where it stopped, training from its newest checkpoint. In a
+# Steps: convert, zero-out, retrofit, finetune, evaluate. Finished steps are skipped: after a kill, a
+# crash or Ctrl-C the same command resumes where it stopped, training from its newest checkpoint. In a
 # Slurm job the signal before the time limit saves and puts the job back into the queue.
 #
 # Writes to RUN_DIR (default: runs/MODEL-cr4 in this folder): base/, zero-out/, retrofit/, finetune/ (Megatron

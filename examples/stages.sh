@@ -4,7 +4,7 @@
 #
 # A stage ends in one of three ways:
 #   its last iteration is reached      code 0, and the next stage starts;
-#   it was told to stop, and saved     a Slurm job goes back to the queue and resumes from there;
+#   a signal stopped it after saving     a Slurm job goes back to the queue and resumes from there;
 #                                      without Slurm code 75: start the same command again;
 #   anything else                      training's code; dependent Slurm jobs are cancelled.
 #
@@ -72,7 +72,7 @@ wait_for() { # PID -> its exit code, however many signals arrive meanwhile
 
 # --- in the script that sources this file ----------------------------------------------------------
 
-# Reads: MODEL and LAYOUT (arrays of Megatron's flags), beside the environment.
+# Reads: MODEL and LAYOUT (arrays of Megatron's flags), and the environment.
 run_stage() { # STAGE
     local stage=$1 target_cr=${TARGET_CR:-4} steps seed
     steps=$(stage_steps "$stage" "$target_cr") || return

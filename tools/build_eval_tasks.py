@@ -48,7 +48,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "metric_list": [{"metric": "byte_perplexity"}, {"metric": "bits_per_byte"}],
     },
 }
-"""What lm-eval is told about each task, beside its data."""
+"""lm-eval's settings of each task, except for its data."""
 
 Document = dict[str, Any]
 

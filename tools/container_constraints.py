@@ -45,7 +45,7 @@ def pins(path: Path) -> list[Requirement]:
 
 
 def requirements(pyproject: Path, extras: list[str]) -> list[Requirement]:
-    """What the package and some of its extras need.
+    """Requirements of the package and some of its extras.
 
     Raises:
         SystemExit: for an extra that does not exist.

@@ -153,7 +153,7 @@ class DatasetWriter:
         self.builder.finalize(self._partial("idx"))
 
     def commit(self) -> None:
-        """The index goes first and comes last: nobody reads it beside the wrong data."""
+        """Delete the index first and write it last, so that it never describes the wrong data."""
         Path(f"{self.prefix}.idx").unlink(missing_ok=True)
         for suffix in ("bin", "idx"):
             os.replace(self._partial(suffix), f"{self.prefix}.{suffix}")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv with the pinned dependencies and this package in it. A call that finds its work done
-# returns at once; a call after an interrupted one goes on where that stopped.
+# returns at once; a call after an interrupted one resumes where that stopped.
 #
 #   PYTHON=/path/to/python   use this interpreter (3.12 or 3.13) and look for no other
 #   REQUIRE_HASHES=1         install the files of requirements.lock and no others (Python 3.12 on Linux x86-64)

@@ -74,7 +74,7 @@ def finished_runs(output: Path) -> Iterator[Run]:
 
 
 class Bench:
-    """What the measures of a run share, made when first asked for."""
+    """Lazily created objects that the measurements of a run share."""
 
     def __init__(self, output: Path, args: argparse.Namespace):
         self.output, self.args = output, args

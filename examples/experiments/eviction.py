@@ -69,7 +69,7 @@ class _Windows(BaseInferenceContext):
         *,
         softmax_scale: float,
     ) -> Tensor:
-        """See `attention.PagedAttentionContext`; the windows lie one behind the other."""
+        """See `attention.PagedAttentionContext`; the windows are consecutive."""
         if freqs_SF is not None:
             freqs = freqs_SF[: len(q_TND) // self.num_windows].repeat(self.num_windows, 1)
             q_TND, k_TGD = rotate_by(q_TND, freqs), rotate_by(k_TGD, freqs)

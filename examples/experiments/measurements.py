@@ -1,4 +1,4 @@
-"""What is measured on a trained arm after the fact: by kind of text and token, over time, and by copying.
+"""Measurements on a trained arm: by kind of text and token, over time, and by copying.
 
 Every function returns plain JSON. Dimension letters: X windows, T tokens of each, L layers, G key/value heads.
 """

@@ -103,7 +103,7 @@ def _family_points(data: Data, arms: list[str], which: str) -> list[tuple[float,
 def quality(data: Data) -> Figure:
     """Perplexity against CR, over time and at the end."""
     if not any(_family_points(data, arms, "mean_cr") for arms, *_ in FAMILIES.values()):
-        raise Missing("no compressed arm beside `continued`")
+        raise Missing("no compressed arm to compare with `continued`")
     figure, axes = _panels(10, 4.4, 2, sharey=True)
     titles = {"mean_cr": "CR over time: tokens / entries, both summed over the window",
               "final_cr": "CR at the window's end"}  # fmt: skip

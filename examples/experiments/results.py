@@ -34,7 +34,7 @@ BESIDE = {
 
 
 def collect(output: Path, analysis: Path) -> Data:
-    """What is finished in the folders."""
+    """Finished results in the folders."""
     # an arm with half of the base model's heads has twice the CR of its entries
     num_kv_heads = json.loads((MODEL / "config.json").read_text())["num_key_value_heads"]
     arms: dict[str, Any] = {}
@@ -125,7 +125,7 @@ def measured(data: Data, arm: str, measure: str) -> list[Any]:
 
 
 def fewer_heads(data: Data, arm: str) -> float:
-    """The CR that the arm has by its KV heads, beside that of its entries."""
+    """The factor that the arm's KV heads contribute to its CR, in addition to that of its entries."""
     return data["num_kv_heads"] / data["arms"][arm]["arm"].get("kv_heads", data["num_kv_heads"])
 
 
@@ -140,7 +140,7 @@ def deviation(numbers: Iterable[float]) -> float:
 
 
 def control_of(data: Data, group_name: str) -> str:
-    """What the group's arms are compared with."""
+    """Baseline of the group's arms."""
     if group_name in CONTROLS:
         return CONTROLS[group_name]
     plain = [a for a in group(data, group_name)
@@ -346,7 +346,7 @@ def tables(data: Data) -> dict[str, Callable[[], str]]:
 
 
 def fill(page: str, found: dict[str, Callable[[], str]]) -> str:
-    """The page with each `<!-- table NAME -->` ... `<!-- end -->` holding its table anew.
+    """The page with each `<!-- table NAME -->` ... `<!-- end -->` holding its new table.
 
     Raises:
         KeyError: a table of which there are no figures.

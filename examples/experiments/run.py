@@ -4,7 +4,7 @@
     python examples/experiments/run.py --table
 
 Each arm and seed has a folder with config.json, the stages' logs and checkpoints, and metrics.json, which
-is written last: an arm that has one is done, any other goes on from its newest checkpoint. An arm takes
+is written last: an arm that has one is done, any other resumes from its newest checkpoint. An arm takes
 about as long as `make demo`.
 """
 
@@ -201,7 +201,7 @@ def run_side_by_side(
 ) -> None:
     """Each arm and seed as a process of its own, `jobs` at a time, which share the cores.
 
-    A run that fails is named at the end, and the others go on.
+    A run that fails is named at the end, and the others continue.
     """
     from tqdm import tqdm
 

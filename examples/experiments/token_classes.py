@@ -1,4 +1,4 @@
-"""What every token of a Python source is: by Python's own tokenizer, and by its place in a word."""
+"""Classes of the tokens of a Python source: by Python's own tokenizer, and by position in a word."""
 
 import io
 import keyword

@@ -5,7 +5,7 @@
 
 Every replica is a whole server of ours (the application of `megatron-dmc serve`, with its flags) in a
 process of its own; with `--tensor-parallel-size N` it starts N - 1 more, so give it N GPUs. Ray Serve
-chooses a replica for every request (of two, the one with fewer in progress), starts a replica anew that
+chooses a replica for every request (of two, the one with fewer in progress), restarts a replica that
 ends or whose engine has failed, and sends it nothing meanwhile. On a Ray cluster
 (`--address auto`) the replicas spread over its machines; without one Ray is started here.
 

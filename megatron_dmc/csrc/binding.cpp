@@ -1,5 +1,5 @@
-// The operators `torch.ops.megatron_dmc.*`: schemas, checks and the filling of parameters. Their
-// versions without data are in megatron_dmc/ops/cuda/decode.py, which allocates all outputs.
+// The operators `torch.ops.megatron_dmc.*`: schemas, checks and kernel parameters. Their fake
+// implementations are in megatron_dmc/ops/cuda/decode.py, which allocates all outputs.
 #include <ATen/core/Tensor.h>
 #include <Python.h>
 #include <c10/cuda/CUDAException.h>
@@ -31,7 +31,7 @@ void check_device(const Tensor& x, const char* name, const Tensor& like) {
                     "; all tensors must be on one GPU");
 }
 
-// On the device of `like`, launch(T{}) for its dtype; check_pages has refused others.
+// On the device of `like`, launch(T{}) for its dtype; check_pages has rejected others.
 template <class Launch>
 void launch_for(const Tensor& like, Launch launch) {
   const c10::cuda::CUDAGuard guard(like.device());
@@ -323,7 +323,7 @@ TORCH_LIBRARY(megatron_dmc, m) {
   m.def("count_workers(int head_dim, Tensor pages) -> int");
 }
 
-// For every device, so that a wrong one is refused in words.
+// Registered for every device, so that an unsupported one gets a clear error.
 TORCH_LIBRARY_IMPL(megatron_dmc, CompositeExplicitAutograd, m) {
   m.impl("decode_append", &decode_append);
   m.impl("prefill_write", &prefill_write);

@@ -1,5 +1,5 @@
-// What operators check about tensors, and how they hand them to kernels. For binding.cpp and cpu/binding.cpp
-// alone, which define what their kernels take: `check_supported` and `check_device`.
+// Checks of operator arguments, and their conversion to kernel parameters. Used by binding.cpp and
+// cpu/binding.cpp only, which define their kernels' limits: `check_supported` and `check_device`.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -45,7 +45,7 @@ void check_dense(const Tensor& x, const char* name) {
   TORCH_CHECK_VALUE(x.is_contiguous(), name, " must be contiguous");
 }
 
-// Of what kernels copy by 16 bytes: a view may start anywhere.
+// For tensors that kernels copy in units of 16 bytes: a view may start anywhere.
 void check_aligned(const Tensor& x, const char* name) {
   TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, name,
                     " must start at a multiple of 16 bytes; call clone()");
@@ -59,7 +59,7 @@ struct Argument {
   Argument(const char* name, const OptionalTensor& x) : name(name), tensor(x ? &*x : nullptr) {}
 };
 
-// Those that are there must be on one device: that of the first, which is never missing.
+// All given tensors must be on the device of the first, which is never missing.
 void check_devices(std::initializer_list<Argument> all) {
   for (const Argument& x : all) {
     if (x.tensor) check_device(*x.tensor, x.name, *all.begin()->tensor);
@@ -162,7 +162,7 @@ void check_ints(const Tensor& x, const char* name, std::initializer_list<int64_t
   check_dense(x, name);
 }
 
-// Queries or outputs of which kernels move pairs of channels.
+// Queries or outputs that kernels access in pairs of channels.
 void check_pairs(const Tensor& x, const char* name) {
   check_last_dense(x, name);
   TORCH_CHECK_VALUE(x.stride(0) % 2 == 0 && x.stride(1) % 2 == 0 &&
@@ -175,7 +175,7 @@ void copy_strides(int64_t (&to)[2], const Tensor& x) {
   to[1] = x.stride(1);
 }
 
-// Into the parameters of a kernel: strides of the tables of angles, and how many channels turn.
+// Set a kernel's parameters: strides of the angle tables, and the number of rotary channels.
 template <class Params>
 void copy_angles(Params& p, const OptionalTensor& cos, const OptionalTensor& sin) {
   if (!cos) return;

@@ -1,4 +1,4 @@
-// From sizes and kinds to the template arguments of kernels: what kernels are built for.
+// Dispatch from runtime sizes and dtypes to the template arguments that kernels are built for.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,9 +9,9 @@
 
 namespace dmc {
 
-// Lets a kernel's blocks have so much dynamic shared memory, and asks for the split of L1 and shared memory
-// under which most of them are resident; the driver's own choice may hold fewer. Both are set for every
-// device that a process uses, so at every launch; that costs no launch.
+// Allow a kernel's blocks `bytes` of dynamic shared memory, and request the split of L1 and shared memory
+// that keeps most of them resident; the driver's default may hold fewer. Both are set per device, so at
+// every launch; that adds no launch.
 template <class Kernel>
 cudaError_t reserve_shared_memory(Kernel kernel, int bytes) {
   const cudaError_t error =
@@ -33,13 +33,13 @@ cudaError_t with_head_dim(int head_dim, F f) {
   }
 }
 
-// f(S{}), S being what pages hold: T itself, or an 8-bit type.
+// f(S{}), S being the storage type of pages: T itself, or an 8-bit type.
 template <class T, class F>
 cudaError_t with_stored(Stored stored, F f) {
   switch (stored) {
     case kNumbers: return f(T{});
     case kE4m3: return f(e4m3{});
-#ifndef DMC_HOT_KERNELS_ONLY  // a test of registers looks at one 8-bit type, and at one dtype
+#ifndef DMC_HOT_KERNELS_ONLY  // the register test compiles one 8-bit type and one dtype
     case kInt8: return f(int8{});
 #endif
     default: return cudaErrorInvalidValue;

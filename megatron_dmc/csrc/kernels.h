@@ -1,4 +1,4 @@
-// Launches. No torch here: addresses, sizes and a stream. Each returns what the launch returned.
+// Kernel launches, without torch: addresses, sizes and a stream. Each returns the launch's error code.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,7 +15,7 @@ namespace dmc {
 template <class T>
 cudaError_t launch_append(const AppendParams<T>& p, cudaStream_t stream);
 
-// As many launches as kernels; head_dim as above.
+// One launch per kernel; head_dim as above.
 template <class T>
 cudaError_t launch_prefill_write(const PrefillParams<T>& p, cudaStream_t stream);
 
@@ -31,7 +31,7 @@ cudaError_t launch_attention(const AttentionParams<T>& p, cudaStream_t stream);
 
 cudaError_t launch_release(const ReleaseParams& p, cudaStream_t stream);
 
-// Workers that the current device runs at once over pages of this kind.
+// Workers that the current device runs concurrently over pages of this type.
 cudaError_t count_workers(int head_dim, Stored stored, int* count);
 
 }  // namespace dmc

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP server. Knows the engine's public interface only."""
+"""The OpenAI-compatible HTTP server. It uses only the engine's public interface."""

@@ -1,4 +1,4 @@
-"""The application: routes, and what each answers."""
+"""The application: routes and their responses."""
 
 import time
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from megatron_dmc.server.service import Service
 
 
 class ErrorDetail(BaseModel):
-    """What is wrong."""
+    """The error."""
 
     message: str
     type: str
@@ -32,7 +32,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every refusal."""
+    """Body of every error response."""
 
     error: ErrorDetail
 
@@ -40,7 +40,7 @@ class ErrorBody(BaseModel):
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
     for status, text in {
-        400: "wrong request",
+        400: "invalid request",
         401: "no valid API key",
         404: "no such model",
         408: "the request did not arrive in time",
@@ -71,9 +71,9 @@ def build_app(
     """The application over a running engine.
 
     Args:
-        metrics: must be the observer of the service's engine.
-        api_keys: any of them opens /v1; none: no key is asked for.
-        max_body_bytes: longer bodies are refused.
+        metrics: the observer of the service's engine.
+        api_keys: each of them grants access to /v1; empty: no key is required.
+        max_body_bytes: longer bodies are rejected.
     """
     app = FastAPI(
         title="megatron-dmc", version=__version__, docs_url=None, redoc_url=None,
@@ -141,7 +141,7 @@ def build_app(
     document = app.openapi
 
     def openapi() -> dict[str, Any]:
-        """With the bodies' schemas, which FastAPI does not see."""
+        """The OpenAPI document with the bodies' schemas, which FastAPI does not see."""
         if app.openapi_schema is None:
             _, models = models_json_schema(
                 [(model, "validation") for model in _BODIES],

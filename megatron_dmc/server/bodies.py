@@ -1,4 +1,4 @@
-"""Bodies of requests: read, parsed and checked, with bounds before work and the work in a thread."""
+"""Read, parse and check request bodies: limits are checked first, large bodies are parsed in a thread."""
 
 import asyncio
 
@@ -9,20 +9,20 @@ from pydantic_core import from_json
 from megatron_dmc.server.errors import ApiError, validation_error
 
 _SMALL = 2**16
-"""Bytes of a body that is parsed where it arrives: a thread would cost more."""
+"""Largest body, in bytes, that is parsed in the event loop: a thread would cost more."""
 _MAX_STRUCTURE = 2**19
-"""Brackets, braces and colons of a body, at most; in texts they count too."""
+"""Most brackets, braces and colons of a body, those in texts included."""
 _MAX_VALUES = 3 * 2**20
-"""Commas of a body, at most: more than 16 MiB of token ids have."""
+"""Most commas of a body: more than in 16 MiB of token ids."""
 _HELD_BODIES = 16
-"""Bodies of the largest size that may be held at a time before they are parsed."""
+"""Number of bodies of the largest size that may be held unparsed at a time."""
 
 
 class BodyReader:
-    """Reads requests' JSON.
+    """Reads the JSON of requests.
 
     Args:
-        max_body_bytes: the largest body; the limit itself is `Gate`'s.
+        max_body_bytes: the largest body; `Gate` enforces the limit.
     """
 
     def __init__(self, max_body_bytes: int):
@@ -34,11 +34,11 @@ class BodyReader:
         """The body as `model`.
 
         Raises:
-            ApiError: 400: it is wrong; 429: too much is being read at once.
+            ApiError: 400: the body is invalid; 429: too much is being read at once.
             ClientDisconnect: the client has left.
         """
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":  # also what keeps other sites' forms in a browser out
+        if kind != "application/json":  # this also blocks forms of other sites in a browser
             raise ApiError(400, f"Content-Type: {kind or 'none'}: use application/json")
         body = bytearray()
         try:
@@ -52,7 +52,7 @@ class BodyReader:
                     )  # fmt: skip
             if len(body) <= _SMALL:
                 return _parse(body, model)
-            # C code that holds the interpreter: several at once would hold it for long
+            # C code that holds the GIL: several at once would hold it for a long time
             async with self._one_at_a_time:
                 return await asyncio.to_thread(_parse, body, model)
         finally:

@@ -1,4 +1,4 @@
-"""Chat messages to token ids, by the template and tokenizer that came with the model."""
+"""Convert chat messages to token ids with the model's template and tokenizer."""
 
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ class ChatTemplate:
     """A model's chat template.
 
     Args:
-        tokenizer: its special tokens stand in the template's output. Of several templates that it
-            brings transformers' choice is taken, the one named "default".
-        template: Jinja, or the name of one of the tokenizer's templates; in place of that choice.
+        tokenizer: the template's output contains its special tokens. If it has several templates,
+            the one named "default" is used, as in transformers.
+        template: Jinja, or the name of one of the tokenizer's templates; overrides that choice.
     """
 
     def __init__(self, tokenizer: HuggingFaceTokenizer, template: str | None = None):
@@ -24,7 +24,7 @@ class ChatTemplate:
 
     @property
     def exists(self) -> bool:
-        """False where neither the model nor the caller brought one."""
+        """False if neither the model nor the caller has one."""
         return bool(self._template or self._tokenizer.inner.chat_template)
 
     def token_ids(
@@ -38,8 +38,8 @@ class ChatTemplate:
         """The conversation as the model reads it.
 
         Args:
-            add_special_tokens: with the tokens that the tokenizer puts around a text; a begin-of-text
-                token that the template writes itself is not doubled.
+            add_special_tokens: add the tokens that the tokenizer puts around a text; a begin-of-text
+                token that the template writes itself is not duplicated.
 
         Raises:
             ApiError: 400: there is no template, or it refuses the messages.
@@ -61,7 +61,7 @@ class ChatTemplate:
                 messages, chat_template=self._template, tokenize=False,
                 **{"add_generation_prompt": add_generation_prompt, **arguments},
             )  # fmt: skip
-        except Exception as e:  # templates raise what they like, Jinja's own errors included
+        except Exception as e:  # templates may raise any exception, Jinja's own included
             raise ApiError(400, f"the chat template refuses these messages: {e}") from e
         begins = inner.bos_token is not None and text.startswith(inner.bos_token)
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens and not begins)
@@ -76,7 +76,7 @@ def load_chat_template(tokenizer: Tokenizer | None, template: str | None) -> Cha
             templates; None: the tokenizer's own.
 
     Returns:
-        None where the tokenizer is one that transformers cannot read and no template was asked for.
+        None if transformers cannot read the tokenizer and no template was requested.
 
     Raises:
         DMCError: the file is missing, or there is no tokenizer to go with it.

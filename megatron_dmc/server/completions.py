@@ -18,11 +18,11 @@ from megatron_dmc.server.protocol import ChatCompletionRequest, CompletionReques
 from megatron_dmc.server.service import Service, disconnected, new_id
 
 DEFAULT_MAX_TOKENS = 16
-"""Of a text completion; OpenAI's default."""
+"""Default `max_tokens` of a text completion, OpenAI's."""
 
 
 class _Answer(ABC):
-    """One request's answer. Choice i is completion i % n of prompt i // n."""
+    """The answer to one request. Choice i is completion i % n of prompt i // n."""
 
     prefix: str
     whole_object: str
@@ -48,15 +48,15 @@ class _Answer(ABC):
 
     @abstractmethod
     def choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
-        """A choice of a whole answer."""
+        """A choice of a complete answer."""
 
     @abstractmethod
     def deltas(self, index: int, output: RequestOutput) -> list[dict[str, Any]]:
-        """The choices to send for what is new in `output`: one for new tokens even if they have no text yet,
-        as clients time the first one."""
+        """The choices to send for the new part of `output`: one for new tokens even if they have no text
+        yet, since clients time the first one."""
 
     def document(self, choices: list[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
-        """Choices with what stands around them."""
+        """The document around the choices."""
         return {
             "id": self.id,
             "object": self.chunk_object if chunk else self.whole_object,
@@ -73,7 +73,7 @@ class _Answer(ABC):
         """
         num_new = num_tokens = num_entries = num_cached = 0
         for index, output in last.items():
-            if index % self.per_prompt == 0:  # a prompt counts once, however many choices it has
+            if index % self.per_prompt == 0:  # a prompt counts once for all of its choices
                 num_cached += output.metrics.num_cached_prompt_tokens
             num_new += output.outputs[0].num_tokens if self.keeps_new else 0
             num_tokens += output.metrics.num_cached_tokens
@@ -100,11 +100,11 @@ class _Answer(ABC):
             choices = [self.choice(index, last[index]) for index in range(len(streams))]
             return JsonResponse(self.document(choices, chunk=False) | {"usage": self.usage(last)})
 
-        # log-probabilities of many tokens take seconds to write
+        # serialising log-probabilities of many tokens takes seconds
         return await asyncio.to_thread(response) if self.has_logprobs else response()
 
     async def events(self, streams: Sequence[RequestStream]) -> AsyncGenerator[str, None]:
-        """Server-sent events: chunks, perhaps the usage, and [DONE]."""
+        """Server-sent events: chunks, the usage if requested, and [DONE]."""
         last: dict[int, RequestOutput] = {}
         rest: dict[str, Any] = {"usage": None} if self.includes_usage else {}
         outputs = self.service.outputs(streams)
@@ -118,7 +118,7 @@ class _Answer(ABC):
             if self.includes_usage:
                 figures = {"usage": self.usage(last)}
                 yield _event(self.document([], chunk=True) | figures)
-        except Exception as e:  # noqa: BLE001 - the answer has begun: it goes into the stream
+        except Exception as e:  # noqa: BLE001 - the answer has started: the error is sent in the stream
             yield _event(as_api_error(e).body())
         finally:
             await outputs.aclose()
@@ -132,7 +132,7 @@ class _TextAnswer(_Answer):
         super().__init__(service, body, len(body.prompts))
         self.body = body
         self.echo = bool(body.echo)
-        # of 0 tokens the engine makes one, which is left out
+        # for 0 tokens the engine generates one, which is omitted
         self.keeps_new = body.max_tokens != 0
         self._sent = [(0, 0)] * self.num_choices
         self._prompt_texts: list[str] = []
@@ -189,8 +189,8 @@ class _TextAnswer(_Answer):
     def _choice(
         self, index: int, output: RequestOutput, num_chars: int, num_tokens: int
     ) -> dict[str, Any]:
-        """What comes after so many characters and tokens of the completion; at its beginning with the
-        prompt, if that is to be echoed."""
+        """The completion from character and token offsets on; at offset 0 with the prompt, if it is
+        echoed."""
         completion = output.outputs[0]
         begins = num_chars == num_tokens == 0
         prompt = self._prompt_texts[index // self.per_prompt] if self.echo else ""
@@ -206,7 +206,7 @@ class _TextAnswer(_Answer):
     def _logprobs(
         self, index: int, output: RequestOutput, num_tokens: int, prompt: str
     ) -> dict[str, Any] | None:
-        """Of the tokens from `num_tokens` on; at the beginning, with echo, of the prompt's before them."""
+        """Log-probabilities of the tokens from `num_tokens` on; at offset 0, with echo, of the prompt too."""
         count = self.body.logprobs
         completion = output.outputs[0]
         if count is None or completion.logprobs is None:
@@ -318,10 +318,10 @@ async def answer(
     request: Request,
     reading: Awaitable[CompletionRequest | ChatCompletionRequest],
 ) -> Response:
-    """Answer a request. A client that leaves ends its engine requests.
+    """Answer a request. When the client disconnects, its engine requests end.
 
     Args:
-        reading: gives the checked body.
+        reading: returns the checked body.
 
     Raises:
         ApiError, InvalidRequest, EngineDead: before anything has been sent.
@@ -356,12 +356,12 @@ async def _whole(pending: _Answer) -> Response:
 
 
 def _nobody() -> Response:
-    """For a client that has left."""
+    """Response to a client that has disconnected."""
     return Response(status_code=499)
 
 
 class _EventStream(StreamingResponse):
-    """Ends the engine's requests however the response ends, even if it never began."""
+    """Ends the engine's requests in any case, even if the response never started."""
 
     media_type = "text/event-stream"
 

@@ -1,4 +1,4 @@
-"""Connections: uvicorn's HTTP/1.1 protocol with deadlines for clients and a limit of their number."""
+"""Connections: uvicorn's HTTP/1.1 protocol with client deadlines and a limit on their number."""
 
 import asyncio
 import json
@@ -11,16 +11,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from megatron_dmc.server.errors import ApiError
 
 _OWN_FILES = 256
-"""Open files that are no connection: the model's, the engine's, those that are being accepted."""
+"""Open files other than connections: the model's, the engine's, sockets that are being accepted."""
 
 
 class BoundedProtocol(H11Protocol):
     """A connection. `bounded` sets the limits.
 
-    A request, headers and body, has to arrive within `client_timeout_s` of its first byte (the first one:
-    of the connection), and an answer has to be read on within that time. When there are `max_connections`,
-    a new one takes the place of the one that has been waiting for its client longest; if all are being
-    answered, the new one gets 503.
+    A request, headers and body, must arrive within `client_timeout_s` of its first byte (the first request:
+    of the connection), and the client must continue to read an answer within that time. At
+    `max_connections` a new connection replaces the one that has waited longest for its client; if all are
+    being answered, the new one gets 503.
     """
 
     client_timeout_s: float
@@ -29,10 +29,10 @@ class BoundedProtocol(H11Protocol):
     _request_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
     _waiting_since: float | None = None
-    """For the client: a request is not complete, or there is none."""
+    """Whether the connection waits for its client: there is no request, or an incomplete one."""
 
     def connection_made(self, transport: Any) -> None:
-        """Make room for it, or refuse it."""
+        """Make room for the connection, or refuse it."""
         super().connection_made(transport)
         if len(self.connections) > self.max_connections:
             ours = [c for c in self.connections if isinstance(c, BoundedProtocol)]
@@ -47,29 +47,29 @@ class BoundedProtocol(H11Protocol):
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop its clocks."""
+        """Stop the timers."""
         self._stop_request_timer()
         self.resume_writing()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Take what the client sends, and look whether a request is complete."""
+        """Receive data, and check whether a request is complete."""
         super().data_received(data)
         self._watch()
 
     def on_response_complete(self) -> None:
-        """Wait for the next request, which may have begun."""
+        """Wait for the next request, which may have started."""
         super().on_response_complete()
         self._watch()
 
     def pause_writing(self) -> None:
-        """The client reads more slowly than the answer comes."""
+        """The client reads more slowly than the answer is written."""
         super().pause_writing()
         if self._write_timer is None:
             self._write_timer = self.loop.call_later(self.client_timeout_s, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """It has read on."""
+        """The client has continued to read."""
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
@@ -84,7 +84,7 @@ class BoundedProtocol(H11Protocol):
         if self._waiting_since is None:
             self._waiting_since = self.loop.time()
         if state is h11.IDLE and self.cycle is not None and not self.conn.trailing_data[0]:
-            self._stop_request_timer()  # between two requests: uvicorn's own deadline
+            self._stop_request_timer()  # between requests uvicorn's own deadline applies
             if self.timeout_keep_alive_task is None:
                 self.timeout_keep_alive_task = self.loop.call_later(
                     self.timeout_keep_alive, self.timeout_keep_alive_handler
@@ -101,7 +101,7 @@ class BoundedProtocol(H11Protocol):
         self._refuse(408, f"the request was not complete after {self.client_timeout_s:g} s")
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer a request that is not complete, unless its answer has begun, and close."""
+        """Answer an incomplete request, unless its answer has started, and close."""
         self._stop_request_timer()
         self._waiting_since = None
         if self.transport.is_closing():
@@ -139,10 +139,10 @@ def connections_within_file_limit(wanted: int) -> int:
     """Raise this process's limit of open files as far as needed and allowed.
 
     Returns:
-        the connections that fit in, at most `wanted`.
+        the connections that fit, at most `wanted`.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 2 * wanted + _OWN_FILES  # as many again may be accepted before the first is looked at
+    needed = 2 * wanted + _OWN_FILES  # the same number may be accepted before the first is handled
     if soft != resource.RLIM_INFINITY and soft < needed:
         soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

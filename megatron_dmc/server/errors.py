@@ -1,4 +1,4 @@
-"""Every refusal in the OpenAI error shape: `{"error": {message, type, param, code}}`."""
+"""Errors in the OpenAI shape: `{"error": {message, type, param, code}}`."""
 
 import json
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from starlette.responses import Response
 from megatron_dmc.errors import EngineDead, InvalidRequest, RequestFailed
 
 _FORMS = {"str", "int", "float", "bool", "dict"}
-"""Pydantic's names of a union's forms; the others are no identifiers."""
+"""Pydantic's names of a union's forms; the others are not identifiers."""
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class ApiError(HTTPException):
-    """A request that is refused, with its HTTP status."""
+    """A rejected request, with its HTTP status."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
@@ -62,7 +62,7 @@ def to_json(content: Any) -> str:
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told of an exception of the engine."""
+    """The error response for an exception of the engine."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InvalidRequest):
@@ -75,8 +75,8 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def validation_error(error: ValidationError) -> ApiError:
-    """What a client is told of a body that is JSON and wrong: the first error that lies deepest, or what
-    all forms of that field would be."""
+    """The error response for a JSON body that fails validation: the first of the deepest errors, or all
+    forms that the field may have."""
     errors = error.errors(include_url=False, include_input=False)
     first = max(errors, key=lambda e: len(_path(e["loc"])))
     path = _path(first["loc"])
@@ -92,18 +92,18 @@ def validation_error(error: ValidationError) -> ApiError:
 
 
 def _path(location: Sequence[str | int]) -> list[str | int]:
-    """A place in the body; pydantic also names the form of a union that it has tried."""
+    """A path in the body; pydantic also names the form of a union that it has tried."""
     return [p for p in location if isinstance(p, int) or (p.isidentifier() and p not in _FORMS)]
 
 
 def _dotted(path: Sequence[str | int]) -> str:
-    """As OpenAI writes it: messages[0].content."""
+    """The path as OpenAI writes it: messages[0].content."""
     text = "".join(f"[{p}]" if isinstance(p, int) else f".{p[:60]}" for p in path)
     return text.removeprefix(".")
 
 
 def install(app: FastAPI) -> None:
-    """Have the application answer all its errors in this shape."""
+    """Make the application answer all errors in this shape."""
 
     async def refused(_: Request, error: Exception) -> Response:
         return as_api_error(error).response()

@@ -1,7 +1,7 @@
-"""Fields of requests that the server does not have.
+"""Unsupported fields of requests.
 
-One that cannot change the answer is taken and ignored, as vLLM does, and logged once. One that would is
-refused by its path; its neutral value is taken, so that clients which always send it still work.
+A field that cannot change the answer is ignored, as in vLLM, and logged once. A field that would change it is
+refused by its path; its neutral value is accepted, so clients that always send it still work.
 """
 
 import difflib
@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 logger = logging.getLogger(__name__)
 
 MAX_FIELDS = 256
-"""Fields of one object, at most."""
+"""Most fields of one object."""
 _MAX_LOGGED = 100
 
 UNSUPPORTED: dict[str, tuple] = {
@@ -61,8 +61,8 @@ UNSUPPORTED: dict[str, tuple] = {
     "typical_p": (1,),
     "mirostat": (0,),
 }
-"""Parameters that would change the answer and that the engine lacks: the values, besides null, that ask
-for nothing."""
+"""Parameters that would change the answer and that the engine lacks: their neutral values, besides
+null."""
 
 _logged: set[tuple[str, str]] = set()
 
@@ -103,7 +103,7 @@ class LenientModel(BaseModel):
 
     @classmethod
     def _is_neutral(cls, name: str, value: Any, values: dict[str, Any]) -> bool:
-        """Whether an unsupported field asks for nothing."""
+        """Whether an unsupported field has a neutral value."""
         return any(value == neutral for neutral in cls.unsupported[name])
 
     @classmethod
@@ -119,4 +119,4 @@ class LenientModel(BaseModel):
         field = (cls.__name__, name[:60])
         if value not in (None, [], {}) and field not in _logged and len(_logged) < _MAX_LOGGED:
             _logged.add(field)
-            logger.warning("%s: the field %r is ignored (said once)", *field)
+            logger.warning("%s: the field %r is ignored (logged once)", *field)

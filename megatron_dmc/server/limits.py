@@ -1,4 +1,4 @@
-"""What is refused before a request is looked at: no key, too large a body, too many at a time."""
+"""Early rejection: missing API key, oversized body, too many concurrent requests."""
 
 import hmac
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
@@ -14,20 +14,20 @@ type App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 
 _DRAINED_BODIES = 16
-"""Of the body of a request that is refused so many times the limit is read and dropped: a client that
-is still sending would miss the answer. It is cut off after that."""
+"""A rejected body is read and dropped up to this multiple of the limit, since a client that is still
+sending would miss the answer. Beyond it the connection is closed."""
 
 
 class _BodyTooLarge(Exception):
-    """Raised where the application reads on."""
+    """Raised when the application continues to read."""
 
 
 class Gate:
     """ASGI middleware: API keys for paths below /v1, and the size of bodies.
 
     Args:
-        api_keys: any of them opens; none: no key is asked for.
-        max_body_bytes: longer bodies are refused with 413, before or while they are read.
+        api_keys: each of them grants access; empty: no key is required.
+        max_body_bytes: longer bodies are rejected with 413, before or while they are read.
     """
 
     def __init__(self, app: App, *, api_keys: Sequence[str], max_body_bytes: int):
@@ -56,9 +56,9 @@ class Gate:
             return message
 
         async def answered(message: Message) -> None:
-            """An answer that comes before the body's end ends after it."""
+            """Finish an early answer only after the body's end."""
             last = message["type"] == "http.response.body" and not message.get("more_body", False)
-            # who waits for "100 Continue" sends nothing
+            # a client that waits for "100 Continue" sends nothing
             if last and not ended and (size > 0 or b"expect" not in headers):
                 await send({**message, "more_body": True})
                 while not ended and size <= _DRAINED_BODIES * self._max_body_bytes:
@@ -82,7 +82,7 @@ class Gate:
             return None
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         given = key.strip()
-        # every key is compared: the time says nothing about which one was near
+        # compare with every key: the time must not reveal a near match
         matches = [hmac.compare_digest(given, known) for known in self._keys]
         if scheme.lower() == b"bearer" and any(matches):
             return None
@@ -103,7 +103,7 @@ class Gate:
 
 
 class Concurrency:
-    """Counts completions in progress and refuses those above a limit.
+    """Counts completions in progress and rejects those above a limit.
 
     Attributes:
         limit: completions at a time; a request for n of each of m prompts is n x m.
@@ -118,7 +118,7 @@ class Concurrency:
         """Hold `count` places.
 
         Raises:
-            ApiError: 400 if there are never so many, 429 if there are not now.
+            ApiError: 400 if `count` exceeds the limit, 429 if too few places are free now.
         """
         if count > self.limit:
             raise ApiError(

@@ -1,4 +1,4 @@
-"""What the page at `/` shows: a picture of the engine between two steps."""
+"""Data of the live page at `/`: a snapshot of the engine between two steps."""
 
 import time
 from typing import Any
@@ -14,7 +14,7 @@ def snapshot(service: Service, stats: EngineStats, now: float) -> dict[str, Any]
     """A JSON document.
 
     Args:
-        now: seconds since 1970; two documents' difference gives rates.
+        now: seconds since 1970; the difference of two documents gives rates.
     """
     unfinished = service.llm.unfinished()
     requests = []

@@ -1,4 +1,4 @@
-"""Prometheus figures under vLLM's names, with the prefix `megatron_dmc:`."""
+"""Prometheus metrics under vLLM's names, with the prefix `megatron_dmc:`."""
 
 import time
 from collections.abc import Sequence
@@ -12,38 +12,42 @@ _TOKENS = (1, 10, 50, 100, 250, 500, 1000, 2500, 5000, 10000, 25000, 50000, 1000
 
 
 class Metrics:
-    """Figures of requests, taken from every step's outputs, and of the engine, at each scrape.
+    """Metrics of requests, updated by every step's outputs, and of the engine, read at each scrape.
 
-    `observe` is called in the engine's thread, `render` in the server's; prometheus_client locks.
+    The engine's thread calls `observe`, the server's `render`; prometheus_client locks.
     """
 
     def __init__(self, model_name: str):
         self._registry = CollectorRegistry()
         self._model_name = model_name
-        self.running = self._gauge("num_requests_running", "Requests that are computed.")
-        self.waiting = self._gauge("num_requests_waiting", "Requests that wait for pages.")
-        self.cache_usage = self._gauge("kv_cache_usage_perc", "Pages in use, 1 is all of them.")
+        self.running = self._gauge("num_requests_running", "Running requests.")
+        self.waiting = self._gauge("num_requests_waiting", "Requests waiting for pages.")
+        self.cache_usage = self._gauge("kv_cache_usage_perc", "Fraction of pages in use.")
         self.pages = self._gauge("num_pages_in_use", "Pages in use, over layers and KV heads.")
         self.cr = self._gauge(
             "measured_cr", "Tokens / entries of running and finished requests' caches."
         )
-        self.preemptions = self._counter("num_preemptions", "Requests sent back to wait.")
+        self.preemptions = self._counter("num_preemptions", "Preempted requests.")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens computed.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         self.prefix_queries = self._counter(
             "prefix_cache_queries", "Prompt tokens looked up among the cached prefixes."
         )
-        self.prefix_hits = self._counter("prefix_cache_hits", "Of these, tokens found.")
+        self.prefix_hits = self._counter(
+            "prefix_cache_hits", "Prompt tokens found in cached prefixes."
+        )
         self._success = Counter(
-            "megatron_dmc:request_success", "Requests that ended, by how.",
+            "megatron_dmc:request_success", "Finished requests by reason.",
             ["model_name", "finished_reason"], registry=self._registry,
         )  # fmt: skip
-        self.ttft = self._histogram("time_to_first_token_seconds", "From arrival.", _SECONDS)
+        self.ttft = self._histogram(
+            "time_to_first_token_seconds", "Time from arrival to the first token.", _SECONDS
+        )
         self.itl = self._histogram(
             "inter_token_latency_seconds", "Between two tokens of a request.", _SECONDS
         )
         self.tpot = self._histogram(
-            "request_time_per_output_token_seconds", "Mean over a request's tokens but the first.",
+            "request_time_per_output_token_seconds", "Mean over a request's tokens except the first.",
             _SECONDS,
         )  # fmt: skip
         self.latency = self._histogram(
@@ -55,7 +59,7 @@ class Metrics:
         self._totals: dict[str, int] = {}
 
     def observe(self, outputs: Sequence[RequestOutput]) -> None:
-        """Take in what a step or an abort brought."""
+        """Record the outputs of a step or an abort."""
         now = time.monotonic()
         for output in outputs:
             metrics, completion = output.metrics, output.outputs[0]

@@ -1,4 +1,4 @@
-"""What clients send: OpenAI's parameters, and vLLM's beyond them, checked here."""
+"""Request schemas: OpenAI's parameters, and vLLM's additions, validated."""
 
 import copy
 from typing import Annotated, Any, Literal
@@ -16,11 +16,11 @@ from megatron_dmc.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from megatron_dmc.server.fields import UNSUPPORTED, LenientModel
 
 MAX_COMPLETIONS = 128
-"""Completions per prompt, at most."""
+"""Most completions per prompt."""
 MAX_MESSAGES = 2**14
-"""Turns of a conversation, and parts of a turn, at most."""
+"""Most turns of a conversation, and parts of a turn."""
 MAX_BIASES = 1024
-"""Tokens of a request with a bias, at most."""
+"""Most tokens of a request with a bias."""
 
 type Text = Annotated[str, Field(min_length=1, max_length=4096)]
 type TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -44,7 +44,7 @@ _PROMPT_SCHEMA = {
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
-    """One item per prompt. Not a union of pydantic's, which would collect an error of every form for
+    """One item per prompt. Not a pydantic union, which would collect an error of every form for
     each of a million items."""
     kinds = set(map(type, value)) if isinstance(value, list) else {type(value)}
     if kinds == {str}:
@@ -58,7 +58,7 @@ def _prompts(value: Any) -> list[str | list[int]]:
     for token_ids in value:
         if not isinstance(token_ids, list) or set(map(type, token_ids)) != {int}:
             raise PydanticCustomError(
-                "prompt", "a list of token ids has whole numbers, one at least"
+                "prompt", "a list of token ids has at least one item, all integers"
             )
         if min(token_ids) < 0 or max(token_ids) >= 2**31:
             raise PydanticCustomError("prompt", "token ids are 0 or more, and below 2**31")
@@ -71,16 +71,16 @@ type Prompts = Annotated[
 
 
 class StreamOptions(LenientModel):
-    """Where a stream has token counts."""
+    """Token counts in a stream."""
 
     include_usage: bool | None = Field(None, description="Send the token counts in a last chunk.")
     continuous_usage_stats: bool | None = Field(
-        None, description="Send each chunk's choice's counts so far, too. Needs include_usage."
+        None, description="Add the choice's counts so far to each chunk. Needs include_usage."
     )
 
 
 class _SamplingRequest(LenientModel):
-    """What both kinds of completions share."""
+    """Fields of both kinds of completions."""
 
     unsupported = UNSUPPORTED
 
@@ -102,7 +102,7 @@ class _SamplingRequest(LenientModel):
     ) = Field(None, description="Added to these tokens' logits.")
     allowed_token_ids: TokenIds | None = None
     bad_words: Annotated[list[Text], Field(max_length=64)] | None = None
-    min_tokens: int | None = Field(None, ge=0, description="No end before so many tokens.")
+    min_tokens: int | None = Field(None, ge=0, description="Fewest tokens of the completion.")
     priority: int | None = Field(
         None,
         ge=-(2**31),
@@ -120,7 +120,7 @@ class _SamplingRequest(LenientModel):
     skip_special_tokens: bool = True
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="Taken for compatibility; nothing is done with it.")
+    user: str | None = Field(None, description="Accepted for compatibility and ignored.")
 
     @classmethod
     def _is_neutral(cls, name: str, value: Any, values: dict[str, Any]) -> bool:
@@ -131,7 +131,7 @@ class _SamplingRequest(LenientModel):
     @field_validator("logit_bias", mode="before")
     @classmethod
     def _few_biases(cls, value: Any) -> Any:
-        """Before a million of them are looked at."""
+        """Limit the number before any of them is validated."""
         if isinstance(value, dict) and len(value) > MAX_BIASES:
             raise PydanticCustomError(
                 "too_many", "{number} biases; use at most {most}",
@@ -147,7 +147,7 @@ class _SamplingRequest(LenientModel):
 
     @property
     def num_completions(self) -> int:
-        """Completions of each prompt."""
+        """Number of completions per prompt."""
         return 1 if self.n is None else self.n
 
     @property
@@ -157,7 +157,7 @@ class _SamplingRequest(LenientModel):
 
     @property
     def continuous_usage(self) -> bool:
-        """Whether every chunk has them."""
+        """Whether every chunk has token counts."""
         options = self.stream_options
         return self.includes_usage and bool(options and options.continuous_usage_stats)
 
@@ -257,7 +257,7 @@ class Message(LenientModel):
     role: Text
     content: (
         str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None
-    ) = Field(None, description="Of an assistant's turn it may be null: no text.")
+    ) = Field(None, description="Null (no text) is allowed in an assistant's turn.")
     name: str | None = None
 
     @model_validator(mode="after")
@@ -269,7 +269,7 @@ class Message(LenientModel):
         return self
 
     def as_dict(self) -> dict[str, str]:
-        """As chat templates take it: the content is one text."""
+        """The message for chat templates: its content is one text."""
         content = self.content or ""
         if not isinstance(content, str):
             content = "".join(part.text for part in content)
@@ -281,12 +281,12 @@ class ChatCompletionRequest(_SamplingRequest):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_tokens: int | None = Field(None, ge=1, description="Default: up to the context's end.")
-    max_completion_tokens: int | None = Field(None, ge=1, description="The same; it goes first.")
+    max_completion_tokens: int | None = Field(None, ge=1, description="The same; takes precedence.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_generation_prompt: bool = True
     add_special_tokens: bool = Field(
-        False, description="Add the tokenizer's to what the template made, which has its own."
+        False, description="Add the tokenizer's special tokens to the template's output."
     )
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -298,5 +298,5 @@ class ChatCompletionRequest(_SamplingRequest):
 
     @property
     def most_tokens(self) -> int | None:
-        """Tokens to generate, at most."""
+        """Most tokens to generate."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens

@@ -1,4 +1,4 @@
-"""What both kinds of completions have in common: starting, merging and stopping engine requests."""
+"""Start, merge and stop engine requests for both kinds of completions."""
 
 import asyncio
 import time
@@ -17,11 +17,11 @@ from megatron_dmc.server.text import TokenTexts
 
 @dataclass
 class Service:
-    """What the routes need."""
+    """State shared by the routes."""
 
     llm: AsyncLLM
     model_names: Sequence[str]
-    """Names that clients may use; the first is the one that answers carry."""
+    """Names that clients may use; answers carry the first."""
     concurrency: Concurrency
     chat_template: ChatTemplate | None = None
     started: float = field(default_factory=time.time)
@@ -35,11 +35,11 @@ class Service:
     def max_model_len(self) -> int:
         return self.llm.engine.max_model_len
 
-    # The end of the server.
+    # Shutdown.
 
     @property
     def closing(self) -> asyncio.Future:
-        """Done once requests in progress are given no more time."""
+        """Set when the time of requests in progress has expired."""
         if self._closing is None:
             self._closing = asyncio.get_running_loop().create_future()
         return self._closing
@@ -97,7 +97,7 @@ class Service:
             )
 
     def check_text(self, *texts: str) -> None:
-        """Before texts are tokenised: refuse what cannot fit, however few tokens they are.
+        """Before tokenization, reject texts that cannot fit even at the fewest possible tokens.
 
         Raises:
             ApiError: 400, as `check_room`.
@@ -112,7 +112,7 @@ class Service:
             )
 
     def _overflow(self, what: str) -> ApiError:
-        """Clients look for the first words, which are OpenAI's."""
+        """The error in OpenAI's words, which clients look for."""
         return ApiError(
             400,
             f"This model's maximum context length is {self.max_model_len} tokens. However, {what}",
@@ -144,7 +144,7 @@ class Service:
         return streams
 
     def stop(self, streams: Iterable[RequestStream]) -> None:
-        """Abort those that go on."""
+        """Abort the requests that still run."""
         for stream in streams:
             if not stream.finished:
                 self.llm.abort_soon(stream.request_id)
@@ -176,7 +176,7 @@ class Service:
         finally:
             for task in waiting:
                 if not task.cancel() and not task.cancelled():
-                    task.exception()  # it failed too; asyncio would log that nobody asked
+                    task.exception()  # it failed too; retrieve its exception, or asyncio logs it
             self.stop(streams)
 
 
@@ -186,13 +186,13 @@ def new_id(prefix: str) -> str:
 
 
 async def disconnected(request: Request) -> None:
-    """Returns when the client has left. Its body must have been read."""
+    """Return when the client has disconnected. Its body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def _shut_down() -> ApiError:
     return ApiError(
-        503, "the server is shutting down and the request's time is over (--shutdown-timeout); send it "
+        503, "the server is shutting down and the request's time has expired (--shutdown-timeout); send it "
         "again", code="shutting_down",
     )  # fmt: skip

@@ -9,7 +9,7 @@ from megatron_dmc.engine import Logprob
 from megatron_dmc.engine.detokenizer import context_of
 
 _LOWEST = -9999.0
-"""In place of minus infinity, which JSON lacks."""
+"""Replaces minus infinity, which JSON lacks."""
 _INCOMPLETE = "\ufffd"
 
 
@@ -29,11 +29,11 @@ class TokenTexts:
         self._num_anchor_chars = len(self._decode(self._anchor))
 
     def after(self, pending: Sequence[int], token_id: int) -> str:
-        """What `pending` and the token add to a text together; of a special token its name."""
+        """The text that `pending` and the token add together; for a special token its name."""
         return self._decode([*self._anchor, *pending, token_id])[self._num_anchor_chars :]
 
     def at_the_beginning(self, pending: Sequence[int], token_id: int) -> str:
-        """The same where no text comes before them."""
+        """The same without preceding text."""
         return self._decode([*pending, token_id])
 
     def _decode(self, token_ids: list[int]) -> str:
@@ -46,14 +46,14 @@ class TokenTexts:
 
 
 class TokenPieces:
-    """Which part of a growing text each token gave, as the engine's detokenizer makes it: a character of
-    several tokens comes with its last one.
+    """Split a growing text by token, as the engine's detokenizer does: a character of several tokens
+    belongs to the last one.
 
     Args:
-        skip_special_tokens: special tokens leave no text.
+        skip_special_tokens: special tokens have no text.
         prompt_token_ids: of a completion.
         num_chars: length of the text before the first token.
-        known: the whole text, of a prompt: its special tokens left text where it says so.
+        known: the whole text of a prompt, which shows the special tokens that have text.
 
     Attributes:
         num_chars: length of the text so far.
@@ -75,14 +75,14 @@ class TokenPieces:
         self.num_chars = num_chars
 
     def name(self, token_id: int) -> str:
-        """What the token would add if it came next; of a special token its name."""
+        """The text that the token would add next; for a special token its name."""
         if token_id in self._texts.special_ids:
             return self._texts.of(token_id)
         text = self._text(token_id)
         return "" if text.endswith(_INCOMPLETE) else text
 
     def add(self, token_id: int) -> None:
-        """The token comes next."""
+        """Append the token."""
         if self._known is not None and token_id in self._texts.special_ids:
             name = self._texts.of(token_id)
             self.num_chars += len(name) if self._known.startswith(name, self.num_chars) else 0
@@ -113,7 +113,7 @@ def for_completions(
     """`logprobs` of a text completion.
 
     Args:
-        pieces: of the text before; advanced by the tokens.
+        pieces: state after the preceding text; advanced by the tokens.
         rows: of each token; None for the first one of a prompt.
         count: most likely tokens to list.
     """
@@ -165,7 +165,7 @@ def for_chat(
 def _top(
     pieces: TokenPieces, row: dict[int, Logprob], token_id: int, count: int
 ) -> dict[str, float]:
-    """The most likely tokens, and the chosen one; of tokens with equal texts the likeliest."""
+    """The most likely tokens and the chosen one; among tokens with equal texts the likeliest."""
     top: dict[str, float] = {}
     for i, p in sorted(row.items(), key=lambda item: item[1].rank):
         if p.rank <= count or i == token_id:

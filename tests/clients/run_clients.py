@@ -1,4 +1,4 @@
-"""OpenAI clients that people use, each in a small run against the server.
+"""Run common OpenAI clients, each in a small run against the server.
 
     python tests/clients/run_clients.py                       # installs them with pip into build/clients
     python tests/clients/run_clients.py --python PATH         # uses this environment, which has them

@@ -20,7 +20,7 @@ from megatron_dmc import LLM, SamplingParams
 PROMPT = "def main():\n"
 LONG = {"prompt": PROMPT, "max_tokens": 480, "ignore_eos": True}
 PATIENCE = 300
-"""Seconds; only a busy machine needs so many."""
+"""Seconds; only a busy machine needs as long."""
 FLAGS = ("--dtype", "float32", "--chat-template", CHAT_TEMPLATE, "--num-pages", "16384")
 
 
@@ -180,12 +180,12 @@ def test_chat(client, llm):
 
 
 def test_what_the_client_sends_and_expects(client):
-    """Turns made of answers, n with a stream and usage, and parameters that are refused by name."""
+    """Turns made of answers, n with a stream and usage, and parameters refused by name."""
     ask = dict(
         model="tiny", messages=[{"role": "user", "content": "import"}], max_completion_tokens=5
     )
     turn = client.chat.completions.create(**ask, n=2, seed=1).choices[1].message
-    for form in (turn, turn.model_dump()):  # both ways to go on with a conversation
+    for form in (turn, turn.model_dump()):  # both ways to continue a conversation
         messages = [*ask["messages"], form, {"role": "user", "content": "os"}]
         again = client.chat.completions.create(**ask | {"messages": messages})
         assert again.choices[0].message.content
@@ -320,7 +320,7 @@ def test_wrong_paths_and_chunked_bodies(server):
             "chat_template_kwargs": {field: 1},
         }
         assert post(server, kwargs, "/v1/chat/completions")[0] == 400
-    # a body whose length nobody declared is cut off while it is read
+    # a body of undeclared length is cut off while it is read
     connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=PATIENCE)
     chunks = (b" " * 30_000 for _ in range(6))
     connection.request(
@@ -331,7 +331,7 @@ def test_wrong_paths_and_chunked_bodies(server):
 
 
 def test_limits_and_slow_readers(server, client):
-    """40 places: 39 taken by clients that never read, and still everybody else is served."""
+    """40 places: 39 taken by clients that never read, and all other clients are still served."""
     many = {**LONG, "n": 13, "max_tokens": 100, "stream": True}
     connections = [connect(server, many) for _ in range(3)]
     wait_until(lambda: server.get("/live")["num_in_progress"] == 39)
@@ -376,14 +376,14 @@ def test_api_keys_cached_prefixes_and_failing_flags(tmp_path, capsys):
             client.models.list()
         assert server.get("/version") and server.get("/live")
 
-        # a prompt that came before is found again, but for what lies past the last block
+        # a prompt that came before is found again, except for the part past the last block
         body = {"prompt": list(range(40)), "max_tokens": 4, "temperature": 0, "n": 2}
         answers = [post(server, body, Authorization="Bearer secret")[1] for _ in range(2)]
         usages = [answer["usage"] for answer in answers]
         assert [u["prompt_tokens_details"]["cached_tokens"] for u in usages] == [0, 32]
         assert answers[0]["choices"] == answers[1]["choices"]
 
-        # SIGTERM: what is in progress ends well, new connections are refused, exit code 0
+        # SIGTERM: running requests finish, new connections are refused, exit code 0
         asked = {}
 
         def ask():
@@ -418,7 +418,7 @@ def test_api_keys_cached_prefixes_and_failing_flags(tmp_path, capsys):
 
 
 def test_priorities_go_first(tmp_path):
-    """One request runs at a time: of those that wait, the lowest priority number is next."""
+    """One request runs at a time: of the waiting ones, the lowest priority number is next."""
     flags = ("--max-num-seqs", "1", "--num-pages", "1024", "--scheduling-policy", "priority")
     with ServerProcess(tmp_path, *flags) as server:
         order = []
@@ -442,7 +442,7 @@ def test_priorities_go_first(tmp_path):
 
 
 def test_many_clients(server):
-    """Each gets what it would get alone."""
+    """Each request gets the tokens that it gets alone."""
 
     def ask(i):
         body = {"prompt": f"x = {i}\n", "max_tokens": 8 + i, "seed": i, "ignore_eos": True}

@@ -1,4 +1,4 @@
-"""Engines that fail under a real server: what clients are told, the exit code, and what is left behind."""
+"""Engine failures under a real server: errors of clients, the exit code, and leftover processes."""
 
 import json
 import os
@@ -24,7 +24,7 @@ LONG = {
     "extra_body": {"ignore_eos": True},
 }
 SECONDS = 30
-"""Within which the process must have ended; it takes about three."""
+"""Seconds within which the process must end; it takes about three."""
 
 
 def in_threads(*functions):
@@ -50,7 +50,7 @@ def in_threads(*functions):
 
 
 def health(server):
-    """Status and document of /health; None where nobody answers any more."""
+    """Status and document of /health; None if the server no longer answers."""
     try:
         with urllib.request.urlopen(f"{server.url}/health", timeout=30) as answer:
             return answer.status, None
@@ -61,7 +61,7 @@ def health(server):
 
 
 def fails_as_it_should(server, break_it, message):
-    """Requests that run and requests that come get the error, /health too, and the process ends with 1."""
+    """Running and new requests get the error, /health too, and the process ends with 1."""
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         chunks = []
 
@@ -166,7 +166,9 @@ def test_other_ends_of_a_tensor_parallel_server(tmp_path, how):
         elif how == "parent killed":
             server.kill()
         else:
-            os.kill(workers[0].pid, signal.SIGTERM)  # as a process manager does to all at once
+            os.kill(
+                workers[0].pid, signal.SIGTERM
+            )  # as a process manager does to all processes at once
             server.terminate()
             assert server.process.wait(SECONDS) == 0, server.log.read_text()
         _, alive = psutil.wait_procs(workers, timeout=SECONDS)

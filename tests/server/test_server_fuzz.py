@@ -1,4 +1,4 @@
-"""Requests made up by machines: from the server's own OpenAPI document, and random parameters."""
+"""Generated requests: from the server's own OpenAPI document, and with random parameters."""
 
 import json
 import urllib.error
@@ -29,7 +29,7 @@ def server(tmp_path_factory):
 
 
 def test_openapi(server):
-    """Whatever the document allows or forbids: no 5xx, and no status or body that it does not name."""
+    """For valid and invalid requests: no 5xx, and no status or body that the document does not name."""
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json").exclude(path="/live")
     operations = [result.ok() for result in schema.get_all_operations()]
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models"} <= {o.path for o in operations}

@@ -1,5 +1,5 @@
-"""Clients that do harm, by intent or not, and a server that goes on: large bodies, half requests, and a
-shutdown whose time runs out. The last test ends the server that all share."""
+"""Harmful clients, malicious or not, and a server that continues: large bodies, partial requests, and a
+shutdown that exceeds its timeout. The last test ends the shared server."""
 
 import contextlib
 import http.client
@@ -53,7 +53,7 @@ def connect(server, data=b""):
 
 
 def rest(connection):
-    """What comes until the server closes."""
+    """All bytes until the server closes."""
     received = b""
     with contextlib.suppress(ConnectionResetError):
         while data := connection.recv(65536):
@@ -63,7 +63,7 @@ def rest(connection):
 
 
 class Watch:
-    """Asks /health on new connections, and looks at the memory, while the context lasts.
+    """Queries /health on new connections, and reads the memory, while the context lasts.
 
     Attributes:
         slowest: seconds of the slowest answer.
@@ -138,7 +138,7 @@ def test_large_bodies_hold_up_nobody(server):
 
 
 def test_a_text_that_cannot_fit_is_not_tokenised(server):
-    """The first words are those that clients look for."""
+    """The message starts with the words that clients look for."""
     for path, body in (
         ("/v1/completions", {"prompt": ["x", "word " * 200_000]}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 200_000}]}),
@@ -158,7 +158,7 @@ def test_a_text_that_cannot_fit_is_not_tokenised(server):
 @pytest.mark.parametrize("times", [1.1, 2.5])
 @pytest.mark.parametrize("chunked", [False, True])
 def test_too_large_a_body_is_answered(server, times, chunked):
-    """Clients that send all of it before they read get the 413 too."""
+    """Clients that send the whole body before they read get the 413 too."""
     connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
     size = int(times * 16 * 2**20)
     body = (b" " * 2**20 for _ in range(size // 2**20 + 1)) if chunked else b" " * size
@@ -214,7 +214,7 @@ def test_a_second_request_has_a_deadline_too(server):
 
 
 def test_connections_that_are_being_answered_stay(server):
-    """Where no place can be made, a new connection gets 503 at once."""
+    """If no connection can be closed, a new one gets 503 at once."""
     body = json.dumps(
         {"prompt": "x", "max_tokens": 500, "ignore_eos": True, "stream": True}
     ).encode()
@@ -231,7 +231,7 @@ def test_connections_that_are_being_answered_stay(server):
 
 
 def test_fields_that_change_nothing_are_ignored(server):
-    """What clients send by themselves."""
+    """Requests as common clients send them."""
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         ask = dict(model="tiny", max_completion_tokens=4, temperature=0)
         messages = [
@@ -338,7 +338,7 @@ def test_the_limit_of_open_files(monkeypatch):
 
 
 def test_a_shutdown_whose_time_is_over(server):
-    """Whole answers get 503, streams an error event and their end, half requests 503."""
+    """Whole answers get 503, streams an error event and their end, partial requests 503."""
     body = {"prompt": ["x"] * 40, "max_tokens": 500, "ignore_eos": True}
     with (
         ThreadPoolExecutor(1) as pool,

@@ -1,5 +1,5 @@
-"""Over HTTP, in one process with the engine, so that faults can be put anywhere: what a client is told of its
-own request's failure, and that the others notice nothing; chunks of tokens without text; cache salts."""
+"""Isolation of requests over HTTP, in one process with the engine, so that a test can inject failures: a client
+gets the error of its own request, and others are unaffected; chunks of tokens without text; cache salts."""
 
 import asyncio
 import gc
@@ -79,12 +79,12 @@ def post(served, body, path="/v1/completions"):
 
 def tokens_of(document):
     choice = document["choices"][0]
-    # rounded as a batch rounds
+    # rounded as in a batch
     return choice["text"], pytest.approx(choice["logprobs"]["token_logprobs"], abs=1e-9)
 
 
 def with_a_neighbour(served, *asked):
-    """Answers, given while another request runs, which has to get what it gets alone."""
+    """Answers while another request runs, which must get the tokens that it gets alone."""
     want = tokens_of(post(served, NEIGHBOUR)[1])
     got = []
     thread = threading.Thread(target=lambda: got.append(post(served, NEIGHBOUR)))
@@ -228,7 +228,7 @@ def mixed(number):
 
 
 def test_nothing_is_kept_of_requests_that_ended(served):
-    """`soak/soak_memory.py` looks at the memory itself."""
+    """Count objects; `soak/soak_memory.py` measures memory."""
     engine = served.engine
     logging.disable(logging.CRITICAL)  # pytest would keep the tracebacks
 
@@ -243,7 +243,7 @@ def test_nothing_is_kept_of_requests_that_ended(served):
         first, second, third = (objects_after(range(k, k + 45)) for k in (0, 45, 90))
     finally:
         logging.disable(logging.NOTSET)
-    # of each kind there are five requests; what is made once, whenever that is, is not kept of a request
+    # there are five requests of each kind; an object made only once does not belong to a request
     growth = min(second - first, third - second, key=Counter.total)
     assert growth.total() < 5, growth.most_common(10)
     assert not engine._requests and not engine._detokenizers and not engine.sampler._rules._states

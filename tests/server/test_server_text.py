@@ -121,7 +121,7 @@ def test_the_models_defaults_and_what_goes_before_them(post, model):
 
 @pytest.mark.parametrize("skip", [True, False])
 def test_log_probabilities_of_parts_of_characters(post, skip):
-    """Offsets lead into the text, bytes add up to it, special tokens have names; streams say the same."""
+    """Offsets index the text, bytes add up to it, special tokens have names; streams agree."""
     prompt = "naïve 🙂 <|start|>日本"
     ask = dict(
         prompt=prompt, echo=True, logprobs=3, max_tokens=8, temperature=0, ignore_eos=True,

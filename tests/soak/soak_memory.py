@@ -4,7 +4,7 @@
 
 Short requests over HTTP, every prompt a new one: text and chat, streamed or not, log-probabilities, stop texts,
 penalties, cached prefixes with and without a salt, refusals, clients that leave. Resident memory is read every
-`--every` requests. It fails where the second half of the run grew by more than `--allowed-mib`, on a status
+`--every` requests. It fails if the second half of the run grew by more than `--allowed-mib`, on a status
 of 500 or more, or on a page held when all is done. The last line printed is a JSON document.
 """
 

@@ -217,7 +217,7 @@ class Soak:
             self.actions[action.__name__] += 1
             try:
                 await asyncio.wait_for(action(session), STUCK_SECONDS)
-            except Exception as e:  # noqa: BLE001 - whatever it is, the soak has failed and goes on
+            except Exception as e:  # noqa: BLE001 - whatever it is, the soak has failed and continues
                 self.failures.append(f"{action.__name__}: {type(e).__name__}: {e}"[:500])
 
     async def watch(self, began, until):

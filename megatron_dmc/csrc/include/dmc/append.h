@@ -1,4 +1,4 @@
-// One decoded token of every request into the cache. docs/method.md, section 6.
+// Append one decoded token of every request to the cache. docs/method.md, section 6.
 //
 // Dimension letters: B requests, N query heads, G key/value heads, D head dim, X rows of a table of
 // angles, F rotary channels, R rows, U weighted tokens kept for an open segment, A = 2 D + 1.
@@ -12,7 +12,7 @@ namespace dmc {
 template <class T>
 struct AppendParams {
   PagedKV kv;
-  const T* q_BND;  // null: there are no queries to rotate, and gates are given
+  const T* q_BND;  // null: no queries to rotate, gates are given
   const T* k_BGD;
   const T* v_BGD;
   T* q_out_BND;
@@ -36,8 +36,8 @@ struct AppendParams {
 template <int kHeadDim>
 constexpr int kBorrowedChannel = kHeadDim - 1;
 
-// A thread owns pairs of channels: those that RoPE turns together, (j, j + half), and after them the
-// channels that pass, paired likewise.
+// A thread owns pairs of channels: those that RoPE rotates together, (j, j + half), then the
+// non-rotary channels, paired in the same way.
 template <int kHeadDim>
 struct Pairs {
   static constexpr int kTotal = kHeadDim / 2;
@@ -86,7 +86,7 @@ struct Pairs {
       from_float(x[2 * i + 1], to[second(i)]);
     }
   }
-  // Write an entry as the pages hold it. All lanes of a warp together.
+  // Write an entry in the pages' storage format. Called by all lanes of a warp.
   template <class S>
   DMC_DEVICE void store_entry(const float (&x)[2 * kOwn], void* pages, float* scales,
                               int64_t slot) const {
@@ -110,7 +110,7 @@ struct Pairs {
       store(x, to);
     }
   }
-  // Of a position's rotary channels; pairs that pass keep their angle of 0.
+  // Angles of a position's rotary channels; non-rotary pairs keep their angle of 0.
   template <class T>
   DMC_DEVICE void load_angles(float (&cos)[kOwn], float (&sin)[kOwn], const T* cos_F,
                               const T* sin_F) const {

@@ -3,14 +3,14 @@
 // Dimension letters: B requests, N query heads, G key/value heads, X = B x G heads, D head dim,
 // C workers, R query heads of a key/value head.
 //
-// A worker is one warp. It walks through its stretch of tiles (schedule.h), from head to head, with
-// the next tiles on their way into its own part of shared memory; warps never wait for one another.
+// A worker is one warp. It processes its share of tiles (schedule.h), from head to head, and prefetches
+// the next tiles into its own part of shared memory; warps do not synchronize with one another.
 // A tile is 16 entries. Products are S^T (16 entries x 8 queries) = K q^T and O^T (D x 8) += V^T P^T,
-// so a group of up to 8 queries fills one product's columns, and a single query costs no more.
+// so a group of up to 8 queries fills one product's columns, at the cost of a single query.
 //
 // Entries of 8 bits are widened in registers, which is exact; their scales multiply scores and weights.
 // A register holds four bytes then: neighbouring channels of a key, or two channels of two values. The
-// order of channels within a product is free, so widening takes even and odd bytes as they lie: products
+// order of channels within a product is free, so widening reads even and odd bytes in place: products
 // over 16 channels pair 4 j and 4 j + 2, 4 j + 1 and 4 j + 3, and row r of O^T is channel 2 r, or
 // 2 (r - 8) + 1.
 #pragma once
@@ -34,7 +34,7 @@ struct AttentionParams {
   float scale;  // of the scores, times log2(e): they are kept in base 2
 };
 
-// Where a walk along the line of tiles stands.
+// Position within a worker's share of tiles.
 template <class T>
 struct Cursor {
   int x, tile, first, last;  // head, tile, and the head's tiles [first, last)
@@ -54,7 +54,7 @@ struct Cursor {
     entries = int(*p.kv.num_entries(row, head));
     table = p.kv.table(row, head);
   }
-  // To the next tile; `end` is where the stretch ends.
+  // Advance to the next tile; `end` is the end of the share.
   DMC_DEVICE void advance(const AttentionParams<T>& p, int end) {
     ++tile;
     if (tile < last || tile >= end) return;
@@ -111,7 +111,7 @@ struct Worker {
 
   DMC_DEVICE void fetch(const Cursor<T>& at, int stage) {
     const int entry = at.first_entry();
-    // a tile of a plan made ahead may lie behind the last entry
+    // a tile of a plan made in advance may lie beyond the last entry
     const int behind = smaller(kTile, at.entries - entry);
     int64_t halves[2] = {0, 0};  // their first slots
     DMC_UNROLL
@@ -141,7 +141,7 @@ struct Worker {
         const int64_t from = valid ? (row < kHalf ? halves[0] : halves[1]) + row % kHalf : 0;
         copy_async(k + 2 * Sizes::kMatrix + lane * 16, scales + from, valid);
       }
-      sync_warp();  // the products that follow take all lanes at one place
+      sync_warp();  // the following products need all lanes converged
     }
   }
 

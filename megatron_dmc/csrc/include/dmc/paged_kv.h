@@ -1,4 +1,4 @@
-// Addresses of a layer's cache. Nobody else computes one.
+// Addresses of a layer's cache. No other file computes one.
 //
 // Dimension letters: P pages, S slots per page, D head dim, R rows, G key/value heads, M table width.
 #pragma once
@@ -10,7 +10,7 @@ namespace dmc {
 constexpr int kNoPage = -1;
 
 struct PagedKV {
-  void* k_pages_PSD;  // of what `stored` says
+  void* k_pages_PSD;  // of the type that `stored` names
   void* v_pages_PSD;
   float* k_scales_PS;  // null for numbers
   float* v_scales_PS;
@@ -27,9 +27,9 @@ struct PagedKV {
   DMC_HOST_DEVICE int64_t* num_entries(int64_t row, int head) const {
     return entries_RG + row * entries_row_stride + head * entries_head_stride;
   }
-  // Column of the block table that holds an entry's page.
+  // Block-table column of an entry's page.
   DMC_HOST_DEVICE int column(int entry) const { return entry >> page_shift; }
-  // An entry's place among all slots; its first channel is the slot times the head dimension.
+  // An entry's slot; its first channel is the slot times the head dimension.
   DMC_HOST_DEVICE int64_t slot(int32_t page_id, int entry) const {
     return (int64_t(page_id) << page_shift) + (entry & ((1 << page_shift) - 1));
   }

@@ -1,6 +1,6 @@
-// What differs between a GPU and a host compiler. No other header of this folder has inline assembly,
-// and none needs CUDA's or torch's headers. On a host the functions of a warp are only declared: who
-// runs kernels there, as the tests do, defines them.
+// Differences between a GPU and a host compiler. No other header of this folder has inline assembly,
+// and none needs the headers of CUDA or torch. On a host the warp functions are only declared; code
+// that runs kernels there, such as the tests, defines them.
 #pragma once
 
 #include <cstdint>
@@ -66,7 +66,7 @@ DMC_DEVICE uint32_t largest_of_warp(uint32_t x) { return __reduce_max_sync(0xfff
 DMC_DEVICE int count_lanes(bool x) { return __popc(__ballot_sync(0xffffffffu, x)); }
 DMC_DEVICE int atomic_add(int32_t* p, int x) { return atomicAdd(p, x); }
 
-// 16 bytes to shared memory, or 16 zero bytes where `valid` is false; `from` must be readable anyway.
+// 16 bytes to shared memory, or 16 zero bytes if `valid` is false; `from` must be readable in either case.
 DMC_DEVICE void copy_async(void* to, const void* from, bool valid) {
   uint32_t address = uint32_t(__cvta_generic_to_shared(to));
   int bytes = valid ? 16 : 0;

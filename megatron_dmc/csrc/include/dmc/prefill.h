@@ -1,13 +1,13 @@
-// Chunks of several requests into the cache: merge scan from the open segment on, RoPE, and the entries
-// into their pages. docs/method.md, sections 2 and 6.
+// Write chunks of several requests to the cache: merge scan from the open segment on, RoPE, and entries
+// into pages. docs/method.md, sections 2 and 6.
 //
 // Dimension letters: T packed tokens of B chunks, Y = B + 1, G key/value heads, D head dim, F rotary
 // channels, R rows, U weighted tokens kept for an open segment, A = 2 D + 1, X tiles of all chunks.
 //
-// With hard decisions a tile needs of all before it only the sums of the segment that is open where it
-// begins, so tiles are worked on at once: `sum_tail` of each, `carry_sums` from tile to tile of a chunk,
+// With hard decisions a tile depends on earlier tokens only through the sums of the segment that is open
+// at its start, so tiles run in parallel: `sum_tail` of each, `carry_sums` from tile to tile of a chunk,
 // `write_tile`. A merge window needs no sums: a token looks back at most W - 1 tokens, and `keep_latest`
-// puts the chunk's last ones in their place afterwards.
+// stores the chunk's last tokens afterwards.
 #pragma once
 
 #include "dmc/append.h"
@@ -33,8 +33,8 @@ struct PrefillParams {
   float* segments_RGUA;
   int32_t* appends_XG;
   int32_t* base_XG;  // entries before each tile; plain: base_BG, before each chunk
-  float* sums_XGA;   // of each tile's open end; after the carry, what the tile begins with
-  int32_t* entry_TG;  // which entry a token's segment is
+  float* sums_XGA;   // of each tile's open end; after the carry, the sums at the tile's start
+  int32_t* entry_TG;  // index of the entry of a token's segment
   int64_t k_stride[2], v_stride[2], cos_stride, sin_stride;
   int64_t segments_row_stride, segments_head_stride;
   int num_chunks, num_tiles, num_kv_heads, half, merge_window;
@@ -60,7 +60,7 @@ struct ChunkHead {
   }
   DMC_DEVICE int64_t index(int t) const { return (start + t) * p.num_kv_heads + head; }
   DMC_DEVICE float omega(int t) const { return p.omega_TG[index(t)]; }
-  // Where the head has no entry yet, the chunk's first token opens one.
+  // If the head has no entry yet, the chunk's first token opens one.
   DMC_DEVICE bool merges(int t) const {
     return p.is_merge_TG[index(t)] != 0 && (t > 0 || has_entry);
   }
@@ -99,7 +99,7 @@ struct PrefillTile {
     own.store_sums(sums.v_sum, to + kHeadDim);
     if (lane == 0) to[2 * kHeadDim] = sums.omega_sum;
   }
-  // Add what a token at t sees of its segment's earlier tokens through a window of W.
+  // Add the contribution of the segment's earlier tokens within a window of W to the token at t.
   DMC_DEVICE void add_window(Sums& sums, const ChunkHead<T>& at, int t) const {
     Sums older;
     const int window = at.p.merge_window;
@@ -151,7 +151,7 @@ DMC_DEVICE void carry_sums(const PrefillParams<T>& p) {
   float* open = at.kept() + a;
   float state = entries > 0 && !p.merge_window ? *open : 0.0f;
   const int end = p.starts_Y[chunk + 1];
-  constexpr int kAhead = 8;  // loads that do not wait for one another
+  constexpr int kAhead = 8;  // independent loads in flight
   for (int begin = p.starts_Y[chunk]; begin < end; begin += kAhead) {
     float tails[kAhead];
     int appends[kAhead];
@@ -248,7 +248,7 @@ DMC_DEVICE void keep_latest(const PrefillParams<T>& p, int index) {
   const int chunk = index / p.num_kv_heads, window = p.merge_window;
   ChunkHead<T> at(p, chunk, index % p.num_kv_heads);
   at.has_entry = p.base_XG[p.starts_Y[chunk] * p.num_kv_heads + at.head] > 0;
-  int num_open = 1;  // tokens of the open segment, as far as they are kept
+  int num_open = 1;  // kept tokens of the open segment
   for (int t = at.num_tokens - 1; num_open < window && (t < 0 || at.merges(t)); --t) ++num_open;
   for (int u = 0; u < window; ++u) {
     const int t = at.num_tokens - window + u;

@@ -4,11 +4,11 @@
 // channels, R query heads of a key/value head, X tiles of all chunks.
 //
 // A block is a tile of tokens of a chunk and one key/value head. Its rows are the tokens' queries, token
-// after token; a warp owns 16 or 32 of them from their rotation to their output. The block goes through
-// the head's entries together, the next ones on their way into shared memory. A token whose segment is
-// entry e sees its own state, with which its softmax starts, and the entries below e; in a plain cache
-// it sees those up to e. e does not fall from token to token: a warp masks the entries from that of its
-// first token on, and does not look at those behind its last token's.
+// by token; a warp owns 16 or 32 of them from their rotation to their output. The warps of a block process
+// the head's entries together and prefetch the next ones into shared memory. A token whose segment is
+// entry e sees its own state, which starts its softmax, and the entries below e; in a plain cache it sees
+// those up to e. e never decreases from token to token: a warp masks entries from that of its first token
+// on, and skips those beyond its last token's.
 #pragma once
 
 #include "dmc/append.h"
@@ -25,7 +25,7 @@ struct PrefillAttentionParams {
   const T* own_v_TGD;
   const T* cos_TF;  // null: no RoPE
   const T* sin_TF;
-  const int32_t* entry_TG;   // which entry a token's segment is
+  const int32_t* entry_TG;   // index of the entry of a token's segment
   const int32_t* chunks_B3;  // row, first packed token, number of tokens
   const int32_t* tiles_X2;   // chunk, first token within it
   int64_t q_stride[2], out_stride[2], cos_stride, sin_stride;
@@ -50,7 +50,7 @@ struct PrefillSizes {
   static constexpr int kBlocks = 2;  // of a multiprocessor, by registers
 };
 
-// Tokens of a tile times R may be this many.
+// Largest number of tokens of a tile times R.
 constexpr int prefill_rows(int head_dim) { return head_dim <= 128 ? 128 : 64; }
 
 template <class T, int kHeadDim>
@@ -125,7 +125,7 @@ struct PrefillBlock {
   // This warp's queries, rotated, into shared memory; zeros for rows without one.
   DMC_DEVICE void rotate_queries() const {
     using Own = Pairs<kHeadDim>;
-    constexpr int kAtOnce = 4;  // loads of several rows that do not wait for one another
+    constexpr int kAtOnce = 4;  // rows whose loads are in flight together
     const Own own{p.half};
     const bool compress = p.own_k_TGD != nullptr;
     for (int i = 0; i < Sizes::kOwnRows; i += kAtOnce) {
@@ -148,7 +148,7 @@ struct PrefillBlock {
     sync_warp();
   }
 
-  // Start each row's softmax: with its token's own state, or with nothing.
+  // Start each row's softmax with its token's own state, or empty.
   DMC_DEVICE void begin() {
     DMC_UNROLL
     for (int m = 0; m < kRowBlocks; ++m) {
@@ -240,7 +240,7 @@ struct PrefillBlock {
     }
   }
 
-  // From scores of the entries from `entry` on to weights, and what was weighed before to the same base.
+  // Turn scores of the entries from `entry` on into weights, and rescale earlier sums to the same base.
   template <int kBlocks>
   DMC_DEVICE void weigh(float (&scores)[kRowBlocks][kBlocks][4], int entry) {
     const bool masked = entry + kBlocks * 8 > warp_low;

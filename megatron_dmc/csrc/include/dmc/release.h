@@ -1,4 +1,4 @@
-// Pages given back: one owner less for each, and those without owners onto the stack of free pages.
+// Release pages: decrement each reference count, and push pages without owners onto the free stack.
 //
 // Dimension letters: P pages, X rows of page ids, Y ids of a row.
 #pragma once
@@ -15,13 +15,13 @@ struct ReleaseParams {
   int32_t* extra_owners_P;  // owners beyond the first
 };
 
-// One id. Any number of threads may run this at a time, but none that takes pages.
+// Release one id. Threads may run this concurrently, but not while pages are allocated.
 DMC_DEVICE void release_page(const ReleaseParams& p, int64_t index) {
   int32_t* in_table = p.ids_XY + index / p.row_length * p.row_stride + index % p.row_length;
   const int32_t id = *in_table;
   if (id < 0) return;
   *in_table = kNoPage;
-  if (atomic_add(p.extra_owners_P + id, -1) != 0) return;  // others have it
+  if (atomic_add(p.extra_owners_P + id, -1) != 0) return;  // still owned
   p.extra_owners_P[id] = 0;
   p.free_ids_P[atomic_add(p.state, -1) - 1] = id;
 }

@@ -1,5 +1,5 @@
-// The division of decode attention among workers. All heads' tiles form one line, head after head;
-// plan[x] is the number of tiles before head x. Every worker takes an equal stretch of the line.
+// The division of decode attention among workers. All heads' tiles form one sequence, head after head;
+// plan[x] is the number of tiles before head x. Every worker processes an equal share of the sequence.
 #pragma once
 
 #include "dmc/platform.h"
@@ -57,7 +57,7 @@ DMC_DEVICE void plan_layer(const PlanParams& p, int* shared) {
       const int other = shuffle_up(sum, by);
       if (lane >= by) sum += other;
     }
-    sync_block();  // the sums of the round before have been read
+    sync_block();  // the sums of the previous round have been read
     if (lane == kWarp - 1) shared[warp] = sum;
     sync_block();
     int total = 0;
@@ -70,7 +70,7 @@ DMC_DEVICE void plan_layer(const PlanParams& p, int* shared) {
   }
 }
 
-// The head to which a tile belongs: the last one with plan[x] <= tile. All lanes of a warp together.
+// The head to which a tile belongs: the last one with plan[x] <= tile. Called by all lanes of a warp.
 DMC_DEVICE int head_of_tile(const int32_t* plan, int heads, int tile) {
   const int lane = thread_index() % kWarp;
   int low = 0, width = heads;

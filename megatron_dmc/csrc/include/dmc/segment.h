@@ -21,7 +21,7 @@ struct Segment {
     omega_sum = omega;
   }
 
-  // Take in what another one holds: earlier tokens, or one weighted token of a merge window.
+  // Add another accumulator: earlier tokens, or one weighted token of a merge window.
   DMC_HOST_DEVICE void merge(const Segment& other) {
     DMC_UNROLL
     for (int i = 0; i < kChannels; ++i) {

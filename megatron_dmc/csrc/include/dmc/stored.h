@@ -1,5 +1,5 @@
-// Entries of 8 bits with a scale each; megatron_dmc/ops/paged/kv_pages.py has the rule. What is written is the
-// same, bit for bit, on every GPU and on a host.
+// Entries of 8 bits with a scale each; megatron_dmc/ops/paged/kv_pages.py defines the rule. The written
+// bytes are identical on every GPU and on a host.
 #pragma once
 
 #include "dmc/platform.h"
@@ -13,7 +13,7 @@ struct int8 {
   int8_t bits;
 };
 
-// What the pages of a cache hold.
+// Storage types of a cache's pages.
 enum Stored : int { kNumbers, kE4m3, kInt8 };
 
 template <class S>
