@@ -39,8 +39,8 @@ class DMCConfig:
     """Steps over which the retrofit stage raises the target CR. Default: all steps of the stage."""
 
     cr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the retrofit stage raises the target CR. cosine: half a cosine, slow at both ends. constant:
-    not at all, the stage has its target from the first step."""
+    """Shape of the target CR's rise in the retrofit stage. cosine: half a cosine, slow at both ends.
+    constant: no rise, the stage has its target from the first step."""
 
     zero_out_steps: int | None = None
     """Length of the zero-out stage in steps. Default: all steps of the stage."""
@@ -67,7 +67,7 @@ class DMCConfig:
     lengths agree (DMC-C of the paper). Each head keeps its own importances."""
 
     policy: Literal["merge", "evict"] = "merge"
-    """What the decision does. merge: the token is merged into the newest entry (DMC). evict: the token
+    """Effect of the decision. merge: the token is merged into the newest entry (DMC). evict: the token
     before it leaves the cache, some tokens later (Dynamic Memory Sparsification, DMS)."""
 
     eviction_delay: int = 256
@@ -77,7 +77,7 @@ class DMCConfig:
     """Only the latest tokens of a segment, this many, contribute to its entry. 0: all of them."""
 
     merge_delay: int = 0
-    """How many of the newest tokens stay as they are: a decision takes effect this many tokens later.
+    """Number of newest tokens that stay raw: a decision takes effect this many tokens later.
     0: at once, the paper's method."""
 
     pool_after_rope: bool = False
@@ -85,11 +85,11 @@ class DMCConfig:
     and full-sequence evaluation only; the inference engine has no such entries."""
 
     hinge: Literal["sequence", "batch", "none"] = "sequence"
-    """Where the compression loss stops at 0. sequence: for every sequence that has reached the target
-    CR. batch: for microbatches that have, by their mean. none: nowhere, merging more always lowers it."""
+    """Scope of the clip at 0 in the compression loss. sequence: each sequence that has reached the target
+    CR. batch: microbatches that have, by their mean. none: no clip, more merging always lowers it."""
 
     loss_weight: float = 1.0
-    """Weight of the compression loss beside the language-model loss per token."""
+    """Weight of the compression loss relative to the language-model loss per token."""
 
     def __post_init__(self) -> None:
         choices = [s.value for s in Stage]

@@ -17,10 +17,10 @@ class InvalidRequest(DMCError, ValueError):
 
 
 class RequestFailed(DMCError, RuntimeError):
-    """A request that was ended by an exception of its own work; the engine and other requests go on.
+    """A request that was ended by an exception in its own work; the engine and other requests continue.
 
     Attributes:
-        outputs: `LLM.generate`'s: those of all prompts, failed ones with what they had.
+        outputs: `LLM.generate`'s: those of all prompts, of failed ones up to the failure.
     """
 
     def __init__(self, message: str, outputs: Sequence[Any] = ()):
@@ -33,7 +33,7 @@ class OutOfPages(DMCError, RuntimeError):
 
 
 class EngineDead(DMCError, RuntimeError):
-    """The engine has failed, was shut down or lost a process that it needs; start it anew."""
+    """The engine has failed, was shut down or lost a process that it needs; restart it."""
 
 
 class CheckpointError(DMCError, ValueError):

@@ -1,4 +1,4 @@
-"""Copies of the files that lie beside a checkpoint's weights."""
+"""Copy the files next to a checkpoint's weights."""
 
 import shutil
 from pathlib import Path

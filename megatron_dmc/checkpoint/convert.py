@@ -56,7 +56,7 @@ def _legacy_folder(path: Path) -> Path | None:
 
 
 def detect_format(path: str | Path) -> Format:
-    """Which of the two formats is in a folder.
+    """The format of a folder, one of two.
 
     Raises:
         CheckpointError: neither.
@@ -94,7 +94,7 @@ def open_checkpoint(
         target_cr: of a released checkpoint whose arguments do not hold it.
         tokenizer: where the checkpoint has none.
         allow_pickle: unpickle a Megatron checkpoint without a guard, which lets it run code.
-        verify_checkpoint: where there are checksums beside the weights, compare them, which reads every
+        verify_checkpoint: compare the checksums next to the weights, if any, which reads every
             file once. Collective over all ranks, if there are several. False: for a look at the
             description or the tokenizer.
         progress: show a progress bar for it on a terminal.
@@ -268,7 +268,7 @@ def convert(
 
 
 def _write_flags(folder: Path, description: ModelDescription, final: Path | None) -> None:
-    """What `pretrain_dmc.py` takes; --use-checkpoint-args alone would take neither the norm's
+    """Flags for `pretrain_dmc.py`; --use-checkpoint-args alone would read neither the norm's
     epsilon nor QK-norm nor RoPE scaling from the checkpoint.
 
     Args:

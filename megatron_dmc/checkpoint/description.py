@@ -1,4 +1,4 @@
-"""What a model is (sizes, dtype, DMC settings), and its three spellings.
+"""Description of a model (sizes, dtype, DMC settings), and its three spellings.
 
 The spellings are a Hugging Face `config.json`, Megatron's parsed arguments as saved in a
 checkpoint, and Megatron's command-line flags.
@@ -321,7 +321,7 @@ class ModelDescription:
 
         Args:
             args: `common_state["args"]`; --dmc-* flags are in it as `dmc_stage` and so on.
-            vocab_size: used where the run had no --vocab-size (it then counted the tokenizer's).
+            vocab_size: used if the run was started without --vocab-size (it then counted the tokenizer's).
 
         Raises:
             UnsupportedConfig: names the flag that gives the model a part with no counterpart.

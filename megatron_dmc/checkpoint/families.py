@@ -42,7 +42,7 @@ class Family:
     required: Mapping[str, Any] = field(default_factory=dict)
     """Settings that must have this value (or be absent), and are written so."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What transformers takes where `config.json` has no such key."""
+    """Default of transformers if `config.json` lacks the key."""
     always_head_dim: bool = True
     """False: `head_dim` is no key of its configuration, and is written where it is unusual only."""
 

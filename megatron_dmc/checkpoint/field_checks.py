@@ -19,7 +19,7 @@ MOST_EXPERTS = 2**17
 
 
 class Bounds(NamedTuple):
-    """What a field may be."""
+    """Allowed values of a field."""
 
     kind: type
     least: float = 0
@@ -66,7 +66,7 @@ def shown(value: Any) -> str:
 
 
 def problem(name: str, value: Any, bounds: Bounds) -> str | None:
-    """What is wrong with a value; None: nothing."""
+    """The error in a value; None if it is valid."""
     if value is None and bounds.optional:
         return None
     kind, least, most = bounds.kind, bounds.least, bounds.most
@@ -83,7 +83,7 @@ def problem(name: str, value: Any, bounds: Bounds) -> str | None:
 
 
 def token_problem(name: str, value: Any, *, several: bool) -> str | None:
-    """What is wrong with a special token's id (`several`: or a list of ids)."""
+    """The error in a special token's id (`several`: or a list of ids)."""
     ids = value if several and isinstance(value, list) else [value]
     if all(i is None or (type(i) is int and -1 <= i < 2**31) for i in ids) and len(ids) <= 1000:
         return None
@@ -91,7 +91,7 @@ def token_problem(name: str, value: Any, *, several: bool) -> str | None:
 
 
 def field_problems(values: Mapping[str, Any]) -> list[str]:
-    """All that is wrong with the fields of a `ModelDescription`: types, bounds, what must divide what."""
+    """All errors in the fields of a `ModelDescription`: types, bounds, divisibility."""
     found = {
         name: text
         for name, bounds in BOUNDS.items()

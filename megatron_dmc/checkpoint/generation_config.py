@@ -58,7 +58,7 @@ def copy_generation_config(source: Path | None, folder: Path) -> None:
 
 
 def sampling_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """What the contents of a file say about sampling, as arguments of `SamplingParams`."""
+    """Sampling defaults in the contents of a file, as arguments of `SamplingParams`."""
     return {
         ours: config[theirs] for theirs, ours in _SAMPLING.items() if config.get(theirs) is not None
     }

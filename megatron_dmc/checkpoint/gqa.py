@@ -31,7 +31,7 @@ class PooledKVHeads:
         self._num_kv_heads = num_kv_heads
 
     def fill(self, name: str, out: Tensor) -> None:
-        """See `WeightSource`. The mean is taken in float32 at least."""
+        """See `WeightSource`. The mean is computed in float32 or wider."""
         if ".linear_qkv." not in name:
             self._source.fill(name, out)
             return

@@ -15,7 +15,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""What Megatron's --use-rope-scaling has built in; only the factor can be chosen."""
+"""Fixed parameters of Megatron's --use-rope-scaling; only the factor can be chosen."""
 
 
 def description_fields(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -94,7 +94,7 @@ _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
 
 
 def _setting_problems(config: dict[str, Any], family: Family) -> list[str]:
-    """What changes the computation and has no counterpart."""
+    """Settings that change the computation and have no counterpart."""
     problems = []
     required = {"hidden_act": "silu", "quantization_config": None, **family.required}
     if required.get("use_sliding_window") is False:

@@ -1,4 +1,4 @@
-"""Checksums beside a checkpoint, so that a flipped bit is noticed before it is trained on or served.
+"""Checksums stored with a checkpoint, so that a flipped bit is detected before training or serving.
 
 The file is Megatron's own (`integrity.json`, what `--verify-integrity` writes and reads): SHA-256 of
 every file of an iteration. Megatron has rank 0 read a whole checkpoint for it; here every rank reads
@@ -82,13 +82,13 @@ def write_checksums(folder: Path) -> None:
 
 
 def forget_checksums(folder: Path) -> None:
-    """Before an iteration is saved over an older try: that one's checksums do not hold any more."""
+    """Delete stale checksums before an iteration is overwritten."""
     if _rank_and_size()[0] == 0:
         (folder / MANIFEST).unlink(missing_ok=True)
 
 
 def verify_checksums(folder: Path, *, progress: bool = False) -> None:
-    """Compare an iteration's files with the checksums beside them. Collective over all ranks.
+    """Compare an iteration's files with their checksums. Collective over all ranks.
 
     Reads every file once. A checkpoint without checksums passes.
 

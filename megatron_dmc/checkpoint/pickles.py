@@ -37,7 +37,7 @@ def _refuse(where: Path, names: list[str]) -> NoReturn:
 
 
 def _harmless() -> list[Any]:
-    """What torch's `weights_only` unpickler may make beside tensors and plain values.
+    """Classes that torch's `weights_only` unpickler may construct besides tensors and plain values.
 
     Megatron's own list (arguments, enums, the states of random generators and of the rerun state
     machine), and numpy's numbers and arrays.
@@ -53,7 +53,7 @@ def _harmless() -> list[Any]:
 
 
 def load(source: Path | io.BytesIO, where: Path, *, allow_pickle: bool) -> Any:
-    """What `torch.save` wrote; the tensors of a file are mapped into memory and read when used.
+    """The contents of a `torch.save` file; the tensors of a file are mapped into memory and read when used.
 
     Args:
         where: the file that errors name.

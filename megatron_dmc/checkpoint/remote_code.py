@@ -142,7 +142,7 @@ _STAGES = {
     "retrofit": "retrofit: rising target CR",
     "finetune": "finetune: constant target CR",
 }
-"""What a checkpoint says of its training is the stage that it was saved in."""
+"""Training section of a card: the checkpoint records only the stage that it was saved in."""
 
 
 def model_card(

@@ -33,7 +33,7 @@ _COMPANIONS = (
     "generation_config.json",
 )
 _TEMPLATE_FOLDER = "additional_chat_templates"
-"""Where transformers 5 keeps chat templates other than the default one."""
+"""Folder in which transformers 5 stores chat templates other than the default one."""
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _REPLACEMENT = "\ufffd"
 
@@ -200,7 +200,7 @@ class _GivenTokenizer:
 
 
 def as_tokenizer(given: Any | None) -> Tokenizer | None:
-    """What a caller gave as a tokenizer, as a `Tokenizer`.
+    """Convert a caller's tokenizer to a `Tokenizer`.
 
     Args:
         given: a `Tokenizer`; a tokenizer of transformers; an object with `encode(text)`, `decode(ids)`,
@@ -220,8 +220,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Toke
     model is read without it.
 
     Args:
-        trust_remote_code: run the folder's own code where it has some; else nothing is run and nobody
-            is asked.
+        trust_remote_code: run the folder's own code, if any; otherwise no code is run, without
+            a prompt.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -266,7 +266,7 @@ def _adds_special_tokens(config_file: Path) -> tuple[bool, bool]:
         return False, False
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-        # transformers' Llama tokenizers add the one and not the other unless told
+        # transformers' Llama tokenizers add the one and not the other by default
         is_llama = str(config.get("tokenizer_class")).startswith("Llama")
         return bool(config.get("add_bos_token", is_llama)), bool(config.get("add_eos_token"))
     except (OSError, ValueError, AttributeError) as e:
@@ -319,7 +319,7 @@ def megatron_tokenizer(path: Path) -> tuple[str, Path]:
 
 
 def find_tokenizer(path: str | Path, args: Namespace | None = None) -> Path | None:
-    """Where a checkpoint's tokenizer is: beside the weights, in `tokenizer/`, or as trained with.
+    """Path of a checkpoint's tokenizer: next to the weights, in `tokenizer/`, or as in training.
 
     Args:
         path: a Hugging Face folder or a Megatron checkpoint folder.
@@ -331,7 +331,7 @@ def find_tokenizer(path: str | Path, args: Namespace | None = None) -> Path | No
     places = [Path(path), Path(path) / TOKENIZER_FOLDER]
     if args is not None and getattr(args, "tokenizer_model", None):
         trained_with = Path(args.tokenizer_model)
-        # Megatron is given a file; what a text begins with is said beside it
+        # Megatron is given a file; the file next to it configures the begin of a text
         has_config = (trained_with.parent / _CONFIG_FILE).is_file()
         is_usual = trained_with.is_file() and trained_with.name == SENTENCEPIECE_FILE
         places.append(trained_with.parent if is_usual and has_config else trained_with)

@@ -143,7 +143,7 @@ def _check_lengths(folder: Path, index: Metadata) -> None:
 
 
 def read_metadata(folder: Path, *, allow_pickle: bool = False) -> dict[str, StoredTensor]:
-    """What an iteration's folder holds, after a check that its files are there in full length.
+    """Contents of an iteration's folder, after a check that its files exist in full length.
 
     Raises:
         CheckpointError: names the file that is missing, damaged, truncated or a refused pickle.
@@ -170,7 +170,7 @@ class _CollectBytes(DefaultLoadPlanner):
 
 
 def read_common(folder: Path, *, allow_pickle: bool = False) -> dict[str, Any]:
-    """What an iteration holds beside its sharded tensors: arguments, step, schedules.
+    """Contents of an iteration besides its sharded tensors: arguments, step, schedules.
 
     Raises:
         CheckpointError: it cannot be read, or is a refused pickle.
@@ -222,7 +222,7 @@ def check_whole(folder: Path) -> None:
 
 
 def older_usable_iteration(path: str | Path) -> tuple[int, str] | None:
-    """Where the newest iteration of a checkpoint folder is damaged: the one to go on from.
+    """The iteration to resume from if the newest one of a checkpoint folder is damaged.
 
     Collective over all ranks, if there are several.
 

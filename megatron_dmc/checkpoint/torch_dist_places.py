@@ -1,4 +1,4 @@
-"""Where the tensors of a model lie among those that a `torch_dist` checkpoint stores."""
+"""Locations of a model's tensors among the stored tensors of a `torch_dist` checkpoint."""
 
 import re
 from typing import NamedTuple
@@ -13,7 +13,7 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
 class Place(NamedTuple):
-    """Where a tensor of the model lies in a checkpoint: `tensor[at]` of a stored tensor."""
+    """Location of a model's tensor in a checkpoint: `tensor[at]` of a stored tensor."""
 
     key: str
     at: tuple[int, ...]
@@ -22,7 +22,7 @@ class Place(NamedTuple):
 
 
 def places_of(name: str, shape: tuple[int, ...], d: ModelDescription) -> list[Place]:
-    """Where Megatron stores a name of `megatron_shapes`; the first is where `write` puts it.
+    """Megatron's locations of a name of `megatron_shapes`; `write` uses the first.
 
     Layers, and a layer's experts, are stacked or (layers that differ) stored one by one; a norm has
     the name of the local or of the Transformer Engine layer spec.

@@ -49,7 +49,7 @@ class SynchronousSave(TorchDistSaveShardedStrategy):
         )
 
     def planner(self) -> MCoreSavePlanner:
-        """What decides on the content of the files."""
+        """The planner that determines the contents of the files."""
         return MCoreSavePlanner(**_PLANNER_OPTIONS)
 
 
@@ -61,7 +61,7 @@ _PLANNER_OPTIONS = {
 
 
 class _StreamedSave(SynchronousSave):
-    """Saves, beside what is in the state dict, tensors that are made when they are written."""
+    """Saves the state dict, and tensors that are created only when they are written."""
 
     def __init__(self, places: list[Place], dtype: torch.dtype, make: Callable[[Place], Tensor]):
         super().__init__()
@@ -118,7 +118,7 @@ def _written_places(d: ModelDescription) -> dict[Place, str]:
 
 
 def _extra_states(d: ModelDescription) -> dict[str, ShardedObject]:
-    """What Transformer Engine modules ask for beside their weights; empty here."""
+    """Extra states that Transformer Engine modules expect besides their weights; empty here."""
     modules = ["self_attention.linear_qkv", "self_attention.linear_proj",
                "self_attention.core_attention"]  # fmt: skip
     fc = ("linear_fc1", "linear_fc2")

@@ -27,7 +27,7 @@ EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
 
 
 class WeightSource(Protocol):
-    """Where a model's weights come from."""
+    """Source of a model's weights."""
 
     def fill(self, name: str, out: Tensor) -> None:
         """Write one tensor into `out`, converting its dtype; rows of vocabulary padding become zero.

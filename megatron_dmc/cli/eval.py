@@ -1,4 +1,4 @@
-"""`megatron-dmc eval`: lm-eval's tasks on the engine, with the measured CR beside every result."""
+"""`megatron-dmc eval`: lm-eval's tasks on the engine, with the measured CR of every result."""
 
 import argparse
 import importlib.util

@@ -187,7 +187,7 @@ def add_bench(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "bench",
         help="benchmarks; the last line of each is a JSON document",
-        description="Measure this machine, each result beside its ceiling or its alternatives.",
+        description="Measure this machine, each result with its ceiling or its alternatives.",
     )
     add_benchmarks(parser)
     parser.set_defaults(run=run_bench)
@@ -229,7 +229,7 @@ def add_eval(subparsers: Subparsers) -> None:
         "eval",
         help="lm-eval's tasks on the engine",
         description="Run tasks of EleutherAI's lm-eval through the paged engine, the cache compressed as "
-        "in decoding, and report the measured CR beside every result.",
+        "in decoding, and report the measured CR of every result.",
     )
     add_arguments(parser)
     parser.set_defaults(run=run_eval)
@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        exit code: 0; 1 where the engine failed; 2 for an error of the user's. Both are told in one line.
+        exit code: 0; 1 if the engine failed; 2 for a user's error. Both print one line.
     """
     args = build_parser().parse_args(argv)
     silence_optional_packages()

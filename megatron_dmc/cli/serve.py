@@ -22,7 +22,7 @@ API_KEY_VARIABLE = "MEGATRON_DMC_API_KEY"
 BACKLOG = 2048
 """Connections that the system holds until they are accepted."""
 LAST_WORDS_S = 5.0
-"""For requests whose time is over to be told, and connections to close."""
+"""Seconds for expired requests to get their error, and for connections to close."""
 FAILURE_NOTICE_S = 2.0
 """After the engine has failed requests and /health get 503 for so long; then the process ends."""
 
@@ -187,14 +187,14 @@ def make_app(args: argparse.Namespace) -> "tuple[FastAPI, Service]":
 async def _serve(
     server: Any, listener: socket.socket, service: "Service", shutdown_timeout: float
 ) -> bool:
-    """Serve until a signal, or until the engine fails: then whoever supervises this process starts it
-    anew. True after a failure."""
+    """Serve until a signal, or until the engine fails: the supervisor then restarts this process.
+    True after a failure."""
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     llm, deadline = service.llm, float("inf")
     while not serving.done():
         await asyncio.wait({serving}, timeout=0.1)
         if llm.failure is not None and not server.should_exit:
-            # whoever asks meanwhile is told, and a proxy's health check sees it
+            # meanwhile clients get the error, and a proxy's health check sees it
             await asyncio.wait({serving}, timeout=FAILURE_NOTICE_S)
             server.should_exit = True
         if server.should_exit:
@@ -210,7 +210,7 @@ def _ignore(*_: Any) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Taken before the model is loaded: a port in use is told at once."""
+    """Bind before the model is loaded: a port in use is reported at once."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=BACKLOG)

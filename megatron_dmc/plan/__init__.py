@@ -1,4 +1,4 @@
-"""What a retrofit needs: memory of a layout, layouts that fit, tokens and GPU-hours.
+"""Cost of a retrofit: memory of a layout, layouts that fit, tokens and GPU-hours.
 
     presets.py, model.py  what to train: well-known models and Hugging Face folders
     layout.py             how it is spread over GPUs, and which spreads Megatron and DMC take

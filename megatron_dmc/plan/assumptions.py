@@ -1,4 +1,4 @@
-"""What an estimate assumes of GPUs and links. No torch."""
+"""Assumptions of an estimate about GPUs and links. No torch."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""How a model is spread over GPUs, and the rules that a spread obeys."""
+"""Layout of a model over GPUs, and the rules for valid layouts."""
 
 import warnings
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ MICRO_BATCH_SIZES = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Job:
-    """What is given: the machine and the batch."""
+    """Input of a plan: the machine and the batch."""
 
     gpus: int
     """GPUs of the whole job."""
@@ -105,14 +105,14 @@ def divisors(n: int) -> list[int]:
 
 @dataclass
 class Rules:
-    """Which layouts Megatron and DMC take, for one model and job."""
+    """Layouts that Megatron and DMC accept, for one model and job."""
 
     model: PlannedModel
     job: Job
     _dmc: dict[tuple[int, int, bool], str | None] = field(default_factory=dict)
 
     def refusal(self, layout: Layout) -> str | None:
-        """Why a layout cannot run, naming flags and values; None if it can."""
+        """Reason why a layout cannot run, naming flags and values; None if it can."""
         model, job = self.model, self.job
         tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
         cp, vp = layout.context_parallel_size, layout.num_virtual_stages_per_pipeline_rank
@@ -177,7 +177,7 @@ class Rules:
         return self._dmc_refusal(tp, cp, vp > 1)
 
     def _dmc_refusal(self, tp: int, cp: int, interleaved: bool) -> str | None:
-        """What DMC's own validation says, so that a plan never offers what training refuses."""
+        """Result of DMC's own validation, so that a plan never offers what training refuses."""
         key = (tp, cp, interleaved)
         if key not in self._dmc:
             self._dmc[key] = None

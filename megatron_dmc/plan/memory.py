@@ -44,7 +44,7 @@ def stage_parameters(model: PlannedModel, layout: Layout, stage: int) -> int:
 
 @dataclass
 class LayerActivations:
-    """What one layer keeps for its backward, in bytes of one rank for one microbatch."""
+    """Tensors that one layer saves for its backward, in bytes of one rank for one microbatch."""
 
     layer_input: float
     """Input of the layer, all that full recompute keeps."""
@@ -53,7 +53,7 @@ class LayerActivations:
     attention: float
     """From the projected queries, keys and values to the attention's output."""
     dmc: float
-    """What DMC adds to `attention`."""
+    """Addition of DMC to `attention`."""
     mlp: float
     """Gate and up projection, and their product."""
 
@@ -71,8 +71,8 @@ def plain_attention_bytes(heads: int, groups: int, dim: int) -> int:
 def dmc_attention_bytes(
     heads: int, groups: int, dim: int, *, recompute: bool, context_parallel: int = 1
 ) -> int:
-    """Saved by `DMCSelfAttention` in the retrofit stage for each of a rank's own tokens, but for the
-    RoPE tables.
+    """Saved by `DMCSelfAttention` in the retrofit stage for each of a rank's own tokens, except for
+    the RoPE tables.
 
     Args:
         recompute: selective recompute: only what enters the attention is kept, and its output.
@@ -93,7 +93,7 @@ def dmc_attention_bytes(
 def layer_activations(
     model: PlannedModel, layout: Layout, job: Job, *, dmc: bool = True
 ) -> LayerActivations:
-    """What one layer keeps for one microbatch, with none or selective recompute.
+    """Tensors that one layer saves for one microbatch, with none or selective recompute.
 
     Args:
         dmc: False counts the same model with plain flash attention.
@@ -169,7 +169,7 @@ class Memory:
 
 
 def _layer_temporaries(model: PlannedModel, layout: Layout, job: Job) -> float:
-    """Working memory of one layer's backward beside what it saved.
+    """Working memory of one layer's backward in addition to its saved tensors.
 
     The input gathered over sequence-parallel ranks and its gradient; the gradient of the MLP's
     projection; and for DMC the eight float32 buffers of the merge's scan over the whole sequence.

@@ -293,7 +293,7 @@ def test_the_eval_command_with_an_eviction_policy(tmp_path):
     "arguments,named",
     [
         (["--tasks", ","], "--tasks"),
-        (["--tasks", "broken"], "broken: its data cannot be had"),
+        (["--tasks", "broken"], "broken: its data is unavailable"),
         (["--tasks", "local", "--include-path", "nowhere"], "nowhere"),
         (["--tasks", "unsafe"], "--confirm-run-unsafe-code"),
     ],

@@ -171,7 +171,7 @@ class DMCLayer(CacheLayerMixin):
             self.segment_UBGA = self.segment_UBGA[:, indices]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows of the beams that go on."""
+        """Select the rows of the continued beams."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -242,7 +242,7 @@ class DMCCache(Cache):
             self.num_real_B = self.num_real_B[indices.to(self.num_real_B.device)]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows of the beams that go on."""
+        """Select the rows of the continued beams."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

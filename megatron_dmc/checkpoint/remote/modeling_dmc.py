@@ -41,7 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "shared_decisions": False,  # the heads of a layer decide together
     "merge_window": 0,  # only the latest tokens of a segment count; 0: all
     "hinge": "sequence",  # where the compression loss stops at 0: per row, by their mean, nowhere
-    "loss_weight": 1.0,  # of the compression loss beside the language-model loss
+    "loss_weight": 1.0,  # of the compression loss relative to the language-model loss
 }
 CHOICES = {
     "stage": ("off", "zero-out", "retrofit", "finetune"),
@@ -81,7 +81,7 @@ def complete_settings(dmc: dict[str, Any] | None) -> dict[str, Any]:
 
 @dataclass
 class Decisions:
-    """What the layers of one forward share, and the merges that they report."""
+    """State shared by the layers of one forward, and the merges that they report."""
 
     first_TB: Tensor | None = None
     """Bool: nothing stands before the token, so it cannot merge."""
@@ -346,7 +346,7 @@ class DMCModel(nn.Module):
         decisions.with_gradient = self.training and torch.is_grad_enabled()
         outputs = super().forward(
             inputs_embeds=inputs_embeds,
-            # passed on as it is, instead of a dense causal mask that nobody reads
+            # passed on as it is, instead of a dense causal mask that is never read
             attention_mask=inputs_embeds.new_ones(1, 1, 1, 1),
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -395,7 +395,7 @@ class DMCForCausalLM(nn.Module):
     def set_dmc_step(
         self, *, target_cr: float | None = None, zero_out_scale: float | None = None
     ) -> None:
-        """What a schedule changes at every step; not saved.
+        """Settings that a schedule changes at every step; not saved.
 
         Args:
             target_cr: in place of the configured one, for instance while it rises from 1.
@@ -420,7 +420,9 @@ class DMCForCausalLM(nn.Module):
             attention = layer.self_attn
             for projection in (attention.q_proj, attention.k_proj):
                 rows = projection.out_features
-                for parameter in projection.parameters():  # (rows, ...), but for LoRA's (rank, in)
+                for (
+                    parameter
+                ) in projection.parameters():  # (rows, ...), except for LoRA's (rank, in)
                     if parameter.shape[0] == rows:
                         parameter[attention.head_dim - 1 :: attention.head_dim] = 0
 

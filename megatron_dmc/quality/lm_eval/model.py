@@ -62,7 +62,7 @@ class MegatronDMC(TemplateLM):
         engine: further arguments of `LLM`: `dtype`, `max_model_len`, `enable_dmc`, ...
 
     Raises:
-        DMCError: the model or its tokenizer cannot be had.
+        DMCError: the model or its tokenizer is unavailable.
     """
 
     def __init__(
@@ -93,7 +93,9 @@ class MegatronDMC(TemplateLM):
                 trust_remote_code=trust_remote_code,
             )[2]  # fmt: skip
         if place is None:
-            raise DMCError(f"{pretrained}: no tokenizer beside the checkpoint; give tokenizer=PATH")
+            raise DMCError(
+                f"{pretrained}: no tokenizer next to the checkpoint; give tokenizer=PATH"
+            )
         self._plain = load_tokenizer(place, trust_remote_code=trust_remote_code)
         # lm-eval's own functions look for chat templates in it
         self.tokenizer: Any | None = None
@@ -138,7 +140,7 @@ class MegatronDMC(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids; with the special tokens that the tokenizer is set up to add, unless told. A text
+        """Token ids; with the special tokens that the tokenizer is configured to add, by default. A text
         that already begins with the prefix token gets none, as with lm-eval's `hf`."""
         add = add_special_tokens
         if add is None:
@@ -290,8 +292,8 @@ class MegatronDMC(TemplateLM):
     # Figures.
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes beside the results: the model, and the measured CR of all that this
-        engine has computed."""
+        """Entries that lm-eval adds to the results: the model, and the measured CR of everything that
+        this engine has computed."""
         engine, stats = self.llm.engine, self.llm.stats()
         weights = list(engine.runner.model.parameters())
         return {

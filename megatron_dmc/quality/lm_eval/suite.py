@@ -45,7 +45,7 @@ def load_tasks(manager: Any, names: list[str]) -> dict[str, list[Any]]:
         manager: of `task_manager`.
 
     Raises:
-        DMCError: a task that does not exist, or whose data cannot be had.
+        DMCError: a task that does not exist, or whose data is unavailable.
     """
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
@@ -62,7 +62,7 @@ def load_tasks(manager: Any, names: list[str]) -> dict[str, list[Any]]:
         except Exception as e:  # datasets and the hub's client raise many kinds
             reason = " ".join(str(e).split())[:200] or type(e).__name__
             raise DMCError(
-                f"--tasks {name}: its data cannot be had ({type(e).__name__}: {reason}); run once where "
+                f"--tasks {name}: its data is unavailable ({type(e).__name__}: {reason}); run once where "
                 "there is a network and copy the folder HF_HOME here, or leave the task out "
                 "(--tasks local needs no download)"
             ) from e

@@ -18,7 +18,7 @@ def read_tensorboard(
     """Curves of one stage, in the order of their steps.
 
     A run that was interrupted and resumed has several event files; where they overlap the newest
-    file counts, as training went on from there. What a truncated file still holds is used.
+    file counts, since training resumed from there. The readable part of a truncated file is used.
 
     Args:
         folder: the stage's `--tensorboard-dir`.

@@ -57,7 +57,7 @@ class Completion(TypedDict):
 
 @dataclass(kw_only=True)
 class ReportData:
-    """All that the report shows; None means not measured, and the page says so."""
+    """Data of the report; None means not measured, and the page says so."""
 
     title: str
     """Headline of the page."""

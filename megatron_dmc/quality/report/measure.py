@@ -45,7 +45,7 @@ def generate(loaded: LoadedModel, prompts: list[list[int]], max_tokens: int) -> 
 
     Args:
         prompts: token ids.
-        max_tokens: exactly so many are generated for each.
+        max_tokens: exact number of generated tokens for each.
     """
     longest = max(map(len, prompts)) + max_tokens
     device = next(loaded.model.parameters()).device
@@ -65,7 +65,7 @@ def generate(loaded: LoadedModel, prompts: list[list[int]], max_tokens: int) -> 
 
 
 def sample_of(loaded: LoadedModel, token_ids: list[int]) -> Sample:
-    """Where each head starts its entries in a text; shown first: the head of median CR."""
+    """First tokens of each head's entries in a text; shown first: the head of median CR."""
     assert loaded.tokenizer is not None
     trace = DecisionTrace(loaded.model)
     device = next(loaded.model.parameters()).device
@@ -151,7 +151,7 @@ def measure(
     for path, loaded in ((base_path, base), (dmc_path, dmc)):
         if loaded.tokenizer is None:
             raise CheckpointError(
-                f"{path}: no tokenizer beside the checkpoint; copy tokenizer.model there"
+                f"{path}: no tokenizer next to the checkpoint; copy tokenizer.model there"
             )
     settings_of_dmc = dmc.description.dmc
     if settings_of_dmc is None:

@@ -115,7 +115,7 @@ def _results(data: ReportData) -> list[tuple[str, str, str]]:
 
 
 def _sample(data: ReportData) -> dict[str, Any] | None:
-    """What the template needs of the sample: per token its pieces, segment and counts."""
+    """The sample for the template: per token its pieces, segment and counts."""
     if data.sample is None:
         return None
     tokens, starts = data.sample["tokens"], data.sample["starts"]

@@ -27,7 +27,7 @@ from PIL import Image
 
 from megatron_dmc.quality.report.data import ReportData, write_atomically
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; each is a CSS variable
+# Okabe and Ito's colours, which colour-blind readers can distinguish; each is a CSS variable
 INK, MUTED, GRID = "#1f2a33", "#5b6873", "#dfe4e8"
 BLUE, ORANGE, GREEN, PALE = "#0072b2", "#d55e00", "#009e73", "#9fb4c4"
 CSS_VARIABLES = {
@@ -456,7 +456,7 @@ def _figure(width: int, height: int) -> Figure:
 
 
 def _svg(figure: Figure, name: str, title: str) -> str:
-    """The figure as an `<svg>` element that may stand in a page beside others."""
+    """The figure as an `<svg>` element that can share a page with others."""
     for ax in figure.axes:
         ax.set_facecolor("none")
     buffer = io.StringIO()
