@@ -19,7 +19,7 @@ def test_every_step(tmp_path):
     # the installed package ran, not the checkout
     (installed,) = tmp_path.glob("image/lib/python*/site-packages/megatron_dmc")
     assert not (tmp_path / "root/opt/megatron-dmc/megatron_dmc").exists()
-    # anybody may run it
+    # any user may run it
     assert steps.user not in ("root", "0")
     home = tmp_path / "root/home/megatron-dmc"
     assert stat.S_IMODE(home.stat().st_mode) == 0o1777 and steps.environment["HOME"] == str(home)

@@ -105,7 +105,7 @@ def uses_get_args(tree: ast.Module) -> list[ast.AST]:
 
 
 def check_import(importer: str, imported: str, *, lazy: bool) -> str | None:
-    """What is wrong with module `importer` importing `imported` (both full names), if anything."""
+    """The error in module `importer` importing `imported` (both full names), or None."""
     head = imported.split(".")[0]
     own = importer.split(".")[1] if "." in importer else None  # None: megatron_dmc/__init__.py
     if head == "megatron":

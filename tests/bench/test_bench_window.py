@@ -226,7 +226,7 @@ def test_the_build_of_the_extension_is_a_row(monkeypatch, tmp_path, setup, outco
 
 
 def test_the_engine_stages(tmp_path, monkeypatch):
-    """With Megatron: every case is right, but for those that need a GPU."""
+    """With Megatron: every case is correct, except for those that need a GPU."""
     from megatron_dmc.bench import window_engine
 
     monkeypatch.setattr(window_engine, "ceiling", lambda *args: 1e10)

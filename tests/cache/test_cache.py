@@ -201,7 +201,7 @@ def test_a_broken_promise_and_a_lost_page_are_noticed():
 def test_counts_of_shared_pages():
     """Two rows and a cached prefix over one run: each page counts once, on either of two ranks."""
     counts = PageCounts(50, 4, (2, 1, 3, 2))
-    assert counts.pages_needed_K(2, 1).tolist() == [2, 2]  # nobody has used the row yet
+    assert counts.pages_needed_K(2, 1).tolist() == [2, 2]  # the row is unused
     counts.set_entries(np.array([0]), np.array([9, 5, 13, 4]).reshape(2, 1, 1, 2))
     assert counts.held_by_rows_K.tolist() == [5, 5]
     assert counts.pages_needed_K(0, 1).tolist() == [0, 1]

@@ -67,7 +67,7 @@ CASES = {
 
 
 def save(config, path: Path):
-    """A random model in a folder; norms and biases are drawn too, lest their place be hidden."""
+    """A random model in a folder; norms and biases are random too, so that a wrong location shows."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_bits_logits_and_tokens(case, tmp_path):
 
 
 def test_scaled_rope_is_not_plain_rope(tmp_path):
-    """What the case of Llama 3 shows: without the scaling its logits would be others."""
+    """RoPE scaling matters in the case of Llama 3: without it the logits differ."""
     reference = save(CASES["llama3"], tmp_path / "hf")
     loaded = load_model(tmp_path / "hf")
     plain = replace(loaded.description, rope_scaling_factor=None)

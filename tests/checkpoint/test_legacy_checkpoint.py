@@ -72,7 +72,7 @@ RELEASED_FLAGS = {
 
 
 def rank_slice(name: str, tensor: torch.Tensor, tp: int, rank: int) -> torch.Tensor:
-    """What Megatron's tensor-parallel layers keep of a tensor, by index."""
+    """A tensor's shard in Megatron's tensor-parallel layer `index`."""
     if "norm" in name:
         return tensor.clone()
     if "linear_proj" in name or "linear_fc2" in name:  # row parallel

@@ -373,7 +373,7 @@ def nobody_answers(monkeypatch):
 
 @pytest.mark.usefixtures("nobody_answers", "remote_modules")
 def test_code_in_a_tokenizers_folder(llama3, tmp_path):
-    """Nothing of it is run, and nobody is asked, unless it is trusted."""
+    """Its code runs only if it is trusted, and there is no prompt."""
     folder = tmp_path / "own"
     folder.mkdir()
     for file in llama3[0].iterdir():

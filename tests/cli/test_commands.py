@@ -1,5 +1,5 @@
 """The commands on what a short demo leaves behind: in processes of their own, as a user runs them, and
-where a start would tell nothing more, in this one."""
+in this process where a new one would show nothing more."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What the engine counts: lengths, fragmentation, rates, and decisions that flip on recomputation."""
+"""Engine statistics: lengths, fragmentation, rates, and decisions that flip on recomputation."""
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ def test_record_counts_each_flipped_decision():
     again[1, 4, 2] ^= True
     again[2, 4, 0] ^= True
     again[0, 7, 1] ^= True
-    again[:, 0] ^= True  # nobody asks the first token
+    again[:, 0] ^= True  # the first token has no decision
     assert record.add(0, again[:, :5]) == (5 * 15, 2)
     assert record.add(5, again[:, 5:]) == (5 * 15, 1)
     assert record.add(4, first[:, 4:5]) == (15, 2)

@@ -133,8 +133,8 @@ HEADS = [(32, 32, 128), (8, 2, 128), (4, 1, 64), (16, 2, 64)]
 @pytest.mark.parametrize("name", [n for n in flash.KERNELS if n not in ("cpu", "dense")])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_flash_adapters(name, heads):
-    """Every stock kernel that is here computes attention, in our call of it; those that do not are told
-    from those that cannot be had."""
+    """Every installed stock kernel computes attention in our call of it; wrong kernels are distinguished
+    from missing ones."""
     num_heads, num_kv_heads, dim = heads
     kernel, dtype = flash.KERNELS[name], torch.bfloat16
     q = torch.empty(2, num_heads, 8, dim, dtype=dtype, device=DEVICE)

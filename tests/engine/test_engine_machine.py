@@ -12,7 +12,7 @@ def test_random_use_conserves_pages_and_tokens():
 
 @pytest.mark.parametrize("num_pages", [40, 41])  # the latter as if captured
 def test_fixed_use_meets_preemption_and_cached_prefixes(num_pages):
-    """What a random draw may miss."""
+    """A case that random draws may miss."""
     before = dict(totals)
     machine = EngineMachine()
     machine.make(num_pages=num_pages, budget=16, prefixes=True, policy="fcfs")

@@ -118,7 +118,7 @@ def test_processes_of_its_own_do_the_same(saved, size):
 
 @pytest.mark.dist
 def test_a_request_that_fails_on_rank_0_ends_on_all(saved):
-    """The other rank knows nothing of the fault; both go on with one schedule."""
+    """The other rank does not see the failure; both continue with one schedule."""
     result, codes, text = launch(saved[0], 2, "failed")
     assert set(codes) == {0}, text
     tokens, _ = saved[1]["auto"]

@@ -1,5 +1,5 @@
 """One request never hurts another: ids and numbers from outside, faults in one request's own work, logits that
-are not finite; and a failure of what is shared ends the engine with everybody told."""
+are not finite; and a failure of shared state ends the engine with an error for every request."""
 
 import asyncio
 import dataclasses
@@ -40,7 +40,7 @@ class Spread(Letters):
 
 
 def params_of(name):
-    """Everything that is done for one request; `logprobs` tells whose it is."""
+    """Parameters that use every kind of per-request work; `logprobs` identifies the request."""
     return SamplingParams(
         seed=ord(name), max_tokens=10, ignore_eos=True, logprobs="abc".index(name) + 3,
         prompt_logprobs="abc".index(name) + 13, presence_penalty=0.5, min_tokens=2, stop=["~"],
@@ -194,7 +194,7 @@ def test_a_fault_while_a_request_is_added_leaves_nothing(monkeypatch):
 
 def test_streams_of_a_failed_request_raise_and_others_go_on(monkeypatch):
     engine = make()
-    llm = AsyncLLM(engine, observer=lambda outputs: 1 / 0)  # nor does an observer hurt anybody
+    llm = AsyncLLM(engine, observer=lambda outputs: 1 / 0)  # a failing observer has no effect
 
     async def collect(name):
         outputs = [o async for o in llm.generate(PROMPTS[name], params_of(name), name)]

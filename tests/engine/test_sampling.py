@@ -36,7 +36,7 @@ def test_draws_are_the_hash_of_seed_and_position():
 
 
 def warped(scores_BV, top_k, top_p, min_p):
-    """What transformers makes of it."""
+    """The result of transformers."""
     warpers = LogitsProcessorList()
     if top_k > 0:
         warpers.append(TopKLogitsWarper(top_k))

@@ -290,7 +290,7 @@ def test_prompts_shrink_to_the_pages_that_are_free():
     account.grow(first.chunks[0].request, 36, MergesFourfold)
     first.chunks[0].request.num_computed_tokens = 36
     first.chunks[0].request.output_token_ids.append(0)
-    # 9 pages are held; the 21 others take in 28 tokens at worst, the first request's page has room
+    # 9 pages are held; the 21 others fit 28 tokens in the worst case, the first request's page has room
     scheduler.add(make_request(1, 40, 1))
     second = scheduler.schedule()
     assert [(c.request.number, c.num_tokens) for c in second.chunks] == [(0, 1), (1, 28)]

@@ -1,4 +1,4 @@
-"""Which stock attention kernel runs, and that each adapter speaks its kernel's language.
+"""Choice of the stock attention kernel, and the adapter of each kernel.
 
 The packages are not installed here: their functions are stood in for, with their own signatures, by
 plain PyTorch on CPU tensors.

@@ -1,4 +1,4 @@
-"""What is measured on the experiments' arms after the fact: budgets, eviction in whole windows against the engine,
+"""Measurements on the experiments' arms: budgets, eviction in whole windows against the engine,
 classes of token, sizes over time; and the file, tables and figures made of it."""
 
 import json

@@ -2,7 +2,7 @@
 
 `python tests/support/convert_large.py --gigabytes 4` makes a random Llama of that size in bfloat16, converts
 it to Megatron's format and back with the real command, each in a process of its own, and prints the
-peak of the process's memory (RSS, mapped files included) beside that of converting a tiny model. Exit
+peak of the process's memory (RSS, mapped files included) compared with that of converting a tiny model. Exit
 code 1 if a conversion needed as much as its largest shard on top of that, or a bit changed.
 The test in `test_convert_memory.py` does the same at 0.2 GB.
 """

@@ -27,7 +27,7 @@ from dockerfile_parse import DockerfileParser
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = re.compile(r"nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3")
 INSIDE = ("/opt/megatron-dmc", "/home/megatron-dmc")
-"""All that the image's steps may name by absolute path."""
+"""Absolute paths that the image's steps may name."""
 
 
 class StepFailed(Exception):

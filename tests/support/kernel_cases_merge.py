@@ -32,7 +32,7 @@ if triton.knobs.runtime.interpret:
             pass
 
     def _patch_once(fn):
-        # the interpreter patches the language anew for every nested call: most of its time
+        # the interpreter patches the language again for every nested call: most of its time
         if id(fn.__globals__) not in _patched:
             _patched.add(id(fn.__globals__))
             _patch_lang(fn)

@@ -18,7 +18,7 @@ if BACKEND == "host":
 
 
 def held_pages(num_pages, num_held, seed):
-    """A stack of which so many pages are taken, each with one to three owners."""
+    """A stack with `num_held` allocated pages, each with one to three owners."""
     generator = torch.Generator().manual_seed(seed)
     free = FreePages.of(torch.randperm(num_pages, generator=generator))
     free.state[0] = num_held

@@ -1,4 +1,4 @@
-"""What the kernels' tests share: cases in a process of their own, and compilers without a GPU."""
+"""Tools of the kernel tests: cases in a separate process, and compilers without a GPU."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ def compile_for(kernel, capability: int, dtype: str, num_warps: int, types=None,
     """The kernel compiled for a GPU that need not be here.
 
     Args:
-        dtype: of pointers, but for those that are float32 in every kernel.
+        dtype: of pointers, except for those that are float32 in every kernel.
         types: other arguments that are neither such a pointer nor a 32-bit integer, by name.
     """
     import triton

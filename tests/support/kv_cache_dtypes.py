@@ -1,4 +1,4 @@
-"""What 8-bit pages cost in accuracy: the demo's base model on held-out text, through the engine.
+"""Accuracy of 8-bit pages: the demo's base model on held-out text, through the engine.
 
 `python tests/support/kv_cache_dtypes.py` prints the tables of docs/engine.md; the test takes a few windows.
 Every window of tokens is prefilled, its last `--decoded` tokens are decoded one at a time, and every

@@ -1,4 +1,4 @@
-"""What training really builds and keeps, for test_plan.py; prints one JSON document.
+"""Measure the model and memory of a training run, for test_plan.py; prints one JSON document.
 
     python tests/support/plan_worker.py LAYOUTS_JSON
 

@@ -2,8 +2,8 @@
 # examples/retrofit.sh with a tiny model on the CPU, in two processes, started four times:
 #
 #   1. killed with SIGKILL in the middle of the retrofit stage, every process of it;
-#   2. told to stop (TERM) in the middle of the finetune stage: saves, code 75;
-#   3. goes on to the end;
+#   2. stopped (TERM) in the middle of the finetune stage: saves, code 75;
+#   3. continues to the end;
 #   4. finds everything done.
 #
 #     tests/support/run_retrofit.sh [FOLDER]     # default: a new folder in /tmp

@@ -72,7 +72,7 @@ class Forked:
             rank.start()
 
     def wait(self, timeout: float = 500) -> subprocess.CompletedProcess[str]:
-        """What torchrun would give; as it does, it ends the other ranks when one has failed."""
+        """The result that torchrun would give; like it, end the other ranks when one has failed."""
         end, code = time.monotonic() + timeout, 0
         while not code and (alive := [rank for rank in self.ranks if rank.is_alive()]):
             if not connection.wait([rank.sentinel for rank in alive], end - time.monotonic()):

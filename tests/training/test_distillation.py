@@ -181,7 +181,7 @@ def test_wrong_flags_are_refused_at_once(base, flags, message):
     ],
 )
 def test_a_checkpoint_that_is_no_teacher_is_named(base, tmp_path, change, message):
-    """What `load_teacher` says before it builds anything; the run's own arguments are a good teacher's."""
+    """Errors of `load_teacher` before it builds anything; the run's own arguments describe a valid teacher."""
     from megatron_dmc.config import DMCConfig, DMCTransformerConfig
     from megatron_dmc.errors import CheckpointError
     from megatron_dmc.training.teacher import load_teacher

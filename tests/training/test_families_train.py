@@ -67,7 +67,7 @@ def test_fast_tokenizer_and_chat_template_travel(tmp_path):
 
 
 def test_the_tokenizer_that_knows_all_tokens_is_taken(tmp_path):
-    """sentencepiece alone; with a fast tokenizer beside it, which transformers reads, and Megatron trains
+    """sentencepiece alone; with an additional fast tokenizer, which transformers reads, and Megatron trains
     with once it has more tokens."""
     import json
 
@@ -108,7 +108,7 @@ RARELY = [
 @pytest.mark.dist
 @pytest.mark.parametrize("case", ["qwen3", *RARELY])
 def test_megatron_trains_what_was_converted(case, tmp_path):
-    """The folder's flags are all that a run needs beside its data and schedule. Two steps of Adam
+    """The folder's flags are all that a run needs besides its data and schedule. Two steps of Adam
     move every tensor, and none further than two steps go."""
     save(CASES[case], tmp_path / "hf")
     fast_tokenizer(tmp_path / "hf")

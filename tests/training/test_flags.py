@@ -180,7 +180,7 @@ def test_flags_of_attention_have_an_effect_without_dmc(given):
 
 
 def spec_without_norm(model, vp_stage=None):
-    """What `--spec` may name: other layers than the default ones."""
+    """A layer spec for `--spec` with other layers than the default ones."""
     spec = plain.default_layer_spec(model, vp_stage)
     spec.submodules.input_layernorm = IdentityOp
     return spec
@@ -391,7 +391,7 @@ LARGER = """
 --log-params-norm --log-num-zeros-in-grad --log-timers-to-tensorboard --log-validation-ppl-to-tensorboard
 --use-precision-aware-optimizer --timing-log-option minmax --exit-signal-handler --no-check-for-nan-in-loss-and-grad
 """
-"""What larger layouts add."""
+"""Additional checks of larger layouts."""
 
 
 @pytest.mark.parametrize("stage", ["off", "retrofit"])

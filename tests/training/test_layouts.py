@@ -1,6 +1,6 @@
 """Any layout, recompute on or off: the loss, measured CR and every gradient of one process.
 
-Real processes over gloo, Megatron's real schedules, float64 but where the layout says bfloat16 (and but
+Real processes over gloo, Megatron's real schedules, float64 unless the layout says bfloat16 (except
 for Megatron's cross entropy, which is computed in float32); the bound is on the largest difference of any gradient element, relative to
 the largest element of that gradient.
 """

@@ -1,4 +1,4 @@
-"""A run that dies goes on as if nothing had happened: kill -9, another layout, damaged files, full disk."""
+"""A killed run resumes bitwise: kill -9, another layout, damaged files, full disk."""
 
 import os
 import re
@@ -46,7 +46,7 @@ def whole(tmp_path_factory) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory) -> Path:
-    """What a run killed with SIGKILL during its sixth step leaves behind."""
+    """The folder left by a run that SIGKILL ended during its sixth step."""
     folder = tmp_path_factory.mktemp("killed")
     run = Forked(*TRAIN, *to(folder))
     end = time.monotonic() + 300

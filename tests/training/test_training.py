@@ -15,7 +15,7 @@ from megatron_dmc.training.loss import compression_loss
 from megatron_dmc.training.step import CompressionLoss
 
 WANDB = '''
-"""What Megatron calls of W&B, written to the run's folder."""
+"""A stand-in for the part of W&B that Megatron calls; writes to the run's folder."""
 import json, os
 from types import SimpleNamespace
 config = {}
@@ -82,7 +82,7 @@ def test_stages_follow_each_other(tmp_path):
     # Megatron's console averages the first two steps; its TensorBoard has each step's value
     assert [(p["step"], p["target_cr"]) for p in curves] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 3.0)]
     assert all(len(p["measured_cr_per_layer"]) == LAYERS for p in curves)
-    # throughput and CR through Megatron's writers: TensorBoard, and W&B beside it
+    # throughput and CR through Megatron's writers: TensorBoard and W&B
     entries = map(json.loads, (tmp_path / "wandb" / "log").read_text().splitlines())
     sent: dict[str, dict[int, float]] = {}
     for step, values in entries:

@@ -1,4 +1,4 @@
-"""What a run's flags mean: by machine, in samples, from which checkpoint, with faults; and what it prints."""
+"""Effects of a run's flags: by machine, in samples, by starting checkpoint, with failures; console output."""
 
 import dataclasses
 import os
