@@ -178,7 +178,7 @@ def cpu_extension():
 
 
 def instruction_sets() -> dict[str, list[str]]:
-    """What the CPU kernels are compiled for, and the compiler's options; the oldest first, since a linker
+    """Instruction sets of the CPU kernels and their compiler options; the oldest first, since a linker
     keeps the first copy of an inline function."""
     options = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG"]
     if sys.platform == "linux" and "clang" not in compiler_version():

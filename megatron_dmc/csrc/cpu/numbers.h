@@ -1,4 +1,4 @@
-// float32 beside the number types of dmc/platform.h.
+// float32, in addition to the number types of dmc/platform.h.
 #pragma once
 
 #include "dmc/stored.h"

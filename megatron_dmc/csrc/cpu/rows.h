@@ -49,7 +49,7 @@ struct OpenSegment {
 
   int size() const { return 2 * dim + 1; }
 
-  // Merge a token, or open anew with it; `kv` becomes the segment's state.
+  // Merge a token, or open a new segment with it; `kv` becomes the segment's state.
   void take(float* kv, float omega, bool is_merge) const {
     const int a = size(), rows = merge_window ? merge_window : 1;
     float* newest = kept_UA + (rows - 1) * a;
