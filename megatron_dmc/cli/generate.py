@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command."""
+    """Run the command. The engine's --seed is also the seed of the completion."""
     from megatron_dmc.engine.sampling_params import SamplingParams
 
     params = SamplingParams(

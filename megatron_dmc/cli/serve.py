@@ -1,4 +1,4 @@
-"""`megatron-dmc serve`: flags, start, and the way to a clean end."""
+"""`megatron-dmc serve`: flags, start-up and shutdown."""
 
 import argparse
 import asyncio
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 API_KEY_VARIABLE = "MEGATRON_DMC_API_KEY"
 BACKLOG = 2048
-"""Connections that the system holds until they are accepted."""
-LAST_WORDS_S = 5.0
-"""Seconds for expired requests to get their error, and for connections to close."""
+"""Length of the listening socket's queue."""
+CLOSING_S = 5.0
+"""Time after --shutdown-timeout for the last error responses and for connections to close."""
 FAILURE_NOTICE_S = 2.0
-"""After the engine has failed requests and /health get 503 for so long; then the process ends."""
+"""Time after a failure of the engine in which requests and /health get 503; then the process ends."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--max-connections", type=int, default=4096,
-        help="open connections; a new one takes the place of the one that has waited longest for its "
-        "client, or gets 503",
+        help="open connections; a new one replaces the one that has waited longest for its client, "
+        "or gets 503",
     )  # fmt: skip
     group.add_argument(
         "--client-timeout", type=float, default=60, metavar="SECONDS",
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         0 after a clean end. A failure of the engine ends the process, with exit code 1.
 
     Raises:
-        DMCError: a flag cannot be honoured.
+        DMCError: a flag has an invalid value.
     """
     check_arguments(args)
     if is_follower(args):
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
                     client_timeout_s=args.client_timeout, max_connections=max_connections
                 ),
                 ws="none", backlog=min(BACKLOG, max_connections),
-                timeout_graceful_shutdown=int(args.shutdown_timeout + LAST_WORDS_S),
+                timeout_graceful_shutdown=int(args.shutdown_timeout + CLOSING_S),
             )
         )  # fmt: skip
         pool = engine.context.pool
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
             flush=True,
         )
-        # uvicorn raises the signals that ended it once more: by then they are done with
+        # uvicorn re-raises the signals that ended it; they have been handled by then
         before = {s: signal.signal(s, _ignore) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             engine_failed = asyncio.run(_serve(server, listener, service, args.shutdown_timeout))
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
             for number, handler in before.items():
                 signal.signal(number, handler)
     if engine_failed:
-        # at once: destructors would wait for ranks that are gone
+        # without destructors, which would wait for ranks that are gone
         logging.shutdown()
         sys.stderr.flush()
         os._exit(1)
@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises:
-    DMCError: a flag cannot be honoured, or a package is missing.
+    DMCError: a flag has an invalid value, or a package is missing.
     """
     try:
         import fastapi  # noqa: F401
@@ -163,7 +163,7 @@ def make_app(args: argparse.Namespace) -> "tuple[FastAPI, Service]":
     front (examples/replicas).
 
     Raises:
-        DMCError: a flag cannot be honoured.
+        DMCError: a flag has an invalid value.
     """
     from megatron_dmc.engine import AsyncLLM
     from megatron_dmc.server.app import build_app
@@ -187,14 +187,17 @@ def make_app(args: argparse.Namespace) -> "tuple[FastAPI, Service]":
 async def _serve(
     server: Any, listener: socket.socket, service: "Service", shutdown_timeout: float
 ) -> bool:
-    """Serve until a signal, or until the engine fails: the supervisor then restarts this process.
-    True after a failure."""
+    """Serve until a signal, or until the engine fails: then a supervisor restarts this process.
+
+    Returns:
+        True after a failure.
+    """
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     llm, deadline = service.llm, float("inf")
     while not serving.done():
         await asyncio.wait({serving}, timeout=0.1)
         if llm.failure is not None and not server.should_exit:
-            # meanwhile clients get the error, and a proxy's health check sees it
+            # clients and the health checks of a proxy get 503 meanwhile
             await asyncio.wait({serving}, timeout=FAILURE_NOTICE_S)
             server.should_exit = True
         if server.should_exit:
@@ -210,7 +213,7 @@ def _ignore(*_: Any) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Bind before the model is loaded: a port in use is reported at once."""
+    """Bind before the model is loaded, so that a port in use is reported at once."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=BACKLOG)

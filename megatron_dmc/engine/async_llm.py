@@ -1,8 +1,8 @@
-"""`AsyncLLM`: the engine behind asyncio, in vLLM's manner.
+"""`AsyncLLM`: the engine behind asyncio, as in vLLM.
 
-The engine runs in one thread, which alone touches it. Event loops hand it commands and get back what
-changed, once per step. A stream keeps only the newest output, which holds all that came before it: a
-reader that falls behind costs neither memory nor anybody else's time.
+The engine runs in a thread of its own. Event loops post commands to it and receive its outputs, once per step.
+Outputs are cumulative and a stream keeps only the newest one, so a slow reader costs no memory and delays no
+other request.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ type Observer = Callable[[list[RequestOutput]], None]
 class RequestStream:
     """The outputs of one request, to be read with `async for` in the loop that made it.
 
-    Each output is cumulative. One that nobody has read yet is replaced by the next.
+    Outputs are cumulative. The next output replaces one that has not been read.
 
     Attributes:
         latest: the newest output, read or not; None before the first.
@@ -94,8 +94,8 @@ class AsyncLLM:
         observer: called in the engine's thread with every step's outputs, and with those of aborted
             requests; must be quick and must not raise.
 
-    The thread starts with the first call (with tensor parallelism at once: it watches the other ranks) and
-    ends with `shutdown`, or with the process.
+    The thread starts with the first call, or at once with tensor parallelism, where it monitors the other ranks.
+    It ends with `shutdown` or the process.
     """
 
     def __init__(self, engine: LLMEngine, *, observer: Observer | None = None):
@@ -163,8 +163,8 @@ class AsyncLLM:
         *,
         priority: int = 0,
     ) -> RequestStream:
-        """Queue a request; returns once the engine has accepted it. Whoever stops reading the stream
-        must `abort` the request. Raises like `generate`."""
+        """Queue a request; returns once the engine has accepted it. A caller that stops reading the
+        stream must `abort` the request. Raises like `generate`."""
         request_id = f"request-{next(self._counter)}" if request_id is None else request_id
         stream = RequestStream(request_id, asyncio.get_running_loop())
 
@@ -186,13 +186,13 @@ class AsyncLLM:
             await self._call(lambda: self._abort(request_id))
 
     def abort_soon(self, request_id: str) -> None:
-        """`abort` without waiting for it; from any thread."""
+        """`abort` without waiting for it, from any thread."""
         if self._failure is None:
             self._post(lambda: self._abort(request_id))
 
     async def tokenize(self, prompt: Prompt, request_id: str) -> list[int]:
-        """Token ids of a prompt as the engine takes them, made in a thread of their own; give them to
-        `add_request` in the prompt's place.
+        """Encode a prompt in a thread of its own, as the engine would. `add_request` takes the token ids in place
+        of the prompt.
 
         Raises:
             InvalidRequest: it has none; the message names `request_id`.
@@ -208,7 +208,7 @@ class AsyncLLM:
     # The engine as a whole.
 
     async def stats(self) -> EngineStats:
-        """The engine's counts, taken between two steps.
+        """The engine's statistics between two steps.
 
         Raises:
             EngineDead: the engine has failed, or was shut down.
@@ -221,7 +221,7 @@ class AsyncLLM:
 
     @property
     def failure(self) -> Exception | None:
-        """What ended the engine; None while it works."""
+        """The error that ended the engine; None while it runs."""
         return self._failure
 
     def shutdown(self, timeout: float | None = None) -> None:
@@ -251,18 +251,21 @@ class AsyncLLM:
                 if self.engine.has_unfinished_requests:
                     self._deliver(self.engine.step())
             self._end(EngineDead("the engine was shut down"))
-        except BaseException as e:  # whatever it is, nobody may wait forever
+        except BaseException as e:  # callers must not wait forever, whatever it is
             logger.exception("the engine failed")
             if isinstance(e, EngineDead):
                 error = e
             else:
-                error = EngineDead(f"the engine failed and serves no more: {type(e).__name__}: {e}")
+                error = EngineDead(f"the engine failed: {type(e).__name__}: {e}")
                 error.__cause__ = e
             self._end(error)
 
     def _wait_for_work(self) -> bool:
-        """False when it is time to stop; True also after a while without work, for a look at the other
-        ranks."""
+        """Wait for commands or unfinished requests; with tensor parallelism at most `_HEALTH_S`.
+
+        Returns:
+            False after `shutdown`.
+        """
         timeout = None if self.engine.parallel is None else _HEALTH_S
         with self._condition:
             self._condition.wait_for(
@@ -279,7 +282,7 @@ class AsyncLLM:
             try:
                 future.set_result(function())
             except (InvalidRequest, RequestFailed) as e:
-                # the request's affair; all else is the engine's failure
+                # the request's own; anything else is a failure of the engine
                 future.set_exception(e)
             except BaseException as e:
                 future.set_exception(EngineDead(f"the engine failed: {type(e).__name__}: {e}"))
@@ -291,7 +294,7 @@ class AsyncLLM:
             self._deliver([output])
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
-        """Hand outputs to their streams: one call per event loop."""
+        """Deliver outputs to their streams, with one call per event loop."""
         if self._observer is not None:
             try:
                 self._observer(outputs)
@@ -312,7 +315,7 @@ class AsyncLLM:
         for loop, items in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_put_all, items)
-            except RuntimeError:  # the loop is closed: nobody reads these any more
+            except RuntimeError:  # the loop is closed: these have no reader
                 for stream, _ in items:
                     if self._streams.pop(stream.request_id, None) is not None:
                         self.engine.abort_request(stream.request_id)

@@ -16,6 +16,7 @@ from megatron_dmc.checkpoint.tokenizer import load_tokenizer
 from megatron_dmc.engine.config import EngineConfig
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.engine import LLMEngine
+from megatron_dmc.engine.parallel.engine import TensorParallelEngine
 from megatron_dmc.engine.parallel.launch import ended_on_failure, start_ranks
 from megatron_dmc.engine.runner import device_of_weights
 from megatron_dmc.engine.sampling_params import SamplingParams
@@ -51,8 +52,9 @@ def build_engine(
         loaded = _load(model, config, device)
         eos_ids, sampling = _generation_defaults(config.generation_config, loaded)
         if parallel is not None:
-            parallel.wait_until_loaded()
-        return LLMEngine(
+            parallel.monitor.wait_until_loaded()
+        make: Any = LLMEngine if parallel is None else TensorParallelEngine
+        return make(
             loaded.model,
             loaded.description,
             loaded.tokenizer if tokenizer is None else tokenizer,

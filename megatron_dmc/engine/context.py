@@ -25,7 +25,7 @@ from megatron_dmc.cache.budget import EvictingCache, EvictingChunk
 from megatron_dmc.cache.policies import EvictionRule, make_policy
 from megatron_dmc.cache.tables import Exchange
 from megatron_dmc.engine.chunks import PackedChunk, Piece, Round
-from megatron_dmc.engine.flips import FlipCounter
+from megatron_dmc.engine.flipped_decisions import FlipCounter
 from megatron_dmc.engine.request import Request
 from megatron_dmc.engine.rule import CompressionRule
 from megatron_dmc.engine.scheduler import NO_PREFIX, CachedPrefix

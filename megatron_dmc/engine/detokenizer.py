@@ -1,16 +1,16 @@
-"""Text of a growing completion."""
+"""Incremental detokenization."""
 
 from collections.abc import Collection, Sequence
 
 from megatron_dmc.checkpoint.tokenizer import Tokenizer
 
 _CONTEXT = 5
-"""Prompt tokens that are decoded along, so that a leading space is not lost."""
+"""Prompt tokens decoded with the completion, which keeps its leading space."""
 _INCOMPLETE = "\ufffd"
 
 
 def context_of(prompt_token_ids: Sequence[int], skipped: Collection[int]) -> list[int]:
-    """The prompt tokens that a completion is decoded along with; none where it begins a text."""
+    """The last prompt tokens, with which a completion is decoded; none where it begins a text."""
     kept = [i for i in prompt_token_ids[-2 * _CONTEXT :] if i not in skipped]
     return kept[-_CONTEXT:]
 
@@ -33,12 +33,12 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._token_ids = context_of(prompt_token_ids, self._skipped)
-        # text of [window, done) has been given out; [done, end) has not
+        # the text of [window, done) is in `text`, that of [done, end) is held back
         self._window, self._done = 0, len(self._token_ids)
         self.text = ""
 
     def add(self, token_id: int) -> None:
-        """Take in a token and append what is certain by now to `text`."""
+        """Add a token, and append the text that can no longer change."""
         if token_id in self._skipped:
             return
         self._token_ids.append(token_id)
@@ -51,12 +51,12 @@ class IncrementalDetokenizer:
         return token_id in self._skipped
 
     def find_skipped_stop(self, token_id: int, stops: Sequence[str]) -> tuple[int, str] | None:
-        """As `find_stop`, for a token that is skipped: its name may be a stop text all the same."""
+        """`find_stop` for a skipped special token, whose name may be a stop text."""
         name = self._tokenizer.decode([token_id], skip_special_tokens=False)
         return (len(self.text), name) if name in stops else None
 
     def flush(self) -> None:
-        """No more tokens: append what was held back."""
+        """Append the text that was held back; no token follows."""
         new = self._undelivered()
         if new:
             self._deliver(new)

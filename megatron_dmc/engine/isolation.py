@@ -1,4 +1,4 @@
-"""What may end one request, and what ends the engine.
+"""Failures that end one request, and failures that end the engine.
 
 Work that is one request's own (its prompt and parameters, logit rules, sampling, log-probabilities,
 detokenising, stop texts, outputs) runs under `own_work`: whatever it raises ends that request. A failure of
@@ -20,8 +20,8 @@ _ENDS_ENGINE = (
 
 
 def ends_engine(error: BaseException) -> bool:
-    """Whether what all requests share can no longer be trusted. Memory that one request could not get is
-    its own affair."""
+    """Whether the state that requests share is unreliable after this error. Running out of memory in one
+    request's own work ends only that request."""
     if isinstance(error, torch.OutOfMemoryError):
         return False
     return isinstance(error, _ENDS_ENGINE) or "CUDA error" in str(error)
@@ -32,7 +32,7 @@ def own_work(request_id: str) -> Iterator[None]:
     """One request's own work.
 
     Raises:
-        InvalidRequest: as it comes.
+        InvalidRequest: unchanged.
         RequestFailed: for every other exception, panics of Rust libraries included.
         BaseException: unchanged, where it ends the engine.
     """

@@ -6,6 +6,7 @@ from typing import Any
 from megatron_dmc.engine.build import build_engine
 from megatron_dmc.engine.config import EngineConfig
 from megatron_dmc.engine.context import PagedContext
+from megatron_dmc.engine.parallel.engine import TensorParallelEngine
 from megatron_dmc.engine.request import RequestOutput
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.engine.stats import EngineStats
@@ -42,19 +43,21 @@ class LLM:
         self._num_generated = 0
 
     def follow(self) -> bool:
-        """With tensor parallelism: on rank 0 False at once; elsewhere True when rank 0 is done, after
-        taking part in all it did.
+        """With tensor parallelism, on ranks other than 0: take part in rank 0's work until it calls `close`.
+
+        Returns:
+            False on rank 0, at once; True on the others.
 
         Raises:
-            EngineDead: another rank is gone.
+            EngineDead: another rank is lost.
         """
-        if self.engine.parallel is None or self.engine.parallel.rank == 0:
+        if not isinstance(self.engine, TensorParallelEngine) or self.engine.parallel.rank == 0:
             return False
         self.engine.follow()
         return True
 
     def close(self) -> None:
-        """With tensor parallelism: let the other ranks go; nothing can be generated any more."""
+        """End the other ranks of tensor parallelism; nothing can be generated afterwards."""
         self.engine.close()
 
     def get_tokenizer(self) -> Any | None:
@@ -62,11 +65,11 @@ class LLM:
         return self.engine.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What requests without sampling parameters get: the model's `generation_config.json`, in part."""
+        """Sampling parameters of requests without their own, from the model's `generation_config.json`."""
         return SamplingParams(**self.engine.default_sampling_params)
 
     def stats(self) -> EngineStats:
-        """The engine's counts so far."""
+        """The engine's statistics so far."""
         return self.engine.stats()
 
     def generate(

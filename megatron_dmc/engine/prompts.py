@@ -1,4 +1,4 @@
-"""What a request may give as its prompt."""
+"""Parse and validate prompts."""
 
 from collections.abc import Iterable, Sequence
 from operator import index
@@ -14,7 +14,7 @@ def read_prompt(
     tokenizer: Tokenizer | None,
     vocab_size: int,
 ) -> tuple[str | None, list[int]]:
-    """Text (where there is one) and token ids of a prompt.
+    """Text, if any, and token ids of a prompt.
 
     Args:
         prompt: a text, token ids, `{"prompt": text}` or `{"prompt_token_ids": [...]}` (there a `"prompt"`
@@ -44,7 +44,7 @@ def read_prompt(
             prompt.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(
-                f"request {request_id}: the prompt is no Unicode text: {error.reason} at character "
+                f"request {request_id}: the prompt is not valid Unicode: {error.reason} at character "
                 f"{error.start}"
             ) from error
         text = prompt
@@ -66,7 +66,7 @@ def read_cache_salt(request_id: str, prompt: Any) -> str | None:
     """`"cache_salt"` of a prompt that is a dict, as vLLM's.
 
     Raises:
-        InvalidRequest: it is no text, or empty.
+        InvalidRequest: it is not a string, or empty.
     """
     salt = prompt.get("cache_salt") if isinstance(prompt, dict) else None
     if salt is not None and not (isinstance(salt, str) and salt):
@@ -75,7 +75,7 @@ def read_cache_salt(request_id: str, prompt: Any) -> str | None:
 
 
 def _whole_numbers(request_id: str, prompt: Any) -> list[int]:
-    """Token ids as they were given, numpy's and torch's too; nothing is rounded."""
+    """Token ids of any integer type, numpy's and torch's included; nothing is rounded."""
     if isinstance(prompt, Iterable):
         token_ids = list(prompt)
         try:

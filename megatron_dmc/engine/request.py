@@ -1,10 +1,10 @@
-"""A generation request: what was asked, what has been computed, and what is reported."""
+"""A generation request, its state and its output."""
 
 import enum
 import time
 from dataclasses import dataclass, field
 
-from megatron_dmc.engine.decision_record import DecisionRecord
+from megatron_dmc.engine.flipped_decisions import DecisionHistory
 from megatron_dmc.engine.sampling_params import SamplingParams
 
 
@@ -16,7 +16,7 @@ class RequestStatus(enum.Enum):
 
 @dataclass
 class Logprob:
-    """Log-probability of one token at one place: the model's, whatever the request asks for."""
+    """Log-probability of one token at one position, by the model: before biases, penalties and temperature."""
 
     logprob: float
     rank: int
@@ -33,7 +33,7 @@ class RequestMetrics:
     first_scheduled_time: float | None = None
     num_preemptions: int = 0
     num_cached_prompt_tokens: int = 0
-    """Prompt tokens that a cached prefix spared when the request was first scheduled."""
+    """Prompt tokens found in a cached prefix when the request was first scheduled."""
     num_cached_tokens: int = 0
     """Tokens in the cache: seq_len when last computed, times layers and KV heads."""
     num_entries: int = 0
@@ -70,11 +70,11 @@ class Request:
     cache_salt: str | None = None
     """Cached prefixes are shared with requests of the same salt only."""
     prefix_keys: list[bytes] = field(default_factory=list)
-    """Of the full blocks of its tokens, as far as they were asked for."""
-    decisions: DecisionRecord | None = None
-    """What was decided about its tokens, where flipped decisions are counted."""
+    """Keys of the full blocks of its tokens, computed on demand."""
+    decisions: DecisionHistory | None = None
+    """Merge decisions about its tokens, where flipped ones are counted."""
     bad_words_token_ids: list[list[int]] = field(default_factory=list)
-    """Token sequences that are not made."""
+    """Token sequences that are never generated."""
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     status: RequestStatus = RequestStatus.WAITING
@@ -83,7 +83,7 @@ class Request:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     error: str | None = None
-    """What went wrong, with finish_reason "error"."""
+    """Message of finish_reason "error"."""
     cumulative_logprob: float = 0.0
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
@@ -120,19 +120,19 @@ class Request:
 
 @dataclass
 class CompletionOutput:
-    """The completion so far. Tokens and log-probabilities are copied when they are asked for: most outputs
-    of a step are looked at by nobody."""
+    """The completion so far. Tokens and log-probabilities are copied on access: most outputs of a step
+    are never read."""
 
     index: int
     text: str
     num_tokens: int
     """`len(token_ids)`, without the copy."""
     request_token_ids: list[int] = field(repr=False)
-    """The request's, which grow on."""
+    """The request's own list, which keeps growing."""
     cumulative_logprob: float | None
     request_logprobs: list[dict[int, Logprob]] | None = field(repr=False)
     finish_reason: str | None
-    """"stop", "length", "abort", "error", or None while it goes on."""
+    """"stop", "length", "abort", "error", or None while it continues."""
     stop_reason: str | int | None
     """The stop text or token; None for the tokenizer's end-of-text token."""
 
@@ -143,14 +143,14 @@ class CompletionOutput:
 
     @property
     def logprobs(self) -> list[dict[int, Logprob]] | None:
-        """Of each token, where they were asked for."""
+        """Log-probabilities of each token, if requested."""
         logprobs = self.request_logprobs
         return None if logprobs is None else logprobs[: self.num_tokens]
 
 
 @dataclass
 class RequestOutput:
-    """What a step or `LLM.generate` returns for a request."""
+    """The output of a request, from a step or from `LLM.generate`."""
 
     request_id: str
     prompt: str | None
@@ -162,4 +162,4 @@ class RequestOutput:
     cr: float | None
     """Measured CR of this request: tokens / entries, over all layers and KV heads."""
     error: str | None = None
-    """What went wrong, with finish_reason "error"; the completion has no text then."""
+    """Message of finish_reason "error"; the completion has no text then."""

@@ -9,7 +9,7 @@ from megatron_dmc.errors import UnsupportedConfig
 
 @dataclass(frozen=True)
 class CompressionRule:
-    """What the cache does with the borrowed channel; a plain model has no rule."""
+    """The use that the cache makes of the borrowed channel. A plain model has no rule."""
 
     alpha_offset: float
     merge_window: int = 0
@@ -19,7 +19,7 @@ class CompressionRule:
     """False: every token is appended (and none evicted), though the borrowed channel still carries no
     content."""
     eviction_delay: int | None = None
-    """Tokens are not merged but leave the cache (DMS), when so many later ones have come."""
+    """Tokens are evicted instead of merged (DMS), this number of tokens later."""
     merge_delay: int = 0
     """A decision takes effect this many tokens later."""
 
@@ -30,7 +30,7 @@ class CompressionRule:
 
 
 def compression_rule(dmc: Any | None, enable_dmc: bool | None) -> CompressionRule | None:
-    """What the model's DMC settings mean for its cache; None: those of a plain model.
+    """The rule of a model's DMC settings; None for a plain model.
 
     Args:
         dmc: `DMCConfig`, or None.

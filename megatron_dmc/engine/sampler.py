@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.cache import LateCopy
-from megatron_dmc.engine.draws import uniforms
+from megatron_dmc.engine.counter_rng import uniforms
 from megatron_dmc.engine.logit_rules import LogitRules
 from megatron_dmc.engine.request import Logprob, Request
 from megatron_dmc.errors import RequestFailed

@@ -1,4 +1,4 @@
-"""How the tokens of a request are chosen, and when it ends."""
+"""Sampling parameters of a request."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ _MAX_INT = 2**31 - 1
 
 
 def _is_int(value: Any, least: int, most: int) -> bool:
-    """Whether it is a whole number within the bounds; True and False are none."""
+    """Whether it is a whole number within the bounds; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
@@ -32,7 +32,7 @@ def _are_token_ids(values: Iterable[Any]) -> bool:
 class SamplingParams:
     """Names and defaults as vLLM's. Validated at construction: `InvalidRequest` names the field.
 
-    The bounds are such that every number is computed with in float32 as it stands.
+    Within the bounds every number is exact enough in float32.
     """
 
     n: int = 1
@@ -64,33 +64,33 @@ class SamplingParams:
     """Added to the logits of these tokens; -100 to 100."""
 
     allowed_token_ids: list[int] | None = None
-    """Only these tokens are made; None: all."""
+    """Only these tokens are generated; None: all."""
 
     bad_words: list[str] = field(default_factory=list)
-    """Texts that are not made, as far as their tokens are those of the text encoded by itself (with and
+    """Texts that are not generated, as far as their tokens are those of the text encoded by itself (with and
     without a space before it)."""
 
     min_tokens: int = 0
-    """No end-of-text token, stop token or stop text before so many tokens; at most `max_tokens`."""
+    """No end-of-text token, stop token or stop text before this number of tokens; at most `max_tokens`."""
 
     seed: int | None = None
-    """What this request's random numbers come from, -2^63 to 2^64 - 1. None: the engine's seed and the
+    """Seed of this request's random numbers, -2^63 to 2^64 - 1. None: from the engine's seed and the
     request's number."""
 
     stop: list[str] = field(default_factory=list)
     """Texts that end the completion (one text or several)."""
 
     stop_token_ids: list[int] = field(default_factory=list)
-    """Tokens that end the completion, beside the end-of-text token."""
+    """Tokens that end the completion, in addition to the end-of-text token."""
 
     max_tokens: int | None = 16
     """Most tokens to generate, at least 1; None: up to the context's end."""
 
     ignore_eos: bool = False
-    """Go on after the end-of-text token."""
+    """Continue after the end-of-text token."""
 
     logprobs: int | None = None
-    """Return log-probabilities of the chosen token and of so many most likely ones, 0 to 20."""
+    """Return log-probabilities of the chosen token and of this number of most likely ones, 0 to 20."""
 
     prompt_logprobs: int | None = None
     """The same for every prompt token but the first."""
@@ -190,7 +190,7 @@ class SamplingParams:
 
 
 def _shown(value: Any) -> str:
-    """A value in an error message: Python writes no number of more than 4,300 digits, nobody reads it."""
+    """A value in an error message: Python does not print integers of more than 4,300 digits."""
     try:
         text = repr(value)
     except ValueError:

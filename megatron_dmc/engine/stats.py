@@ -1,4 +1,4 @@
-"""What the engine counts and reports.
+"""Statistics of an engine.
 
 Dimension letters: L layers, G key/value heads of the model (of all ranks).
 """
@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_dmc.engine.scheduler import ScheduledChunk
+from megatron_dmc.engine.context import PagedContext
+from megatron_dmc.engine.request import Request
+from megatron_dmc.engine.scheduler import ScheduledChunk, Scheduler
 
 
 @dataclass
@@ -48,23 +50,23 @@ class EngineStats:
     num_decode_tokens: int = 0
     """Tokens computed one at a time."""
     prefill_seconds: float = 0.0
-    """Time of steps with a prefill chunk, tokens decoded beside it included."""
+    """Time of steps with a prefill chunk, tokens decoded in the same step included."""
     decode_seconds: float = 0.0
     """Time of the other steps."""
     num_decode_only_tokens: int = 0
     """Tokens computed in these."""
     num_cached_pages: int = 0
-    """Pages that only cached prefixes hold; they are given up when pages run short."""
+    """Pages that only cached prefixes hold; they are evicted when pages run short."""
     num_cached_prefixes: int = 0
     num_evicted_prefixes: int = 0
     num_prefix_queried_tokens: int = 0
     """Prompt tokens of started requests, where prefix caching is on."""
     num_prefix_hit_tokens: int = 0
-    """Of these, tokens that a cached prefix spared."""
+    """Of these, tokens that were not computed because of a cached prefix."""
     num_repeated_decisions: int = 0
     """Decisions made again after a preemption, where flipped ones are counted."""
     num_flipped_decisions: int = 0
-    """Of these, how many came out differently."""
+    """Of these, decisions that differ from the first ones."""
 
     @property
     def num_entries(self) -> int:
@@ -105,37 +107,129 @@ class EngineStats:
 
     @property
     def prefix_hit_rate(self) -> float | None:
-        """Prompt tokens that cached prefixes spared / prompt tokens."""
+        """Prompt tokens found in cached prefixes / prompt tokens."""
         queried = self.num_prefix_queried_tokens
         return self.num_prefix_hit_tokens / queried if queried else None
 
 
-class Counters:
-    """The running totals behind `EngineStats`."""
+class StatsCollector:
+    """Running totals of an engine, and the cache figures of its requests.
 
-    def __init__(self, num_layers: int, num_kv_heads: int):
-        self.num_finished = self.num_generated = self.num_prompt = 0
-        self.num_prefill = self.num_decode = self.num_decode_only = 0
-        self.prefill_seconds = self.decode_seconds = 0.0
-        self.peak_pages = 0
-        self.finished_tokens = 0
-        self.finished_entries_LG = np.zeros((num_layers, num_kv_heads), dtype=np.int64)
+    Args:
+        plain_entry_bytes: of one entry in the model's dtype, key and value together.
+    """
 
-    def scheduled(self, chunks: Sequence[ScheduledChunk]) -> None:
-        """A step is about to compute these."""
+    def __init__(
+        self,
+        context: PagedContext,
+        scheduler: Scheduler,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        plain_entry_bytes: int,
+    ):
+        self._context, self._scheduler = context, scheduler
+        self._plain_entry_bytes = plain_entry_bytes
+        self._num_finished = self._num_generated = self._num_prompt = 0
+        self._num_prefill = self._num_decode = self._num_decode_only = 0
+        self._prefill_seconds = self._decode_seconds = 0.0
+        self._peak_pages = 0
+        self._finished_tokens = 0
+        self._finished_entries_LG = np.zeros((num_layers, num_kv_heads), dtype=np.int64)
+
+    def step_scheduled(self, chunks: Sequence[ScheduledChunk]) -> None:
+        """Count the prompts that start in a step."""
         for chunk in chunks:
             metrics = chunk.request.metrics
             if metrics.first_scheduled_time is None:
                 metrics.first_scheduled_time = time.monotonic()
-                self.num_prompt += chunk.request.num_prompt_tokens
+                self._num_prompt += chunk.request.num_prompt_tokens
 
-    def computed(self, sizes: Sequence[int], seconds: float) -> None:
-        """A step with chunks of these sizes took so long."""
+    def step_computed(self) -> None:
+        """Note the pages in use, once the step's entry counts are known."""
+        self._peak_pages = max(self._peak_pages, self._context.tables.num_pages_in_use)
+
+    def step_finished(self, sizes: Sequence[int], seconds: float) -> None:
+        """Count a step's tokens and time.
+
+        Args:
+            sizes: tokens of each of its chunks.
+        """
         singles = sum(size == 1 for size in sizes)
-        self.num_decode += singles
-        self.num_prefill += sum(sizes) - singles
+        self._num_decode += singles
+        self._num_prefill += sum(sizes) - singles
         if singles == len(sizes):
-            self.num_decode_only += singles
-            self.decode_seconds += seconds
+            self._num_decode_only += singles
+            self._decode_seconds += seconds
         else:
-            self.prefill_seconds += seconds
+            self._prefill_seconds += seconds
+
+    def token_generated(self) -> None:
+        """Count a token of a completion."""
+        self._num_generated += 1
+
+    def request_finished(self, request: Request) -> None:
+        """Count a request that is about to leave the scheduler."""
+        self.update_metrics(request)
+        if request.row is not None:
+            self._finished_tokens += request.num_computed_tokens
+            self._finished_entries_LG += self._entries_LG(request)
+        self._num_finished += 1
+
+    def update_metrics(self, request: Request) -> None:
+        """Update the cache figures in a running request's metrics; others keep their last ones."""
+        if request.row is None:
+            return
+        counts, metrics = self._context.tables.counts, request.metrics
+        metrics.num_cached_tokens = request.num_computed_tokens * self._finished_entries_LG.size
+        metrics.num_entries = counts.num_entries(request.row)
+        metrics.num_pages = counts.num_pages_of(request.row)
+
+    def _entries_LG(self, request: Request) -> np.ndarray:
+        assert request.row is not None
+        return self._context.tables.entries(request.row)
+
+    def collect(self) -> EngineStats:
+        """The figures so far."""
+        context, scheduler = self._context, self._scheduler
+        running_LG = np.zeros_like(self._finished_entries_LG)
+        tokens = self._finished_tokens
+        crs = {}
+        for request in scheduler.running:
+            self.update_metrics(request)
+            tokens += request.num_computed_tokens
+            running_LG += self._entries_LG(request)
+            if request.metrics.measured_cr is not None:
+                crs[request.request_id] = request.metrics.measured_cr
+        pool, prefixes, flips = context.pool, context.prefixes, context.flips
+        return EngineStats(
+            num_waiting=len(scheduler.waiting),
+            num_running=len(scheduler.running),
+            num_finished=self._num_finished,
+            num_preemptions=scheduler.num_preemptions,
+            num_pages=pool.num_pages,
+            num_pages_in_use=context.tables.num_pages_in_use,
+            page_bytes=pool.page_bytes,
+            peak_pages_in_use=self._peak_pages,
+            num_generated_tokens=self._num_generated,
+            num_prompt_tokens=self._num_prompt,
+            busy_seconds=self._prefill_seconds + self._decode_seconds,
+            seq_tokens=tokens,
+            entries_LG=(self._finished_entries_LG + running_LG).tolist(),
+            cr_of_running=crs,
+            entry_bytes=pool.page_bytes // pool.page_size,
+            plain_entry_bytes=self._plain_entry_bytes,
+            running_entries_LG=running_LG.tolist(),
+            num_prefill_tokens=self._num_prefill,
+            num_decode_tokens=self._num_decode,
+            prefill_seconds=self._prefill_seconds,
+            decode_seconds=self._decode_seconds,
+            num_decode_only_tokens=self._num_decode_only,
+            num_cached_pages=context.tables.num_cached_pages,
+            num_cached_prefixes=0 if prefixes is None else len(prefixes),
+            num_evicted_prefixes=0 if prefixes is None else prefixes.num_evicted,
+            num_prefix_queried_tokens=context.num_queried_tokens,
+            num_prefix_hit_tokens=context.num_hit_tokens,
+            num_repeated_decisions=0 if flips is None else flips.num_repeated,
+            num_flipped_decisions=0 if flips is None else flips.num_flipped,
+        )

@@ -22,7 +22,7 @@ from tiny_gpt import (
 )
 
 from megatron_dmc import AsyncLLM, SamplingParams
-from megatron_dmc.engine import engine as engine_module
+from megatron_dmc.engine import output_processor
 from megatron_dmc.engine import sampler as sampler_module
 from megatron_dmc.engine.logit_rules import LogitRules
 from megatron_dmc.engine.sampler import Sampler
@@ -116,13 +116,13 @@ def log_probabilities(engine, patch):
 @fault
 def log_probabilities_of_the_prompt(engine, patch):
     is_meant = lambda logits, ids, counts: 14 in counts
-    broken = raising(engine_module.token_logprobs, is_meant, AssertionError("prompt"))
-    patch.setattr(engine_module, "token_logprobs", broken)
+    broken = raising(output_processor.token_logprobs, is_meant, AssertionError("prompt"))
+    patch.setattr(output_processor, "token_logprobs", broken)
 
 
 @fault
 def detokenizing(engine, patch):
-    detokenizer = engine._detokenizers[VICTIM]
+    detokenizer = engine.output_processor._detokenizers[VICTIM]
     detokenizer.add = raising(detokenizer.add, lambda _: True, Panic("tokenizers"), after=3)
 
 
@@ -130,22 +130,22 @@ def detokenizing(engine, patch):
 def stop_texts(engine, patch):
     own = engine._requests[VICTIM].params.stop
     is_meant = lambda text, old, stops: stops is own
-    broken = raising(engine_module.find_stop, is_meant, RuntimeError("find"), after=1)
-    patch.setattr(engine_module, "find_stop", broken)
+    broken = raising(output_processor.find_stop, is_meant, RuntimeError("find"), after=1)
+    patch.setattr(output_processor, "find_stop", broken)
 
 
 @fault
 def outputs(engine, patch):
     is_meant = lambda request, _: request.request_id == VICTIM
-    broken = raising(engine_module.visible_text, is_meant, UnicodeError("text"), after=2)
-    patch.setattr(engine_module, "visible_text", broken)
+    broken = raising(output_processor.visible_text, is_meant, UnicodeError("text"), after=2)
+    patch.setattr(output_processor, "visible_text", broken)
 
 
 @fault
 def the_last_output(engine, patch):
     is_meant = lambda request, _: request.request_id == VICTIM and request.is_finished
-    broken = raising(engine_module.visible_text, is_meant, ValueError("text"))
-    patch.setattr(engine_module, "visible_text", broken)
+    broken = raising(output_processor.visible_text, is_meant, ValueError("text"))
+    patch.setattr(output_processor, "visible_text", broken)
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -163,7 +163,11 @@ def test_a_fault_in_the_work_of_one_request_ends_that_one_alone(name, monkeypatc
         assert output.error is None
         assert output.outputs[0].token_ids == alone(request_id)
     check_idle(engine)
-    assert not engine._requests and not engine._detokenizers and not engine.sampler._rules._states
+    assert (
+        not engine._requests
+        and not engine.output_processor._detokenizers
+        and not engine.sampler._rules._states
+    )
     # and the engine takes the same request again
     engine.add_request(VICTIM, PROMPTS[VICTIM], params_of(VICTIM))
     assert drain(engine)[VICTIM].outputs[0].token_ids == alone(VICTIM)
@@ -180,12 +184,12 @@ def test_a_fault_while_a_request_is_added_leaves_nothing(monkeypatch):
     def no_detokenizer(*_, **__):
         raise KeyError("special")
 
-    for attribute, value in (
-        ("tokenizer", Broken()),
-        ("IncrementalDetokenizer", no_detokenizer),
+    for owner, attribute, value in (
+        (engine.input_processor, "tokenizer", Broken()),
+        (output_processor, "IncrementalDetokenizer", no_detokenizer),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(engine if attribute == "tokenizer" else engine_module, attribute, value)
+            patch.setattr(owner, attribute, value)
             with pytest.raises(RequestFailed, match="request b: (Panic|KeyError)"):
                 engine.add_request("b", "text", params_of("b"))
     assert list(engine._requests) == ["a"]

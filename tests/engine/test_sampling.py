@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
 )
 
 from megatron_dmc import SamplingParams
-from megatron_dmc.engine.draws import mixed, uniforms
+from megatron_dmc.engine.counter_rng import mix_seeds, uniforms
 from megatron_dmc.engine.logit_rules import penalised
 from megatron_dmc.engine.sampler import Sampler, truncate
 from megatron_dmc.errors import InvalidRequest
@@ -28,7 +28,7 @@ def test_draws_are_the_hash_of_seed_and_position():
     positions = [0, 1, 2, 1000, 12345]
     rows = [(s, p) for s in seeds for p in positions]
     seed_B, position_B = torch.tensor(rows).unbind(1)
-    assert mixed(seed_B, position_B).tolist() == [mix_seed(s, p) for s, p in rows]
+    assert mix_seeds(seed_B, position_B).tolist() == [mix_seed(s, p) for s, p in rows]
     u = uniforms(torch.full((20_000,), 3), torch.arange(20_000))
     assert 0 <= u.min() < 1e-3 and 1 - 1e-3 < u.max() < 1
     assert (torch.histc(u, 10, 0, 1) / 2000 - 1).abs().max() < 0.1

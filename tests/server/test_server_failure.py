@@ -109,7 +109,7 @@ def test_an_exception_in_the_engine(tmp_path):
 def children(server):
     return [
         p for p in psutil.Process(server.process.pid).children()
-        if "megatron_dmc.engine.parallel.worker" in p.cmdline()
+        if "megatron_dmc.engine.parallel.children" in p.cmdline()
     ]  # fmt: skip
 
 

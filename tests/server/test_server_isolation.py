@@ -18,7 +18,7 @@ from test_isolation import Poisoned, Spread, raising
 from tiny_gpt import V, dmc_config, make_engine
 
 from megatron_dmc import AsyncLLM
-from megatron_dmc.engine import engine as engine_module
+from megatron_dmc.engine import output_processor
 from megatron_dmc.engine.sampler import Sampler
 from megatron_dmc.server import text as text_module
 from megatron_dmc.server.app import build_app
@@ -143,8 +143,8 @@ SAMPLED = {"prompt": [9, 9], "max_tokens": 6, "seed": 1, "logprobs": 4, "ignore_
 def test_a_failed_request_is_told_and_the_others_go_on(served, monkeypatch, name, stream):
     target, attribute, is_meant = {
         "sampling": (Sampler, "_seed_of", lambda self, request: request.params.seed == 1),
-        "detokenizing": (engine_module, "find_stop", lambda text, old, stops: stops == ["~~"]),
-        "output": (engine_module, "visible_text", lambda request, _: request.params.seed == 1),
+        "detokenizing": (output_processor, "find_stop", lambda text, old, stops: stops == ["~~"]),
+        "output": (output_processor, "visible_text", lambda request, _: request.params.seed == 1),
         "log-probability texts": (text_module, "for_completions", lambda *a: 4 in a),
     }[name]
     broken = raising(
@@ -246,6 +246,10 @@ def test_nothing_is_kept_of_requests_that_ended(served):
     # there are five requests of each kind; an object made only once does not belong to a request
     growth = min(second - first, third - second, key=Counter.total)
     assert growth.total() < 5, growth.most_common(10)
-    assert not engine._requests and not engine._detokenizers and not engine.sampler._rules._states
+    assert (
+        not engine._requests
+        and not engine.output_processor._detokenizers
+        and not engine.sampler._rules._states
+    )
     assert not served.llm._streams and not served.llm._commands
     assert not served.metrics._last_token

@@ -28,7 +28,7 @@ def main():
         tensor_parallel_size=size, distributed_timeout_seconds=TIMEOUT_S, device="cpu", **options,
     )  # fmt: skip
     parallel = llm.engine.parallel
-    own = [] if parallel._workers is None else [p.pid for p in parallel._workers.processes]
+    own = [] if parallel.children is None else [p.pid for p in parallel.children.processes]
     if mode == "killed" and parallel.rank == size - 1:
         in_third_step(llm.engine, lambda: os.kill(os.getpid(), signal.SIGKILL))
     if mode == "stopped":
@@ -72,28 +72,28 @@ def main():
 
 
 def in_third_step(engine, act):
-    step, count = engine._step, 0
+    run, count = engine.runner.run, 0
 
-    def counted():
+    def counted(*arguments):
         nonlocal count
         count += 1
         if count == 3:
             act()
-        return step()
+        return run(*arguments)
 
-    engine._step = counted
+    engine.runner.run = counted
 
 
 def fail_on_this_rank(engine, number):
     """One request's own work, in its fourth token."""
-    append = engine._append
+    append = engine.output_processor.append
 
     def broken(request, token):
         if request.number == number and len(request.output_token_ids) == 3:
             raise KeyError("injected")
         return append(request, token)
 
-    engine._append = broken
+    engine.output_processor.append = broken
 
 
 def is_alive(pid):

@@ -1,7 +1,4 @@
-"""Random numbers that depend on a seed and a position alone, computed where the logits are.
-
-Dimension letter: B requests.
-"""
+"""Counter-based random numbers: a pure function of (seed, position), computed on the logits' device."""
 
 import torch
 from torch import Tensor
@@ -16,8 +13,8 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def mixed(*parts_B: Tensor) -> Tensor:
-    """`ops.gates.mix_seed` of every row: int64 in, 63-bit int64 out. int64 wraps around, as wanted."""
+def mix_seeds(*parts_B: Tensor) -> Tensor:
+    """`ops.gates.mix_seed` of every row: int64 in, 63-bit int64 out. Relies on int64 overflow."""
     state = torch.zeros_like(parts_B[0])
     for part in parts_B:
         state = state + part + _STEP
@@ -33,4 +30,4 @@ def uniforms(seed_B: Tensor, position_B: Tensor) -> Tensor:
     Args:
         seed_B, position_B: int64.
     """
-    return _shifted(mixed(seed_B, position_B), 10).double() * 2.0**-53
+    return _shifted(mix_seeds(seed_B, position_B), 10).double() * 2.0**-53

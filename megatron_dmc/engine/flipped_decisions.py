@@ -1,0 +1,91 @@
+"""Count the merge decisions that change when a preempted request is recomputed.
+
+In 16-bit dtypes the last bit of a decision logit depends on the shape of the matrix product that computes it. A
+request that is preempted and recomputed in other chunks may therefore merge other tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_dmc.cache import LateCopy
+
+if TYPE_CHECKING:
+    from megatron_dmc.engine.chunks import PackedChunk
+
+
+class DecisionHistory:
+    """Decisions about a sequence's tokens, one bit for each head of each layer."""
+
+    def __init__(self) -> None:
+        self._rows: list[bytes | None] = []  # None: taken from a cached prefix
+
+    def add(self, start: int, is_merge_LTG: np.ndarray) -> tuple[int, int]:
+        """Record the decisions about tokens `start` and following, in place of earlier ones.
+
+        Args:
+            is_merge_LTG: bool.
+
+        Returns:
+            number of decisions made a second time, and of those that differ from the first.
+        """
+        self._rows += [None] * (start - len(self._rows))
+        flat = is_merge_LTG.transpose(1, 0, 2).reshape(is_merge_LTG.shape[1], -1).copy()
+        if start == 0 and len(flat):
+            flat[0] = False  # a sequence's first token never merges
+        rows = [row.tobytes() for row in np.packbits(flat, axis=1)]
+        repeated = flipped = 0
+        for old, new in zip(self._rows[start:], rows, strict=False):
+            if old is not None:
+                change = int.from_bytes(old, "little") ^ int.from_bytes(new, "little")
+                flipped += change.bit_count()
+                repeated += flat.shape[1]
+        self._rows[start : start + len(rows)] = rows
+        return repeated, flipped
+
+
+class FlipCounter:
+    """Compares each step's decisions with the requests' `DecisionHistory`.
+
+    Attributes:
+        num_repeated: decisions made a second time so far.
+        num_flipped: of these, decisions that differ from the first.
+    """
+
+    def __init__(self) -> None:
+        self.num_repeated = self.num_flipped = 0
+        self._is_merge_L: list[Tensor] = []
+
+    def prefilled(self, is_merge_TG: Tensor) -> None:
+        """Add one layer's decisions about the step's prefilled tokens, layer after layer."""
+        self._is_merge_L.append(is_merge_TG)
+
+    def end_step(self, chunks: "Sequence[PackedChunk]") -> Callable[[np.ndarray], None]:
+        """End a step in which all layers decided about these chunks.
+
+        Returns:
+            a function that compares, given the entries that the chunks' rows gained, int64 (L, B, G): a
+            head that a single token did not lengthen has merged it.
+        """
+        prefilled = LateCopy([torch.stack(self._is_merge_L)]) if self._is_merge_L else None
+        self._is_merge_L = []
+
+        def compare(growth_LBG: np.ndarray) -> None:
+            is_merge_LTG = None if prefilled is None else prefilled.read()[0]
+            first = 0
+            for b, chunk in enumerate(chunks):
+                if chunk.num_tokens == 1:
+                    decided = growth_LBG[:, b : b + 1] == 0
+                else:
+                    assert is_merge_LTG is not None
+                    decided = is_merge_LTG[:, first : first + chunk.num_tokens]
+                    first += chunk.num_tokens
+                if chunk.request.decisions is not None:
+                    repeated, flipped = chunk.request.decisions.add(chunk.start, decided)
+                    self.num_repeated += repeated
+                    self.num_flipped += flipped
+
+        return compare

@@ -1,0 +1,152 @@
+"""Append sampled tokens to their requests, find the ends of completions, and build outputs."""
+
+import math
+import time
+from collections.abc import Collection
+from typing import NamedTuple
+
+from torch import Tensor
+
+from megatron_dmc.checkpoint.tokenizer import Tokenizer
+from megatron_dmc.engine.detokenizer import IncrementalDetokenizer, find_stop
+from megatron_dmc.engine.request import CompletionOutput, Request, RequestOutput
+from megatron_dmc.engine.sampler import SampledToken, token_logprobs
+from megatron_dmc.errors import RequestFailed
+
+
+class Ending(NamedTuple):
+    """The end of a completion, in the terms of `CompletionOutput`."""
+
+    finish_reason: str
+    stop_reason: str | int | None
+
+
+class OutputProcessor:
+    """Work on the host for each request after its token is sampled.
+
+    Args:
+        tokenizer: None: outputs have no text.
+        eos_id: end-of-text token, whose stop reason is None.
+        eos_ids: all tokens that end a completion, `eos_id` included.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, eos_id: int | None, eos_ids: Collection[int]):
+        self._tokenizer, self._eos_id, self._eos_ids = tokenizer, eos_id, eos_ids
+        self._detokenizers: dict[str, IncrementalDetokenizer] = {}
+
+    def add(self, request: Request) -> None:
+        """Prepare for a new request."""
+        if self._tokenizer is not None:
+            self._detokenizers[request.request_id] = IncrementalDetokenizer(
+                self._tokenizer, request.prompt_token_ids,
+                skip_special_tokens=request.params.skip_special_tokens,
+            )  # fmt: skip
+
+    def forget(self, request: Request) -> None:
+        """Drop the state of a request that has ended."""
+        self._detokenizers.pop(request.request_id, None)
+
+    def append(self, request: Request, token: SampledToken) -> Ending | None:
+        """Append a token to its request; the ending if it is the last one."""
+        if request.metrics.first_token_time is None:
+            request.metrics.first_token_time = time.monotonic()
+        request.output_token_ids.append(token.token_id)
+        if token.logprobs is not None and token.logprob is not None:
+            request.logprobs.append(token.logprobs)
+            request.cumulative_logprob += token.logprob
+        is_eos = token.token_id in self._eos_ids and not request.params.ignore_eos
+        is_stop_token = token.token_id in request.params.stop_token_ids
+        is_full = request.num_tokens >= request.max_total_tokens
+        stop_text = self._detokenize(
+            request, token.token_id, ends=is_eos or is_stop_token, is_last=is_full
+        )
+        if stop_text is not None:
+            return Ending("stop", stop_text)
+        if is_eos:
+            return Ending("stop", None if token.token_id == self._eos_id else token.token_id)
+        if is_stop_token:
+            return Ending("stop", token.token_id)
+        return Ending("length", None) if is_full else None
+
+    def _detokenize(
+        self, request: Request, token_id: int, *, ends: bool, is_last: bool
+    ) -> str | None:
+        """Add a token's text, cut off at a stop text, which is returned.
+
+        Args:
+            ends: the token itself ends the completion.
+            is_last: no token follows this one.
+        """
+        detokenizer, params = self._detokenizers.get(request.request_id), request.params
+        if detokenizer is None:
+            return None
+        num_old = len(detokenizer.text)
+        if not ends or params.include_stop_str_in_output:
+            detokenizer.add(token_id)
+        if ends or is_last:
+            detokenizer.flush()
+        found = find_stop(detokenizer.text, num_old, params.stop)
+        if found is None and detokenizer.skips(token_id):
+            found = detokenizer.find_skipped_stop(token_id, params.stop)
+        if found is None or len(request.output_token_ids) <= params.min_tokens:
+            return None
+        at, stop_text = found
+        end = at + len(stop_text) if params.include_stop_str_in_output else at
+        detokenizer.text = detokenizer.text[:end]
+        return stop_text
+
+    def add_prompt_logprobs(self, request: Request, start: int, logits_XV: Tensor) -> None:
+        """Record the log-probabilities of prompt tokens; row x of the logits predicts token `start + x + 1`."""
+        count = request.params.prompt_logprobs
+        assert count is not None
+        following = request.prompt_token_ids[start + 1 : start + 1 + len(logits_XV)]
+        rows = token_logprobs(logits_XV, following, [count] * len(following))
+        if any(math.isnan(p.logprob) for row in rows for p in row.values()):
+            raise RequestFailed(
+                f"request {request.request_id}: the model's logits of the prompt are not finite (NaN or "
+                "infinity); a larger dtype may help"
+            )
+        # after a preemption the first ones are there already
+        request.prompt_logprobs += rows[len(request.prompt_logprobs) - start - 1 :]
+
+    def text(self, request: Request) -> str:
+        """The text so far, without what may yet turn out to begin a stop text."""
+        return visible_text(request, self._detokenizers.get(request.request_id))
+
+
+def visible_text(request: Request, detokenizer: IncrementalDetokenizer | None) -> str:
+    """The text of a completion, without what may yet turn out to begin a stop text."""
+    if detokenizer is None:
+        return ""
+    params = request.params
+    if request.is_finished or not params.stop or params.include_stop_str_in_output:
+        return detokenizer.text
+    held = max(len(stop) for stop in params.stop) - 1
+    return detokenizer.text[: max(0, len(detokenizer.text) - held)]
+
+
+def output_of(request: Request, text: str) -> RequestOutput:
+    """The state of a request as its caller sees it; lists are shared, not copied."""
+    wants_logprobs = request.params.logprobs is not None
+    wants_prompt = request.params.prompt_logprobs is not None
+    completion = CompletionOutput(
+        index=0,
+        text=text,
+        num_tokens=len(request.output_token_ids),
+        request_token_ids=request.output_token_ids,
+        cumulative_logprob=request.cumulative_logprob if wants_logprobs else None,
+        request_logprobs=request.logprobs if wants_logprobs else None,
+        finish_reason=request.finish_reason,
+        stop_reason=request.stop_reason,
+    )
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt=request.prompt,
+        prompt_token_ids=request.prompt_token_ids,
+        prompt_logprobs=request.prompt_logprobs if wants_prompt else None,
+        outputs=[completion],
+        finished=request.is_finished,
+        metrics=request.metrics,
+        cr=request.metrics.measured_cr,
+        error=request.error,
+    )
