@@ -38,7 +38,7 @@ from megatron_dmc.bench.measure import (
 from megatron_dmc.bench.prefill_kernels import PAGE_SIZE, prefill_panel, prefill_rows
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import rope
-from megatron_dmc.ops.backends import refusal
+from megatron_dmc.ops.backends import DECODE
 from megatron_dmc.ops.paged import decode
 from megatron_dmc.ops.paged.kv_pages import entry_bytes, parse_kv_cache_dtype
 from megatron_dmc.ops.paged.layer_cache import LayerCache
@@ -79,7 +79,7 @@ def append_bytes(
 def backends(settings: Settings, dim: int) -> list[str]:
     """Those that take these tensors; PyTorch only where nothing else runs."""
     like = torch.empty(0, dim, dtype=settings.dtype, device=settings.device)
-    found = [name for name in ("cuda", "triton") if not refusal(name, like, PAGE_SIZE)]
+    found = [name for name in ("cuda", "triton") if not DECODE.refusal(name, like, PAGE_SIZE)]
     return found if settings.on_gpu and found else ["torch"]
 
 

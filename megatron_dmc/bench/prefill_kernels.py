@@ -21,7 +21,7 @@ from tqdm import tqdm
 from megatron_dmc.bench import decode_case, prefill_case
 from megatron_dmc.bench.measure import Panel, Settings, as_row, measure_time
 from megatron_dmc.ops import rope
-from megatron_dmc.ops.backends import kernels
+from megatron_dmc.ops.backends import PREFILL
 from megatron_dmc.ops.paged import prefill
 from megatron_dmc.ops.paged.prefill import Chunks
 from megatron_dmc.ops.training.attention import causal_attention
@@ -99,7 +99,7 @@ class _Prompt:
                 )[0]
         else:
             angles = rope.cosine_and_sine(self.freqs, q.dtype)
-            module = kernels(backend, "prefill")  # type: ignore[arg-type]
+            module = PREFILL.kernels(backend)
             states = module.write_chunks(
                 cache, self.chunks, k, v, self.gates, angles, merge_window=0
             )

@@ -32,6 +32,7 @@ from megatron_dmc.bench.measure import (
     peak_memory,
 )
 from megatron_dmc.ops import gates, reference
+from megatron_dmc.ops.backends import MERGE
 from megatron_dmc.ops.training.flash import choose_kernel
 
 RELEASED_WINDOW = 12
@@ -172,7 +173,7 @@ def bench_merge(
         unrolled = torch.compile(unrolled_merge) if settings.on_gpu else unrolled_merge
         variants: list[tuple[str, int, Op]] = []
         for window in (0, RELEASED_WINDOW):
-            backend = ops.merge_backend(k, v, merge_window=window)
+            backend = MERGE.choose(k, v, window)
             for name in dict.fromkeys((backend, "torch") if alternatives else (backend,)):
                 variants.append((name, window, ours(window, name)))
         if alternatives:

@@ -30,6 +30,7 @@ from megatron_dmc.engine.request import Request
 from megatron_dmc.engine.rule import CompressionRule
 from megatron_dmc.engine.scheduler import NO_PREFIX, CachedPrefix
 from megatron_dmc.ops import gates, rope
+from megatron_dmc.ops.backends import DECODE
 from megatron_dmc.ops.paged import decode, delayed, evict
 from megatron_dmc.ops.paged.decode import Angles, Gates
 from megatron_dmc.ops.paged.layer_cache import LayerCache
@@ -82,7 +83,7 @@ class PagedContext(BaseInferenceContext):
             num_kv_heads: of this tensor-parallel rank.
             dtype: the model's; `cache_dtype`: the pages', None: the model's.
             prefix_block_size: tokens between cached prefixes; None: none are cached.
-            backend: of the cache ops; None: as `ops.backends.choose_backend` picks.
+            backend: of the cache ops; None: as `ops.backends` chooses.
             poison: fill free pages with NaN, for tests.
             count_flips: compare decisions that are made a second time.
             exchange, num_ranks, rank: tensor parallelism, see `BlockTables`.
@@ -150,10 +151,8 @@ class PagedContext(BaseInferenceContext):
     @property
     def is_capturable(self) -> bool:
         """Whether decode steps run in kernels, which CUDA graphs can hold."""
-        return decode.choose_backend(self._backend, self._like, self.page_size) in (
-            "triton",
-            "cuda",
-        )
+        chosen = DECODE.choose(self._like, self.page_size, backend=self._backend)
+        return chosen in ("triton", "cuda")
 
     # What Megatron's GPTModel asks.
 

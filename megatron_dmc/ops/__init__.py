@@ -2,7 +2,6 @@
 
 from megatron_dmc.ops.training.attention import causal_attention, training_attention
 from megatron_dmc.ops.training.delayed import delayed_attention, eviction_attention
-from megatron_dmc.ops.training.merge import choose_backend as merge_backend
 from megatron_dmc.ops.training.merge import merge
 
 __all__ = [
@@ -10,6 +9,5 @@ __all__ = [
     "delayed_attention",
     "eviction_attention",
     "merge",
-    "merge_backend",
     "training_attention",
 ]

@@ -1,55 +1,135 @@
-"""Which implementation runs the cache ops."""
+"""Choose the back end of an op: which kernels run it on these tensors.
+
+An `Op` lists its back ends in order of preference; the first one that can run the tensors is chosen, and the
+choice and its reasons are logged once. The argument `backend` of the op, or else the environment variable
+`DMC_<OP>_BACKEND` (DMC_DECODE_BACKEND, ...), names one back end instead; if that one cannot run the tensors,
+or does not exist, a `ValueError` lists every back end with its reason.
+
+The kernels of a back end are an object, usually the module of their host side, with
+
+    refusal(...)    why they cannot run on these tensors, "" if they can; the arguments of `Op.choose`
+    ...             the functions of the op, with the signatures of its other back ends
+
+To add a back end, write such a module in a folder of `ops/`, register it below (one loader, and its name in the
+ops that it has), and give the kernel cases of the tests its name. To replace one for a while, as tests do, put
+a `Backend` into `Op.backends`.
+"""
 
 import functools
-import importlib
-import importlib.util
 import logging
-from types import ModuleType
-from typing import Literal
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Backend = Literal["torch", "triton", "cuda", "cpu"]
+MAX_MERGE_WINDOW = 16
+"""Longest window that kernels support, except for one over a whole sequence of training. The tiles of longer
+ones would not fit into registers."""
 
 logger = logging.getLogger(__name__)
 
 
-def refusal(backend: str, x: Tensor, page_size: int, group: int = 1) -> str:
-    """What a backend's kernels do not take about these tensors; empty if they take them."""
-    dtypes: tuple[torch.dtype, ...]
-    if backend == "triton":
-        try:
-            from megatron_dmc.ops.triton.launch import INTERPRETED
-        except ImportError:
-            return "Triton is not installed"
-        dtypes = (torch.float32, torch.bfloat16, torch.float16)
-        if not (x.is_cuda or INTERPRETED):
-            return "tensors that are not on a GPU"
-    elif backend == "cpu":
-        from megatron_dmc.ops import cpu
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
 
-        dtypes = (torch.bfloat16, torch.float32)
-        if reason := cpu.absence():
-            return reason
-        if x.device.type != "cpu":
-            return "tensors that are not on the CPU"
-        if reason := cpu.refusal(x.shape[-1], page_size, group):
-            return reason
-    else:
-        from megatron_dmc.ops import cuda
+    Attributes:
+        load: imports and returns the kernels of the op of this name; ImportError: they are not installed.
+            None: the PyTorch version inside the op, which runs everything.
+        device: type of the devices on which it is a default; None: on any.
+    """
 
-        dtypes = (torch.bfloat16, torch.float16)
-        if reason := cuda.absence():
-            return reason
-        if not x.is_cuda:
-            return "tensors that are not on a GPU"
-        if x.shape[-1] not in cuda.HEAD_DIMS:
-            return f"head_dim={x.shape[-1]}; they are built for {cuda.HEAD_DIMS}"
-        if page_size not in cuda.PAGE_SIZES:
-            return f"page_size={page_size}; they are built for {cuda.PAGE_SIZES}"
-        if group > (most := cuda.largest_group(x.shape[-1])):
-            return f"{group} query heads for each KV head; they take up to {most}"
+    load: Callable[[str], Any] | None = None
+    device: str | None = None
+
+
+@functools.cache
+def _load(load: Callable[[str], Any], op: str) -> tuple[Any, str]:
+    try:
+        return load(op), ""
+    except ImportError as error:
+        return None, f"{error.name or error} is not installed"
+
+
+class Op:
+    """An op and its back ends.
+
+    Attributes:
+        backends: by name, in order of preference.
+        environment: the variable that names one of them.
+    """
+
+    def __init__(self, name: str, **backends: Backend):
+        self.name = name
+        self.backends = backends
+        self.environment = f"DMC_{name.upper()}_BACKEND"
+
+    def choose(self, x: Tensor, *args: Any, backend: str | None = None) -> str:
+        """The name of the back end that runs the op.
+
+        Args:
+            x: the tensor whose device counts; `x` and `args` go to the back ends' `refusal`.
+            backend: a name; None: as the environment says, else the first that can.
+
+        Raises:
+            ValueError: the named back end does not exist or cannot run these tensors.
+        """
+        source = "backend"
+        if backend is None:
+            backend, source = os.environ.get(self.environment) or None, self.environment
+        if backend is not None:
+            if backend not in self.backends or self.refusal(backend, x, *args):
+                raise ValueError(self._error(f"{source}={backend!r}", backend, x, *args))
+            _announce(self.name, backend, x.device.type, x.dtype, (source,))
+            return backend
+        reasons = []
+        for name, candidate in self.backends.items():
+            if candidate.device not in (None, x.device.type):
+                continue
+            reason = self.refusal(name, x, *args)
+            if not reason:
+                _announce(self.name, name, x.device.type, x.dtype, tuple(reasons))
+                return name
+            reasons.append(f"{name}: {reason}")
+        raise ValueError(self._error("no back end", None, x, *args))
+
+    def refusal(self, backend: str, *args: Any) -> str:
+        """Why a back end cannot run the op with these arguments; "" if it can."""
+        load = self.backends[backend].load
+        if load is None:
+            return ""
+        kernels, reason = _load(load, self.name)
+        return reason or kernels.refusal(*args)
+
+    def kernels(self, backend: str) -> Any:
+        """The kernels of a back end that `choose` returned; None: the PyTorch version inside the op."""
+        load = self.backends[backend].load
+        return None if load is None else _load(load, self.name)[0]
+
+    def _error(self, what: str, backend: str | None, x: Tensor, *args: Any) -> str:
+        if backend is None or backend in self.backends:
+            problem = f"{what} can run {x.dtype} of shape {tuple(x.shape)} on {x.device}"
+            problem = problem if backend is None else problem.replace(" can run", " cannot run")
+        else:
+            problem = f"{what} does not exist"
+        listed = []
+        for name in self.backends:
+            reason = self.refusal(name, x, *args)
+            listed.append(f"{name} ({reason})" if reason else name)
+        return f"{self.name}: {problem}; the back ends are {', '.join(listed)}"
+
+
+@functools.cache
+def _announce(op: str, name: str, device: str, dtype: torch.dtype, reasons: tuple[str, ...]):
+    because = f" ({'; '.join(reasons)})" if reasons else ""
+    logger.info("%s of %s on %s runs in %r%s", op, dtype, device, name, because)
+
+
+def gpu_refusal(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str:
+    """What all GPU kernels refuse: other dtypes, heads of more than 256 channels, old GPUs."""
     if x.dtype not in dtypes:
         return f"dtype {x.dtype}"
     if x.shape[-1] > 256:
@@ -59,69 +139,52 @@ def refusal(backend: str, x: Tensor, page_size: int, group: int = 1) -> str:
     return ""
 
 
-@functools.cache
-def _say_once(message: str) -> None:
-    logger.info(message)
+def prefill_refusal(cache: Any, merge_window: int) -> str:
+    """What the GPU kernels of prefill refuse about a `LayerCache`: 8-bit pages, long merge windows."""
+    if cache.is_scaled:
+        return f"pages in {cache.k_pages_PSD.values_PSD.dtype}"
+    if merge_window > MAX_MERGE_WINDOW:
+        return f"merge_window={merge_window}, more than {MAX_MERGE_WINDOW}"
+    return ""
 
 
-def _check_name(backend: str | None) -> None:
-    if backend not in (None, "torch", "triton", "cuda", "cpu"):
-        raise ValueError(
-            f"backend={backend!r} does not exist; use 'cuda', 'triton', 'cpu', 'torch' or None"
-        )
+def _cuda(op: str) -> Any:
+    from megatron_dmc.ops.cuda import decode, pages, prefill
+
+    return {"decode": decode, "pages": pages, "prefill": prefill}[op]
 
 
-def choose_backend(backend: str | None, x: Tensor, page_size: int, group: int = 1) -> Backend:
-    """The one place that picks the default backend of the cache ops.
+def _cpu(op: str) -> Any:
+    from megatron_dmc.ops.cpu import decode, pages
 
-    Args:
-        backend: "torch", "triton", "cuda" or "cpu"; None: on a GPU the CUDA extension, else Triton, on a CPU
-            its extension, and where those cannot, PyTorch, the reasons logged once.
-        x: queries or keys (..., D).
-        group: query heads for each KV head, where attention is computed.
-
-    Raises:
-        ValueError: for a backend that does not exist or does not take these tensors.
-    """
-    _check_name(backend)
-    if backend == "torch" or (backend is None and x.device.type not in ("cpu", "cuda")):
-        return "torch"
-    if backend is not None:
-        if reason := refusal(backend, x, page_size, group):
-            raise ValueError(f"backend={backend!r} does not take {reason}; use None or 'torch'")
-        return backend  # type: ignore[return-value]
-    reasons: list[str] = []
-    for name in ("cuda", "triton") if x.is_cuda else ("cpu",):
-        reason = refusal(name, x, page_size, group)
-        if not reason:
-            if reasons:
-                _say_once(f"cache ops run in {name}: {'; '.join(reasons)}")
-            return name  # type: ignore[return-value]
-        reasons.append(f"{name} kernels: {reason}")
-    _say_once(f"cache ops run in PyTorch: {'; '.join(reasons)}")
-    return "torch"
+    return {"decode": decode, "pages": pages}[op]
 
 
-def choose_page_backend(backend: str | None, x: Tensor) -> Backend:
-    """As `choose_backend`, for the ops on page ids: kernels wherever they exist for the device of `x`.
+def _triton(op: str) -> Any:
+    from megatron_dmc.ops.triton import decode, diagonal, merge, pages, prefill
 
-    Raises:
-        ValueError: for a backend that does not exist.
-    """
-    _check_name(backend)
-    if backend is not None:
-        return backend  # type: ignore[return-value]
-    from megatron_dmc.ops import cpu, cuda
-
-    if not x.is_cuda:
-        return "torch" if x.device.type != "cpu" or cpu.absence() else "cpu"
-
-    if not cuda.absence():
-        return "cuda"
-    return "triton" if importlib.util.find_spec("triton") else "torch"
+    return {
+        "decode": decode, "diagonal": diagonal, "merge": merge, "pages": pages, "prefill": prefill,
+    }[op]  # fmt: skip
 
 
-def kernels(backend: Backend, of: Literal["decode", "prefill"] = "decode") -> ModuleType:
-    """A backend's module of decoding, with `decode_append`, `plan`, `paged_decode_attention` and
-    `release_pages`, or of prefill, with `write_chunks` and `attend_chunks`."""
-    return importlib.import_module(f"megatron_dmc.ops.{backend}.{of}")
+CUDA, TRITON, CPU, PYTORCH = (
+    Backend(_cuda, "cuda"), Backend(_triton, "cuda"), Backend(_cpu, "cpu"), Backend(),
+)  # fmt: skip
+
+DECODE = Op("decode", cuda=CUDA, triton=TRITON, cpu=CPU, torch=PYTORCH)
+"""`ops.paged.decode`. Its arguments are (x, page_size, group=1): queries or keys (..., D), slots of a page,
+query heads per KV head where attention is computed."""
+
+PREFILL = Op("prefill", cuda=CUDA, triton=TRITON, torch=PYTORCH, cpu=PYTORCH)
+"""`ops.paged.prefill`: (q, cache, merge_window), the window 0 where nothing merges. On a CPU
+PyTorch's own attention kernels are the fastest."""
+
+PAGES = Op("pages", cuda=CUDA, triton=TRITON, cpu=CPU, torch=PYTORCH)
+"""`ops.paged.pages`: (page_ids)."""
+
+MERGE = Op("merge", triton=TRITON, torch=PYTORCH)
+"""`ops.training.merge`: (k, v, merge_window)."""
+
+DIAGONAL = Op("diagonal", triton=TRITON, torch=PYTORCH)
+"""`ops.training.diagonal`: (q)."""

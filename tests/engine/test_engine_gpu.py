@@ -17,7 +17,7 @@ from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.load import LoadedModel, build_model
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.ops import gates
-from megatron_dmc.ops.backends import refusal
+from megatron_dmc.ops.backends import DECODE
 from megatron_dmc.ops.paged import decode
 from megatron_dmc.ops.training import flash
 
@@ -170,7 +170,7 @@ def attended(backend, stored, batch=16):
     (q,) = decode_case.random_heads(
         batch, [16], 128, dtype=torch.bfloat16, device=DEVICE, seed=1
     )  # fmt: skip
-    if reason := refusal(backend, q, 16, 4):
+    if reason := DECODE.refusal(backend, q, 16, 4):
         pytest.skip(reason)
     rows = torch.arange(batch, device=DEVICE)
 

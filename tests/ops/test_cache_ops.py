@@ -250,7 +250,7 @@ def test_low_precision_makes_the_same_decisions_and_stays_close(merge_window, dt
 
 def test_unknown_backend_is_refused():
     cache = make_cache(1, 1, 1, 0)
-    with pytest.raises(ValueError, match="backend='fpga' does not exist"):
+    with pytest.raises(ValueError, match="decode: backend='fpga' does not exist"):
         decode.paged_decode_attention(
             cache, torch.tensor([0]), torch.zeros(1, 1, D), softmax_scale=1.0, backend="fpga"
         )

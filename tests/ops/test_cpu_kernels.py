@@ -12,7 +12,8 @@ import torch
 from kernel_tools import run_cases
 
 from megatron_dmc.bench import decode_case
-from megatron_dmc.ops import backends, cpu
+from megatron_dmc.ops import cpu
+from megatron_dmc.ops.backends import DECODE
 from megatron_dmc.ops.paged import decode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,15 +76,15 @@ def test_an_entry_that_is_not_a_number_gives_none(in_values):
 @needs_extension
 def test_what_the_kernels_do_not_take_is_said():
     q = torch.zeros(1, 2, 64)
-    assert backends.choose_backend(None, q, 16) == "cpu"
+    assert DECODE.choose(q, 16) == "cpu"
     for x, page_size, message in (
         (q.double(), 16, "dtype torch.float64"),
-        (q[..., :40], 16, "head_dim=40; they take multiples of 32 up to 256"),
-        (q, 12, "page_size=12; they take powers of two from 8 on"),
+        (q[..., :40], 16, "head_dim=40; the kernels take multiples of 32 up to 256"),
+        (q, 12, "page_size=12; the kernels take powers of two from 8 on"),
     ):
-        assert backends.choose_backend(None, x, page_size) == "torch"
+        assert DECODE.choose(x, page_size) == "torch"
         with pytest.raises(ValueError, match=message):
-            backends.choose_backend("cpu", x, page_size)
+            DECODE.choose(x, page_size, backend="cpu")
     rows, ints = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, 4, dtype=torch.int32)
     pages, entries = torch.zeros(4, 16, 64), torch.zeros(1, 1, dtype=torch.int64)
     operator = torch.ops.megatron_dmc_cpu.paged_decode_attention

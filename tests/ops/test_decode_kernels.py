@@ -6,7 +6,8 @@ import torch
 from kernel_tools import compile_for, resource_usage, run_cases
 from torch._subclasses import FakeTensorMode
 
-from megatron_dmc.ops import backends, cuda
+from megatron_dmc.ops import cuda
+from megatron_dmc.ops.backends import DECODE
 from megatron_dmc.ops.paged import decode
 
 pytest.importorskip("triton")
@@ -113,24 +114,16 @@ def test_kernels_compile_without_a_gpu_and_without_spills(full_size):
                 assert spilled_bytes(usage) == 0, (kernel.__name__, capability, usage)
 
 
-def test_backend_is_picked_in_one_place(monkeypatch):
-    x = torch.zeros(1, 2, 64)
-    assert backends.choose_backend(None, x.double(), 16) == "torch"
-    with pytest.raises(ValueError, match="backend='triton' does not take tensors that are not on"):
-        backends.choose_backend("triton", x, 16)
-    with pytest.raises(
-        ValueError, match="backend='fpga' does not exist; use 'cuda', 'triton', 'cpu'"
-    ):
-        backends.choose_backend("fpga", x, 16)
-    entries = torch.tensor([[[3, 5]]])
-    for backend in ("torch", None):
-        plan = decode.plan_decode_attention(
-            entries, torch.tensor([0]), like=x, page_size=16, backend=backend
-        )
-        assert plan == [None]
+def test_what_the_extension_is_built_for(monkeypatch):
     monkeypatch.setattr(cuda, "absence", lambda: "")
     with FakeTensorMode():
         for dim, most in ((128, 16), (256, 8)):
             on_gpu = torch.empty(1, dim, dtype=torch.bfloat16, device="cuda")
-            reason = backends.refusal("cuda", on_gpu, 16, most + 1)
-            assert reason == f"{most + 1} query heads for each KV head; they take up to {most}"
+            reason = DECODE.refusal("cuda", on_gpu, 16, most + 1)
+            assert reason == f"{most + 1} query heads for each KV head, more than {most}"
+
+
+def test_pytorch_needs_no_plan():
+    x, entries = torch.zeros(1, 2, 64), torch.tensor([[[3, 5]]])
+    plan = decode.plan_decode_attention(entries, torch.tensor([0]), like=x, page_size=16)
+    assert plan == [None]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_dmc import ops
-from megatron_dmc.ops import gates
+from megatron_dmc.ops import backends, gates
 from megatron_dmc.ops.training import flash
 
 ON_CPU = ("cpu", "dense")
@@ -199,28 +199,34 @@ def test_the_first_that_is_present_is_picked(pretend_gpu, monkeypatch):
     assert choice() == "cudnn"
     monkeypatch.setattr(flash, "_HALF", (torch.float16,))
     monkeypatch.setattr(flash, "_cpu_takes", lambda *args: "not here")
-    kernels = {n: k for n, k in flash.KERNELS.items() if n != "cpu"}  # they are CPU tensors
-    monkeypatch.setattr(flash, "KERNELS", kernels)
+    others = {
+        n: b for n, b in flash.ATTENTION.backends.items() if n != "cpu"
+    }  # they are CPU tensors
+    monkeypatch.setattr(flash.ATTENTION, "backends", others)
     assert choice() == "efficient"
     assert choice(torch.float64) == "dense"
 
 
 def test_choice_can_be_forced_and_is_logged_once(monkeypatch, caplog):
     inputs = make_inputs(num_tokens=5)
-    flash._announce.cache_clear()
-    with caplog.at_level(logging.INFO, logger=flash.logger.name):
+    backends._announce.cache_clear()
+    with caplog.at_level(logging.INFO, logger=backends.logger.name):
         ops.training_attention(*inputs)
         ops.training_attention(*inputs)
-        monkeypatch.setenv(flash.ENVIRONMENT, "dense")
+        monkeypatch.setenv("DMC_ATTENTION_BACKEND", "dense")
         ops.training_attention(*inputs)
-    assert [r.args[-1] for r in caplog.records] == ["cpu", "dense"]
-    monkeypatch.setenv(flash.ENVIRONMENT, "fastest")
-    with pytest.raises(
-        ValueError, match="DMC_ATTENTION_BACKEND='fastest' is no.*flash-attn-3, flash-attn-2"
-    ):
+    chosen = [r.args[3] for r in caplog.records if r.args[0] == "attention"]
+    assert chosen == ["cpu", "dense"]
+    monkeypatch.setenv("DMC_ATTENTION_BACKEND", "fastest")
+    named = (
+        "DMC_ATTENTION_BACKEND='fastest' does not exist; .* flash-attn-3 .*, flash-attn-2 .*, cpu, "
+    )
+    with pytest.raises(ValueError, match=named):
         ops.causal_attention(*inputs[:3])
     ops.causal_attention(*inputs[:3], backend="cpu")  # an argument counts for more
-    with pytest.raises(ValueError, match="backend='cudnn' does not take torch.float32.*on a GPU"):
+    with pytest.raises(
+        ValueError, match="backend='cudnn' cannot run torch.float32.*cudnn .only half precision"
+    ):
         ops.causal_attention(*inputs[:3], backend="cudnn")
 
 
@@ -254,9 +260,7 @@ def test_wrong_results_are_refused(pretend_gpu, caplog):
     assert "'flash-attn-3' is not used on cpu for torch.float32, 4 query heads, 2 KV heads" in first
     assert "its output differs by" in first
     assert "'flash-attn-2' is not used" in second and "its dv differs by 0.01 of" in second
-    with pytest.raises(
-        ValueError, match="backend='flash-attn-3' does not take.*its output differs"
-    ):
+    with pytest.raises(ValueError, match="backend='flash-attn-3' cannot run.*its output differs"):
         chosen(caplog, backend="flash-attn-3")
 
 

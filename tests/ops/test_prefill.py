@@ -165,11 +165,11 @@ def test_what_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="the chunks have 3 tokens, the queries 4"):
         call(Chunks.of([0], [3], "cpu"))
     chunks = Chunks.of([0], [4], "cpu")
-    with pytest.raises(ValueError, match="backend='triton' does not take tensors that are not on"):
+    with pytest.raises(ValueError, match="backend='triton' cannot run .*only tensors on a GPU"):
         call(chunks, backend="triton")
     # as on a GPU
-    monkeypatch.setattr(prefill, "choose_backend", lambda backend, x, page_size: "triton")
-    with pytest.raises(ValueError, match="does not take merge_window=17, more than 16, in prefill"):
+    monkeypatch.setattr("megatron_dmc.ops.triton.decode.INTERPRETED", True)
+    with pytest.raises(ValueError, match=r"triton \(merge_window=17, more than 16\), torch"):
         call(chunks, backend="triton", merge_window=17)
     assert call(chunks, merge_window=17).shape == q.shape  # PyTorch takes over
     assert cache.num_entries_RG.tolist() == [[int((~is_merge[1:]).sum()) + 1]]

@@ -18,8 +18,8 @@ from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.load import build_model
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.engine import EngineConfig, LLMEngine, sampler
+from megatron_dmc.ops import backends
 from megatron_dmc.ops.cuda import decode as cuda_kernels
-from megatron_dmc.ops.paged import decode, pages
 
 aten = torch.ops.aten
 COPIES = (aten.copy_.default, aten._to_copy.default)
@@ -121,9 +121,8 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(block_tables, "LateCopy", MadeUpCounts)
     monkeypatch.setattr(sampler, "LateCopy", MadeUpCopy)
     monkeypatch.setattr(MadeUpCopy, "read_shapes", [])
-    for module, chooser in ((decode, "choose_backend"), (pages, "choose_page_backend")):
-        monkeypatch.setattr(module, chooser, lambda *args: "cuda")
-        monkeypatch.setattr(module, "kernels", lambda backend: cuda_kernels)
+    for op in (backends.DECODE, backends.PAGES):
+        monkeypatch.setattr(op, "choose", lambda *args, **options: "cuda")
     with FakeTensorMode(), torch.no_grad():
         yield called
 

@@ -116,6 +116,10 @@ class PrefillAttentionParams(ctypes.Structure):
     ]
 
 
+def refusal(*args) -> str:
+    return ""
+
+
 def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 

@@ -13,6 +13,7 @@ from kernel_cases_merge import DEVICE, uninitialised_memory_is_nan  # noqa: F401
 
 from megatron_dmc.bench import decode_case
 from megatron_dmc.bench.measure import errors_within_twice_the_yardstick
+from megatron_dmc.ops import backends
 from megatron_dmc.ops.paged import decode as cache_ops
 from megatron_dmc.ops.triton import decode
 
@@ -27,8 +28,8 @@ if BACKEND == "cpu":
 if BACKEND == "host":
     import host_kernels as kernels
 
-    cache_ops.choose_backend = lambda backend, x, page_size, group=1: backend
-    cache_ops.kernels = lambda backend: kernels if backend == "host" else None
+    for op in (backends.DECODE, backends.PAGES, backends.PREFILL):
+        op.backends["host"] = backends.Backend(lambda op: kernels)
 LARGE = os.environ.get("DMC_LARGE_CASES") == "1"
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 NAN = float("nan")

@@ -6,8 +6,6 @@ from kernel_cases_merge import DEVICE, assert_within_twice_the_yardstick  # patc
 
 from megatron_dmc import ops
 from megatron_dmc.ops import gates, reference
-from megatron_dmc.ops.training import attention
-from megatron_dmc.ops.triton import diagonal as kernels
 
 # the interpreter cuts bfloat16 off instead of rounding it
 HALF = torch.float16 if DEVICE == "cpu" else torch.bfloat16
@@ -34,8 +32,8 @@ def test_diagonal_kernels_equal_the_specification(num_tokens, heads, dtype, monk
     exact = both_ways(reference.training_attention, *(x.double() for x in inputs))
     results = []
     torch.use_deterministic_algorithms(True, warn_only=True)  # uninitialised memory is NaN
-    for implementation in (kernels, attention.diagonal):
-        monkeypatch.setattr(attention, "_diagonal", lambda q, chosen=implementation: chosen)
+    for backend in ("triton", "torch"):
+        monkeypatch.setenv("DMC_DIAGONAL_BACKEND", backend)
         results.append(both_ways(ops.training_attention, *inputs))
     torch.use_deterministic_algorithms(False)
     names = ("out", "grad q", "grad k", "grad v", "grad log_keep")

@@ -10,12 +10,6 @@ from kernel_cases_decode import BACKEND, DEVICE  # patches Triton
 from megatron_dmc.ops.paged import pages
 from megatron_dmc.ops.paged.pages import FreePages
 
-if BACKEND == "host":
-    import host_kernels
-
-    pages.choose_page_backend = lambda backend, x: backend
-    pages.kernels = lambda backend: host_kernels
-
 
 def held_pages(num_pages, num_held, seed):
     """A stack with `num_held` allocated pages, each with one to three owners."""

@@ -8,16 +8,12 @@ import math
 
 import pytest
 import torch
-from kernel_cases_decode import BACKEND, HALF, LARGE, chosen, kernels  # patches Triton
+from kernel_cases_decode import BACKEND, HALF, LARGE, chosen  # patches Triton
 from kernel_cases_merge import DEVICE
 
 from megatron_dmc.bench import decode_case, prefill_case
 from megatron_dmc.ops.paged import prefill
 from megatron_dmc.ops.paged.prefill import Chunks
-
-if BACKEND == "host":
-    prefill.choose_backend = lambda backend, x, page_size: backend
-    prefill.kernels = lambda backend, of: {"prefill": kernels}[of]
 
 # of the heads of a case, in turn
 RATES = [0.75, 0.0, 1.0, 0.5]

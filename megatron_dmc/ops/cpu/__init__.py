@@ -1,7 +1,9 @@
 """The cache ops in the extension for CPUs `megatron_dmc._cpu`, where it is built."""
 
 import functools
-import importlib
+
+import torch
+from torch import Tensor
 
 DIM_STEP, MAX_DIM = 32, 256
 """Head dimensions are multiples of the first, up to the second."""
@@ -14,9 +16,9 @@ MAX_GROUP = 32
 def absence() -> str:
     """Why the extension is not there; empty where it is."""
     try:
-        importlib.import_module("megatron_dmc._cpu")
+        import megatron_dmc._cpu  # noqa: F401
     except ImportError as error:
-        if getattr(error, "name", None) == "megatron_dmc._cpu":
+        if error.name == "megatron_dmc._cpu":
             return "the extension for CPUs is not built (pip install --no-build-isolation, with a compiler)"
         return f"the extension for CPUs does not load ({error})"
     from megatron_dmc.ops.cpu.decode import operators
@@ -26,12 +28,19 @@ def absence() -> str:
     return ""
 
 
-def refusal(head_dim: int, page_size: int, group: int) -> str:
-    """What the kernels do not take about these sizes; empty if they take them."""
+def refusal(x: Tensor, page_size: int, group: int = 1) -> str:
+    """The refusals of all ops on entries; see `ops.backends`."""
+    head_dim = x.shape[-1]
+    if reason := absence():
+        return reason
+    if x.device.type != "cpu":
+        return "only tensors on the CPU"
     if head_dim % DIM_STEP or head_dim > MAX_DIM:
-        return f"head_dim={head_dim}; they take multiples of {DIM_STEP} up to {MAX_DIM}"
+        return f"head_dim={head_dim}; the kernels take multiples of {DIM_STEP} up to {MAX_DIM}"
     if page_size < MIN_PAGE_SIZE or page_size & (page_size - 1):
-        return f"page_size={page_size}; they take powers of two from {MIN_PAGE_SIZE} on"
+        return f"page_size={page_size}; the kernels take powers of two from {MIN_PAGE_SIZE} on"
     if group > MAX_GROUP:
-        return f"{group} query heads for each KV head; they take up to {MAX_GROUP}"
+        return f"{group} query heads for each KV head, more than {MAX_GROUP}"
+    if x.dtype not in (torch.bfloat16, torch.float32):
+        return f"dtype {x.dtype}"
     return ""

@@ -1,4 +1,4 @@
-"""Decoding's kernels for CPUs, under the names that `megatron_dmc.ops.backends.kernels` promises.
+"""Decoding's kernels for CPUs, a back end of `ops.backends.DECODE`.
 
 Outputs are allocated here; the operators of `megatron_dmc/csrc/cpu` fill them. Dimension letters as in
 `ops.paged.decode`.
@@ -9,10 +9,13 @@ import functools
 import torch
 from torch import Tensor
 
+from megatron_dmc.ops.cpu import refusal
 from megatron_dmc.ops.paged.decode import Angles, Gates
 from megatron_dmc.ops.paged.kv_pages import parts_of
 from megatron_dmc.ops.paged.layer_cache import LayerCache
 from megatron_dmc.ops.tensors import dense_channels
+
+__all__ = ["decode_append", "paged_decode_attention", "plan", "refusal"]
 
 
 @functools.cache
@@ -75,10 +78,3 @@ def paged_decode_attention(
         cache.block_table_RGM, cache.num_entries_RG, rows_B, out, softmax_scale,
     )  # fmt: skip
     return out
-
-
-def release_pages(
-    page_ids_XY: Tensor, free_page_ids: Tensor, free_state: Tensor, num_extra_owners_P: Tensor
-) -> None:
-    """As `megatron_dmc.ops.triton.release.release_pages`."""
-    operators().release_pages.default(page_ids_XY, free_page_ids, free_state, num_extra_owners_P)

@@ -1,24 +1,43 @@
-"""The cache ops in the CUDA extension `megatron_dmc._C`, where it is built."""
+"""The ops of the paged cache in the CUDA extension `megatron_dmc._C`, if it is built."""
 
 import functools
-import importlib
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.ops.backends import gpu_refusal
 
 HEAD_DIMS = (64, 96, 128, 256)
 PAGE_SIZES = (8, 16, 32, 64)
 
 
 def largest_group(head_dim: int) -> int:
-    """Query heads of a KV head that decode attention takes."""
+    """The most query heads per KV head that decode attention supports."""
     return 16 if head_dim <= 128 else 8
 
 
 @functools.cache
 def absence() -> str:
-    """Why the extension is not there; empty where it is."""
+    """Why the extension is missing; "" if it is there."""
     try:
-        importlib.import_module("megatron_dmc._C")
+        import megatron_dmc._C  # noqa: F401
     except ImportError as error:
-        if getattr(error, "name", None) == "megatron_dmc._C":
+        if error.name == "megatron_dmc._C":
             return "the CUDA extension is not built (pip install --no-build-isolation, with nvcc)"
         return f"the CUDA extension does not load ({error})"
     return ""
+
+
+def refusal(x: Tensor, page_size: int, group: int = 1) -> str:
+    """What all ops on entries refuse; see `ops.backends`."""
+    if reason := absence():
+        return reason
+    if not x.is_cuda:
+        return "only tensors on a GPU"
+    if x.shape[-1] not in HEAD_DIMS:
+        return f"head_dim={x.shape[-1]}; built for {HEAD_DIMS}"
+    if page_size not in PAGE_SIZES:
+        return f"page_size={page_size}; built for {PAGE_SIZES}"
+    if group > (most := largest_group(x.shape[-1])):
+        return f"{group} query heads for each KV head, more than {most}"
+    return gpu_refusal(x, (torch.bfloat16, torch.float16))

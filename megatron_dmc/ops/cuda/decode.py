@@ -1,4 +1,4 @@
-"""Decoding's CUDA kernels, under the names that `megatron_dmc.ops.backends.kernels` promises.
+"""Decoding's CUDA kernels, a back end of `ops.backends.DECODE`.
 
 Outputs and workspace are allocated here; the operators of `megatron_dmc/csrc` fill them.
 Dimension letters as in `ops.paged.decode`; Y = B x G + 1, C workers.
@@ -9,11 +9,13 @@ import functools
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.cuda import absence
+from megatron_dmc.ops.cuda import absence, refusal
 from megatron_dmc.ops.paged.decode import Angles, Gates
 from megatron_dmc.ops.paged.kv_pages import parts_of
 from megatron_dmc.ops.paged.layer_cache import LayerCache
 from megatron_dmc.ops.tensors import dense_channels
+
+__all__ = ["decode_append", "paged_decode_attention", "plan", "refusal"]
 
 
 @functools.cache
@@ -106,10 +108,3 @@ def paged_decode_attention(
         softmax_scale,
     )  # fmt: skip
     return out
-
-
-def release_pages(
-    page_ids_XY: Tensor, free_page_ids: Tensor, free_state: Tensor, num_extra_owners_P: Tensor
-) -> None:
-    """As `megatron_dmc.ops.triton.release.release_pages`."""
-    operators().release_pages(page_ids_XY, free_page_ids, free_state, num_extra_owners_P)

@@ -1,4 +1,4 @@
-"""Prefill's CUDA kernels, under the names that `megatron_dmc.ops.backends.kernels` promises.
+"""Prefill's CUDA kernels, a back end of `ops.backends.PREFILL`.
 
 Dimension letters as in `ops.paged.prefill`.
 """
@@ -8,6 +8,8 @@ import functools
 import torch
 from torch import Tensor
 
+from megatron_dmc.ops import cuda
+from megatron_dmc.ops.backends import prefill_refusal
 from megatron_dmc.ops.cuda.decode import operators
 from megatron_dmc.ops.paged.decode import Angles, Gates
 from megatron_dmc.ops.paged.layer_cache import LayerCache
@@ -16,6 +18,11 @@ from megatron_dmc.ops.tensors import dense_channels
 
 TILE = 32
 """Tokens of a tile, one for each lane of a warp."""
+
+
+def refusal(q_TND: Tensor, cache: LayerCache, merge_window: int) -> str:
+    """See `ops.backends`."""
+    return cuda.refusal(q_TND, cache.page_size) or prefill_refusal(cache, merge_window)
 
 
 def write_chunks(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops import gates, rope
-from megatron_dmc.ops.backends import choose_backend, kernels
+from megatron_dmc.ops.backends import DECODE
 from megatron_dmc.ops.paged.layer_cache import LayerCache
 from megatron_dmc.ops.paged.pages import take_where
 from megatron_dmc.ops.tensors import accumulator_dtype
@@ -43,18 +43,18 @@ def decode_append(
             appended as it is and every channel counts.
         freqs_BF: RoPE angles of each request's position, or None.
         merge_window: W; 0 is unlimited.
-        backend: as `ops.backends.choose_backend`.
+        backend: of `ops.backends.DECODE`; None: the first that can.
 
     Raises:
         ValueError: the backend does not exist or does not take these tensors.
     """
     angles = rope.cosine_and_sine(freqs_BF, k_BGD.dtype)
-    chosen = choose_backend(backend, k_BGD, cache.page_size)
+    chosen = DECODE.choose(k_BGD, cache.page_size, backend=backend)
     if chosen == "torch":
         _append_live(cache, rows_B, k_BGD, v_BGD, gates_BG, angles, merge_window)
         return
     positions = torch.arange(k_BGD.shape[0], device=k_BGD.device)
-    kernels(chosen).decode_append(
+    DECODE.kernels(chosen).decode_append(
         cache, rows_B, None, k_BGD, v_BGD, gates_BG, angles, positions,
         compress=gates_BG is not None, may_merge=True, alpha_offset=0.0, merge_window=merge_window,
     )  # fmt: skip
@@ -172,9 +172,9 @@ def gate_and_append(
         rotated q_BND, the borrowed channel zero when compressing; rows of padding are undefined.
     """
     compress = alpha_offset is not None
-    chosen = choose_backend(backend, k_BGD, cache.page_size)
+    chosen = DECODE.choose(k_BGD, cache.page_size, backend=backend)
     if chosen != "torch":
-        rotated: Tensor = kernels(chosen).decode_append(
+        rotated: Tensor = DECODE.kernels(chosen).decode_append(
             cache, rows_B, q_BND, k_BGD, v_BGD, gates_BG, angles_XF, positions_B,
             compress=compress, may_merge=may_merge, alpha_offset=alpha_offset or 0.0,
             merge_window=merge_window,
@@ -212,10 +212,10 @@ def plan_decode_attention(
         one plan for each layer, for `paged_decode_attention` of the same rows and backend; None each
         for PyTorch, which needs none. A plan must not be shorter than the entries then are.
     """
-    chosen = choose_backend(backend, like, page_size, group)
+    chosen = DECODE.choose(like, page_size, group, backend=backend)
     if chosen == "torch":
         return [None] * num_entries_LRG.shape[0]
-    return list(kernels(chosen).plan(num_entries_LRG, rows_B, ahead=ahead))
+    return list(DECODE.kernels(chosen).plan(num_entries_LRG, rows_B, ahead=ahead))
 
 
 def paged_decode_attention(
@@ -240,9 +240,9 @@ def paged_decode_attention(
         entries.
     """
     group = q_BND.shape[1] // cache.num_kv_heads
-    chosen = choose_backend(backend, q_BND, cache.page_size, group)
+    chosen = DECODE.choose(q_BND, cache.page_size, group, backend=backend)
     if chosen != "torch":
-        attended: Tensor = kernels(chosen).paged_decode_attention(
+        attended: Tensor = DECODE.kernels(chosen).paged_decode_attention(
             cache, rows_B, q_BND, plan_Y, softmax_scale=softmax_scale
         )
         return attended

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.errors import OutOfPages
-from megatron_dmc.ops.backends import choose_page_backend, kernels
+from megatron_dmc.ops.backends import PAGES
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,11 @@ def release_pages(
     Args:
         page_ids_XY: int32, the last dimension dense, such as the block tables (layers, heads x columns)
             of a request; -1 for none. A page may be named as often as it has owners.
-        backend: as in the other ops; None: kernels on a GPU, PyTorch elsewhere.
+        backend: of `ops.backends.PAGES`; None: the first that can.
     """
-    chosen = choose_page_backend(backend, page_ids_XY)
+    chosen = PAGES.choose(page_ids_XY, backend=backend)
     if chosen != "torch":
-        kernels(chosen).release_pages(
+        PAGES.kernels(chosen).release_pages(
             page_ids_XY, free_pages.page_ids, free_pages.state, num_extra_owners_P
         )
         return

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops import gates, rope
-from megatron_dmc.ops.backends import Backend, choose_backend, kernels
+from megatron_dmc.ops.backends import PREFILL
 from megatron_dmc.ops.paged.decode import Gates
 from megatron_dmc.ops.paged.kv_pages import as_stored
 from megatron_dmc.ops.paged.layer_cache import LayerCache
@@ -28,7 +28,7 @@ from megatron_dmc.ops.training.attention import (
     join_by_lse,
     masked_attention,
 )
-from megatron_dmc.ops.training.merge import MAX_MERGE_WINDOW, continue_merge
+from megatron_dmc.ops.training.merge import continue_merge
 
 _COMPACTED_COST = 1.5
 """Time of `compacted_attention` over that of the dense kernels, per query and key, on a CPU."""
@@ -146,14 +146,15 @@ def prefill(
         rows_B = chunks.table_B3[:, 0].long()
         new_BG = new_entries(gates_TG, cache.num_entries_RG, chunks)
         cache.take_pages(rows_B, cache.num_entries_RG[rows_B] + new_BG)
-    chosen = _choose_backend(backend, q_TND, cache, 0 if gates_TG is None else merge_window)
-    if chosen != "torch":
+    window = 0 if gates_TG is None else merge_window
+    chosen = PREFILL.choose(q_TND, cache, window, backend=backend)
+    kernels = PREFILL.kernels(chosen)
+    if kernels is not None:
         angles_TF = rope.cosine_and_sine(freqs_TF, q_TND.dtype)
-        module = kernels(chosen, "prefill")
-        states = module.write_chunks(
+        states = kernels.write_chunks(
             cache, chunks, k_TGD, v_TGD, gates_TG, angles_TF, merge_window=merge_window
         )
-        attended: Tensor = module.attend_chunks(
+        attended: Tensor = kernels.attend_chunks(
             cache, chunks, q_TND, states, angles_TF, softmax_scale=softmax_scale
         )
         return attended
@@ -183,23 +184,6 @@ def new_entries(gates_TG: Gates | None, num_entries_RG: Tensor, chunks: Chunks) 
     is_append_TG[first_B] |= entries_BG == 0
     chunk_T = torch.repeat_interleave(num_tokens_B, output_size=is_append_TG.shape[0])
     return torch.zeros_like(entries_BG).index_add_(0, chunk_T, is_append_TG.to(entries_BG.dtype))
-
-
-def _choose_backend(
-    backend: str | None, q_TND: Tensor, cache: LayerCache, merge_window: int
-) -> Backend:
-    """The cache ops' choice; PyTorch where the kernels of prefill take less than those of decoding."""
-    chosen = choose_backend(backend, q_TND, cache.page_size)
-    if chosen in ("torch", "cpu"):
-        return "torch"
-    refusal = ""
-    if merge_window > MAX_MERGE_WINDOW:
-        refusal = f"merge_window={merge_window}, more than {MAX_MERGE_WINDOW}, in prefill"
-    if cache.is_scaled:
-        refusal = "pages of 8 bits in prefill"
-    if refusal and backend is not None:
-        raise ValueError(f"backend={backend!r} does not take {refusal}; use None or 'torch'")
-    return "torch" if refusal else chosen
 
 
 class Written(NamedTuple):

@@ -5,12 +5,13 @@ key/value head, D head dim.
 """
 
 import math
-from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_dmc.ops import gates
+from megatron_dmc.ops.backends import DIAGONAL
 from megatron_dmc.ops.tensors import accumulator_dtype
 from megatron_dmc.ops.training import diagonal
 from megatron_dmc.ops.training.flash import Kernel, choose_kernel
@@ -19,14 +20,9 @@ MASKED = -1.0e4
 """Stands for log(0) inside the kernel: exp of it is 0 in every dtype, and no NaN can arise."""
 
 
-def _diagonal(q_BNTD: Tensor):
-    """The implementation of `ops.training.diagonal` for these tensors: Triton's on a GPU, where it is."""
-    if q_BNTD.is_cuda and find_spec("triton"):
-        from megatron_dmc.ops.triton import diagonal as kernels
-
-        if kernels.takes(q_BNTD):
-            return kernels
-    return diagonal
+def _diagonal(q_BNTD: Tensor) -> Any:
+    chosen = DIAGONAL.choose(q_BNTD)
+    return diagonal if chosen == "torch" else DIAGONAL.kernels(chosen)
 
 
 def bias_unit(scale: float) -> float:
@@ -164,7 +160,7 @@ def training_attention(
         k_TBGD, v_TBGD: rotated merged keys, merged values, same dtype as the queries.
         log_keep_TBG: `log_keep[t] = log(1 - alpha_t)`, at most 0, -inf allowed; shifted inside.
         softmax_scale: default 1 / sqrt(D).
-        backend: stock kernel by name; default: the choice of `ops.training.flash.choose_kernel`.
+        backend: of `ops.training.flash.ATTENTION`; None: the first that can.
 
     Returns:
         out_TBND. Differentiable in all four tensors.

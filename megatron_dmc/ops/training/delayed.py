@@ -290,7 +290,7 @@ def eviction_attention(
             about token t - 1.
         delay: 0 or more; how many later tokens still see an evicted one.
         softmax_scale: default 1 / sqrt(D).
-        backend: stock kernel by name; default: the choice of `ops.training.flash.choose_kernel`.
+        backend: of `ops.training.flash.ATTENTION`; None: the first that can.
 
     Returns:
         out_TBND. Differentiable in all four tensors.
@@ -336,7 +336,7 @@ def delayed_attention(
         log_keep_TBG: `log_keep[t] = log(1 - alpha_t)`, at most 0, -inf allowed; shifted inside.
         merge_delay: w, 0 or more; tokens that stay raw before their decision takes effect.
         softmax_scale: default 1 / sqrt(D).
-        backend: stock kernel by name; default: the choice of `ops.training.flash.choose_kernel`.
+        backend: of `ops.training.flash.ATTENTION`; None: the first that can.
 
     Returns:
         out_TBND. Differentiable in all six tensors.

@@ -1,4 +1,4 @@
-"""Stock flash attention kernels behind one interface, and the one place that picks among them.
+"""Stock flash attention kernels behind one interface: the back ends of `ATTENTION`.
 
 Each runs forward to (out, log-sum-exp) and backward from any (out, log-sum-exp), which
 docs/method.md, section 3, makes use of.
@@ -11,7 +11,6 @@ by side; N is a multiple of G, heads ordered by group.
 import functools
 import importlib
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_dmc.ops.backends import Backend, Op
 from megatron_dmc.ops.training.flash_check import fault
 
 logger = logging.getLogger(__name__)
-
-ENVIRONMENT = "DMC_ATTENTION_BACKEND"
-"""Environment variable that forces a kernel by name, as the argument `backend` does."""
 
 _HALF = (torch.float16, torch.bfloat16)
 _EFFICIENT_ALIGNMENT = 32
@@ -37,7 +34,7 @@ class Kernel:
     """A stock kernel.
 
     Attributes:
-        takes: (q, k, v, causal) -> "", or what it does not take or lacks.
+        takes: (q, k, v, causal) -> "", or why it cannot run these tensors.
         forward: (q, k, v, scale, causal) -> (out_BNTD, lse_BNT float32, state for the backward).
         backward: (grad_out, q, k, v, out, lse, state, scale, causal) -> (dq, dk, dv).
     """
@@ -46,6 +43,19 @@ class Kernel:
     takes: Callable[[Tensor, Tensor, Tensor, bool], str]
     forward: Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor, Any]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+    def refusal(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str:
+        """Why it cannot run these tensors; "" if it can. On a GPU it must also compute what a small dense
+        computation gives: compared once for each device, dtype and shape of heads."""
+        reason = self.takes(q, k, v, causal)
+        if reason or self.name == "dense" or not _on_gpu(q):
+            return reason
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+            return ""  # nothing can be read here; what ran before the capture was checked
+        kind = (q.device, q.dtype, q.shape[1], k.shape[1], q.shape[3])
+        if reason := fault(self, KERNELS["dense"], *kind, causal):
+            _report(self.name, *kind, reason)
+        return reason
 
 
 def _on_gpu(q: Tensor) -> bool:
@@ -87,10 +97,10 @@ _FA3 = "flash_attn_interface"
 
 
 def _fa3_takes(q, k, v, causal) -> str:
-    refusal = _package_takes(q, _FA3)
-    if not refusal and _capability(q)[0] != 9:
-        refusal = "only Hopper GPUs"
-    return refusal
+    reason = _package_takes(q, _FA3)
+    if not reason and _capability(q)[0] != 9:
+        reason = "only Hopper GPUs"
+    return reason
 
 
 def _fa3_forward(q, k, v, scale, causal):
@@ -312,33 +322,21 @@ def _dense_backward(grad_out, q, k, v, out, lse, state, scale, causal):
     return (ds @ k).to(dtype), dk.to(dtype), dv.to(dtype)
 
 
-KERNELS = {
-    kernel.name: kernel
-    for kernel in (
-        Kernel("flash-attn-3", _fa3_takes, _fa3_forward, _fa3_backward),
-        Kernel("flash-attn-2", _fa2_takes, _fa2_forward, _fa2_backward),
-        Kernel("flash", _flash_takes, _flash_forward, _flash_backward),
-        Kernel("cudnn", _cudnn_takes, _cudnn_forward, _cudnn_backward),
-        Kernel("cpu", _cpu_takes, _cpu_forward, _cpu_backward),
-        Kernel("efficient", _efficient_takes, _efficient_forward, _efficient_backward),
-        Kernel("dense", lambda q, k, v, causal: "", _dense_forward, _dense_backward),
-    )
-}
+_STOCK = [
+    Kernel("flash-attn-3", _fa3_takes, _fa3_forward, _fa3_backward),
+    Kernel("flash-attn-2", _fa2_takes, _fa2_forward, _fa2_backward),
+    Kernel("flash", _flash_takes, _flash_forward, _flash_backward),
+    Kernel("cudnn", _cudnn_takes, _cudnn_forward, _cudnn_backward),
+    Kernel("cpu", _cpu_takes, _cpu_forward, _cpu_backward),
+    Kernel("efficient", _efficient_takes, _efficient_forward, _efficient_backward),
+    Kernel("dense", lambda q, k, v, causal: "", _dense_forward, _dense_backward),
+]
+KERNELS = {kernel.name: kernel for kernel in _STOCK}
 """By name, in order of preference; flash, cudnn, efficient and cpu are PyTorch's own. cuDNN is often the
 faster of PyTorch's two on Hopper, but has open reports of wrong results with few key heads."""
 
-
-def _refusal(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str:
-    """Why a kernel cannot have these tensors; "" if it can. On a GPU what it computes counts too."""
-    refusal = kernel.takes(q, k, v, causal)
-    if refusal or kernel.name == "dense" or not _on_gpu(q):
-        return refusal
-    if q.is_cuda and torch.cuda.is_current_stream_capturing():
-        return ""  # nothing can be read here; what ran before the capture was checked
-    kind = (q.device, q.dtype, q.shape[1], k.shape[1], q.shape[3])
-    if refusal := fault(kernel, KERNELS["dense"], *kind, causal):
-        _report(kernel.name, *kind, refusal)
-    return refusal
+ATTENTION = Op("attention", **{name: Backend(lambda op, k=k: k) for name, k in KERNELS.items()})
+"""Training attention's stock kernels. The arguments are (q, k, v, causal)."""
 
 
 @functools.cache
@@ -352,11 +350,6 @@ def _report(
     )  # fmt: skip
 
 
-@functools.cache
-def _announce(name: str, device: str, dtype: torch.dtype) -> None:
-    logger.info("attention of %s tensors on %s runs on the kernel %r", dtype, device, name)
-
-
 def choose_kernel(
     q_BNTD: Tensor,
     k_BGTD: Tensor,
@@ -365,28 +358,5 @@ def choose_kernel(
     causal: bool = True,
     backend: str | None = None,
 ) -> Kernel:
-    """The first of `KERNELS` that takes these tensors and, on a GPU, computes what a small dense computation
-    gives: compared once for each device, dtype and shape of heads. Choices and refusals are logged once.
-
-    Args:
-        backend: a name of `KERNELS`; None: as the environment variable `ENVIRONMENT` says, and
-            without it the first that takes the tensors.
-
-    Raises:
-        ValueError: if the name is unknown, or its kernel does not take the tensors or computes
-            something else.
-    """
-    name, source = backend, "backend"
-    if name is None:
-        name, source = os.environ.get(ENVIRONMENT) or None, ENVIRONMENT
-    if name is not None and name not in KERNELS:
-        raise ValueError(f"{source}={name!r} is no attention kernel; choose {', '.join(KERNELS)}")
-    for kernel in KERNELS.values() if name is None else [KERNELS[name]]:
-        refusal = _refusal(kernel, q_BNTD, k_BGTD, v_BGTD, causal)
-        if not refusal:
-            _announce(kernel.name, q_BNTD.device.type, q_BNTD.dtype)
-            return kernel
-    raise ValueError(
-        f"{source}={name!r} does not take {q_BNTD.dtype} tensors of shape {tuple(q_BNTD.shape)} on "
-        f"{q_BNTD.device} ({refusal}); choose another of {', '.join(KERNELS)}"
-    )
+    """The stock kernel of `ATTENTION` that runs these tensors; see `ops.backends.Op.choose`."""
+    return KERNELS[ATTENTION.choose(q_BNTD, k_BGTD, v_BGTD, causal, backend=backend)]

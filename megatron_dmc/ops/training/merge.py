@@ -5,18 +5,14 @@ W merge window, U weighted tokens kept for an open segment, A components of an a
 X any leading dimensions.
 """
 
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_dmc.ops.backends import MERGE
 from megatron_dmc.ops.tensors import accumulator_dtype
 
 _CHUNK = 16
-MAX_MERGE_WINDOW = 16
-"""Longest window that kernels take, but for one over a whole sequence of training. Longer ones would need
-tiles that no longer fit into registers."""
 
 
 def linear_scan(decay_TX: Tensor, x_TXD: Tensor, initial_XD: Tensor | None = None) -> Tensor:
@@ -155,35 +151,6 @@ class _UnlimitedMerge(torch.autograd.Function):
         return gx, galpha, gomega
 
 
-def choose_backend(
-    k_TBGD: Tensor, v_TBGD: Tensor, *, merge_window: int = 0, backend: str | None = None
-) -> str:
-    """Which implementation `merge` runs: the one place that decides.
-
-    Args:
-        backend: what the caller asks for; None: Triton's kernels for CUDA tensors, where Triton is
-            installed and the kernels take the tensors, otherwise PyTorch. float64 always runs in PyTorch.
-
-    Returns:
-        "torch" or "triton".
-
-    Raises:
-        ValueError: for an unknown name, or if the kernels were asked for and cannot.
-    """
-    if backend not in (None, "torch", "triton"):
-        raise ValueError(f"merge: backend={backend!r} is unknown; choose torch or triton")
-    if backend == "torch" or k_TBGD.dtype == torch.float64:
-        return "torch"
-    if backend is None and not (k_TBGD.is_cuda and find_spec("triton")):
-        return "torch"
-    from megatron_dmc.ops.triton import merge as kernels
-
-    refusal = kernels.refusal(k_TBGD, v_TBGD, merge_window)
-    if backend == "triton" and refusal:
-        raise ValueError(f"merge: backend='triton' does not take {refusal}; use backend='torch'")
-    return "torch" if refusal else "triton"
-
-
 def merge(
     k_TBGD: Tensor,
     v_TBGD: Tensor,
@@ -205,7 +172,7 @@ def merge(
         alpha_TBG: decisions in [0, 1]. `alpha_0` has no effect: nothing stands before token 0.
         omega_TBG: importances, positive.
         merge_window: W; only the latest W tokens contribute to y_t. 0 is unlimited.
-        backend: "torch", "triton", or None for the default of `choose_backend`.
+        backend: of `ops.backends.MERGE`; None: the first that can.
 
     Returns:
         merged keys and values in the inputs' shapes and dtype. Sums are float32 (float64 for
@@ -221,10 +188,12 @@ def merge(
             f"merge: keys {tuple(k_TBGD.shape)}, alpha {tuple(alpha_TBG.shape)} and omega "
             f"{tuple(omega_TBG.shape)} must agree in (T, B, G)"
         )
-    if choose_backend(k_TBGD, v_TBGD, merge_window=merge_window, backend=backend) == "triton":
-        from megatron_dmc.ops.triton.merge import merge as triton_merge
-
-        return triton_merge(k_TBGD, v_TBGD, alpha_TBG, omega_TBG, merge_window=merge_window)
+    chosen = MERGE.choose(k_TBGD, v_TBGD, merge_window, backend=backend)
+    if chosen != "torch":
+        merged: tuple[Tensor, Tensor] = MERGE.kernels(chosen).merge(
+            k_TBGD, v_TBGD, alpha_TBG, omega_TBG, merge_window=merge_window
+        )
+        return merged
     acc = accumulator_dtype(k_TBGD.dtype)
     kv = torch.cat([k_TBGD.to(acc), v_TBGD.to(acc)], dim=-1)
     alpha = alpha_TBG.to(acc)

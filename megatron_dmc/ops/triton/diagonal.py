@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_dmc.ops.backends import gpu_refusal
 from megatron_dmc.ops.tensors import dense_channels
-from megatron_dmc.ops.triton.launch import capability, is_content, on_device
+from megatron_dmc.ops.triton.launch import INTERPRETED, is_content, on_device
 
 
 @triton.jit
@@ -117,14 +118,11 @@ def add_gradients_kernel(
     tl.store(p_dv + o_d_, b_dv.to(p_dv.dtype.element_ty), mask=m_td)
 
 
-def takes(q_BNTD: Tensor) -> bool:
-    """True for CUDA tensors that the kernels take."""
-    return (
-        q_BNTD.is_cuda
-        and q_BNTD.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and q_BNTD.shape[-1] <= 256
-        and capability(q_BNTD) >= 8
-    )
+def refusal(q_BNTD: Tensor) -> str:
+    """See `ops.backends`."""
+    if not (q_BNTD.is_cuda or INTERPRETED):
+        return "only tensors on a GPU"
+    return gpu_refusal(q_BNTD, (torch.float32, torch.bfloat16, torch.float16))
 
 
 def _empty_tokens_first(x_BHTD: Tensor) -> Tensor:

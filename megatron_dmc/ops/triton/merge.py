@@ -30,8 +30,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_dmc.ops.backends import MAX_MERGE_WINDOW, gpu_refusal
 from megatron_dmc.ops.tensors import dense_channels
-from megatron_dmc.ops.training.merge import MAX_MERGE_WINDOW
 from megatron_dmc.ops.triton.launch import INTERPRETED, capability, on_device
 from megatron_dmc.ops.triton.scan import last_row, products, weighted_sum
 
@@ -423,16 +423,14 @@ class _Merge(torch.autograd.Function):
 
 
 def refusal(k_TBGD: Tensor, v_TBGD: Tensor, merge_window: int) -> str:
-    """What the kernels do not take about these tensors; empty if they take them."""
-    if k_TBGD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"dtype {k_TBGD.dtype}"
+    """See `ops.backends`."""
+    if not (k_TBGD.is_cuda or INTERPRETED):
+        return "only tensors on a GPU"
     if k_TBGD.shape != v_TBGD.shape or k_TBGD.dtype != v_TBGD.dtype:
         return "keys and values of different shapes or dtypes"
     if MAX_MERGE_WINDOW < merge_window < k_TBGD.shape[0]:
         return f"merge_window={merge_window}, more than {MAX_MERGE_WINDOW} and less than T"
-    if k_TBGD.is_cuda and capability(k_TBGD) < 8:
-        return "GPUs before compute capability 8.0"
-    return ""
+    return gpu_refusal(k_TBGD, (torch.float32, torch.bfloat16, torch.float16))
 
 
 def merge(

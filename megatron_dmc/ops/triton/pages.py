@@ -1,4 +1,4 @@
-"""Pages given back, as a Triton kernel; `ops.paged.pages` has the contract.
+"""The Triton kernel that gives pages back, a back end of `ops.backends.PAGES`.
 
 Dimension letters: P pages, X rows of page ids, Y ids of a row.
 """
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_dmc.ops.triton.launch import on_device
+from megatron_dmc.ops.triton.launch import INTERPRETED, on_device
 
 BLOCK = 256
 
@@ -29,6 +29,11 @@ def release_kernel(p_ids, p_free, p_free_state, p_extra, Y, s_x, BLOCK: tl.const
     num_gone = tl.sum(b_count)
     first = tl.atomic_add(p_free_state, -num_gone) - num_gone
     tl.store(p_free + first + tl.cumsum(b_count) - b_count, b_id, mask=m_gone)
+
+
+def refusal(page_ids_XY: Tensor) -> str:
+    """See `ops.backends`."""
+    return "" if page_ids_XY.is_cuda or INTERPRETED else "only tensors on a GPU"
 
 
 def release_pages(
