@@ -32,11 +32,10 @@ from megatron_dmc.checkpoint.load import rotary_embedding, transformer_config
 from megatron_dmc.checkpoint.single_process import ensure_single_process
 from megatron_dmc.config import DMCConfig, Stage
 from megatron_dmc.errors import DMCError
+from megatron_dmc.model.build import DMCGPTModel, build_gpt
 from megatron_dmc.model.decisions import DecisionRecorder, GateKey
-from megatron_dmc.model.specs import dmc_layer_spec
 from megatron_dmc.ops import gates
 from megatron_dmc.training.loss import compression_loss, merge_rate
-from megatron_dmc.training.model import DMCGPTModel
 
 TARGET_CR = 4.0
 
@@ -62,16 +61,16 @@ def build(description: ModelDescription, settings: Settings, *, dmc: bool) -> DM
         description, dmc=DMCConfig(stage=stage.value, target_cr=TARGET_CR), dtype=settings.dtype
     )
     recorder = DecisionRecorder(description.num_layers)
-    model = DMCGPTModel(
-        config=config,
-        transformer_layer_spec=dmc_layer_spec(config, recorder=recorder),
+    model = build_gpt(
+        config,
+        recorder=recorder,
         vocab_size=description.padded_vocab_size,
         max_sequence_length=description.max_position_embeddings,
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
         rotary_base=description.rotary_base,
-        recorder=recorder,
     )
+    assert isinstance(model, DMCGPTModel)
     model.rotary_pos_emb = rotary_embedding(description, settings.device)
     model.to(device=settings.device, dtype=settings.dtype).train()
     generator = torch.Generator(device=settings.device).manual_seed(0)

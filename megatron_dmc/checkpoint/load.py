@@ -33,6 +33,8 @@ from megatron_dmc.checkpoint.tokenizer import (
 from megatron_dmc.checkpoint.weights import ShardSource, megatron_shapes
 from megatron_dmc.config import DMCConfig, DMCTransformerConfig
 from megatron_dmc.errors import UnsupportedConfig
+from megatron_dmc.model.build import build_gpt
+from megatron_dmc.model.specs import dmc_layer_spec
 
 
 @dataclass
@@ -182,8 +184,6 @@ def build_model(
     Raises:
         UnsupportedConfig: DMC cannot be combined with this model.
     """
-    from megatron_dmc.model.specs import dmc_layer_spec
-
     if tensor_parallel_size == 1:
         ensure_single_process()
     else:
@@ -193,9 +193,9 @@ def build_model(
         description, dmc=dmc, dtype=dtype, tensor_parallel_size=tensor_parallel_size
     )
     spec = _with_own_mlp(dmc_layer_spec(config), is_moe=bool(description.num_experts))
-    model = GPTModel(
+    model = build_gpt(
         config,
-        transformer_layer_spec=spec,
+        spec=spec,
         vocab_size=description.padded_vocab_size,
         max_sequence_length=description.max_position_embeddings,
         parallel_output=False,

@@ -1,20 +1,20 @@
 """Training through Megatron's own loop: flags, loss, forward step, pipeline carry, CPU adapter.
 
-What a training script of your own needs (`examples/pretrain_gpt.py`) is found here by name; it is
-imported when it is asked for, so that importing the package does not load Megatron's training.
+The names that your own training script needs (`examples/pretrain_gpt.py`). They are imported on first use, so that
+importing the package does not load Megatron's training.
 """
 
 import importlib
 
 _HOMES = {
-    "CompressionLoss": "step",
-    "DMCGPTModel": "model",
-    "DecisionRecorder": "model",
-    "add_dmc_args": "arguments",
-    "dmc_layer_spec": "model",
-    "document_starts": "step",
-    "prepare_pipeline": "run",
-    "transformer_config_from_args": "arguments",
+    "CompressionLoss": "megatron_dmc.training.step",
+    "DMCGPTModel": "megatron_dmc.model.build",
+    "DecisionRecorder": "megatron_dmc.model.decisions",
+    "add_dmc_args": "megatron_dmc.training.arguments",
+    "dmc_layer_spec": "megatron_dmc.model.specs",
+    "document_starts": "megatron_dmc.training.step",
+    "prepare_pipeline": "megatron_dmc.training.run",
+    "transformer_config_from_args": "megatron_dmc.training.arguments",
 }
 
 __all__ = [
@@ -32,4 +32,4 @@ __all__ = [
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(_HOMES[name]), name)

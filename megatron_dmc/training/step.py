@@ -21,12 +21,12 @@ from megatron.training.training import stimer
 from torch import Tensor
 
 from megatron_dmc.config import DMCConfig, DMCTransformerConfig, Stage
+from megatron_dmc.model.build import DMCGPTModel
 from megatron_dmc.model.decisions import DecisionRecorder, GateKey
 from megatron_dmc.model.sequence_layout import SequenceLayout
 from megatron_dmc.schedule import target_cr
 from megatron_dmc.training.data import keeps_documents_apart
 from megatron_dmc.training.loss import compression_loss, measured_cr, merge_rate
-from megatron_dmc.training.model import DMCGPTModel
 from megatron_dmc.training.teacher import Teacher
 
 SPIKY_LOSS_FACTOR = 10

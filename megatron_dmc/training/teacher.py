@@ -16,9 +16,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_dmc.checkpoint.torch_dist import check_whole, iteration_folder, read_common
 from megatron_dmc.config import DMCConfig, DMCTransformerConfig, Stage
 from megatron_dmc.errors import CheckpointError
+from megatron_dmc.model.build import DMCGPTModel
 from megatron_dmc.model.decisions import DecisionRecorder
 from megatron_dmc.training.loss import vocab_parallel_kl
-from megatron_dmc.training.model import DMCGPTModel, build_model
+from megatron_dmc.training.model import build_model
 
 SAME = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
         "normalization", "layernorm_epsilon", "swiglu", "add_bias_linear", "add_qkv_bias",
