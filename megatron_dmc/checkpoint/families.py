@@ -44,7 +44,14 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Default of transformers if `config.json` lacks the key."""
     always_head_dim: bool = True
-    """False: `head_dim` is no key of its configuration, and is written where it is unusual only."""
+    """False: its configuration has no key `head_dim`, which is then written only where it is unusual."""
+    remote_code: bool = False
+    """transformers can run its DMC models: see `remote_code.py`."""
+
+    @property
+    def name(self) -> str:
+        """The prefix of transformers' classes, such as `Llama`."""
+        return self.architecture.removesuffix("ForCausalLM")
 
 
 _QWEN_WINDOW = {"use_sliding_window": False}
@@ -52,20 +59,20 @@ _LLAMA_TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
 
 FAMILIES: tuple[Family, ...] = (
     Family(
-        "LlamaForCausalLM", "llama",
+        "LlamaForCausalLM", "llama", remote_code=True,
         required={"attention_bias": False, "mlp_bias": False},
         defaults=_LLAMA_TOKENS,
     ),
     Family(
-        "MistralForCausalLM", "mistral",
+        "MistralForCausalLM", "mistral", remote_code=True,
         defaults={**_LLAMA_TOKENS, "sliding_window": 4096, "num_key_value_heads": 8},
     ),
     Family(
-        "Qwen2ForCausalLM", "qwen2", add_qkv_bias=True,
+        "Qwen2ForCausalLM", "qwen2", remote_code=True, add_qkv_bias=True,
         required=_QWEN_WINDOW, defaults={"sliding_window": 4096}, always_head_dim=False,
     ),
     Family(
-        "Qwen3ForCausalLM", "qwen3", qk_layernorm=True,
+        "Qwen3ForCausalLM", "qwen3", remote_code=True, qk_layernorm=True,
         required={"attention_bias": False, **_QWEN_WINDOW},
         defaults={"sliding_window": 4096, "head_dim": 128},
     ),

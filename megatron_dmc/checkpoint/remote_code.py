@@ -5,13 +5,18 @@ The folder gets the modeling files of `checkpoint.remote` (for `trust_remote_cod
 loaded as the plain model it would compute something else, so without the code it is refused.
 """
 
-import importlib
+import importlib.abc
+import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from megatron_dmc.checkpoint import remote
+from megatron_dmc.checkpoint.families import FAMILIES, Family
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.errors import UnsupportedConfig
 
@@ -19,13 +24,10 @@ if TYPE_CHECKING:
     from megatron_dmc.checkpoint.description import ModelDescription
 
 SOURCES = Path(__file__).parent / "remote"
-FAMILIES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
-"""Architectures that there is code for -> the family's name in its files."""
+TEMPLATE = SOURCES / "modeling_dmc_llama.py"
+"""Llama's file, which is every family's with the names replaced."""
+SUPPORTED = {family.architecture: family for family in FAMILIES if family.remote_code}
+"""Families that transformers can run with DMC, by architecture."""
 
 SHARED = ("modeling_dmc.py", "ops_dmc.py", "cache_dmc.py")
 _CLASS, _TYPE = "DMC", "dmc_"
@@ -52,18 +54,49 @@ def dmc_config(config: dict[str, Any]) -> dict[str, Any]:
         "architectures": [_CLASS + architecture],
         "model_type": _TYPE + config["model_type"],
     }
-    family = FAMILIES.get(architecture)
+    family = SUPPORTED.get(architecture)
     dmc = config.get("dmc", {})
     has_code = dmc.get("policy", "merge") == "merge" and not (
         dmc.get("pool_after_rope") or dmc.get("merge_delay")
     )
     if family and has_code:
-        prefix = f"modeling_dmc_{family}.{_CLASS}{architecture.removesuffix('ForCausalLM')}"
+        prefix = f"{module_name(family)}.{_CLASS}{family.name}"
         named["auto_map"] = {
             "AutoConfig": f"{prefix}Config",
             "AutoModelForCausalLM": f"{prefix}ForCausalLM",
         }
     return named
+
+
+def module_name(family: Family) -> str:
+    """The module of a family's classes, in this package and in an exported folder."""
+    return f"modeling_dmc_{family.model_type}"
+
+
+def source_of(family: Family) -> str:
+    """The contents of that module."""
+    source = TEMPLATE.read_text(encoding="utf-8")
+    return source.replace("Llama", family.name).replace("llama", family.model_type)
+
+
+class _FamilyLoader(importlib.abc.InspectLoader):
+    def __init__(self, family: Family):
+        self.family = family
+
+    def get_source(self, fullname: str) -> str:
+        return source_of(self.family)
+
+
+def module_of(family: Family) -> ModuleType:
+    """That module, imported."""
+    name = f"{remote.__name__}.{module_name(family)}"
+    if name not in sys.modules:
+        loader = _FamilyLoader(family)
+        spec = importlib.util.spec_from_loader(name, loader)
+        assert spec is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def load_as_dmc(folder: str | Path, dmc: DMCConfig, **options: Any) -> Any:
@@ -78,14 +111,11 @@ def load_as_dmc(folder: str | Path, dmc: DMCConfig, **options: Any) -> Any:
     """
     config = plain_config(json.loads((Path(folder) / "config.json").read_text()))
     architecture = (config.get("architectures") or ["none"])[0]
-    if architecture not in FAMILIES:
+    if architecture not in SUPPORTED:
         raise UnsupportedConfig(
-            f"{folder}: {architecture} has no DMC code for transformers; {', '.join(FAMILIES)} have"
+            f"{folder}: {architecture} has no DMC code for transformers; {', '.join(SUPPORTED)} have"
         )
-    module = importlib.import_module(
-        f"megatron_dmc.checkpoint.remote.modeling_dmc_{FAMILIES[architecture]}"
-    )
-    model_class = getattr(module, _CLASS + architecture)
+    model_class = getattr(module_of(SUPPORTED[architecture]), _CLASS + architecture)
     settings = model_class.config_class.from_dict(
         config | {"dmc": dmc.to_dict(), "model_type": model_class.config_class.model_type}
     )
@@ -115,9 +145,10 @@ def write_remote_code(
     config = dmc_config(json.loads(file.read_text()))
     file.write_text(json.dumps(config, indent=2) + "\n")
     if "auto_map" in config:
-        family = FAMILIES[config["architectures"][0].removeprefix(_CLASS)]
-        for name in (*SHARED, f"modeling_dmc_{family}.py"):
+        family = SUPPORTED[config["architectures"][0].removeprefix(_CLASS)]
+        for name in SHARED:
             shutil.copyfile(SOURCES / name, folder / name)
+        (folder / f"{module_name(family)}.py").write_text(source_of(family), encoding="utf-8")
     card = folder / "README.md"
     if not card.exists():
         card.write_text(model_card(description, config, facts=facts))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from hf_models import MODULES, NAMES, VOCAB, model_of, save_with_code, settings, tokens
+from hf_models import FAMILIES, VOCAB, model_of, save_with_code, settings, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from megatron_dmc import LLM, SamplingParams
@@ -160,13 +160,13 @@ def test_tokenizer_is_read_without_asking(tmp_path, monkeypatch):
     assert HuggingFaceTokenizer(tmp_path).encode("b") == [1]
 
 
-@pytest.mark.parametrize("family", list(MODULES))
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_family(tmp_path, family):
     """Off it is transformers' own model; on, chunks and padding change nothing; saved, it comes back."""
     off = model_of(family, stage="off")
     plain = dict(off.config.to_dict(), model_type=family)
     del plain["dmc"]
-    own = getattr(transformers, NAMES[family])
+    own = getattr(transformers, FAMILIES[family].architecture)
     reference = own(own.config_class.from_dict(plain)).eval()
     reference.load_state_dict(off.state_dict())
     ids = tokens(3, 40)
@@ -196,7 +196,7 @@ def test_family(tmp_path, family):
 
     save_with_code(model, tmp_path / "first")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "first", trust_remote_code=True)
-    assert type(again).__name__ == "DMC" + NAMES[family]
+    assert type(again).__name__ == "DMC" + FAMILIES[family].architecture
     again.set_dmc(target_cr=3.0)
     again.save_pretrained(tmp_path / "second")  # transformers copies the code along
     last = AutoModelForCausalLM.from_pretrained(tmp_path / "second", trust_remote_code=True)
@@ -205,7 +205,7 @@ def test_family(tmp_path, family):
         assert torch.equal(last(ids).logits, full.logits)
 
 
-@pytest.mark.parametrize("family", list(MODULES))
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_family_in_the_engine(tmp_path, family):
     model = model_of(family, seed=5)
     with torch.no_grad():

@@ -7,13 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_dmc.checkpoint.description import ModelDescription
-from megatron_dmc.checkpoint.remote import (
-    modeling_dmc_llama,
-    modeling_dmc_mistral,
-    modeling_dmc_qwen2,
-    modeling_dmc_qwen3,
-)
-from megatron_dmc.checkpoint.remote_code import FAMILIES, write_remote_code
+from megatron_dmc.checkpoint.remote_code import SUPPORTED, module_of, write_remote_code
 from megatron_dmc.config import DMCConfig
 
 VOCAB = 96
@@ -22,13 +16,7 @@ SIZES = dict(
     num_key_value_heads=2, head_dim=8, max_position_embeddings=512, initializer_range=0.35,
     bos_token_id=None, eos_token_id=None, pad_token_id=0, rope_theta=10000.0,
 )  # fmt: skip
-MODULES = {
-    "llama": modeling_dmc_llama,
-    "mistral": modeling_dmc_mistral,
-    "qwen2": modeling_dmc_qwen2,
-    "qwen3": modeling_dmc_qwen3,
-}
-NAMES = {family: architecture for architecture, family in FAMILIES.items()}
+FAMILIES = {family.model_type: family for family in SUPPORTED.values()}
 
 
 def settings(**changes) -> dict:
@@ -45,7 +33,7 @@ def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
 
 def model_of(family: str = "llama", seed: int = 0, sizes: dict | None = None, **dmc):
     """A random DMC model in evaluation mode."""
-    module, name = MODULES[family], "DMC" + NAMES[family]
+    module, name = module_of(FAMILIES[family]), "DMC" + FAMILIES[family].architecture
     extra = {"sliding_window": None} if family == "mistral" else {}
     config_class = getattr(module, name.replace("ForCausalLM", "Config"))
     torch.manual_seed(seed)
