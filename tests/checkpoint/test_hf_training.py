@@ -52,6 +52,7 @@ def test_gates_are_the_packages():
     first = torch.zeros(37, 2, dtype=torch.bool)
     first[0] = first[9, 1] = True
     noise = gates.logistic_noise(37, 2, seed=1, step=2, samples=[0, 1], layer=0).double()
+    assert ops_dmc.BORROWED_CHANNEL == gates.BORROWED_CHANNEL
     logit = ops_dmc.decision_logit(k, alpha_offset=0.2)
     expected_logit = gates.decision_logit(k, alpha_offset=0.2)
     assert torch.equal(logit, expected_logit)

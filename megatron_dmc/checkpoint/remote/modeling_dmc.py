@@ -16,6 +16,7 @@ from transformers.utils import can_return_tuple
 
 from .cache_dmc import DMCCache
 from .ops_dmc import (
+    BORROWED_CHANNEL,
     attend,
     decision_logit,
     hard_gate,
@@ -195,7 +196,7 @@ class DMCAttention(nn.Module):
     def _plain(self, q, k, v, dmc, angles, cache, decisions):
         if dmc["stage"] == "zero-out":
             scale = q.new_ones(self.head_dim)
-            scale[-1] = decisions.zero_out_scale
+            scale[BORROWED_CHANNEL] = decisions.zero_out_scale
             q, k = rotate(q * scale, angles) * scale, rotate(k * scale, angles) * scale
         else:
             q, k = rotate(q, angles), rotate(k, angles)
@@ -208,7 +209,7 @@ class DMCAttention(nn.Module):
     def _compressed(self, q, k, v, dmc, angles, cache, decisions):
         first, offset = decisions.first_TB, dmc["alpha_offset"]
         without = torch.ones_like(q[0, 0, 0])
-        without[-1] = 0
+        without[BORROWED_CHANNEL] = 0
         if dmc["importance"] == "constant":
             q = q * without
         omega = importance(q, k.shape[2], alpha_offset=offset)
@@ -424,7 +425,7 @@ class DMCForCausalLM(nn.Module):
                     parameter
                 ) in projection.parameters():  # (rows, ...), except for LoRA's (rank, in)
                     if parameter.shape[0] == rows:
-                        parameter[attention.head_dim - 1 :: attention.head_dim] = 0
+                        parameter[BORROWED_CHANNEL % attention.head_dim :: attention.head_dim] = 0
 
     @can_return_tuple
     def forward(

@@ -2,8 +2,8 @@
 
 Nawrot et al., "Dynamic Memory Compression: Retrofitting LLMs for Accelerated Inference", ICML 2024,
 arXiv 2403.09636. Every token has, for each KV head, a decision (append a cache entry, or merge into the
-newest one) and an importance (its weight in the entry), both read from the last channel of the
-unrotated key and queries.
+newest one) and an importance (its weight in the entry), both read from the borrowed channel of
+the unrotated key and queries.
 
 Dimension letters: T tokens, B batch, N query heads, G key/value heads, D head dim, E cache entries,
 P entries cached before these tokens, A = 2 D + 1 components of a segment's sums.
@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.llama.modeling_llama import rotate_half
 
+BORROWED_CHANNEL = -1
+"""The component of each query and key head that holds a gate's logit instead of content."""
 QUERY_BLOCK = 1024
 """Queries whose scores are computed at a time: bounds the memory of masks in long prompts."""
 
@@ -22,12 +24,12 @@ QUERY_BLOCK = 1024
 
 def decision_logit(k_TBGD: Tensor, *, alpha_offset: float) -> Tensor:
     """`alpha_logit_t = k_t[d] - alpha_offset`, in float32 at least."""
-    return _wide(k_TBGD[..., -1]) - alpha_offset
+    return _wide(k_TBGD[..., BORROWED_CHANNEL]) - alpha_offset
 
 
 def importance(q_TBND: Tensor, num_kv_heads: int, *, alpha_offset: float) -> Tensor:
     """`omega_t = sigmoid(mean over the group of q_t[d] + alpha_offset) + eps`."""
-    logit = _wide(q_TBND[..., -1]).unflatten(-1, (num_kv_heads, -1)).mean(-1)
+    logit = _wide(q_TBND[..., BORROWED_CHANNEL]).unflatten(-1, (num_kv_heads, -1)).mean(-1)
     return torch.sigmoid(logit + alpha_offset) + torch.finfo(q_TBND.dtype).eps
 
 
