@@ -1,4 +1,4 @@
-"""What changes from step to step: target CR, merge rate, zero-out scale. docs/method.md, sections 4 and 5.
+"""Values that change from step to step: target CR, merge rate, zero-out scale. docs/method.md, sections 4 and 5.
 
 Steps count from 0: step s is the (s + 1)-th optimizer step of the stage. No torch.
 """

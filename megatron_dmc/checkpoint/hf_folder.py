@@ -1,8 +1,4 @@
-"""A Hugging Face folder's weights, tensor by tensor, as parts of Megatron's; read and written.
-
-Dimension letters: N query heads, G key/value heads (query groups), D head dim, H hidden size, F
-feed-forward size, V vocabulary size.
-"""
+"""A Hugging Face folder's weights, tensor by tensor, as parts of Megatron's; read and written."""
 
 import json
 from collections.abc import Mapping

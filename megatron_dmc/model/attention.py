@@ -1,8 +1,4 @@
-"""Megatron's self-attention with Dynamic Memory Compression.
-
-Dimension letters: T tokens, B batch, N query heads on this rank, G key/value heads on this rank,
-D head dim, S positions, F rotary channels.
-"""
+"""Megatron's self-attention with Dynamic Memory Compression."""
 
 from collections.abc import Callable
 from functools import partial
@@ -34,7 +30,7 @@ from megatron_dmc.schedule import zero_out_scale
 
 
 class PagedAttentionContext(Protocol):
-    """All that attention sees of the inference engine."""
+    """The paged inference context: the only object of the engine that attention uses."""
 
     def attend(
         self,
@@ -62,7 +58,7 @@ class PagedAttentionContext(Protocol):
 
 
 class NoCoreAttention(torch.nn.Module):
-    """Stands where a layer spec has its core attention: DMC's attention calls its own ops."""
+    """Placeholder for a layer spec's core attention: DMC's attention calls its own ops."""
 
     def __init__(self, **kwargs):
         super().__init__()
@@ -80,12 +76,12 @@ class Angles(NamedTuple):
 class DMCSelfAttention(SelfAttention):
     """Self-attention that decides, per token and KV head, to append to or merge into the cache.
 
-    It has the parameters of Megatron's `SelfAttention` and no more, so that checkpoints of either
+    It has exactly the parameters of Megatron's `SelfAttention`, so that checkpoints of either
     load into the other. In training it runs the parallel form (docs/method.md, sections 1 to 3), in
     evaluation the same with hard decisions, and in inference it hands the projections to the
     context (`PagedAttentionContext`).
 
-    Args (beside Megatron's):
+    Args (in addition to Megatron's):
         recorder: where the training loop reads the decisions; None reports nothing.
 
     In training and evaluation the attention mask must be None or a `GateKey` tensor.
@@ -196,7 +192,7 @@ class DMCSelfAttention(SelfAttention):
             ) from error
 
     def _packed_starts(self, params, k_TBGD: Tensor) -> list[list[int]]:
-        """Where the documents of Megatron's packed format (thd: one row of tokens) start."""
+        """Starts of the documents of Megatron's packed format (thd: one row of tokens)."""
         if self.pg_collection.cp.size() > 1 or k_TBGD.shape[1] != 1:
             raise UnsupportedConfig(
                 f"packed sequences with context parallel size {self.pg_collection.cp.size()} and "

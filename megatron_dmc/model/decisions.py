@@ -1,4 +1,4 @@
-"""What attention reports to the loss, per microbatch and layer, and the gradient that returns.
+"""Merge counts that attention reports to the loss, per microbatch and layer, and their gradients.
 
 One `DecisionRecorder` is made by the training entry point and injected into every attention layer
 with `ModuleSpec.params`; there is no global state.
@@ -14,8 +14,6 @@ model chunk, `collect` returns the sums through an autograd node that stands aft
 the chunk; in the backward that node runs first and stores the gradient of the counts; each layer's
 `report` node then fetches its own from there. This is exact with any recompute setting, and the
 collected sums can travel to the next pipeline stage like any activation.
-
-Dimension letters: T tokens, B batch, G key/value heads on this rank, L layers of the whole model.
 """
 
 from collections.abc import Sequence
@@ -46,7 +44,7 @@ class GateKey:
     chunk: int = 0
     """Model chunk of this rank (virtual pipeline stage); the noise does not depend on it."""
     done: int = 0
-    """What is done of the stage's ramp or fade, in steps or samples; the noise does not depend on it."""
+    """Progress of the stage's ramp or fade, in steps or samples; the noise does not depend on it."""
     length: int = 0
     """The whole of it, in the same unit; 0: there is none, or it is over."""
 
@@ -126,7 +124,7 @@ class DecisionRecorder:
         """Close a chunk's record: add its layers' counts to those of earlier pipeline stages.
 
         Every context-parallel rank has the loss of the whole sequence but the gates of its own
-        tokens, and Megatron averages the ranks' gradients as if each had a sequence of its own; so
+        tokens, and Megatron averages the ranks' gradients as if each computed a sequence of its own; so
         the gates' gradients are multiplied by the number of these ranks.
 
         Args:
@@ -198,7 +196,7 @@ class _Collect(torch.autograd.Function):
 
 
 def _parts(dtype: torch.dtype) -> int:
-    """How many values of `dtype` hold a float32 exactly: its 24 bits in pieces."""
+    """Number of values of `dtype` that hold a float32 exactly: its 24 bits in pieces."""
     return {torch.float16: 3, torch.bfloat16: 3}.get(dtype, 1)
 
 

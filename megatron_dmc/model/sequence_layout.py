@@ -1,4 +1,4 @@
-"""How a microbatch's tokens lie: split over context-parallel ranks, and packed documents.
+"""The layout of a microbatch's tokens: context-parallel ranks and packed documents.
 
 Context parallelism, in Megatron's zigzag order: with C ranks the sequence is cut into 2 C chunks, and
 rank r holds chunks r and 2 C - 1 - r, in this order; every rank then has the same work under a causal
@@ -6,7 +6,7 @@ mask.
 
 Packed documents: several in one sequence, and no attention and no merge crosses from one to another.
 
-Dimension letters: T tokens of the whole sequence, B batch, X any further dimensions.
+Local letters: X any further dimensions.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,7 +71,7 @@ class SequenceLayout:
         return mask
 
     def angles(self, own_T11F: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """RoPE's angles of this rank's tokens and of the whole sequence; documents start anew.
+        """RoPE's angles of this rank's tokens and of the whole sequence; each document starts at position 0.
 
         The borrowed channel's partner takes part in RoPE without it, so a score depends a little on
         the positions themselves, not on their distance alone; a packed document has those that it has

@@ -97,7 +97,7 @@ class Op:
         raise ValueError(self._error("no back end", None, x, *args))
 
     def refusal(self, backend: str, *args: Any) -> str:
-        """Why a back end cannot run the op with these arguments; "" if it can."""
+        """The reason why a back end cannot run the op with these arguments; "" if it can."""
         load = self.backends[backend].load
         if load is None:
             return ""
@@ -129,7 +129,7 @@ def _announce(op: str, name: str, device: str, dtype: torch.dtype, reasons: tupl
 
 
 def gpu_refusal(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str:
-    """What all GPU kernels refuse: other dtypes, heads of more than 256 channels, old GPUs."""
+    """The common refusals of GPU kernels: other dtypes, heads of more than 256 channels, old GPUs."""
     if x.dtype not in dtypes:
         return f"dtype {x.dtype}"
     if x.shape[-1] > 256:
@@ -140,7 +140,7 @@ def gpu_refusal(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 def prefill_refusal(cache: Any, merge_window: int) -> str:
-    """What the GPU kernels of prefill refuse about a `LayerCache`: 8-bit pages, long merge windows."""
+    """The refusals of prefill's GPU kernels: a `LayerCache` of 8-bit pages, long merge windows."""
     if cache.is_scaled:
         return f"pages in {cache.k_pages_PSD.values_PSD.dtype}"
     if merge_window > MAX_MERGE_WINDOW:

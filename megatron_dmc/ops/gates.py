@@ -1,8 +1,5 @@
 """Gates: the decision (append or merge) and the importance of every token. docs/method.md, section 1.
 
-Dimension letters: T tokens, B batch, N query heads on this rank, G key/value heads on this rank,
-D head dim.
-
 These few elementwise functions are the only place where a gate is computed: training, evaluation
 and the engine call the same ones, so that the same logit gives the same decision everywhere.
 """

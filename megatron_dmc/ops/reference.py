@@ -3,9 +3,7 @@
 Nothing here is fast. Tests call it, and benchmarks before they time anything; nothing else does.
 Equations: Nawrot et al., "Dynamic Memory Compression" (arXiv 2403.09636) as fixed in docs/method.md.
 
-Dimension letters: T tokens, B batch, N query heads on this rank, G key/value heads, R query heads
-per key/value head, D head dim, E cache entries, P pages, S slots per page, M block-table width,
-W merge window. Tensors are float32 or float64 unless said otherwise.
+Tensors are float32 or float64 unless said otherwise.
 
 Gates are elementwise and live in `ops.gates`; they are the same functions everywhere.
 """

@@ -1,4 +1,4 @@
-"""What the ops and the host sides of their kernels share about tensors."""
+"""Small tensor utilities shared by the ops and the host sides of their kernels."""
 
 from collections.abc import Sequence
 
@@ -12,14 +12,14 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def dense_channels(x: Tensor) -> Tensor:
-    """`x`, copied only if its channels (the last dimension) do not lie side by side."""
+    """`x`, copied only if its channels (the last dimension) are not contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def to_device(
     values: Tensor | Sequence, device: torch.device | str, *, dtype: torch.dtype = torch.int64
 ) -> Tensor:
-    """Numbers of the host on a device; on a GPU by a copy from pinned memory that nobody waits for."""
+    """Copy host numbers to a device; non-blocking, from pinned memory, on a GPU."""
     x = torch.as_tensor(values, dtype=dtype)
     if torch.device(device).type == "cuda":
         x = x.pin_memory()
@@ -27,8 +27,8 @@ def to_device(
 
 
 def take_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
-    """The rows of `x` that the host names: a view where they lie side by side, else a copy. On a GPU
-    nobody waits, as they would for `x[rows]` with a list."""
+    """Rows of `x` named by the host: a view if they are consecutive, otherwise a copy. Non-blocking on a GPU,
+    unlike `x[rows]` with a list."""
     first, end = (rows[0], rows[0] + len(rows)) if rows else (0, 0)
     if list(rows) == list(range(first, end)):
         return x[first:end]

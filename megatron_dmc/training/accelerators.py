@@ -36,7 +36,7 @@ NEED_TRANSFORMER_ENGINE = {
 
 @dataclass(frozen=True)
 class Accelerators:
-    """What this machine has, by the checks that Megatron itself makes when it is imported."""
+    """The accelerators of this machine, by the checks that Megatron itself makes when it is imported."""
 
     gpu: bool
     transformer_engine: bool

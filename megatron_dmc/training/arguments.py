@@ -42,7 +42,7 @@ def add_dmc_args(parser: ArgumentParser) -> ArgumentParser:
     dmc = _PrefixedGroup(DMCConfig).build_group(parser, title="dynamic memory compression")
     dmc.add_argument(
         "--dmc-no-stage-check", action="store_false", dest="dmc_stage_check",
-        help="start or go on from a checkpoint of any stage, target CR or setting",
+        help="start or resume from a checkpoint of any stage, target CR or setting",
     )  # fmt: skip
     group = parser.add_argument_group("distillation")
     group.add_argument(
@@ -171,7 +171,7 @@ def pass_over_damaged(args: Namespace) -> None:
         if torch.distributed.get_rank() == 0:
             print(
                 f"pretrain_dmc.py: warning: --load {args.load}: the newest checkpoint is damaged "
-                f"({complaint}); going on from iteration {args.ckpt_step}",
+                f"({complaint}); resuming from iteration {args.ckpt_step}",
                 file=sys.stderr,
                 flush=True,
             )

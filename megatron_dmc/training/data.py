@@ -70,7 +70,7 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
         inter_document_masking=args.dataloader_inter_document_masking,
     )
-    if not is_plain(args):  # DMC takes no mask; position ids tell it where documents start
+    if not is_plain(args):  # DMC takes no mask; position ids mark the starts of documents
         apart = args.reset_attention_mask or args.reset_position_ids
         settings |= dict(reset_position_ids=apart, reset_attention_mask=False)
         settings |= dict(create_attention_mask=False, context_parallel_size=1)

@@ -46,7 +46,7 @@ def flag_parser() -> ArgumentParser:
 
 
 def _refusals(args: Namespace) -> dict[str, str]:
-    """Why a run refuses a flag, or one value of it (`--flag=value`)."""
+    """Flags, or values of them (`--flag=value`), that a run refuses, with the reason."""
     refused: dict[str, str] = {}
     for group in flag_table():
         if group.status == "refused":

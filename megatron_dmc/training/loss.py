@@ -1,7 +1,4 @@
-"""The compression loss (docs/method.md, section 4), and the distillation loss.
-
-Dimension letters: T tokens, B batch, L layers of the whole model, V vocabulary of this rank.
-"""
+"""The compression loss (docs/method.md, section 4), and the distillation loss."""
 
 from typing import Literal
 
@@ -40,7 +37,7 @@ def compression_loss(
     hinge: Literal["sequence", "batch", "none"] = "sequence",
     weight_B: Tensor | None = None,
 ) -> Tensor:
-    """What the merge rates lack of their target, a scalar. With `target = 1 - 1 / target_cr`:
+    """Shortfall of the merge rate from its target (scalar). With `target = 1 - 1 / target_cr`:
 
         sequence    mean over sequences of max(0, target - merge_rate)
         batch       max(0, target - mean over sequences of merge_rate)

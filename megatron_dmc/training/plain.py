@@ -36,7 +36,7 @@ KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_s
 
 
 def model_config(args: Namespace) -> GPTModelConfig:
-    """What Megatron's `pretrain()` builds the model from, by `GPTModelBuilder`.
+    """The config from which Megatron's `pretrain()` builds the model, by `GPTModelBuilder`.
 
     Adds to Megatron's what its own conversion of the arguments leaves out: `--rope-scaling-factor`, and
     without Transformer Engine norms that work wherever the model does.
@@ -120,7 +120,7 @@ def get_batch(data_iterator, model) -> dict:
 
 
 def packed_sequences(batch: dict) -> PackedSeqParams | None:
-    """Where the documents of a packed batch are (thd); None: it is not packed."""
+    """The documents of a packed batch (thd); None: it is not packed."""
     if batch["cu_seqlens"] is None:
         return None
     unpadded = batch["cu_seqlens"].squeeze(0)

@@ -1,6 +1,6 @@
-"""Where Megatron 0.19.2 falls short of what it is asked to do here; entry points call these.
+"""Workarounds for Megatron 0.19.2, called explicitly by the entry points.
 
-Each is an explicit call; importing this module changes nothing.
+Importing this module changes nothing.
 """
 
 import functools

@@ -48,7 +48,7 @@ from megatron_dmc.training.teacher import load_teacher
 
 
 def save_with_checksums() -> None:
-    """Have `pretrain()` write checksums beside every `torch_dist` checkpoint that it saves.
+    """Have `pretrain()` write checksums for every `torch_dist` checkpoint that it saves.
 
     They are written after the checkpoint is complete; a run that is killed in between leaves one
     without, which loads as well. Not with `--async-save`, nor where `--verify-integrity` has Megatron
@@ -175,7 +175,7 @@ def set_connections(argv: list[str]) -> None:
 
 
 def as_sentence(error: Exception) -> str:
-    """Why Megatron refuses its flags: an assertion without words is told by its condition."""
+    """Megatron's reason for refusing its flags; for an assertion without a message, its condition."""
     if text := " ".join(str(error).split()):
         return text
     frame = traceback.extract_tb(error.__traceback__)[-1]

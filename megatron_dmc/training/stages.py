@@ -1,6 +1,6 @@
-"""Which checkpoint a stage may start from, and go on from.
+"""Check which checkpoint a stage may start or resume from.
 
-A stage starts from the one before it (`--pretrained-checkpoint`, or `--load` with `--finetune`) and goes on
+A stage starts from the one before it (`--pretrained-checkpoint`, or `--load` with `--finetune`) and resumes
 from its own (`--load`). A checkpoint holds the arguments of the run that saved it: its stage, its target
 CR and how far it was.
 """
@@ -100,7 +100,7 @@ def _check_resumed(args: Namespace, saved: Namespace, name: str, iteration: int)
     stage, theirs = _stage(args), _stage(saved)
     if stage is not theirs:
         raise CheckpointError(
-            f"{name}: its iteration {iteration} is of --dmc-stage {theirs}, and --load would go on "
+            f"{name}: its iteration {iteration} is of --dmc-stage {theirs}, and --load would continue "
             f"counting from there; to start --dmc-stage {stage} from it give it as "
             f"--pretrained-checkpoint, and to --load and --save a folder of this stage's own{REMEDY}"
         )

@@ -1,7 +1,4 @@
-"""The forward step of Megatron's loop: batch, gate key, model, loss, reports.
-
-Dimension letters: T tokens, B batch, L layers of the whole model.
-"""
+"""The forward step of Megatron's loop: batch, gate key, model, loss, reports."""
 
 import functools
 import time

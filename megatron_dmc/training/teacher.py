@@ -1,7 +1,4 @@
-"""Distillation: a plain model, frozen, whose distribution over the vocabulary the trained one learns.
-
-Dimension letters: T tokens, B batch, V vocabulary of this rank, G key/value heads.
-"""
+"""Distillation: a plain model, frozen, whose distribution over the vocabulary the trained one learns."""
 
 import copy
 from argparse import Namespace

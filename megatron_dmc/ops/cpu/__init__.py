@@ -14,7 +14,7 @@ MAX_GROUP = 32
 
 @functools.cache
 def absence() -> str:
-    """Why the extension is not there; empty where it is."""
+    """The reason why the extension is missing; "" if it is there."""
     try:
         import megatron_dmc._cpu  # noqa: F401
     except ImportError as error:

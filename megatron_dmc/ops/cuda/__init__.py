@@ -18,7 +18,7 @@ def largest_group(head_dim: int) -> int:
 
 @functools.cache
 def absence() -> str:
-    """Why the extension is missing; "" if it is there."""
+    """The reason why the extension is missing; "" if it is there."""
     try:
         import megatron_dmc._C  # noqa: F401
     except ImportError as error:
@@ -29,7 +29,7 @@ def absence() -> str:
 
 
 def refusal(x: Tensor, page_size: int, group: int = 1) -> str:
-    """What all ops on entries refuse; see `ops.backends`."""
+    """The refusals of all ops on entries; see `ops.backends`."""
     if reason := absence():
         return reason
     if not x.is_cuda:

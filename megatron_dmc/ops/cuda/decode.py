@@ -1,7 +1,7 @@
 """Decoding's CUDA kernels, a back end of `ops.backends.DECODE`.
 
 Outputs and workspace are allocated here; the operators of `megatron_dmc/csrc` fill them.
-Dimension letters as in `ops.paged.decode`; Y = B x G + 1, C workers.
+Local letters: Y = B x G + 1.
 """
 
 import functools

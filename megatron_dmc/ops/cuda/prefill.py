@@ -1,7 +1,4 @@
-"""Prefill's CUDA kernels, a back end of `ops.backends.PREFILL`.
-
-Dimension letters as in `ops.paged.prefill`.
-"""
+"""Prefill's CUDA kernels, a back end of `ops.backends.PREFILL`."""
 
 import functools
 

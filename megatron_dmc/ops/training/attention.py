@@ -1,8 +1,4 @@
-"""Training attention at the speed of a stock flash kernel. docs/method.md, section 3.
-
-Dimension letters: T tokens, B batch, N query heads, G key/value heads, R query heads per
-key/value head, D head dim.
-"""
+"""Training attention at the speed of a stock flash kernel. docs/method.md, section 3."""
 
 import math
 from typing import Any
@@ -26,7 +22,7 @@ def _diagonal(q_BNTD: Tensor) -> Any:
 
 
 def bias_unit(scale: float) -> float:
-    """What the queries' borrowed channel holds: 1 / scale, as a power of two, exact in every dtype."""
+    """The value of the queries' borrowed channel: 1 / scale as a power of two, exact in every dtype."""
     return 2.0 ** round(-math.log2(scale))
 
 
@@ -35,7 +31,7 @@ def shifted_forward(
 ):
     """Shifted flash attention joined with the diagonal, section 3. Tensors (B, heads, T, D).
 
-    The queries are those of the last tokens; what stands before the first of them is the past.
+    The queries are those of the last tokens; the keys before the first of them are the past.
 
     Returns:
         q and k with the bias in their borrowed channel, out_BNTD, lse_BNT, the diagonal's
@@ -45,7 +41,7 @@ def shifted_forward(
     past = k.shape[2] - q.shape[2]
     q, k = q.clone(), k.clone()
     gates.borrowed(q).fill_(bias_unit(scale))
-    # key j carries log_keep_{j+1}; the last key is never anybody's earlier key
+    # key j carries log_keep_{j+1}; no query follows the last key
     bias_BGT = gates.borrowed(k)
     bias_BGT[..., :-1] = log_keep_BGT[..., 1:].clamp_min(MASKED) / (scale * bias_unit(scale))
     bias_BGT[..., -1:] = 0.0
@@ -94,7 +90,7 @@ def shifted_backward(
     dbias = torch.zeros(k.shape[:3], dtype=lse.dtype, device=k.device)
     if q.shape[2] > 1:
         g, o = grad_out[:, :, 1:], out[:, :, 1:]
-        if not g.is_cuda or g.stride() != o.stride():  # as the kernels like them
+        if not g.is_cuda or g.stride() != o.stride():  # the layout that the kernels prefer
             g, o = g.contiguous(), o.contiguous()
         earlier_grads = kernel.backward(
             g, q[:, :, 1:], own_k[:, :, :-1], own_v[:, :, :-1], o, lse[:, :, 1:].contiguous(),

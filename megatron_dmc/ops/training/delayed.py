@@ -13,7 +13,7 @@ runs with the joined output and log-sum-exp, as in `ops.training.attention`:
 DMS with the delay w has n = w + 1, since a token's own decision is read from the token after it; DMC
 with the merge delay w has n = w.
 
-Dimension letters: T tokens, B batch, N query heads, G key/value heads, D head dim, C blocks, X any.
+Local letters: C blocks, X any dimension.
 """
 
 import math

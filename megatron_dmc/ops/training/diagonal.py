@@ -1,7 +1,6 @@
-"""What training attention adds to a stock kernel's result: each token's own key. docs/method.md, section 3.
+"""The diagonal term (each token's own key) added to a stock kernel's attention. docs/method.md, section 3.
 
-Dimension letters: T tokens, B batch, N query heads, G key/value heads, D head dim. `past_` marks what the
-stock kernel gave for queries 1 to T-1 over keys 0 to T-2; for T = 1 these are None.
+`past_` marks what the stock kernel gave for queries 1 to T-1 over keys 0 to T-2; for T = 1 these are None.
 """
 
 import torch

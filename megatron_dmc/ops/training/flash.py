@@ -3,9 +3,8 @@
 Each runs forward to (out, log-sum-exp) and backward from any (out, log-sum-exp), which
 docs/method.md, section 3, makes use of.
 
-Dimension letters: T tokens, B batch, N query heads, G key/value heads, R query heads per
-key/value head, D head dim. Tensors come as (B, heads, T, D) views of any strides with channels side
-by side; N is a multiple of G, heads ordered by group.
+Tensors come as (B, heads, T, D) views of any strides with contiguous channels; N is a multiple of G, heads
+ordered by group.
 """
 
 import functools
@@ -45,8 +44,8 @@ class Kernel:
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
     def refusal(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str:
-        """Why it cannot run these tensors; "" if it can. On a GPU it must also compute what a small dense
-        computation gives: compared once for each device, dtype and shape of heads."""
+        """The reason why it cannot run these tensors; "" if it can. On a GPU it must also agree with a small dense
+        computation: compared once for each device, dtype and shape of heads."""
         reason = self.takes(q, k, v, causal)
         if reason or self.name == "dense" or not _on_gpu(q):
             return reason

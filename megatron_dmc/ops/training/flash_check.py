@@ -1,7 +1,5 @@
-"""Whether a stock attention kernel computes attention on this machine: its results for a few tokens, forward
-and backward, against a dense computation in float32.
-
-Dimension letters as in `ops.training.flash`.
+"""Check that a stock attention kernel computes attention on this machine: compare its results for a few tokens,
+forward and backward, with a dense computation in float32.
 """
 
 import functools
@@ -22,11 +20,11 @@ def fault(
     kernel: Any, dense: Any, device: torch.device, dtype: torch.dtype, num_heads: int,
     num_kv_heads: int, head_dim: int, causal: bool,
 ) -> str:  # fmt: skip
-    """What a kernel gets wrong about tensors of this kind; "" if nothing. Waits for the device, once for
+    """The error of a kernel on tensors of this kind; "" if there is none. Waits for the device, once for
     each kind.
 
     Args:
-        kernel, dense: `ops.training.flash.Kernel`s; the second is believed.
+        kernel, dense: `ops.training.flash.Kernel`s; the second is trusted.
         num_heads, num_kv_heads: N, G.
         causal: also check the causal mask; without it, as with it, all keys and fewer queries.
     """

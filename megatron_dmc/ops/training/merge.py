@@ -1,8 +1,6 @@
 """Merge of keys and values into running segment averages. docs/method.md, section 2.
 
-Dimension letters: T tokens, B batch, G key/value heads, D head dim, C tokens of a chunk,
-W merge window, U weighted tokens kept for an open segment, A components of an accumulator,
-X any leading dimensions.
+Local letters: C tokens of a chunk, X any leading dimensions.
 """
 
 import torch
@@ -24,7 +22,7 @@ def linear_scan(decay_TX: Tensor, x_TXD: Tensor, initial_XD: Tensor | None = Non
         initial_XD: s_{-1}; zero if None.
 
     Returns:
-        s_TXD. Memory is O(T * C) beside the result. Not differentiable by itself.
+        s_TXD. Memory is O(T * C) besides the result. Not differentiable by itself.
     """
     num_tokens = decay_TX.shape[0]
     if num_tokens == 0:
@@ -79,7 +77,7 @@ def _banded_product(band_TXW: Tensor, x_TXD: Tensor) -> Tensor:
     """out_TXD: `out_t` = sum over the latest W tokens of `band_t` times x, as a product per chunk.
 
     x is read once, forward and backward, instead of once per token of the window. Memory is
-    O(T * (C + W)) beside the result.
+    O(T * (C + W)) besides the result.
     """
     num_tokens, num_columns, merge_window = band_TXW.shape
     dim, back = x_TXD.shape[-1], merge_window - 1
@@ -116,7 +114,7 @@ def window_scan(decay_TX: Tensor, x_TXD: Tensor, merge_window: int) -> Tensor:
 def _windowed(x_TBGE: Tensor, alpha_TBG: Tensor, omega_TBG: Tensor, merge_window: int) -> Tensor:
     """Windowed average of `x`, differentiable.
 
-    The weights are normalised before they meet x: they are narrower than x is.
+    The weights are normalised before the product with x: they are narrower than x.
     """
     omega = F.pad(omega_TBG.flatten(1), (0, 0, merge_window - 1, 0))
     weights = _window_band(alpha_TBG.flatten(1), merge_window) * omega.unfold(0, merge_window, 1)

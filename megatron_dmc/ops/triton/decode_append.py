@@ -1,9 +1,6 @@
 """One decoded token of every request into the cache, as one Triton kernel. docs/method.md, section 6.
 
-Dimension letters: B requests, R query heads per key/value head, N query heads, G key/value heads,
-D head dim, X rows of a table of angles, F rotary channels, H half of them, Z channels that pass,
-P pages, S slots per page, M block-table width, U weighted tokens kept for an open segment,
-A = 2 D + 1 components of an accumulator.
+Local letters: X rows of a table of angles, H half of the rotary channels, Z channels that pass.
 
 A program is one (request, key/value head). A head's channels are held in three parts, so that a
 thread has both channels of a rotated pair: `lo` [H], `hi` [H] and `rest` [Z], padded to powers of two.

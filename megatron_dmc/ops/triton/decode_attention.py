@@ -1,8 +1,6 @@
 """Decode attention over pages and per-head lengths as Triton kernels. docs/method.md, section 6.
 
-Dimension letters: B requests, G key/value heads, X = B x G heads, R query heads per key/value head,
-N query heads, D head dim, P pages, S slots per page, M block-table width, I entries of a tile,
-F channels and Q queries of a tile, powers of two, C workers.
+Local letters: X = B x G heads.
 
 All heads' tiles form one line, head after head. A plan is that line: `plan_Y` (Y = X + 1), the number
 of tiles before each head. Every worker takes an equal stretch of the line, so the work is balanced by
@@ -53,7 +51,7 @@ def plan_kernel(
 
 @triton.jit
 def _first_tile(i_c, num_tiles, num_workers):
-    """Where worker i_c's stretch begins; the first `num_tiles % num_workers` are one tile longer."""
+    """The first tile of worker i_c; the first `num_tiles % num_workers` workers have one tile more."""
     num_workers = tl.maximum(num_workers, 1)
     return i_c * (num_tiles // num_workers) + tl.minimum(i_c, num_tiles % num_workers)
 

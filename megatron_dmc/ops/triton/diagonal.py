@@ -1,8 +1,4 @@
-"""`megatron_dmc.ops.training.diagonal` as Triton kernels: each tensor is read once and written once.
-
-Dimension letters: T tokens, B batch, N query heads, G key/value heads, R query heads per key/value
-head, D head dim, I tokens of a tile, F channels, a power of two.
-"""
+"""`megatron_dmc.ops.training.diagonal` as Triton kernels: each tensor is read once and written once."""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""Where Triton's kernels run, and what their host sides ask about it."""
+"""Device queries and masks shared by the Triton kernels and their host sides."""
 
 from contextlib import AbstractContextManager, nullcontext
 

@@ -1,18 +1,17 @@
 """The merge of keys and values as Triton kernels, forward and backward. docs/method.md, section 2.
 
-Dimension letters: T tokens, B batch, G key/value heads, D head dim, X = B x G sequences of a head,
-C tiles of a sequence, N blocks of channels, I tokens of a tile, F channels of a block, W merge window.
+Local letters: X = B x G sequences of a head, C tiles of a sequence, N blocks of channels.
 
 Within a tile the merge is a product with a small triangular matrix. It is made of products of
 decisions, never of quotients or logarithms, so that decisions of exactly 0 and 1 are exact:
 
     M_ij = prod_{j < l <= i} alpha_l  (j <= i)    z_i = sum_j M_ij omega_j    y_i = sum_j M_ij omega_j x_j / z_i
 
-Unlimited merging walks through the tiles of a sequence in order and carries one token that stands for
+Unlimited merging walks through the tiles of a sequence in order and carries one token that represents
 everything before: x = y_{t-1} with omega = z_{t-1}. The carries are kept, one for each tile, so that
 the backward need not walk forward first; it walks the other way and carries that token's gradients.
 Windowed merging needs no carry: its tiles overlap by W - 1 tokens and all run at once. Keys, values
-and their gradients are each read once (but for the overlap) and written once.
+and their gradients are each read once (except for the overlap) and written once.
 
 The gates' gradients need no product over channels but `Q_ij = gy_i . x_j`. With `r_i = gy_i . y_i`:
 
@@ -38,7 +37,7 @@ from megatron_dmc.ops.triton.scan import last_row, products, weighted_sum
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a kernel cuts its work. Powers of two; `tokens` and `channels` at least 16."""
+    """The tile sizes of a kernel. Powers of two; `tokens` and `channels` at least 16."""
 
     tokens: int
     channels: int

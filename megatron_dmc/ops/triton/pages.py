@@ -1,6 +1,6 @@
 """The Triton kernel that gives pages back, a back end of `ops.backends.PAGES`.
 
-Dimension letters: P pages, X rows of page ids, Y ids of a row.
+Local letters: X rows of page ids, Y ids of a row.
 """
 
 import triton

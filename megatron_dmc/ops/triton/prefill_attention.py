@@ -1,12 +1,10 @@
 """Prefill's attention over pages as a Triton kernel. docs/method.md, section 6.
 
-Dimension letters: T packed tokens of B chunks, N query heads, G key/value heads, R query heads of one,
-D head dim, F channels padded to a power of two, X tiles of tokens, Q queries of a tile (its tokens times
-R, token after token), I entries of a block, P pages, S slots per page, HALF half of the rotary channels.
+Local letters: X tiles of tokens, HALF half of the rotary channels.
 
 A program is one tile of tokens of a chunk and one key/value head. Its keys are the head's entries, old
-and new, in their pages. A token whose segment is entry e sees the entries below e, and its own state
-beside them, with which the softmax starts. e does not fall from token to token: blocks of entries below
+and new, in their pages. A token whose segment is entry e sees the entries below e, and its own state,
+with which the softmax starts. e does not fall from token to token: blocks of entries below
 that of the tile's first token need no mask, and those from that of its last token on are not visited. In a
 plain cache the token's own entry is its state, so it sees the entries up to e.
 """

@@ -1,9 +1,6 @@
 """Prefill's merge scan and page write as Triton kernels. docs/method.md, sections 2 and 6.
 
-Dimension letters: T packed tokens of B chunks, G key/value heads, D head dim, A = 2 D + 1 components of
-an accumulator (`[omega k, omega v, omega]`), X tiles of all chunks, I tokens of a tile, F channels of a
-block, C tiles of a block, P pages, S slots per page, W merge window, U weighted tokens kept for an open
-segment, HALF half of the rotary channels.
+Local letters: X tiles of all chunks, C tiles of a block, HALF half of the rotary channels.
 
 Every tile of every chunk is worked on at once: with hard decisions a tile needs of all before it only
 the sums of the segment that is open where it begins. Three launches:

@@ -1,7 +1,4 @@
-"""Parts of the merge scan that training's kernels and prefill's share. docs/method.md, section 2.
-
-Dimension letters: I tokens of a tile, F channels of a block.
-"""
+"""Parts of the merge scan that training's kernels and prefill's share. docs/method.md, section 2."""
 
 import triton
 import triton.language as tl
@@ -26,7 +23,7 @@ def weighted_sum(b_w, b_x, INTERPRET: tl.constexpr):
     elif b_x.dtype == tl.float32:
         return tl.dot(b_w, b_x, input_precision="tf32x3")
     else:
-        # two half-precision parts of a weight hold as much of it as float32 sums can tell
+        # two half-precision parts of a weight hold as much of it as float32 sums resolve
         b_high = b_w.to(b_x.dtype)
         b_low = (b_w - b_high.to(tl.float32)).to(b_x.dtype)
         return tl.dot(b_low, b_x, tl.dot(b_high, b_x))
