@@ -1,9 +1,9 @@
-"""What the host knows of pages: how many, not which.
+"""Host-side page accounting: counts only, never page ids.
 
-A row's heads hold as many pages as their entries need. The first of them may be shared: a cached prefix
-that was taken from the row, or that the row was started from, holds them too. Such pages come in runs, the
-full pages of every head between one boundary and the next, and a run is held or given up as a whole. So
-numbers of runs and entries tell how many pages are free, and no page id is ever read by the host.
+A row's heads hold the pages that their entries need. The first of them may be shared with a cached prefix
+that was captured from the row, or that the row was started from. Shared pages come in runs, the full pages
+of every head between one boundary and the next, and a run is held or released as a whole. So the counts of
+runs and entries determine the number of free pages, and the host never reads a page id.
 
 Dimension letters: K tensor-parallel ranks, L layers, R rows, B some of them, G key/value heads.
 """
@@ -24,7 +24,7 @@ class Run:
 
     @property
     def duplicates_K(self) -> np.ndarray:
-        """Pages that are counted too often where each row counts its own."""
+        """Pages double-counted because rows share them."""
         return max(self.num_rows - 1, 0) * self.num_pages_K
 
     @property
@@ -40,8 +40,8 @@ class PageCounts:
         entries_KLRG: int64.
         limit_R: entries that a head of the row never exceeds, int64; set it while the row is empty.
         runs: of each row, from its first token on.
-        num_unfinished: pages of cached prefixes that are being taken in this step, on every rank; they
-            cannot be given up yet.
+        num_unfinished: pages of cached prefixes that are being captured in this step, on every rank;
+            they cannot be evicted yet.
     """
 
     def __init__(self, num_pages: int, page_size: int, shape_KLRG: tuple[int, int, int, int]):
@@ -71,12 +71,12 @@ class PageCounts:
 
     @property
     def free_K(self) -> np.ndarray:
-        """Pages that nobody holds."""
+        """Free pages."""
         return self.available_K - self._only_prefixes_K
 
     @property
     def available_K(self) -> np.ndarray:
-        """Pages that are free once all cached prefixes are given up."""
+        """Free pages after evicting all cached prefixes."""
         return self.num_pages - self.num_unfinished - self.held_by_rows_K
 
     def num_entries(self, row: int) -> int:
@@ -84,7 +84,7 @@ class PageCounts:
         return int(self._entries_KR[:, row].sum())
 
     def most_entries(self, row: int) -> int:
-        """Of the rank that has most."""
+        """Of the rank with the most."""
         return int(self._entries_KR[:, row].max())
 
     def num_pages_of(self, row: int) -> int:
@@ -92,7 +92,7 @@ class PageCounts:
         return int(self._pages_KR[:, row].sum())
 
     def pages_needed_K(self, row: int, num_new_tokens: int) -> np.ndarray:
-        """Pages that a row takes at worst, nothing merged, for so many tokens more."""
+        """Worst-case number of pages that a row takes for more tokens: nothing merges."""
         if num_new_tokens == 1:
             return self._full_KR[:, row]
         entries = self.entries_KLRG[:, :, row]
@@ -102,7 +102,7 @@ class PageCounts:
         return needed
 
     def set_entries(self, rows_B: np.ndarray, entries_KLBG: np.ndarray) -> None:
-        """These rows have so many entries, and the pages for them."""
+        """Set the entries of these rows, and thereby their pages."""
         self.entries_KLRG[:, :, rows_B] = entries_KLBG
         self._entries_KR[:, rows_B] = entries_KLBG.sum(axis=(1, 3))
         self._pages_KR[:, rows_B] = self.pages_of(entries_KLBG).sum(axis=(1, 3))
@@ -110,11 +110,11 @@ class PageCounts:
         self._full_KR[:, rows_B] = is_full.sum(axis=(1, 3))
 
     def hold_tails(self, count: int) -> None:
-        """Cached prefixes hold so many pages of their own more, on every rank (negative: less)."""
+        """Add pages owned by cached prefixes, on every rank (negative: remove)."""
         self._only_prefixes_K += count
 
     def add_run(self, row: int, num_pages_KLG: np.ndarray) -> list[Run]:
-        """A cached prefix is taken from a row: its full pages, so many of each head from the first one,
+        """Capture a cached prefix from a row: its full pages, a number of each head from the first one on,
         are shared from now on.
 
         Returns:
@@ -130,14 +130,14 @@ class PageCounts:
         return self.runs[row]
 
     def start_from(self, row: int, runs: list[Run]) -> None:
-        """A row starts with a cached prefix."""
+        """Start a row from a cached prefix."""
         assert not self.runs[row], "the row is not empty"
         self.runs[row] = runs
         for run in runs:
             self._change(run, rows=1)
 
     def close(self, row: int) -> None:
-        """A row gives up all it has."""
+        """Release all pages of a row."""
         for run in self.runs[row]:
             self._change(run, rows=-1)
         self.runs[row] = []
@@ -145,12 +145,12 @@ class PageCounts:
         self.set_entries(np.array([row]), np.zeros_like(entries))
 
     def drop_prefix(self, runs: list[Run]) -> None:
-        """A cached prefix gives up its runs."""
+        """Release the runs of a cached prefix."""
         for run in runs:
             self._change(run, prefixes=-1)
 
     def pages_of(self, num_entries: np.ndarray) -> np.ndarray:
-        """Pages that hold so many entries of a head."""
+        """Number of pages for a head's entries."""
         return -(-num_entries // self.page_size)
 
     def _change(self, run: Run, rows: int = 0, prefixes: int = 0) -> None:
@@ -158,6 +158,6 @@ class PageCounts:
         self._only_prefixes_K -= run.only_prefixes_K
         run.num_rows += rows
         run.num_prefixes += prefixes
-        assert run.num_rows >= 0 and run.num_prefixes >= 0, "a run is given up twice"
+        assert run.num_rows >= 0 and run.num_prefixes >= 0, "a run is released twice"
         self._duplicates_K += run.duplicates_K
         self._only_prefixes_K += run.only_prefixes_K

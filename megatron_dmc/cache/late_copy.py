@@ -1,4 +1,4 @@
-"""Values of the device that the host reads later."""
+"""Asynchronous device-to-host copies."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 class LateCopy:
-    """Copies that are ordered behind the work that is under way and awaited only when they are read: on a
-    GPU into pinned memory, with one event for all of them."""
+    """Copies enqueued on the current stream; reading waits for them. On a GPU they go to pinned memory,
+    with one event for all of them."""
 
     def __init__(self, tensors: Sequence[Tensor]):
         """Start copying. The tensors are on one device and may change afterwards."""

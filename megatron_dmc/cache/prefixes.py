@@ -1,8 +1,8 @@
-"""Cached prefixes: the cache as it stood after the first tokens of a sequence, to be shared.
+"""Cached prefixes: snapshots of the cache after the first tokens of a sequence, for sharing.
 
 At a token boundary every head has its own number of entries. The pages whose entries are all closed
-never change again: a snapshot holds them together with the request, by count of owners. The page with
-the open entry and the open segment do change: the snapshot has copies, and so does whoever starts
+never change again: a snapshot shares them with the request, by reference count. The page with the
+open entry and the open segment do change: the snapshot has copies, and so has every request started
 from it.
 
 Dimension letters: L layers, R rows, G key/value heads, M block-table width, P pages, S slots per page,
@@ -30,7 +30,7 @@ def extend_keys(
     hash of the block and of the key before it, so equal keys mean equal prefixes. Mutates `keys`.
 
     Args:
-        salt: stands before the first block: equal keys mean equal salts too.
+        salt: precedes the first block: equal keys mean equal salts too.
     """
     for end in range(block_size, len(token_ids) + 1, block_size):
         digest = hashlib.blake2b(keys[-1] if keys else _salt_key(salt), digest_size=16)
@@ -53,17 +53,17 @@ class Snapshot:
     key: bytes
     num_tokens: int
     row: int
-    """Whose cache it is taken from; meaningless once it is taken."""
+    """The row that it is captured from; meaningless afterwards."""
     tail_ids_LG: Tensor
     """The snapshot's own pages: copies of the pages with the open entries."""
     num_entries_LG: Tensor
     segments_LGUA: Tensor | None
     page_ids_LGM: Tensor | None = None
-    """Once taken: the shared pages, in which every entry is closed; -1 behind them."""
+    """After the capture: the shared pages, in which every entry is closed; -1 after them."""
     runs: list[Run] = field(default_factory=list)
-    """The same by number, once they are counted."""
+    """The same as counts, once known."""
     entries_KLG: np.ndarray | None = None
-    """Entries on all ranks, once they are counted."""
+    """Entries on all ranks, once known."""
 
     def num_shared_LG(self, page_size: int) -> Tensor:
         """Full pages of each head in which every entry is closed."""
@@ -71,13 +71,13 @@ class Snapshot:
 
 
 class PrefixCache:
-    """Snapshots by key; the least recently used ones make room when pages run short.
+    """Snapshots by key; the least recently used ones are evicted when pages run short.
 
     Args:
-        block_size: tokens between two boundaries at which snapshots are taken.
+        block_size: tokens between two boundaries at which snapshots are captured.
 
     Attributes:
-        num_evicted: snapshots given up so far.
+        num_evicted: snapshots evicted so far.
     """
 
     def __init__(self, tables: BlockTables, segments: OpenSegments | None, *, block_size: int):
@@ -93,12 +93,11 @@ class PrefixCache:
         return len(self._snapshots)
 
     def find(self, keys: Sequence[bytes]) -> Snapshot | None:
-        """The longest prefix that is cached, of those with these keys (shortest first)."""
+        """The longest cached prefix among these keys (shortest first)."""
         return next((self._snapshots[k] for k in reversed(keys) if k in self._snapshots), None)
 
     def cost(self, snapshot: Snapshot) -> int:
-        """Pages that can be taken less, on the scarcest rank, once a row has been started from this
-        snapshot."""
+        """Free pages consumed, on the tightest rank, by starting a row from this snapshot."""
         only_prefixes_XK = [run.only_prefixes_K for run in snapshot.runs]
         return self._num_tails + int(np.sum(only_prefixes_XK, axis=0).max())
 
@@ -125,10 +124,10 @@ class PrefixCache:
             self._segments.state_LRGUA[:, row] = snapshot.segments_LGUA
 
     def begin(self, key: bytes, num_tokens: int, row: int) -> Snapshot | None:
-        """Prepare to take a snapshot of a row when it will have so many tokens in its cache.
+        """Prepare to capture a snapshot of a row at a future number of tokens in its cache.
 
         Returns:
-            what `capture` and `finish` complete; None if it is cached already or pages are short.
+            a snapshot that `capture` and `finish` complete; None if it is cached already or pages are short.
         """
         tables = self._tables
         if key in self._snapshots:
@@ -160,15 +159,15 @@ class PrefixCache:
         """All layers are captured and the row still holds its pages: cache the snapshot.
 
         Returns:
-            how its pages are to be counted; None if it is not needed.
+            the accounting of its pages; None if it is not needed.
         """
         pool, tables = self._tables.pool, self._tables
         tables.counts.num_unfinished -= self._num_tails
-        if snapshot.key in self._snapshots:  # another request of this step had the same tokens
+        if snapshot.key in self._snapshots:  # another request of this step has the same tokens
             pool.release(snapshot.tail_ids_LG)
             return None
         tables.counts.hold_tails(self._num_tails)
-        # a head has no more pages than the prefix has tokens for
+        # a head has at most the pages for the prefix's tokens
         width = -(-snapshot.num_tokens // pool.page_size)
         table_LGM = tables.page_ids_LRGM[:, snapshot.row, :, :width]
         columns_M = torch.arange(table_LGM.shape[-1], device=table_LGM.device)
@@ -185,7 +184,7 @@ class PrefixCache:
         return LateCounts(snapshot.num_entries_LG, tell)
 
     def clear(self) -> None:
-        """Give up every snapshot."""
+        """Evict every snapshot."""
         while self._snapshots:
             self._drop(next(iter(self._snapshots)))
 
@@ -198,7 +197,7 @@ class PrefixCache:
         return torch.cat(parts)
 
     def _make_room(self, num_pages_K: np.ndarray) -> None:
-        """Give up the least recently used snapshots until so many pages are free."""
+        """Evict the least recently used snapshots until `num_pages_K` pages are free."""
         counts = self._tables.counts
         for key in list(self._snapshots):
             if bool((counts.free_K >= num_pages_K).all()):

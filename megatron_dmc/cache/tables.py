@@ -1,4 +1,4 @@
-"""Which pages each head of each request holds, how many entries it has, and its open segment.
+"""Block tables, entry counts and open segments of every head of every request.
 
 Dimension letters: L layers, R rows (one per running request), G key/value heads, M block-table width,
 P pages, S slots per page, D head dim, U weighted tokens kept for an open segment,
@@ -20,7 +20,7 @@ from megatron_dmc.ops.paged.layer_cache import LayerCache
 from megatron_dmc.ops.tensors import accumulator_dtype
 
 Exchange = Callable[[np.ndarray], np.ndarray]
-"""Counters of this rank's heads, int64 (L, B, G), to those of all ranks, (K, L, B, G)."""
+"""Gathers the counters of this rank's heads, int64 (L, B, G), from all ranks, (K, L, B, G)."""
 
 
 class OpenSegments:
@@ -46,13 +46,13 @@ class OpenSegments:
         self.state_LRGUA = torch.zeros(shape, dtype=accumulator_dtype(dtype), device=device)
 
     def clear(self, row: int) -> None:
-        """Forget a row's segments."""
+        """Clear a row's segments."""
         self.state_LRGUA[:, row] = 0.0
 
 
 @dataclass
 class LateCounts:
-    """Something whose entry counts the host learns with those of the rows."""
+    """An object whose entry counts are copied to the host with the rows' counts."""
 
     num_entries_LG: Tensor
     """On the device, int64."""
@@ -63,19 +63,19 @@ class LateCounts:
 class BlockTables:
     """Block tables and entry counts of the running requests, over one `PagePool`.
 
-    The device decides: appending takes pages from the pool's stack where an entry has none, and advances
-    the counts. The host has counts only. `end_step` starts to copy them, and the first question that
-    needs them waits for that copy: the host's one wait for a step. Between steps every head holds exactly
-    the pages of its entries.
+    The device allocates: appending takes pages from the pool's stack for entries without one, and advances
+    the counts. The host has only counts. `end_step` starts to copy them, and the first query that needs
+    them waits for that copy: the host's only wait in a step. Between steps every head holds exactly the
+    pages of its entries.
 
-    With tensor parallelism every rank has its own heads and pages. `exchange` then tells each rank
-    all ranks' counts, and the questions a scheduler asks are answered for the scarcest rank.
+    With tensor parallelism every rank has its own heads and pages. `exchange` gives each rank all
+    ranks' counts, and a scheduler's queries return the values of the tightest rank.
 
     Attributes:
         page_ids_LRGM: int32, -1 where no page is held.
         num_entries_LRG: int64.
-        make_room: called with a number of pages for each rank, when fewer may be free; it gives up
-            cached prefixes until so many are.
+        make_room: called with a number of pages for each rank if fewer may be free; evicts
+            cached prefixes until that number is free.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class BlockTables:
         self._copy: LateCopy | None = None
 
     def layer(self, layer_index: int, segments: OpenSegments | None = None) -> LayerCache:
-        """One layer's storage, as the ops take it. Copies nothing.
+        """One layer's storage for the ops. Copies nothing.
 
         Args:
             segments: None: the layer's tokens do not merge.
@@ -124,7 +124,7 @@ class BlockTables:
 
     @property
     def counts(self) -> PageCounts:
-        """Entries and pages by number, after the last step; waits for it."""
+        """Counts of entries and pages after the last step; waits for it."""
         self.settle()
         return self._counts
 
@@ -134,7 +134,7 @@ class BlockTables:
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that can be taken on every rank, cached prefixes given up."""
+        """Pages that can be allocated on every rank after evicting cached prefixes."""
         return int(self.counts.available_K.min())
 
     @property
@@ -157,16 +157,16 @@ class BlockTables:
         return np.concatenate(list(self.counts.entries_KLRG[:, :, row]), axis=-1)
 
     def pages_needed(self, row: int, num_new_tokens: int) -> int:
-        """Pages that a row takes on the scarcest rank for so many tokens more: the worst case, nothing
+        """Worst-case number of pages that a row takes on the tightest rank for more tokens: nothing
         merges."""
         return int(self.counts.pages_needed_K(row, num_new_tokens).max())
 
     def begin_step(self, rows: Sequence[int], num_new_tokens: Sequence[int]) -> None:
-        """Promise these rows what they take at worst for so many tokens each: so many pages are free from
-        here on. Nothing is taken yet; appending does that.
+        """Reserve the worst-case number of pages for new tokens of these rows: they stay free from here on.
+        Appending allocates them.
 
         Raises:
-            OutOfPages: if the cache is short; nothing has changed then.
+            OutOfPages: if the cache is short; nothing changes.
         """
         counts = self.counts
         needed_K = np.zeros_like(self._promised_K)
@@ -183,14 +183,16 @@ class BlockTables:
         self.take_room(0)
 
     def may_take(self, count: int) -> bool:
-        """Whether so many pages can be had beside what is promised, cached prefixes given up."""
+        """Whether `count` pages are available beyond the reservation, evicting cached prefixes if needed."""
         return bool((self.counts.available_K - self._promised_K >= count).all())
 
     def take_room(self, count: int) -> None:
-        """See to it that so many pages are free beside what is promised; `may_take` has said yes."""
+        """Evict prefixes until `count` pages beyond the reservation are free. Requires `may_take(count)`."""
         if self.make_room is not None:
             self.make_room(self._promised_K + count)
-        assert bool((self.counts.free_K - self._promised_K >= count).all()), "no room was made"
+        assert bool((self.counts.free_K - self._promised_K >= count).all()), (
+            "prefixes were not evicted"
+        )
 
     def end_step(
         self,
@@ -213,16 +215,16 @@ class BlockTables:
         )
 
     def settle(self) -> None:
-        """Take in the counts of the last step. With tensor parallelism all ranks do so at one point.
+        """Update the counts from the last step. With tensor parallelism all ranks do so at the same point.
 
         Raises:
-            AssertionError: a head found no page, or the number of free pages is not what it should be.
+            AssertionError: a head found no page, or the number of free pages is wrong.
         """
         if self._copy is None:
             return
         state, entries_LRG, *others = self._copy.read()
         self._copy = None
-        assert not state[1], "a head found no page although the step's pages were promised"
+        assert not state[1], "a head found no page although the step's pages were reserved"
         counts_LBG = np.concatenate(
             [entries_LRG[:, self._rows_B]] + [x[:, None] for x in others], axis=1
         )
@@ -240,7 +242,7 @@ class BlockTables:
         assert free == expected, f"{free} pages are free, by the counts {expected}"
 
     def fill_row(self, row: int, num_entries_LG: Tensor) -> None:
-        """Give an empty row so many entries and their pages, whatever these hold. For benchmarks."""
+        """Give an empty row a number of entries and their pages, with undefined contents. For benchmarks."""
         needed = self._counts.pages_of(num_entries_LG.cpu().numpy()).sum()
         assert self.may_take(int(needed)), f"{needed} pages are not free"
         self.num_entries_LRG[:, row] = num_entries_LG.to(self.num_entries_LRG)
@@ -263,11 +265,11 @@ class BlockTables:
         what it copies.
 
         Args:
-            page_ids_LGM: the full pages, as many columns as they take; -1 behind them.
-            num_shared_LG: how many there are of each head.
-            tail_ids_LG: pages that were just taken; the row holds them from now on.
+            page_ids_LGM: the full pages, in the columns that they need; -1 after them.
+            num_shared_LG: their number for each head.
+            tail_ids_LG: pages just allocated; the row holds them from now on.
             num_entries_LG: entries of each head; its pages are the shared ones and one more.
-            entries_KLG, runs: the same for the host, by numbers.
+            entries_KLG, runs: the same for the host, as counts.
         """
         counts = self.counts
         counts.start_from(row, runs)
@@ -279,7 +281,7 @@ class BlockTables:
         self.num_entries_LRG[:, row] = num_entries_LG
 
     def close_row(self, row: int) -> None:
-        """Give back a row and all its pages."""
+        """Release a row and all its pages."""
         assert row not in self._free_rows, f"row {row} is closed already"
         self.counts.close(row)
         self.pool.release(self.page_ids_LRGM[:, row].view(self.num_layers, -1))
@@ -287,15 +289,15 @@ class BlockTables:
         self._free_rows.append(row)
 
     def check_integrity(self, prefix_pages: Tensor | None = None) -> None:
-        """Block tables and cached prefixes together name every held page as often as the pool counts
-        owners; every head has exactly the pages of its entries, and the page that it writes to next has
-        it as its only owner; the host's numbers are the device's. Waits for the device.
+        """Check that block tables and cached prefixes together name every held page once per counted owner,
+        that every head has exactly the pages of its entries and is the only owner of the page that it
+        writes next, and that the host's counts are the device's. Waits for the device.
 
         Args:
             prefix_pages: the pages of all cached prefixes, with repetitions.
 
         Raises:
-            AssertionError: if not.
+            AssertionError: if one does not hold.
         """
         counts, table = self.counts, self.page_ids_LRGM
         named = table.flatten()

@@ -20,7 +20,7 @@ class Captured(NamedTuple):
 
     replay: Callable[[], object]
     output: Tensor
-    """Where every replay writes its result."""
+    """Output of every replay."""
 
 
 Capture = Callable[[Callable[[], Tensor]], Captured]

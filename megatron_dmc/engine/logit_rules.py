@@ -1,4 +1,4 @@
-"""What requests ask for beyond temperature and truncation: biases, penalties, forbidden tokens.
+"""Rules of requests beyond temperature and truncation: biases, penalties, forbidden tokens.
 
 In vLLM's order and with its meanings. A row depends on its own request only.
 
@@ -20,12 +20,12 @@ from megatron_dmc.ops.tensors import to_device
 
 @dataclass
 class _State:
-    """What one request keeps beside the logits while it runs."""
+    """State of one running request."""
 
     bias_V: Tensor | None
     """Added to the logits; -inf where a token is not allowed."""
     counts_V: Tensor | None
-    """How often the completion has each token."""
+    """Count of each token in the completion."""
     is_known_V: Tensor | None
     """Tokens that prompt or completion has."""
     num_counted: int = 0
@@ -90,7 +90,7 @@ class LogitRules:
         return scores_BV
 
     def forget(self, request: Request) -> None:
-        """The request has ended."""
+        """Drop the state of a finished request."""
         self._states.pop(request.number, None)
 
     def _state(self, request: Request, like_V: Tensor) -> _State:

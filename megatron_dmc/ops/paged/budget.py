@@ -1,4 +1,4 @@
-"""Attention that also tells its weights, and evicts an entry after every token. Plain PyTorch.
+"""Attention that also returns its weights, and evicts one entry after each token. Plain PyTorch.
 
 Dimension letters: X requests, T tokens of each (padded), N query heads, G key/value heads, R = N / G,
 D head dim, E columns of the cache that is being worked on.
@@ -18,13 +18,13 @@ Update = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass
 class WorkingCache:
-    """Entries of some requests, taken out of their pages. A head's entries lie in any columns; there is
-    always a free one.
+    """Entries of some requests, copied out of their pages. A head's entries occupy any columns; one is
+    always free.
 
     Attributes:
         k_XGED, v_XGED: rotated keys, and values.
         position_XGE: int64, of each entry's token in its sequence; -1 where the column is free.
-        score_XGE: what the policy keeps of each entry; float32, or float64.
+        score_XGE: the policy's score of each entry; float32, or float64.
     """
 
     k_XGED: Tensor

@@ -1,4 +1,4 @@
-"""What attention does with a paged cache whose tokens are evicted after a delay (DMS). docs/method.md,
+"""Append, prefill and attention over a paged cache that evicts after a delay (DMS). docs/method.md,
 section 8.
 
 A token that leaves the cache gives its slot to the token that comes then: entries are only ever
@@ -29,7 +29,7 @@ class Rings:
     """The latest n tokens of every head: token t is at t mod n.
 
     Attributes:
-        entry_XGK: int32, where the token lies; undefined before there is one.
+        entry_XGK: int32, the token's entry; undefined before there is one.
         is_evicted_XGK: bool, its decision, known once the next token has come.
     """
 
@@ -43,7 +43,7 @@ class Rings:
 def place_tokens(
     is_evict_TH: Tensor, positions_H: Tensor, num_entries_H: Tensor, rings: Rings
 ) -> tuple[Tensor, Tensor, Tensor, Rings]:
-    """Where a chunk's tokens go, head by head.
+    """Assign the entries of a chunk's tokens, head by head.
 
     Args:
         is_evict_TH: bool; row t evicts the token before it. Ignored where there is none.

@@ -8,7 +8,7 @@ Every entry of 8 bits has a scale of its own, from its largest channel:
 
 in float32, to the nearest with ties to even; `largest` is 448 for float8_e4m3fn and 127 for int8.
 PyTorch, Triton and CUDA give the same bytes for the same float32 numbers. An entry that merging
-rewrites is rounded afresh from the float32 sums of its segment, and no other entry ever changes, so
+rewrites is rounded again from the float32 sums of its segment, and no other entry ever changes, so
 errors do not accumulate.
 """
 
@@ -28,7 +28,7 @@ KV_CACHE_DTYPES = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "int8": torch.int8,
 }
-"""What `kv_cache_dtype` may be; None: the model's dtype."""
+"""Values of `kv_cache_dtype`; None: the model's dtype."""
 _POISONED_INT8 = -128  # `quantise` never writes it
 
 
@@ -85,7 +85,7 @@ def entry_bytes(head_dim: int, dtype: torch.dtype) -> int:
 
 
 def tensors_of(pages: Pages) -> tuple[Tensor, ...]:
-    """All that has to be copied with a page; each tensor begins with P."""
+    """The tensors to copy with a page; the first dimension of each is P."""
     return (pages,) if isinstance(pages, Tensor) else (pages.values_PSD, pages.scales_PS)
 
 
@@ -99,8 +99,7 @@ def parts_of(
 
 
 def fill_with_nan(pages: Pages, page_ids: Tensor | slice) -> None:
-    """Make these pages such that whoever uses an entry of them gets NaN, an 8-bit one by its scale.
-    Mutates `pages`."""
+    """Poison pages: reading any entry yields NaN (8-bit entries through their scale). Mutates `pages`."""
     for x in tensors_of(pages):
         x[page_ids] = _POISONED_INT8 if x.dtype == torch.int8 else float("nan")
 

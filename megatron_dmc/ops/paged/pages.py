@@ -1,9 +1,9 @@
-"""Free pages and their owners, on the device: taken and given back without asking the host.
+"""Free pages and their reference counts on the device: allocated and released without the host.
 
-`FreePages` is a stack. Ids at index `state[0]` and following are free; taking moves the index up, giving
-back moves it down and writes the ids there. Both are ordered by the stream: a release never runs beside
-an append. A page has one owner while it is held, and `num_extra_owners_P` counts those beyond the first,
-so taking a page need not touch it.
+`FreePages` is a stack. Ids at index `state[0]` and following are free; allocating moves the index up,
+releasing moves it down and writes the ids there. Both are stream-ordered: a release never runs concurrently
+with an append. A page has one owner while it is held, and `num_extra_owners_P` counts those beyond the first,
+so allocating a page does not touch it.
 
 Dimension letters: P pages, S slots per page, H heads of any kind (any number of dimensions), M
 block-table width, X, Y any.
@@ -20,7 +20,7 @@ from megatron_dmc.ops.backends import PAGES
 
 @dataclass(frozen=True)
 class FreePages:
-    """A stack of free pages, used without asking the host.
+    """A stack of free pages, used without the host.
 
     Attributes:
         page_ids: int32, one dimension; taken in order. Those at index `state[0]` and following are free.
@@ -38,10 +38,10 @@ class FreePages:
         return cls(page_ids, torch.zeros(2, dtype=torch.int32, device=page_ids.device))
 
     def taken(self) -> int:
-        """How many pages are taken; waits for the device.
+        """Number of allocated pages; waits for the device.
 
         Raises:
-            OutOfPages: if a head found none. The step has to be done again.
+            OutOfPages: if a head found none. The step must be repeated.
         """
         asked, ran_out = self.state.tolist()
         if ran_out:
