@@ -36,18 +36,13 @@ WORDS = {
 """Pattern of a word (spaces also match a line break) -> what to write instead."""
 
 TITLE = r"(What|How|Where|Why|Who|Which|When|All that|That which)\b"
-CLEAN = (
-    "docs/", "tests/", "examples/", "tools/", ".github/", ".ci/",
-    "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "Dockerfile", "Makefile", "mkdocs.yml",
-    "pretrain_dmc.py", "pyproject.toml", "setup.py", "megatron_dmc/checkpoint/", "megatron_dmc/cli/",
-    "megatron_dmc/config.py", "megatron_dmc/csrc/", "megatron_dmc/errors.py", "megatron_dmc/plan/",
-    "megatron_dmc/quality/", "megatron_dmc/server/",
-    "megatron_dmc/__init__.py", "megatron_dmc/schedule.py", "megatron_dmc/model/", "megatron_dmc/training/",
-    "megatron_dmc/ops/__init__.py", "megatron_dmc/ops/backends.py", "megatron_dmc/ops/gates.py",
-    "megatron_dmc/ops/reference.py", "megatron_dmc/ops/rope.py", "megatron_dmc/ops/tensors.py", "megatron_dmc/ops/cpu/",
-    "megatron_dmc/ops/cuda/", "megatron_dmc/ops/training/", "megatron_dmc/ops/triton/",
+PENDING = (
+    "megatron_dmc/bench/", "megatron_dmc/cache/budget.py", "megatron_dmc/cache/policies/",
+    "megatron_dmc/cache/pool.py", "megatron_dmc/cache/strategies/", "megatron_dmc/engine/chunks.py",
+    "megatron_dmc/engine/context.py", "megatron_dmc/engine/runner.py", "megatron_dmc/engine/sampler.py",
+    "megatron_dmc/engine/scheduler.py", "megatron_dmc/ops/paged/",
 )  # fmt: skip
-"""Folders and files that are clean; extend it as you clean more. At the end: everything."""
+"""Folders and files that are not clean yet; delete an entry once `test_words` passes without it."""
 NOT_PROSE = ("tests/docs/test_words.py", "requirements.lock", "examples/models/")
 HASH = (".sh", ".toml", ".yml", ".yaml", ".cfg", ".txt", "Makefile", "Dockerfile", ".ci/run")
 SLASH = (".h", ".cpp", ".cu", ".cuh", ".js")
@@ -121,7 +116,7 @@ def test_words():
     found = [
         finding
         for path in files()
-        if path.startswith(CLEAN) and (ROOT / path).is_file()
+        if not path.startswith(PENDING) and (ROOT / path).is_file()
         for finding in findings(path, (ROOT / path).read_text(encoding="utf-8", errors="ignore"))
     ]
     assert not found, "\n" + "\n".join(found)
