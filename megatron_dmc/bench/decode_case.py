@@ -57,7 +57,7 @@ def entries_of(cache: LayerCache, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def results_of(out: Tensor, cache: LayerCache) -> list[Tensor]:
-    """What an op that appends is checked by: its output, the live entries and the open segments."""
+    """The results by which an op that appends is checked: output, live entries and open segments."""
     assert cache.segments_RGUA is not None
     return [out, entries_of(cache), cache.segments_RGUA]
 

@@ -19,12 +19,48 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_dmc.bench.measure import errors_within_twice_the_yardstick
-from megatron_dmc.engine.chunks import PackedChunk
+from megatron_dmc.cache.strategies import Step, Storage
+from megatron_dmc.cache.strategies.merging import MergingStore
+from megatron_dmc.engine.chunk import Chunk
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops.paged import decode
 from megatron_dmc.ops.paged import pages as page_ops
 from megatron_dmc.ops.paged.layer_cache import LayerCache
+
+
+class DenseStore(MergingStore):
+    """The plain cache in the context's contiguous keys and values."""
+
+    def __init__(self, storage: Storage, context: "DenseContext"):
+        super().__init__(storage, None)
+        self.context = context
+
+    def layer(self, layer_index: int) -> LayerCache:
+        """As `GatedStore`."""
+        context = self.context
+        return LayerCache(
+            context.k_LPSD[layer_index], context.v_LPSD[layer_index], context.table_RGM,
+            self.tables.num_entries_LRG[layer_index],
+        )  # fmt: skip
+
+    def decode(
+        self,
+        step: Step,
+        layer_index: int,
+        q_BND: Tensor,
+        k_BGD: Tensor,
+        v_BGD: Tensor,
+        freqs_SF: Tensor | None,
+        softmax_scale: float,
+    ) -> Tensor:
+        """As `GatedStore`."""
+        rotated = decode.gate_and_append(
+            self.layer(layer_index), step.rows_B, q_BND, k_BGD, v_BGD,
+            self.angles(freqs_SF, q_BND), step.positions_B, alpha_offset=None,
+            backend=self.backend,
+        )  # fmt: skip
+        return self.context.attend_to_rows(layer_index, rotated, softmax_scale)
 
 
 class DenseContext(PagedContext):
@@ -56,8 +92,10 @@ class DenseContext(PagedContext):
             for _ in "kv"
         )
         self._longest = 1
+        storage = Storage(self.tables, dtype, options["max_model_len"], options.get("backend"))
+        self.store = DenseStore(storage, self)
 
-    def begin_step(self, chunks: Sequence[PackedChunk]) -> None:
+    def begin_step(self, chunks: Sequence[Chunk]) -> None:
         """As `PagedContext.begin_step`."""
         super().begin_step(chunks)
         self._longest = max((chunk.end for chunk in chunks if chunk.num_tokens == 1), default=1)
@@ -81,34 +119,12 @@ class DenseContext(PagedContext):
                 )  # fmt: skip
         super().end_step()
 
-    def _layer(self, layer_index: int) -> LayerCache:
-        return LayerCache(
-            self.k_LPSD[layer_index], self.v_LPSD[layer_index], self.table_RGM,
-            self.tables.num_entries_LRG[layer_index],
-        )  # fmt: skip
-
-    def _decode(
-        self,
-        layer_index: int,
-        q_BND: Tensor,
-        k_BGD: Tensor,
-        v_BGD: Tensor,
-        freqs_SF: Tensor | None,
-        softmax_scale: float,
-    ) -> Tensor:
-        q_BND = decode.gate_and_append(
-            self._layer(layer_index), self._rows_B, q_BND, k_BGD, v_BGD,
-            self._cosine_and_sine(freqs_SF, q_BND.dtype), self._positions_B, alpha_offset=None,
-            backend=self._backend,
-        )  # fmt: skip
-        return self._attend_to_rows(layer_index, q_BND, softmax_scale)
-
-    def _attend_to_rows(self, layer_index: int, q_BND: Tensor, softmax_scale: float) -> Tensor:
+    def attend_to_rows(self, layer_index: int, q_BND: Tensor, softmax_scale: float) -> Tensor:
         """Attention of one token of each request, `set_decode`'s, over its row."""
         pages = self.k_LPSD[layer_index], self.v_LPSD[layer_index]
         if not q_BND.is_cuda:
             shape = (*self.table_RGM.shape[:2], -1, q_BND.shape[-1])
-            k, v = (x.view(shape)[self._rows_B, :, : self._longest] for x in pages)
+            k, v = (x.view(shape)[self._step.rows_B, :, : self._longest] for x in pages)
             seen_BE = torch.arange(self._longest, device=q_BND.device) < self._lengths_B[:, None]
             out = scaled_dot_product_attention(
                 q_BND[:, :, None], k, v, attn_mask=seen_BE[:, None, None], scale=softmax_scale,
@@ -145,7 +161,7 @@ class DenseContext(PagedContext):
         self.set_decode(rows_B, positions_B)
         self._longest = int(positions_B.max()) + 1
         scale = q_BND.shape[-1] ** -0.5
-        ours = self._attend_to_rows(0, q_BND, scale)[checked]
+        ours = self.attend_to_rows(0, q_BND, scale)[checked]
         exact: list[Tensor] = []
         honest: list[Tensor] = []
         for q_ND, row, position in zip(

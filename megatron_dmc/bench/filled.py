@@ -116,8 +116,8 @@ def filled_engine(
         request.status = RequestStatus.RUNNING
         scheduler.waiting.remove(request)
         scheduler.running.append(request)
-    if engine.context.segments is not None:
-        engine.context.segments.state_LRGUA.uniform_(0.1, 1.0)
+    if engine.context.store.segments is not None:
+        engine.context.store.segments.state_LRGUA.uniform_(0.1, 1.0)
     return engine
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dmc.engine.chunks import PackedChunk
+from megatron_dmc.engine.chunk import Chunk
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.request import Request
 from megatron_dmc.errors import DMCError
@@ -211,6 +211,7 @@ class ImposingContext(PagedContext):
     ) -> None:
         super().__init__(**others)
         assert self.rule is not None and self.rule.may_merge, "a plain model cannot merge"
+        self.store.impose = self._impose
         device, num_heads = torch.device(others.get("device", "cpu")), others["num_kv_heads"]
         first = others.get("rank", 0) * num_heads
         self._thresholds = decisions.thresholds(device, slice(first, first + num_heads))
@@ -233,7 +234,7 @@ class ImposingContext(PagedContext):
         super().start(request, use_prefix=use_prefix)
         self._seeds_R[request.row] = request.number
 
-    def begin_step(self, chunks: Sequence[PackedChunk]) -> None:
+    def begin_step(self, chunks: Sequence[Chunk]) -> None:
         """As `PagedContext.begin_step`; also decides about the prompts' tokens."""
         super().begin_step(chunks)
         prompts = [c for c in chunks if c.num_tokens > 1]
@@ -260,6 +261,6 @@ class ImposingContext(PagedContext):
             self._is_merge_LTG[:, tokens], self._omega_LTG[:, tokens], self._eps,
         )  # fmt: skip
 
-    def _given_gates(self, layer_index: int, first: int, count: int) -> Gates:
+    def _impose(self, layer_index: int, first: int, count: int) -> Gates:
         tokens = slice(first, first + count)
         return self._is_merge_LTG[layer_index, tokens], self._omega_LTG[layer_index, tokens]

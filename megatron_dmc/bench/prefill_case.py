@@ -13,9 +13,9 @@ from megatron_dmc.bench.decode_case import results_of
 from megatron_dmc.bench.measure import errors_within_twice_the_yardstick
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops.paged import prefill
+from megatron_dmc.ops.paged.chunks import Chunks
 from megatron_dmc.ops.paged.decode import Gates
 from megatron_dmc.ops.paged.layer_cache import LayerCache
-from megatron_dmc.ops.paged.prefill import Chunks
 from megatron_dmc.ops.tensors import accumulator_dtype
 
 

@@ -23,7 +23,7 @@ from megatron_dmc.bench.measure import Panel, Settings, as_row, measure_time
 from megatron_dmc.ops import rope
 from megatron_dmc.ops.backends import PREFILL
 from megatron_dmc.ops.paged import prefill
-from megatron_dmc.ops.paged.prefill import Chunks
+from megatron_dmc.ops.paged.chunks import Chunks
 from megatron_dmc.ops.training.attention import causal_attention
 
 CHECKED_TOKENS = 600

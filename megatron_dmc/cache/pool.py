@@ -13,11 +13,11 @@ from megatron_dmc.ops.paged.pages import FreePages
 
 class PagePool:
     """Storage of keys and values, the stack of free pages, and how many owners the others have. All of it
-    is on the device, and no method waits for it but those that say so.
+    is on the device; a method that waits for it says so.
 
     A page is S slots of one KV head of one layer. It is free, or it has owners: heads of running
     requests, and cached prefixes. Several owners may hold a page; it is free again when the last one
-    gives it back. Who may take how many is the caller's business (`PageCounts`).
+    releases it. The caller decides who may take how many (`PageCounts`).
 
     Attributes:
         k_pages_PSD, v_pages_PSD: the storage: tensors, or `ScaledPages` where `dtype` is an 8-bit one.
@@ -56,13 +56,18 @@ class PagePool:
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody holds. Waits for the device."""
+        """Pages without an owner. Waits for the device."""
         return self.num_pages - self.num_held
 
     @property
     def num_held(self) -> int:
-        """Pages that somebody holds, each counted once. Waits for the device."""
+        """Pages with an owner, each counted once. Waits for the device."""
         return int(self.free_pages.state[0])
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.k_pages_PSD.shape[2]
 
     @property
     def page_bytes(self) -> int:
@@ -70,7 +75,7 @@ class PagePool:
         return self.page_size * self._entry_bytes
 
     def take(self, count: int) -> Tensor:
-        """So many pages, each with one owner: int32. The caller knows that they are free."""
+        """Take `count` pages, each with one owner: int32. The caller knows that they are free."""
         wants = torch.ones(count, dtype=torch.bool, device=self.free_pages.page_ids.device)
         return page_ops.take_where(wants, self.free_pages)
 
@@ -93,7 +98,7 @@ class PagePool:
                 x[target] = x[source]
 
     def check_integrity(self, named: Tensor | None = None) -> None:
-        """free + held == total, no page is on the stack twice, and nobody asked in vain. Waits.
+        """free + held == total, no page is on the stack twice, and every request for a page was met. Waits.
 
         Args:
             named: page ids that owners name, one for each owner (-1: none). If given, every page has

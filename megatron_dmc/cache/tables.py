@@ -147,10 +147,16 @@ class BlockTables:
         """Pages that only cached prefixes hold on this rank."""
         return int(self.counts.only_prefixes_K[self.rank])
 
-    def open_row(self) -> int:
-        """A row for a new request, without pages or entries."""
+    def open_row(self, most_entries: int = np.iinfo(np.int64).max) -> int:
+        """A row for a new request, without pages or entries.
+
+        Args:
+            most_entries: that a head of the row can ever have.
+        """
         assert self._free_rows, "no free row"
-        return self._free_rows.pop()
+        row = self._free_rows.pop()
+        self._counts.limit_R[row] = most_entries
+        return row
 
     def entries(self, row: int) -> np.ndarray:
         """Entries of all ranks' heads, int64 (L, K * G)."""

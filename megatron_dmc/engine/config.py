@@ -27,7 +27,7 @@ from typing import (
 from megatron_dmc.errors import UnsupportedConfig
 
 if TYPE_CHECKING:
-    from megatron_dmc.cache.policies import EvictionRule
+    from megatron_dmc.cache.strategies import EvictionRule
 
 KVCacheDtype = Literal["auto", "fp8", "fp8_e4m3", "int8"]
 
@@ -212,7 +212,7 @@ class EngineConfig:
         """The policy and its budget, if any."""
         if self.cache_policy is None or self.cache_budget is None:
             return None
-        from megatron_dmc.cache.policies import EvictionRule
+        from megatron_dmc.cache.strategies import EvictionRule
 
         return EvictionRule(self.cache_policy, self.cache_budget)
 

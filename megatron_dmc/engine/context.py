@@ -1,42 +1,28 @@
-"""All that attention sees of inference.
-
-Dimension letters: T packed tokens of a step, B requests with one token in it, N query heads, G key/value heads,
-D head dim, S positions, F rotary channels, L layers, R rows, U weighted tokens kept for a segment,
-A components of an accumulator, M block-table width.
-"""
+"""The paged inference context: the only engine object that attention touches."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
 
 import torch
 from megatron.core.inference.config import InferenceConfig
 from megatron.core.inference.contexts.base_context import BaseInferenceContext
 from torch import Tensor
 
-from megatron_dmc.cache import (
-    BlockTables,
-    OpenSegments,
-    PagePool,
-    PrefixCache,
-    Snapshot,
-    extend_keys,
+from megatron_dmc.cache import BlockTables, PagePool, PrefixCache, Snapshot, extend_keys
+from megatron_dmc.cache.strategies import (
+    CompressionRule,
+    EvictionRule,
+    Step,
+    Storage,
+    store_class,
 )
-from megatron_dmc.cache.budget import EvictingCache, EvictingChunk
-from megatron_dmc.cache.policies import EvictionRule, make_policy
 from megatron_dmc.cache.tables import Exchange
-from megatron_dmc.engine.chunks import PackedChunk, Piece, Round
+from megatron_dmc.engine.chunk import Chunk
 from megatron_dmc.engine.flipped_decisions import FlipCounter
 from megatron_dmc.engine.request import Request
-from megatron_dmc.engine.rule import CompressionRule
 from megatron_dmc.engine.scheduler import NO_PREFIX, CachedPrefix
-from megatron_dmc.ops import gates, rope
 from megatron_dmc.ops.backends import DECODE
-from megatron_dmc.ops.paged import decode, delayed, evict
-from megatron_dmc.ops.paged.decode import Angles, Gates
-from megatron_dmc.ops.paged.layer_cache import LayerCache
-from megatron_dmc.ops.paged.prefill import prefill
-from megatron_dmc.ops.tensors import accumulator_dtype
-from megatron_dmc.ops.training.merge import num_kept
+from megatron_dmc.ops.paged.chunks import Chunks
 
 
 class PagedContext(BaseInferenceContext):
@@ -49,7 +35,8 @@ class PagedContext(BaseInferenceContext):
 
     Attributes:
         max_sequence_length: longest sequence, and number of positions that get RoPE angles.
-        flips: where decisions are compared with earlier ones.
+        store: the cache strategy: what becomes of the tokens.
+        flips: compares decisions with earlier ones; None: they are not counted.
         num_queried_tokens, num_hit_tokens: prompt tokens of started requests, and those that cached
             prefixes spared.
     """
@@ -85,11 +72,10 @@ class PagedContext(BaseInferenceContext):
             prefix_block_size: tokens between cached prefixes; None: none are cached.
             backend: of the cache ops; None: as `ops.backends` chooses.
             poison: fill free pages with NaN, for tests.
-            count_flips: compare decisions that are made a second time.
+            count_flips: compare decisions that are made a second time, where the strategy merges at once.
             exchange, num_ranks, rank: tensor parallelism, see `BlockTables`.
             sum_over_ranks: of decision logits, for heads that decide together.
-            eviction: keep a budget of entries by a policy; with neither `rule` nor cached prefixes nor
-                several ranks.
+            rule, eviction: select the strategy; at most one is given.
         """
         super().__init__(InferenceConfig(max_sequence_length=max_model_len))
         self.max_sequence_length = max_model_len
@@ -104,70 +90,49 @@ class PagedContext(BaseInferenceContext):
             self.pool, num_layers, max_num_seqs, num_kv_heads, max_model_len, device=device,
             exchange=exchange, num_ranks=num_ranks, rank=rank,
         )  # fmt: skip
-        self.segments: OpenSegments | None = None
-        self.rings: evict.Rings | None = None
-        self.delayed: delayed.DelayedDecisions | None = None
-        if rule is not None and rule.eviction_delay is not None:
-            assert prefix_block_size is None, "an evicted token's slot in a shared page"
-            shape = (num_layers, max_num_seqs, num_kv_heads, rule.eviction_delay + 1)
-            self.rings = evict.Rings(
-                torch.zeros(shape, dtype=torch.int32, device=device),
-                torch.zeros(shape, dtype=torch.bool, device=device),
-            )
-        elif rule is not None:
-            self.segments = OpenSegments(
-                num_layers, max_num_seqs, num_kv_heads, head_dim,
-                num_kept=num_kept(rule.merge_window), dtype=dtype, device=device,
-            )  # fmt: skip
-            if rule.merge_delay:
-                shape = (num_layers, max_num_seqs, num_kv_heads, rule.merge_delay)
-                self.delayed = delayed.DelayedDecisions(
-                    torch.zeros(shape, dtype=torch.bool, device=device),
-                    torch.zeros(shape, dtype=accumulator_dtype(dtype), device=device),
-                )
+        storage = Storage(
+            self.tables, dtype, max_model_len, backend, num_ranks=num_ranks,
+            sum_over_ranks=sum_over_ranks or (lambda x: x),
+        )  # fmt: skip
+        self.store = store_class(rule, eviction)(storage, eviction or rule)
         self.prefixes: PrefixCache | None = None
         if prefix_block_size is not None:
-            self.prefixes = PrefixCache(self.tables, self.segments, block_size=prefix_block_size)
-        self.eviction = eviction
-        self._evicting: EvictingCache | None = None
-        if eviction is not None:
-            self._evicting = EvictingCache(
-                make_policy(eviction.policy), self.tables,
-                most_entries=min(eviction.budget(max_model_len), max_model_len), dtype=dtype,
-            )  # fmt: skip
+            assert self.store.shares_pages, "a slot of a shared page would be written again"
+            self.prefixes = PrefixCache(
+                self.tables, self.store.segments, block_size=prefix_block_size
+            )
+            self.store.prefixes = self.prefixes
+        self.flips: FlipCounter | None = None
+        if count_flips and self.store.grows_by_decision:
+            self.flips = FlipCounter()
+            self.store.observe = self.flips.prefilled
         self.num_queried_tokens = self.num_hit_tokens = 0
-        merges = rule is not None and not rule.has_ring and rule.may_merge
-        self.flips = FlipCounter() if count_flips and merges else None
-        self._angles: tuple[Tensor, Tensor, Tensor] | None = None
-        self._num_ranks, self._sum_over_ranks = num_ranks, sum_over_ranks or (lambda x: x)
-        self._backend, self._window = backend, 0 if rule is None else rule.merge_window
-        self._chunks: list[PackedChunk] = []
-        self._prefills: list[Round] = []
-        self._snapshots: list[Snapshot] = []
         self._like = torch.empty(0, head_dim, dtype=dtype, device=device)
-        self._rows_B = self._positions_B = torch.zeros(0, dtype=torch.int64, device=device)
-        self._plans_L: list[Tensor | None] | None = None
+        self._backend = backend
+        self._chunks: list[Chunk] = []
+        self._snapshots: list[Snapshot] = []
+        self._step = self._next = Step(*torch.zeros(2, 0, dtype=torch.int64, device=device))
 
     @property
     def is_capturable(self) -> bool:
-        """Whether decode steps run in kernels, which CUDA graphs can hold."""
+        """Whether decode steps run in GPU kernels and wait for nothing, so that CUDA graphs can hold them."""
         chosen = DECODE.choose(self._like, self.page_size, backend=self._backend)
-        return chosen in ("triton", "cuda")
+        return self.store.is_capturable and chosen in ("triton", "cuda")
 
-    # What Megatron's GPTModel asks.
+    # The interface of Megatron's GPTModel.
 
     def is_static_batching(self) -> bool:
         return False
 
     def is_decode_only(self) -> bool:
         """True where every request has one token in this step."""
-        return not self._prefills
+        return not self._step.rounds
 
     def using_cuda_graph_this_step(self) -> bool:
-        """Whether Megatron shall use its own graphs; the engine has others (`DecodeGraphs`)."""
+        """Whether Megatron should use its own graphs; the engine has others (`DecodeGraphs`)."""
         return False
 
-    # What the scheduler asks (`PageAccount`).
+    # The interface of the scheduler (`PageAccount`).
 
     @property
     def num_free_pages(self) -> int:
@@ -181,8 +146,9 @@ class PagedContext(BaseInferenceContext):
         assert request.row is not None
         return self.tables.counts.most_entries(request.row)
 
-    def entry_limit(self, request: Request) -> int | None:
-        return None if self.eviction is None else self.eviction.budget(request.num_prompt_tokens)
+    def worst_case_pages(self, request: Request, num_tokens: int) -> int:
+        most = self.store.most_entries(num_tokens, request.num_prompt_tokens)
+        return -(-most // self.page_size) * self.num_heads_total
 
     def find_prefix(self, request: Request) -> CachedPrefix:
         snapshot = self._find(request)
@@ -195,15 +161,13 @@ class PagedContext(BaseInferenceContext):
     def start(self, request: Request, *, use_prefix: bool = False) -> None:
         assert request.row is None
         snapshot = self._find(request) if use_prefix else None
-        request.row = self.tables.open_row()
-        if self._evicting is not None and (limit := self.entry_limit(request)) is not None:
-            self._evicting.budget_R[request.row] = limit
-            self.tables.counts.limit_R[request.row] = limit
+        num_prompt = request.num_prompt_tokens
+        most_entries = self.store.most_entries(self.max_sequence_length, num_prompt)
+        request.row = self.tables.open_row(most_entries)
+        self.store.start(request.row, num_prompt)
         if snapshot is not None and self.prefixes is not None:
             self.prefixes.restore(snapshot, request.row)
             request.num_computed_tokens = snapshot.num_tokens
-        elif self.segments is not None:
-            self.segments.clear(request.row)
         if request.metrics.num_preemptions == 0 and self.prefixes is not None:
             cached = min(request.num_computed_tokens, request.num_prompt_tokens)
             request.metrics.num_cached_prompt_tokens = cached
@@ -236,8 +200,8 @@ class PagedContext(BaseInferenceContext):
 
     # A step.
 
-    def begin_step(self, chunks: Sequence[PackedChunk]) -> None:
-        """See to it that the pages that the step may need are free, and prepare its snapshots.
+    def begin_step(self, chunks: Sequence[Chunk]) -> None:
+        """Reserve the step's worst-case number of pages, and prepare its snapshots.
 
         Args:
             chunks: in the order of the packed tokens; those of one token come first.
@@ -246,25 +210,49 @@ class PagedContext(BaseInferenceContext):
             OutOfPages: if the scheduler promised too much; nothing has changed then.
         """
         self.tables.begin_step([c.row for c in chunks], [c.num_tokens for c in chunks])
-        self._chunks = list(chunks)
-        self._snapshots, self._prefills = [], []
-        rounds: list[list[Piece]] = []
+        self._chunks, self._snapshots = list(chunks), []
+        # Prompts of all requests are prefilled together, in rounds: one, and one more for each place within a
+        # chunk where a snapshot is taken.
+        rounds: list[list[tuple[Chunk, int]]] = []
+        snapshots: list[list[Snapshot]] = []
         first = 0
         for chunk in chunks:
-            # One token, with or without a past, is decoded; the rest is prefilled, all requests
-            # together, but for the cuts where snapshots are taken.
-            pieces = self._pieces(chunk, first)
-            self._snapshots += [p.snapshot for p in pieces if p.snapshot is not None]
-            if chunk.num_tokens > 1:
-                rounds.extend([] for _ in range(len(pieces) - len(rounds)))
-                for of_round, piece in zip(rounds, pieces, strict=False):
-                    of_round.append(piece)
-                first += chunk.num_tokens
-            else:
-                assert not rounds, "a single token behind a longer chunk"
-        self._prefills = [
-            Round.of(of_round, self.tables.num_entries_LRG.device) for of_round in rounds
-        ]
+            due = self._begin_snapshots(chunk)
+            self._snapshots += due.values()
+            if chunk.num_tokens == 1:
+                assert not rounds, "a single token after a longer chunk"
+                continue
+            for i, part in enumerate(chunk.cut(due)):
+                if i == len(rounds):
+                    rounds.append([])
+                    snapshots.append([])
+                rounds[i].append((part, first))
+                snapshots[i] += [due[part.end]] if part.end in due else []
+                first += part.num_tokens
+        nothing = self._next.rows_B[:0]
+        self._next = Step(
+            nothing, nothing, [self._packed(*zip(*parts, strict=True)) for parts in rounds],
+            snapshots, self._packed(chunks, None),
+        )  # fmt: skip
+
+    def _packed(self, chunks: Sequence[Chunk], firsts: Sequence[int] | None) -> Chunks:
+        return Chunks.of(
+            [c.row for c in chunks], [c.num_tokens for c in chunks], self._like.device,
+            starts=[c.start for c in chunks], firsts=firsts,
+        )  # fmt: skip
+
+    def _begin_snapshots(self, chunk: Chunk) -> dict[int, Snapshot]:
+        """The snapshots to take of a chunk's request, by number of tokens."""
+        due: dict[int, Snapshot] = {}
+        if self.prefixes is None:
+            return due
+        size, request = self.prefixes.block_size, chunk.request
+        self._extend_keys(request, chunk.end)
+        for at in range((chunk.start // size + 1) * size, chunk.end + 1, size):
+            snapshot = self.prefixes.begin(request.prefix_keys[at // size - 1], at, chunk.row)
+            if snapshot is not None:
+                due[at] = snapshot
+        return due
 
     def set_decode(self, rows_B: Tensor, positions_B: Tensor) -> None:
         """The requests with one token in this run of the model, the first ones of the packed tokens.
@@ -272,48 +260,7 @@ class PagedContext(BaseInferenceContext):
         Args:
             rows_B, positions_B: int64, on the device; row -1 is padding.
         """
-        self._rows_B, self._positions_B, self._plans_L = rows_B, positions_B, None
-
-    def _pieces(self, chunk: PackedChunk, first: int) -> list[Piece]:
-        """Cut a chunk behind every token where a snapshot is to be taken."""
-        cuts: list[tuple[int, Snapshot | None]] = []
-        end = chunk.end
-        if self.prefixes is not None:
-            size, request = self.prefixes.block_size, chunk.request
-            boundaries = range((chunk.start // size + 1) * size, end + 1, size)
-            self._extend_keys(request, end)
-            for at in boundaries:
-                key = request.prefix_keys[at // size - 1]
-                snapshot = self.prefixes.begin(key, at, chunk.row)
-                if snapshot is not None:
-                    cuts.append((at, snapshot))
-        if not cuts or cuts[-1][0] < end:
-            cuts.append((end, None))
-        pieces, start = [], chunk.start
-        for at, snapshot in cuts:
-            pieces.append(
-                Piece(chunk.row, first + start - chunk.start, start, at - start, snapshot)
-            )
-            start = at
-        return pieces
-
-    def end_step(self) -> None:
-        """Keep the snapshots, and start to copy the counters, which `settle` reads."""
-        late = []
-        if self.prefixes is not None:
-            captured = {id(piece.snapshot) for part in self._prefills for piece in part.pieces}
-            for snapshot in self._snapshots:
-                if id(snapshot) not in captured:
-                    self.prefixes.capture(snapshot, slice(None))
-                if (counts := self.prefixes.finish(snapshot)) is not None:
-                    late.append(counts)
-        compare = None if self.flips is None else self.flips.end_step(self._chunks)
-        self.tables.end_step([c.row for c in self._chunks], late, compare)
-        self._chunks = []
-
-    def settle(self) -> None:
-        """Wait for the last step's counters and take them in; on all ranks at one point."""
-        self.tables.settle()
+        self._step = replace(self._next, rows_B=rows_B, positions_B=positions_B)
 
     def attend(
         self,
@@ -335,210 +282,27 @@ class PagedContext(BaseInferenceContext):
         Returns:
             out_TND.
         """
-        if self._evicting is not None:
-            return self._attend_within_budget(
-                layer_index, q_TND, k_TGD, v_TGD, freqs_SF, softmax_scale
-            )
-        num_singles = self._rows_B.shape[0]
-        num_prefilled = sum(sum(part.chunks.num_tokens) for part in self._prefills)
-        assert q_TND.shape[0] == num_singles + num_prefilled, "not this step's tokens"
-        if self.rings is not None:
-            return self._attend_evicting(layer_index, q_TND, k_TGD, v_TGD, freqs_SF, softmax_scale)
-        if self.delayed is not None:
-            return self._attend_delayed(layer_index, q_TND, k_TGD, v_TGD, freqs_SF, softmax_scale)
-        if not self._prefills:
-            return self._decode(layer_index, q_TND, k_TGD, v_TGD, freqs_SF, softmax_scale)
-        out = torch.empty_like(q_TND)
-        if num_singles:
-            single = slice(0, num_singles)
-            out[single] = self._decode(
-                layer_index, q_TND[single], k_TGD[single], v_TGD[single], freqs_SF, softmax_scale
-            )
-        q, k, v = (x[num_singles:] for x in (q_TND, k_TGD, v_TGD))
-        gates_TG = self._gates(layer_index, num_singles, q, k)
-        if self.flips is not None and gates_TG is not None:
-            self.flips.prefilled(gates_TG[0])
-        cache = self._layer(layer_index)
-        for part in self._prefills:
-            at = part.tokens
-            out[num_singles:][at] = prefill(
-                cache, part.chunks, q[at], k[at], v[at],
-                None if gates_TG is None else (gates_TG[0][at], gates_TG[1][at]),
-                None if freqs_SF is None else freqs_SF[part.positions],
-                softmax_scale=softmax_scale, merge_window=self._window, backend=self._backend,
-            )  # fmt: skip
-            for piece in part.pieces:
-                if piece.snapshot is not None and self.prefixes is not None:
-                    self.prefixes.capture(piece.snapshot, slice(layer_index, layer_index + 1))
-        return out
-
-    def _attend_within_budget(
-        self,
-        layer_index: int,
-        q_TND: Tensor,
-        k_TGD: Tensor,
-        v_TGD: Tensor,
-        freqs_SF: Tensor | None,
-        softmax_scale: float,
-    ) -> Tensor:
-        """Prompts and single tokens alike, under the eviction policy."""
-        assert self._evicting is not None
-        chunks = [EvictingChunk(c.row, c.start, c.num_tokens) for c in self._chunks]
-        if freqs_SF is not None:
-            freqs_TF = torch.cat([freqs_SF[c.start : c.end] for c in self._chunks])
-            q_TND, k_TGD = (rope.rotate_by(x, freqs_TF) for x in (q_TND, k_TGD))
-        return self._evicting.attend(
-            layer_index, q_TND, k_TGD, v_TGD, chunks, softmax_scale=softmax_scale
+        step = self._step
+        num_tokens = step.rows_B.shape[0] + sum(chunks.total for chunks in step.rounds)
+        assert q_TND.shape[0] == num_tokens, "not this step's tokens"
+        return self.store.attend(
+            step, layer_index, q_TND, k_TGD, v_TGD, freqs_SF, softmax_scale=softmax_scale
         )
 
-    def _decode(
-        self,
-        layer_index: int,
-        q_BND: Tensor,
-        k_BGD: Tensor,
-        v_BGD: Tensor,
-        freqs_SF: Tensor | None,
-        softmax_scale: float,
-    ) -> Tensor:
-        """One token of each request: on a GPU three launches, and one more a step for the plans."""
-        rule, rows_B = self.rule, self._rows_B
-        if self._plans_L is None:
-            self._plans_L = decode.plan_decode_attention(
-                self.tables.num_entries_LRG, rows_B, like=k_BGD, page_size=self.page_size,
-                group=q_BND.shape[1] // k_BGD.shape[1], ahead=1, backend=self._backend,
-            )  # fmt: skip
-        cache = self._layer(layer_index)
-        if rule is not None and rule.shared_decisions:
-            # the heads' logits have to meet first
-            freqs_BF = None if freqs_SF is None else freqs_SF[self._positions_B]
-            gates_BG = self._gates(layer_index, 0, q_BND, k_BGD)
-            decode.decode_append(
-                cache, rows_B, k_BGD, v_BGD, gates_BG, freqs_BF, merge_window=self._window,
-                backend=self._backend,
-            )  # fmt: skip
-            q_BND = rope.rotate_by(q_BND, freqs_BF, compress=True)
-        else:
-            q_BND = decode.gate_and_append(
-                cache, rows_B, q_BND, k_BGD, v_BGD, self._cosine_and_sine(freqs_SF, q_BND.dtype),
-                self._positions_B, alpha_offset=None if rule is None else rule.alpha_offset,
-                may_merge=rule is not None and rule.may_merge, merge_window=self._window,
-                gates_BG=self._given_gates(layer_index, 0, q_BND.shape[0]), backend=self._backend,
-            )  # fmt: skip
-        return decode.paged_decode_attention(
-            cache, rows_B, q_BND, softmax_scale=softmax_scale, plan_Y=self._plans_L[layer_index],
-            backend=self._backend,
-        )  # fmt: skip
+    def end_step(self) -> None:
+        """Keep the snapshots, and start to copy the counters, which `settle` reads."""
+        late = []
+        if self.prefixes is not None:
+            captured = {id(s) for of_round in self._next.snapshots for s in of_round}
+            for snapshot in self._snapshots:
+                if id(snapshot) not in captured:
+                    self.prefixes.capture(snapshot, slice(None))
+                if (counts := self.prefixes.finish(snapshot)) is not None:
+                    late.append(counts)
+        compare = None if self.flips is None else self.flips.end_step(self._chunks)
+        self.tables.end_step([c.row for c in self._chunks], late, compare)
+        self._chunks = []
 
-    def _attend_evicting(
-        self,
-        layer_index: int,
-        q_TND: Tensor,
-        k_TGD: Tensor,
-        v_TGD: Tensor,
-        freqs_SF: Tensor | None,
-        softmax_scale: float,
-    ) -> Tensor:
-        """`attend` where tokens leave the cache instead of merging. PyTorch, but for decode attention."""
-        assert self.rings is not None
-        cache, rows_B = self._layer(layer_index), self._rows_B
-        rings, num_singles = self.rings[layer_index], rows_B.shape[0]
-        gates_TG = self._gates(layer_index, 0, q_TND, k_TGD)
-        assert gates_TG is not None
-        is_evict_TG, out = gates_TG[0], torch.empty_like(q_TND)
-        if num_singles:
-            single = slice(0, num_singles)
-            freqs_BF = None if freqs_SF is None else freqs_SF[self._positions_B]
-            evict.decode_evict(
-                cache, rows_B, k_TGD[single], v_TGD[single], is_evict_TG[single], freqs_BF,
-                self._positions_B, rings,
-            )  # fmt: skip
-            out[single] = decode.paged_decode_attention(
-                cache, rows_B, rope.rotate_by(q_TND[single], freqs_BF, compress=True),
-                softmax_scale=softmax_scale, backend=self._backend,
-            )  # fmt: skip
-        for piece in (piece for part in self._prefills for piece in part.pieces):
-            first = num_singles + piece.first
-            span = slice(first, first + piece.num_tokens)
-            freqs_TF = None
-            if freqs_SF is not None:
-                freqs_TF = freqs_SF[piece.start : piece.start + piece.num_tokens]
-            out[span] = evict.prefill_evict(
-                cache, piece.row, q_TND[span], k_TGD[span], v_TGD[span], is_evict_TG[span],
-                freqs_TF, piece.start, rings, softmax_scale=softmax_scale,
-            )  # fmt: skip
-        return out
-
-    def _attend_delayed(
-        self,
-        layer_index: int,
-        q_TND: Tensor,
-        k_TGD: Tensor,
-        v_TGD: Tensor,
-        freqs_SF: Tensor | None,
-        softmax_scale: float,
-    ) -> Tensor:
-        """`attend` where tokens merge after a delay. PyTorch, except for decode attention."""
-        assert self.delayed is not None
-        cache, rows_B = self._layer(layer_index), self._rows_B
-        decisions = self.delayed[layer_index]
-        gates_TG = self._gates(layer_index, 0, q_TND, k_TGD)
-        assert gates_TG is not None
-        num_singles, out = rows_B.shape[0], torch.empty_like(q_TND)
-        if num_singles:
-            single = slice(0, num_singles)
-            freqs_BF = None if freqs_SF is None else freqs_SF[self._positions_B]
-            delayed.decode_delayed(
-                cache, rows_B, k_TGD[single], v_TGD[single],
-                (gates_TG[0][single], gates_TG[1][single]), freqs_SF, self._positions_B, decisions,
-                merge_window=self._window,
-            )  # fmt: skip
-            out[single] = decode.paged_decode_attention(
-                cache, rows_B, rope.rotate_by(q_TND[single], freqs_BF, compress=True),
-                softmax_scale=softmax_scale, backend=self._backend,
-            )  # fmt: skip
-        for piece in (piece for part in self._prefills for piece in part.pieces):
-            first = num_singles + piece.first
-            span = slice(first, first + piece.num_tokens)
-            out[span] = delayed.prefill_delayed(
-                cache, piece.row, q_TND[span], k_TGD[span], v_TGD[span],
-                (gates_TG[0][span], gates_TG[1][span]), freqs_SF, piece.start, decisions,
-                softmax_scale=softmax_scale, merge_window=self._window,
-            )  # fmt: skip
-        return out
-
-    def _layer(self, layer_index: int) -> LayerCache:
-        return self.tables.layer(layer_index, self.segments)
-
-    def _cosine_and_sine(self, freqs_SF: Tensor | None, dtype: torch.dtype) -> Angles:
-        """RoPE's tables, made once for angles that stay where they are, as Megatron's do."""
-        if freqs_SF is None:
-            return None, None
-        if self._angles is None or self._angles[0].data_ptr() != freqs_SF.data_ptr():
-            cos, sin = rope.cosine_and_sine(freqs_SF, dtype)
-            assert cos is not None and sin is not None
-            # held on to, so that no other tensor comes to lie there
-            self._angles = (freqs_SF, cos, sin)
-        return self._angles[1], self._angles[2]
-
-    def _given_gates(self, layer_index: int, first: int, count: int) -> Gates | None:
-        """Gates (count, G) that stand in for those of a layer's channels, of packed tokens from `first` on;
-        None: none do."""
-        return None
-
-    def _gates(self, layer_index: int, first: int, q_TND: Tensor, k_TGD: Tensor) -> Gates | None:
-        """Gates of packed tokens from `first` on; a sequence's first token never merges (the ops see to it)."""
-        if self.rule is None:
-            return None
-        given_TG = self._given_gates(layer_index, first, len(q_TND))
-        if given_TG is not None:
-            return given_TG
-        share = None
-        if self.rule.shared_decisions:
-            num_heads = k_TGD.shape[1] * self._num_ranks
-            share = partial(
-                gates.share_decisions, num_kv_heads_total=num_heads, reduce=self._sum_over_ranks
-            )
-        return gates.decide(
-            q_TND, k_TGD, alpha_offset=self.rule.alpha_offset, share=share,
-            may_merge=self.rule.may_merge,
-        )  # fmt: skip
+    def settle(self) -> None:
+        """Wait for the last step's counters and apply them; on all ranks at one point."""
+        self.tables.settle()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.checkpoint.tokenizer import as_tokenizer
+from megatron_dmc.engine.chunk import Chunk
 from megatron_dmc.engine.config import EngineConfig
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.input_processor import InputProcessor
@@ -17,11 +18,11 @@ from megatron_dmc.engine.isolation import ends_engine, own_work
 from megatron_dmc.engine.output_processor import OutputProcessor, output_of
 from megatron_dmc.engine.parallel.group import TensorParallel
 from megatron_dmc.engine.request import Request, RequestOutput
-from megatron_dmc.engine.rule import CompressionRule, check_combinations, compression_rule
+from megatron_dmc.engine.rule import check_combinations, compression_rule
 from megatron_dmc.engine.runner import ModelRunner, device_of_weights
 from megatron_dmc.engine.sampler import SampledToken, Sampler
 from megatron_dmc.engine.sampling_params import SamplingParams
-from megatron_dmc.engine.scheduler import ScheduledChunk, Scheduler
+from megatron_dmc.engine.scheduler import Scheduler
 from megatron_dmc.engine.sizes import resolve_sizes
 from megatron_dmc.engine.stats import EngineStats, StatsCollector
 from megatron_dmc.errors import InvalidRequest, RequestFailed
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 class Batch:
     """A step's work on the device, from its launch to its outputs."""
 
-    chunks: list[ScheduledChunk]
+    chunks: list[Chunk]
     sizes: list[int]
     """Tokens of each chunk."""
     logit_offsets: list[list[int]]
@@ -85,7 +86,7 @@ class LLMEngine:
         self.config, self.description, self.parallel = config, description, parallel
         self.tokenizer = tokenizer = as_tokenizer(tokenizer)
         self.default_sampling_params = default_sampling_params or {}
-        counts_flips = _counts_flips(config, rule, dtype)
+        counts = config.count_flipped_decisions
         self.context = make_context(
             num_layers=description.num_layers,
             num_kv_heads=description.num_query_groups // (1 if parallel is None else parallel.size),
@@ -100,7 +101,7 @@ class LLMEngine:
             rule=rule,
             poison=config.poison,
             prefix_block_size=config.prefix_block_size if config.enable_prefix_caching else None,
-            count_flips=counts_flips,
+            count_flips=dtype.itemsize <= 2 if counts is None else counts,
             num_ranks=1 if parallel is None else parallel.size,
             exchange=None if parallel is None else parallel.exchange,
             rank=0 if parallel is None else parallel.rank,
@@ -114,10 +115,7 @@ class LLMEngine:
             device=device,
             gather=None if parallel is None else parallel.gather_logits,
         )
-        # the rings' PyTorch selects by masks, which a graph cannot
-        has_ring = rule is not None and rule.has_ring
-        eager = config.enforce_eager or has_ring or config.cache_policy is not None
-        if device.type == "cuda" and not eager:
+        if device.type == "cuda" and not config.enforce_eager:
             self.runner.capture_on_gpu(
                 config.capture_sizes(), progress=parallel is None or parallel.rank == 0
             )
@@ -141,7 +139,7 @@ class LLMEngine:
             vocab_size=description.vocab_size,
             max_model_len=config.max_model_len,
             default_sampling_params=self.default_sampling_params,
-            records_decisions=counts_flips,
+            records_decisions=self.context.flips is not None,
         )
         self.output_processor = OutputProcessor(tokenizer, self.eos_id, self.eos_ids)
         self._stats = StatsCollector(
@@ -235,7 +233,7 @@ class LLMEngine:
         self._stats.step_finished(batch.sizes, time.perf_counter() - began)
         return outputs
 
-    def _run(self, chunks: list[ScheduledChunk]) -> Batch:
+    def _run(self, chunks: list[Chunk]) -> Batch:
         """Enqueue the model's work on the device."""
         self._stats.step_scheduled(chunks)
         sizes = [chunk.num_tokens for chunk in chunks]
@@ -384,10 +382,3 @@ class LLMEngine:
 
     def close(self) -> None:
         """End the other ranks of tensor parallelism."""
-
-
-def _counts_flips(config: EngineConfig, rule: CompressionRule | None, dtype: torch.dtype) -> bool:
-    if rule is not None and rule.has_ring:
-        return False
-    counts = config.count_flipped_decisions
-    return dtype.itemsize <= 2 if counts is None else counts

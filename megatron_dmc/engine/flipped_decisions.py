@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_dmc.cache import LateCopy
 
 if TYPE_CHECKING:
-    from megatron_dmc.engine.chunks import PackedChunk
+    from megatron_dmc.engine.chunk import Chunk
 
 
 class DecisionHistory:
@@ -63,7 +63,7 @@ class FlipCounter:
         """Add one layer's decisions about the step's prefilled tokens, layer after layer."""
         self._is_merge_L.append(is_merge_TG)
 
-    def end_step(self, chunks: "Sequence[PackedChunk]") -> Callable[[np.ndarray], None]:
+    def end_step(self, chunks: "Sequence[Chunk]") -> Callable[[np.ndarray], None]:
         """End a step in which all layers decided about these chunks.
 
         Returns:

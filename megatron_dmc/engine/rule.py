@@ -1,32 +1,10 @@
 """The compression rule implied by a model's DMC settings, and the combinations that are unsupported."""
 
-from dataclasses import dataclass
 from typing import Any
 
+from megatron_dmc.cache.strategies import CompressionRule, store_class
 from megatron_dmc.engine.config import EngineConfig
 from megatron_dmc.errors import UnsupportedConfig
-
-
-@dataclass(frozen=True)
-class CompressionRule:
-    """The use that the cache makes of the borrowed channel. A plain model has no rule."""
-
-    alpha_offset: float
-    merge_window: int = 0
-    shared_decisions: bool = False
-    """The heads of a layer decide together (DMC-C)."""
-    may_merge: bool = True
-    """False: every token is appended (and none evicted), though the borrowed channel still carries no
-    content."""
-    eviction_delay: int | None = None
-    """Tokens are evicted instead of merged (DMS), this number of tokens later."""
-    merge_delay: int = 0
-    """A decision takes effect this many tokens later."""
-
-    @property
-    def has_ring(self) -> bool:
-        """Whether a head's latest tokens are kept apart, in slots that are written again."""
-        return self.eviction_delay is not None or self.merge_delay > 0
 
 
 def compression_rule(dmc: Any | None, enable_dmc: bool | None) -> CompressionRule | None:
@@ -67,7 +45,8 @@ def check_combinations(config: EngineConfig, rule: CompressionRule | None) -> No
     Raises:
         UnsupportedConfig: names the setting and the remedy.
     """
-    if rule is not None and rule.has_ring and config.enable_prefix_caching:
+    shares_pages = store_class(rule).shares_pages
+    if rule is not None and not shares_pages and config.enable_prefix_caching:
         what = (
             f"merges after a delay (--dmc-merge-delay {rule.merge_delay})"
             if rule.eviction_delay is None

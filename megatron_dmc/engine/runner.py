@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dmc.engine.chunks import PackedChunk
+from megatron_dmc.engine.chunk import Chunk
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.graphs import Capture, CudaGraphs, DecodeGraphs
-from megatron_dmc.engine.scheduler import ScheduledChunk
 from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.ops.tensors import take_rows, to_device
 
@@ -34,7 +33,7 @@ def _logits_of_rows(
 
 
 def device_of_weights(model: torch.nn.Module, device: torch.device | str | None) -> torch.device:
-    """Where the model's weights are.
+    """The device of the model's weights.
 
     Args:
         device: what was asked for; None: nothing.
@@ -104,7 +103,7 @@ class ModelRunner:
         )  # fmt: skip
 
     @torch.no_grad()
-    def run(self, chunks: Sequence[ScheduledChunk], wanted: Sequence[Sequence[int]]) -> Tensor:
+    def run(self, chunks: Sequence[Chunk], wanted: Sequence[Sequence[int]]) -> Tensor:
         """Compute the chunks' tokens and cache them. Waits for nothing; `PagedContext.settle` does.
 
         Args:
@@ -114,8 +113,7 @@ class ModelRunner:
         Returns:
             logits_XV, rows in the order of `wanted`; valid until the next call.
         """
-        packed = [PackedChunk(c.request, c.start, c.num_tokens) for c in chunks]
-        packed.sort(key=lambda chunk: chunk.num_tokens > 1)  # single tokens come first
+        packed = sorted(chunks, key=lambda chunk: chunk.num_tokens > 1)  # single tokens come first
         token_ids: list[int] = []
         positions: list[int] = []
         first: dict[int, int] = {}
@@ -162,6 +160,6 @@ class ModelRunner:
         return logits_XV
 
     def _on_device(self, parts: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Lists of whole numbers to the device, in one copy that nobody waits for."""
+        """Lists of whole numbers to the device, in one non-blocking copy."""
         flat = to_device([x for part in parts for x in part], self.device)
         return list(flat.split([len(part) for part in parts]))

@@ -18,6 +18,7 @@ import bisect
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, get_args
 
+from megatron_dmc.engine.chunk import Chunk
 from megatron_dmc.engine.request import Request, RequestStatus
 from megatron_dmc.errors import InvalidRequest, UnsupportedConfig
 
@@ -36,7 +37,7 @@ NO_PREFIX = CachedPrefix(0, 0)
 
 
 class PageAccount(Protocol):
-    """What the scheduler asks the cache."""
+    """The scheduler's view of the cache."""
 
     num_pages: int
     """All pages."""
@@ -48,23 +49,23 @@ class PageAccount(Protocol):
     def num_free_pages(self) -> int: ...
 
     def pages_needed(self, request: Request, num_new_tokens: int) -> int:
-        """Pages that the request lacks, at worst, to take in so many more tokens."""
+        """Pages that the request lacks, at worst, for `num_new_tokens` more tokens."""
         ...
 
     def num_entries(self, request: Request) -> int:
         """Entries of a running request, over all layers and heads (of the rank that has most)."""
         ...
 
-    def entry_limit(self, request: Request) -> int | None:
-        """Entries that a head of this request never exceeds; None: as many as it has tokens."""
+    def worst_case_pages(self, request: Request, num_tokens: int) -> int:
+        """Pages of this many of a request's tokens if none merges."""
         ...
 
     def find_prefix(self, request: Request) -> CachedPrefix:
-        """What `start` can begin a waiting request with."""
+        """The cached prefix from which `start` can begin a waiting request."""
         ...
 
     def start(self, request: Request, *, use_prefix: bool) -> None:
-        """Give the request a row in the cache, with the prefix just found if it shall be used."""
+        """Give the request a row in the cache, with the prefix just found if `use_prefix`."""
         ...
 
     def release(self, request: Request) -> None:
@@ -73,46 +74,10 @@ class PageAccount(Protocol):
 
 
 @dataclass
-class ScheduledChunk:
-    """Tokens [start, start + num_tokens) of a request are computed in this step."""
-
-    request: Request
-    num_tokens: int
-
-    @property
-    def start(self) -> int:
-        return self.request.num_computed_tokens
-
-    @property
-    def end(self) -> int:
-        return self.start + self.num_tokens
-
-    @property
-    def samples(self) -> bool:
-        """True where the chunk ends with the request's last known token."""
-        return self.end == self.request.num_tokens
-
-    @property
-    def logit_offsets(self) -> list[int]:
-        """Places within the chunk whose logits are wanted: those that tell of prompt tokens with
-        log-probabilities, and the last one where it samples."""
-        params = self.request.params
-        offsets: list[int] = []
-        if params.prompt_logprobs is not None:
-            # position p tells of token p + 1
-            first = max(self.start, params.prompt_logprobs_start - 1)
-            last = min(self.end, self.request.num_prompt_tokens - 1)
-            offsets += range(first - self.start, last - self.start)
-        if self.samples:
-            offsets.append(self.num_tokens - 1)
-        return offsets
-
-
-@dataclass
 class Schedule:
     """A step's work. The pages it may need are free."""
 
-    chunks: list[ScheduledChunk] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
 
     @property
@@ -166,7 +131,7 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def order(self, request: Request) -> tuple[int, int]:
-        """What requests are sorted by: lower goes first."""
+        """Sort key of requests: lower is scheduled first."""
         levels = request.priority if self.policy == "priority" else 0
         return request.number + levels * self.priority_reach, request.number
 
@@ -191,7 +156,7 @@ class Scheduler:
                 f"request {request.request_id}: priority={request.priority} needs "
                 "scheduling_policy='priority'; this engine serves first come, first served"
             )
-        most = self.worst_case_pages(request, request.max_cached_tokens)
+        most = self.account.worst_case_pages(request, request.max_cached_tokens)
         if most > self.account.num_pages:
             raise InvalidRequest(
                 f"request {request.request_id}: prompt of {num_prompt} + max_tokens "
@@ -199,12 +164,6 @@ class Scheduler:
                 f"cache has {self.account.num_pages}; lower max_tokens or give the cache more memory "
                 "(num_pages, kv_cache_memory_bytes)"
             )
-
-    def worst_case_pages(self, request: Request, num_tokens: int) -> int:
-        """Pages of so many of a request's tokens if none merges."""
-        limit = self.account.entry_limit(request)
-        num_tokens = num_tokens if limit is None else min(num_tokens, limit)
-        return -(-num_tokens // self.account.page_size) * self.account.num_heads_total
 
     @property
     def measured_cr(self) -> float:
@@ -230,7 +189,7 @@ class Scheduler:
         # each head's last page is half full on average
         partly_filled = 0.0 if num_cached else 0.5
         pages = heads * (tokens / (cr * page_size) + partly_filled)
-        return min(pages, self.worst_case_pages(request, tokens))
+        return min(pages, self.account.worst_case_pages(request, tokens))
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -277,7 +236,7 @@ class Scheduler:
                 schedule.preempted.append(self._preempt_last())
                 free = self.account.num_free_pages - sum(promised)
                 break
-            schedule.chunks.append(ScheduledChunk(request, 1))
+            schedule.chunks.append(Chunk.next_of(request, 1))
             promised.append(needed)
             free -= needed
             budget -= 1
@@ -297,7 +256,7 @@ class Scheduler:
             request = self.waiting[0]
             prefix = self.account.find_prefix(request)
             if prefix.num_pages + heads > free and not self.running:
-                prefix = NO_PREFIX  # alone, it shall start whatever is cached
+                prefix = NO_PREFIX  # alone, it must start whatever is cached
             # one token may need a new page of every head
             if prefix.num_pages + heads > free:
                 break
@@ -316,12 +275,12 @@ class Scheduler:
             num_tokens = self._most_tokens(
                 request, min(request.num_uncomputed_tokens, budget), free
             )
-            schedule.chunks.append(ScheduledChunk(request, num_tokens))
+            schedule.chunks.append(Chunk.next_of(request, num_tokens))
             free -= self.account.pages_needed(request, num_tokens)
             budget -= num_tokens
 
     def _most_tokens(self, request: Request, most: int, num_pages: int) -> int:
-        """The most tokens, from 1 to `most`, that so many pages suffice for at worst."""
+        """The most tokens, from 1 to `most`, for which `num_pages` pages suffice at worst."""
         if self.account.pages_needed(request, most) <= num_pages:
             return most
         return bisect.bisect_right(

@@ -6,14 +6,14 @@ from typing import Any
 import psutil
 import torch
 
+from megatron_dmc.cache.strategies import store_class
 from megatron_dmc.checkpoint.description import ModelDescription, parse_dtype
 from megatron_dmc.checkpoint.weights import weight_bytes
 from megatron_dmc.engine.config import EngineConfig
 from megatron_dmc.engine.parallel.group import TensorParallel
-from megatron_dmc.engine.rule import CompressionRule, compression_rule
+from megatron_dmc.engine.rule import compression_rule
 from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.ops.paged.kv_pages import entry_bytes, parse_kv_cache_dtype
-from megatron_dmc.ops.training.merge import num_kept
 
 _DEFAULT_CPU_CACHE_BYTES = 2**30
 
@@ -136,7 +136,7 @@ def check_memory(description: ModelDescription, config: EngineConfig, device: to
     rows = description.num_layers * -(-description.num_query_groups // ranks) * config.max_num_seqs
     tables = rows * -(-max_model_len // config.block_size) * 4
     rule = compression_rule(description.dmc, config.enable_dmc)
-    tables += rows * _state_bytes(rule, description.kv_channels)
+    tables += rows * store_class(rule).state_bytes(rule, description.kv_channels)
     if weights + pages + tables <= total:
         return
     parts = [
@@ -174,13 +174,3 @@ def _cache_bytes(
     cache_dtype = parse_kv_cache_dtype(config.kv_cache_dtype) or dtype
     entry = entry_bytes(description.kv_channels, cache_dtype)
     return "num_pages", config.num_pages * 2 * config.block_size * entry
-
-
-def _state_bytes(rule: CompressionRule | None, head_dim: int) -> int:
-    """Bytes that a row keeps for each head, apart from its pages and its block table."""
-    if rule is None:
-        return 0
-    if rule.eviction_delay is not None:
-        return (rule.eviction_delay + 1) * 5
-    # an open segment; decisions and importances of the raw tokens
-    return num_kept(rule.merge_window) * (2 * head_dim + 1) * 4 + rule.merge_delay * 5

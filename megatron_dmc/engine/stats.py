@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron_dmc.engine.chunk import Chunk
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.request import Request
-from megatron_dmc.engine.scheduler import ScheduledChunk, Scheduler
+from megatron_dmc.engine.scheduler import Scheduler
 
 
 @dataclass
@@ -137,7 +138,7 @@ class StatsCollector:
         self._finished_tokens = 0
         self._finished_entries_LG = np.zeros((num_layers, num_kv_heads), dtype=np.int64)
 
-    def step_scheduled(self, chunks: Sequence[ScheduledChunk]) -> None:
+    def step_scheduled(self, chunks: Sequence[Chunk]) -> None:
         """Count the prompts that start in a step."""
         for chunk in chunks:
             metrics = chunk.request.metrics

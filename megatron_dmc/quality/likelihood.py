@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from megatron_dmc.checkpoint.load import LoadedModel, full_forward
 from megatron_dmc.engine import LLM, SamplingParams
+from megatron_dmc.engine.chunk import Chunk
 from megatron_dmc.engine.request import Request
-from megatron_dmc.engine.scheduler import ScheduledChunk
 from megatron_dmc.errors import DMCError
 from megatron_dmc.model.decisions import GateKey
 
@@ -218,7 +218,7 @@ def engine_difference(
     engine.context.start(request)
     rows = []
     for size in sizes:
-        chunk = ScheduledChunk(request, size)
+        chunk = Chunk.next_of(request, size)
         rows.append(engine.runner.run([chunk], [list(range(size))]).clone())
         request.num_computed_tokens += size
     engine.context.release(request)

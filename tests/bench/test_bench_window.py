@@ -287,7 +287,7 @@ def test_dense_attention_on_a_gpu(heads, kv_heads, monkeypatch):
         rows = torch.tensor([2, -1, 0], device="cuda")
         made.set_decode(rows, torch.tensor([33, 0, 5], device="cuda"))
         q = torch.empty(3, heads, 64, dtype=torch.bfloat16, device="cuda")
-        out = made._attend_to_rows(1, q, 0.1)
+        out = made.attend_to_rows(1, q, 0.1)
         assert out.shape == q.shape and out.device == q.device and out.dtype == q.dtype
     made = context("cpu", torch.float32)
     made.k_LPSD.copy_(torch.arange(made.k_LPSD.numel()).view_as(made.k_LPSD))

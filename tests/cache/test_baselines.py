@@ -22,7 +22,7 @@ from tiny_gpt import (
 )  # fmt: skip
 
 from megatron_dmc import LLM, SamplingParams
-from megatron_dmc.cache.budget import _alike
+from megatron_dmc.cache.strategies.budget import _alike
 from megatron_dmc.checkpoint.load import full_forward
 from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.ops import reference
@@ -129,7 +129,7 @@ def test_log_probabilities_and_what_is_kept(policy):
     while engine.context._chunks or engine._requests["a"].num_computed_tokens < len(prompt):
         engine.step()
     row = engine._requests["a"].row
-    held = engine.context._evicting._position_LRGE[:, row, :, :budget]
+    held = engine.context.store._position_LRGE[:, row, :, :budget]
     assert held.sort(-1).values.tolist() == kept
     assert kept[0][0] != list(range(len(prompt) - budget, len(prompt))), "a trivial choice"
     output = drain(engine)["a"]

@@ -18,8 +18,8 @@ from test_decode_graphs import Recorder
 
 from megatron_dmc import SamplingParams
 from megatron_dmc.bench import imposed
+from megatron_dmc.cache.strategies import CompressionRule
 from megatron_dmc.engine.context import PagedContext
-from megatron_dmc.engine.rule import CompressionRule
 from megatron_dmc.engine.runner import ModelRunner
 
 EVERYTHING = [

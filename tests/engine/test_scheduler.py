@@ -34,8 +34,8 @@ class CountingAccount:
     def num_entries(self, request):
         return sum(self.entries[request.request_id])
 
-    def entry_limit(self, request):
-        return None
+    def worst_case_pages(self, request, num_tokens):
+        return self.pages_of([num_tokens] * NUM_HEADS)
 
     def find_prefix(self, request):
         return NO_PREFIX
@@ -141,7 +141,7 @@ def test_every_feasible_request_finishes_and_pages_are_conserved(
             break
         if pending and rng.random() < arrive:
             request = pending.pop(0)
-            if scheduler.worst_case_pages(request, request.max_cached_tokens) > num_pages:
+            if scheduler.account.worst_case_pages(request, request.max_cached_tokens) > num_pages:
                 with pytest.raises(InvalidRequest, match=f"the cache has {num_pages}"):
                     scheduler.add(request)
             else:

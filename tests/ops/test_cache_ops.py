@@ -10,6 +10,7 @@ import torch
 
 from megatron_dmc.ops import gates, reference, rope
 from megatron_dmc.ops.paged import decode, prefill
+from megatron_dmc.ops.paged.chunks import Chunks
 from megatron_dmc.ops.paged.layer_cache import LayerCache
 from megatron_dmc.ops.tensors import accumulator_dtype
 from megatron_dmc.ops.training.merge import num_kept
@@ -56,7 +57,7 @@ def make_inputs(num_tokens, num_kv_heads, group, seed=0, dtype=torch.float64):
 
 
 def run_prefill(cache, row, q, k, v, is_merge, omega, freqs, merge_window, tokens):
-    chunks = prefill.Chunks.of([row], [len(q[tokens])], "cpu")
+    chunks = Chunks.of([row], [len(q[tokens])], "cpu")
     return prefill.prefill(
         cache, chunks, q[tokens], k[tokens], v[tokens],
         None if is_merge is None else (is_merge[tokens], omega[tokens]),

@@ -121,7 +121,7 @@ from megatron_dmc.ops.paged import kv_pages
 from megatron_dmc.ops.paged.layer_cache import LayerCache
 assert cuda.absence() == "", cuda.absence()
 from megatron_dmc.ops.cuda import decode, prefill as cuda_prefill
-from megatron_dmc.ops.paged.prefill import Chunks
+from megatron_dmc.ops.paged.chunks import Chunks
 
 ops = torch.ops.megatron_dmc
 mutated = [a.name for a in ops.decode_append.default._schema.arguments

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_dmc.errors import OutOfPages
 from megatron_dmc.ops import gates, reference
 from megatron_dmc.ops.paged import prefill
+from megatron_dmc.ops.paged.chunks import Chunks
 from megatron_dmc.ops.paged.pages import FreePages
-from megatron_dmc.ops.paged.prefill import Chunks
 
 LENGTHS = [150, 9, 31]
 ROWS = [2, 0, 3]

@@ -16,7 +16,7 @@ def test_an_engine_on_the_kernels_gives_the_same_tokens(window):
     results = []
     for backend in ("torch", BACKEND):
         engine = make_engine(dmc, dtype=torch.float32, model=TinyGPT(dmc).float())
-        engine.context._backend = backend
+        engine.context.store.backend = backend
         if backend != "torch":
 
             def run_again(work):

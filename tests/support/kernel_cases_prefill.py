@@ -13,7 +13,7 @@ from kernel_cases_merge import DEVICE
 
 from megatron_dmc.bench import decode_case, prefill_case
 from megatron_dmc.ops.paged import prefill
-from megatron_dmc.ops.paged.prefill import Chunks
+from megatron_dmc.ops.paged.chunks import Chunks
 
 # of the heads of a case, in turn
 RATES = [0.75, 0.0, 1.0, 0.5]

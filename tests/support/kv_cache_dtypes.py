@@ -27,9 +27,9 @@ from megatron_dmc.bench.imposed import ImposingContext
 from megatron_dmc.checkpoint.load import load_model
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.engine import EngineConfig, LLMEngine
+from megatron_dmc.engine.chunk import Chunk
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.request import Request
-from megatron_dmc.engine.scheduler import ScheduledChunk
 from megatron_dmc.ops.paged import kv_pages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +84,7 @@ def logits_of(loaded, windows, *, kv_cache_dtype, cr, num_decoded) -> tuple[Tens
         engine.context.start(request)
         parts = []
         for size in [length - num_decoded] + [1] * num_decoded:
-            parts.append(engine.runner.run([ScheduledChunk(request, size)], [list(range(size))]))
+            parts.append(engine.runner.run([Chunk.next_of(request, size)], [list(range(size))]))
             request.num_computed_tokens += size
         num_entries += int(engine.context.tables.num_entries_LRG.sum())
         engine.context.release(request)
@@ -127,7 +127,7 @@ def errors_by_granularity(loaded, window):
     )  # fmt: skip
     request = Request("0", 0, None, window, SamplingParams(max_tokens=1), len(window) + 1)
     engine.context.start(request)
-    engine.runner.run([ScheduledChunk(request, len(window))], [[]])
+    engine.runner.run([Chunk.next_of(request, len(window))], [[]])
     length = len(window) // 16 * 16
     tables, row = engine.context.tables, request.row
     layers = [tables.layer(i).load(row, torch.float32) for i in range(tables.num_layers)]

@@ -1,4 +1,4 @@
-"""What an eviction policy decides. Which entry of a head goes when its cache holds one too many.
+"""The contract of eviction policies: which entry leaves a head whose cache holds one too many.
 
 Dimension letters: X requests, G key/value heads, R query heads of each, E columns of a cache that is being
 worked on.
@@ -7,8 +7,6 @@ worked on.
 from typing import Protocol
 
 from torch import Tensor
-
-from megatron_dmc.errors import UnsupportedConfig
 
 
 class EvictionPolicy(Protocol):
@@ -40,19 +38,3 @@ class EvictionPolicy(Protocol):
             rank_XGE, in the dtype of the scores.
         """
         ...
-
-
-def make_policy(name: str) -> EvictionPolicy:
-    """The policy of this name.
-
-    Raises:
-        UnsupportedConfig: there is none.
-    """
-    from megatron_dmc.cache.policies.h2o import H2O
-    from megatron_dmc.cache.policies.tova import TOVA
-    from megatron_dmc.cache.policies.window import Window
-
-    policies: dict[str, type[EvictionPolicy]] = {p.name: p for p in (H2O, TOVA, Window)}
-    if name not in policies:
-        raise UnsupportedConfig(f"cache_policy={name!r}: use one of {', '.join(policies)}")
-    return policies[name]()

@@ -8,9 +8,10 @@ from torch import Tensor
 from megatron_dmc.ops import cuda
 from megatron_dmc.ops.backends import prefill_refusal
 from megatron_dmc.ops.cuda.decode import operators
+from megatron_dmc.ops.paged.chunks import Chunks
 from megatron_dmc.ops.paged.decode import Angles, Gates
 from megatron_dmc.ops.paged.layer_cache import LayerCache
-from megatron_dmc.ops.paged.prefill import Chunks, ChunkStates
+from megatron_dmc.ops.paged.prefill import ChunkStates
 from megatron_dmc.ops.tensors import dense_channels
 
 TILE = 32

@@ -197,7 +197,7 @@ def plan_decode_attention(
     ahead: int = 0,
     backend: str | None = None,
 ) -> list[Tensor | None]:
-    """How the kernels divide decode attention among their workers, for L layers in one launch.
+    """Divide decode attention among the kernels' workers, for L layers in one launch.
 
     Made once before a step's first layer, it serves all of them: `ahead` counts the tokens that will be
     appended before attention looks.

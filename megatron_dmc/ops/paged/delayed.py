@@ -1,4 +1,4 @@
-"""What attention does with a paged cache into which tokens merge after a delay. docs/method.md, section 9.
+"""Append and prefill of a paged cache into which tokens merge after a delay. docs/method.md, section 9.
 
 The latest w tokens of a head lie raw in the first w slots of its block table, token t in slot t mod w
 (the ring); the entries follow. The order of slots means nothing to attention, since keys are rotated at
@@ -28,7 +28,7 @@ from megatron_dmc.ops.training.delayed import recent_attention
 
 @dataclass
 class DelayedDecisions:
-    """What the tokens in the rings decided when they came; undefined where no token lies.
+    """The decisions of the tokens in the rings, made when they came; undefined where no token lies.
 
     Attributes:
         is_merge_XGW: bool.

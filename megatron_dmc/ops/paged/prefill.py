@@ -6,11 +6,9 @@ Dimension letters as in `ops.paged.decode`; here T are the packed tokens of B ch
 A token sees, in each head, the final states of the segments before its own, and its own segment's
 state at itself. The final states are the entries: they are written to their pages first, and
 attention reads old and new ones there alike. A token whose segment is entry e sees the entries below e
-and, beside them, its own state.
+and its own state.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -18,10 +16,10 @@ from torch import Tensor
 
 from megatron_dmc.ops import gates, rope
 from megatron_dmc.ops.backends import PREFILL
+from megatron_dmc.ops.paged.chunks import Chunks
 from megatron_dmc.ops.paged.decode import Gates
 from megatron_dmc.ops.paged.kv_pages import as_stored
 from megatron_dmc.ops.paged.layer_cache import LayerCache
-from megatron_dmc.ops.tensors import to_device
 from megatron_dmc.ops.training.attention import (
     chunk_attention,
     compacted_attention,
@@ -37,70 +35,6 @@ _COMPACTED_COST = 1.5
 ChunkStates = tuple[Tensor | None, Tensor | None, Tensor]
 """Each token's own state, as the kernels of prefill hand it from writing to attention: rotated key and value
 (T, G, D), None for a plain cache, and the entry (T, G) that its segment is."""
-
-
-class Tiles(NamedTuple):
-    """Chunks cut into tiles.
-
-    Attributes:
-        table_X2: int32, each tile's chunk and its first token within the chunk.
-        starts_Y: int32, the tiles before each chunk, and their number.
-    """
-
-    table_X2: Tensor
-    starts_Y: Tensor
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """Where a step's prefilled tokens belong. Made once a step, it serves all layers.
-
-    Attributes:
-        rows: each chunk's row of the cache's storage; distinct.
-        num_tokens: each chunk's length, at least 1. The chunks follow one another in the packed tokens.
-        table_B3: int32, on the device: row, first packed token, number of tokens.
-    """
-
-    rows: tuple[int, ...]
-    num_tokens: tuple[int, ...]
-    table_B3: Tensor
-    _tiles: dict[tuple[int, bool], Tiles] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls, rows: Sequence[int], num_tokens: Sequence[int], device: torch.device | str
-    ) -> "Chunks":
-        """Chunks without tokens are left out.
-
-        Raises:
-            ValueError: a row occurs twice: its second chunk would have to wait for the first.
-        """
-        pairs = [(r, n) for r, n in zip(rows, num_tokens, strict=True) if n > 0]
-        if len({r for r, _ in pairs}) < len(pairs):
-            raise ValueError(f"prefill: rows {list(rows)} are not distinct; use one call for each")
-        table, first = [], 0
-        for row, num in pairs:
-            table.append((row, first, num))
-            first += num
-        on_device = to_device(table, device, dtype=torch.int32).view(-1, 3)
-        return cls(tuple(r for r, _ in pairs), tuple(n for _, n in pairs), on_device)
-
-    def tiles(self, size: int, *, latest_first: bool = False) -> Tiles:
-        """Tiles of `size` tokens; `latest_first`: by falling place in their chunk, so that attention's
-        longest work starts first."""
-        key = (size, latest_first)
-        if key not in self._tiles:
-            table = [(c, at) for c, n in enumerate(self.num_tokens) for at in range(0, n, size)]
-            if latest_first:
-                table.sort(key=lambda tile: -tile[1])
-            starts = [0]
-            for n in self.num_tokens:
-                starts.append(starts[-1] + -(-n // size))
-            device = self.table_B3.device
-            self._tiles[key] = Tiles(
-                *(to_device(x, device, dtype=torch.int32) for x in (table, starts))
-            )
-        return self._tiles[key]
 
 
 def prefill(
@@ -136,9 +70,9 @@ def prefill(
     Raises:
         ValueError: the chunks do not cover the tokens, or the backend cannot.
     """
-    if sum(chunks.num_tokens) != q_TND.shape[0]:
+    if chunks.total != q_TND.shape[0]:
         raise ValueError(
-            f"prefill: the chunks have {sum(chunks.num_tokens)} tokens, the queries {q_TND.shape[0]}"
+            f"prefill: the chunks have {chunks.total} tokens, the queries {q_TND.shape[0]}"
         )
     if not chunks.rows:
         return torch.zeros_like(q_TND)
@@ -159,10 +93,8 @@ def prefill(
         )
         return attended
 
-    outs, first = [], 0
-    for row, num_tokens in zip(chunks.rows, chunks.num_tokens, strict=True):
-        at = slice(first, first + num_tokens)
-        first += num_tokens
+    outs = []
+    for row, _, at in chunks.spans():
         freqs = None if freqs_TF is None else freqs_TF[at]
         written = write_chunk(
             cache, row, k_TGD[at], v_TGD[at],
@@ -187,7 +119,7 @@ def new_entries(gates_TG: Gates | None, num_entries_RG: Tensor, chunks: Chunks) 
 
 
 class Written(NamedTuple):
-    """What `write_chunk` leaves for `attend_chunk`.
+    """The states of a chunk, from `write_chunk` to `attend_chunk`.
 
     Attributes:
         own_k_TGD, own_v_TGD: each token's state: rotated merged keys, merged values.

@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_dmc.ops.paged.chunks import Chunks
 from megatron_dmc.ops.paged.decode import Angles
 from megatron_dmc.ops.paged.layer_cache import LayerCache
-from megatron_dmc.ops.paged.prefill import Chunks, ChunkStates
+from megatron_dmc.ops.paged.prefill import ChunkStates
 from megatron_dmc.ops.tensors import dense_channels
 from megatron_dmc.ops.triton.launch import INTERPRETED, capability, is_content, on_device
 

@@ -1,93 +1,88 @@
-"""The paged cache under an eviction policy.
+"""Eviction policies (H2O, TOVA, window) within a budget of entries per head, for evaluation.
 
 Every token is appended, attended from, and followed by an eviction where the head holds more than its
 budget, in a prompt as in decoding: so a prompt in any chunks gives what decoding its tokens one at a time
 gives. A head holds `min(tokens, budget)` entries; the slot of an evicted entry takes a later one. Keys are
 cached rotated at the positions of the text; the order of slots means nothing.
-
-Dimension letters: L layers, R rows, G key/value heads, N query heads, D head dim, T packed tokens of a step,
-X requests computed together, E cache entries, M block-table width.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from megatron_dmc.cache import BlockTables
-from megatron_dmc.cache.policies.base import EvictionPolicy
+from megatron_dmc.cache.policies import make_policy
+from megatron_dmc.cache.prefixes import PrefixCache
+from megatron_dmc.cache.strategies.base import Step, Storage
+from megatron_dmc.cache.strategies.rules import EvictionRule
+from megatron_dmc.cache.tables import OpenSegments
+from megatron_dmc.ops import rope
 from megatron_dmc.ops.paged.budget import WorkingCache, attend_and_evict
+from megatron_dmc.ops.paged.chunks import Chunks
+from megatron_dmc.ops.paged.decode import Gates
 from megatron_dmc.ops.tensors import accumulator_dtype
 
 
-@dataclass(frozen=True)
-class EvictingChunk:
-    """Tokens of one request within a step's packed tokens."""
+class BudgetStore:
+    """The cache of a plain model in one process; what is evicted depends on the whole prompt, so cached
+    prefixes are not shared. Prompts and single tokens take the same path."""
 
-    row: int
-    start: int
-    """Position of the first one in its sequence."""
-    num_tokens: int
+    shares_pages: ClassVar[bool] = False
+    is_capturable: ClassVar[bool] = False
 
+    def __init__(self, storage: Storage, rule: EvictionRule):
+        self.rule, self.policy, self.tables = rule, make_policy(rule.policy), storage.tables
+        self.segments: OpenSegments | None = None
+        self.prefixes: PrefixCache | None = None
+        self.observe: Callable[[Tensor], None] | None = None
+        self.impose: Callable[[int, int, int], Gates | None] | None = None
+        entries_LRG, longest = self.tables.num_entries_LRG, storage.max_model_len
+        shape = (*entries_LRG.shape, min(rule.budget(longest), longest))
+        self._budget_R = [shape[-1]] * shape[1]
+        self._position_LRGE = torch.zeros(shape, dtype=torch.int32, device=entries_LRG.device)
+        self._score_LRGE = self._position_LRGE.to(accumulator_dtype(storage.dtype))
 
-class EvictingCache:
-    """Positions and scores of the entries, beside the block tables.
+    @classmethod
+    def state_bytes(cls, rule: EvictionRule | None, head_dim: int) -> int:
+        return 0
 
-    Args:
-        most_entries: largest budget of a row.
-        dtype: the model's.
+    @property
+    def grows_by_decision(self) -> bool:
+        return False
 
-    Attributes:
-        budget_R: entries that a head of the row may keep.
-    """
+    def most_entries(self, num_tokens: int, num_prompt_tokens: int) -> int:
+        return min(num_tokens, self.rule.budget(num_prompt_tokens))
 
-    def __init__(
-        self,
-        policy: EvictionPolicy,
-        tables: BlockTables,
-        *,
-        most_entries: int,
-        dtype: torch.dtype,
-    ):
-        self.policy, self.tables = policy, tables
-        device = tables.num_entries_LRG.device
-        num_layers, num_rows, num_kv_heads = tables.num_entries_LRG.shape
-        shape = (num_layers, num_rows, num_kv_heads, most_entries)
-        self.budget_R = [most_entries] * num_rows
-        self._position_LRGE = torch.zeros(shape, dtype=torch.int32, device=device)
-        self._score_LRGE = torch.zeros(shape, dtype=accumulator_dtype(dtype), device=device)
+    def start(self, row: int, num_prompt_tokens: int) -> None:
+        self._budget_R[row] = self.rule.budget(num_prompt_tokens)
 
     def attend(
         self,
+        step: Step,
         layer_index: int,
         q_TND: Tensor,
         k_TGD: Tensor,
         v_TGD: Tensor,
-        chunks: Sequence[EvictingChunk],
+        freqs_SF: Tensor | None,
         *,
         softmax_scale: float,
     ) -> Tensor:
-        """Cache the chunks' tokens and attend over their caches, token by token.
-
-        Args:
-            q_TND, k_TGD: rotated. The chunks lie one behind the other.
-
-        Returns:
-            out_TND.
-        """
-        sizes = [chunk.num_tokens for chunk in chunks]
-        parts = [tuple(x.split(sizes)) for x in (q_TND, k_TGD, v_TGD)]
-        pieces: list[Tensor | None] = [None] * len(chunks)
-        for members in _alike(sizes):
+        """As `LayerStore`, token by token."""
+        chunks = step.chunks
+        assert chunks is not None
+        if freqs_SF is not None:
+            freqs_TF = freqs_SF[chunks.positions_T]
+            q_TND, k_TGD = (rope.rotate_by(x, freqs_TF) for x in (q_TND, k_TGD))
+        parts = [x.split(chunks.num_tokens) for x in (q_TND, k_TGD, v_TGD)]
+        outs: list[Tensor] = [q_TND] * len(chunks.rows)
+        for members in _alike(chunks.num_tokens):
             q, k, v = ([part[i] for i in members] for part in parts)
-            out = self._attend_together(
-                layer_index, q, k, v, [chunks[i] for i in members], softmax_scale
-            )
-            for i, piece in zip(members, out, strict=True):
-                pieces[i] = piece[: sizes[i]]
-        return torch.cat([piece for piece in pieces if piece is not None])
+            out = self._attend_together(layer_index, q, k, v, chunks, members, softmax_scale)
+            for i, of_chunk in zip(members, out, strict=True):
+                outs[i] = of_chunk[: chunks.num_tokens[i]]
+        return torch.cat(outs)
 
     def _attend_together(
         self,
@@ -95,7 +90,8 @@ class EvictingCache:
         q: list[Tensor],
         k: list[Tensor],
         v: list[Tensor],
-        chunks: list[EvictingChunk],
+        chunks: Chunks,
+        members: list[int],
         softmax_scale: float,
     ) -> Tensor:
         """Out of the pages, through the tokens, and back what is new: out_XTND."""
@@ -104,10 +100,12 @@ class EvictingCache:
         def index(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
-        budgets = [self.budget_R[c.row] for c in chunks]
-        after = [min(c.start + c.num_tokens, b) for c, b in zip(chunks, budgets, strict=True)]
-        rows_X, budget_X = index([c.row for c in chunks]), index(budgets)
-        first_X = index([c.start for c in chunks])
+        rows, starts, sizes = (
+            [x[i] for i in members] for x in (chunks.rows, chunks.starts, chunks.num_tokens)
+        )
+        budgets = [self._budget_R[row] for row in rows]
+        after = [min(s + n, b) for s, n, b in zip(starts, sizes, budgets, strict=True)]
+        rows_X, budget_X, first_X = index(rows), index(budgets), index(starts)
         before_X, after_X = torch.minimum(first_X, budget_X), index(after)
         # one column is free at any time
         num_columns = max(after) + 1
@@ -127,7 +125,7 @@ class EvictingCache:
         cache = WorkingCache(k_XGED, v_XGED, position_XGE, score_XGE)
         out_XTND = attend_and_evict(
             pad_sequence(q, batch_first=True), pad_sequence(k, batch_first=True),
-            pad_sequence(v, batch_first=True), first_X, index([c.num_tokens for c in chunks]),
+            pad_sequence(v, batch_first=True), first_X, index(sizes),
             budget_X, cache, update=self.policy.update, rank=self.policy.rank,
             softmax_scale=softmax_scale,
         )  # fmt: skip
@@ -136,7 +134,7 @@ class EvictingCache:
         pages.num_entries_RG[rows_X] = after_XG
         pages.take_pages(rows_X, after_XG)
         is_new_XGE = cache.position_XGE >= first_X[:, None, None]
-        columns = column_E[:-1].expand(len(chunks), num_kv_heads, -1)
+        columns = column_E[:-1].expand(len(rows), num_kv_heads, -1)
         slots_XGE = torch.where(is_new_XGE[..., :-1], pages.slots(rows_X, columns), -1)
         pages.store(
             slots_XGE.flatten(), cache.k_XGED[:, :, :-1].flatten(0, 2),
@@ -148,7 +146,7 @@ class EvictingCache:
         return out_XTND
 
 
-def _alike(sizes: list[int]) -> list[list[int]]:
+def _alike(sizes: Sequence[int]) -> list[list[int]]:
     """Indices in groups: in each the largest size is at most twice the smallest, so that padding costs
     little."""
     groups: list[list[int]] = []
