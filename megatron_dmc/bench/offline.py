@@ -23,6 +23,7 @@ from megatron_dmc.bench.measure import Panel, Settings, document, finish, releas
 from megatron_dmc.bench.serving import prompts
 from megatron_dmc.bench.subject import Case, Subject
 from megatron_dmc.bench.tables import Row, curves, write_csv
+from megatron_dmc.checkpoint.hub import local_path
 from megatron_dmc.engine.flags import model_path
 from megatron_dmc.errors import DMCError
 
@@ -205,7 +206,7 @@ def _compare(
         count = args.num_prompts or ours.max_num_seqs or subject.largest_batch(ours, None)
         asked.append((ours, _prompts(args, ours, count)))
     description = subject.description
-    path = None if subject.is_random else Path(model_path(args))
+    path = None if subject.is_random else local_path(model_path(args), revision=args.revision)
     subject.release()
     release_memory()
     rows = []

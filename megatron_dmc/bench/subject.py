@@ -136,7 +136,7 @@ class Subject:
         dtype = model_dtype(args.dtype)
         self.is_random = args.load_format == "dummy"
         if self.is_random:
-            found: Any = find_model(model_path(args))
+            found: Any = find_model(model_path(args), revision=args.revision)
             if args.tensor_parallel_slice > 1:
                 found = slice_of(found, args.tensor_parallel_slice)
             description = replace(
@@ -151,8 +151,8 @@ class Subject:
         else:
             trusted = args.trust_remote_code
             self.loaded = load_model(
-                model_path(args), device=self.device, dtype=dtype, allow_pickle=args.allow_pickle,
-                verify_checkpoint=args.verify_checkpoint, trust_remote_code=trusted,
+                model_path(args), revision=args.revision, device=self.device, dtype=dtype,
+                allow_pickle=args.allow_pickle, verify_checkpoint=args.verify_checkpoint, trust_remote_code=trusted,
             )  # fmt: skip
             if (place := tokenizer_path(args)) is not None:
                 self.loaded = replace(

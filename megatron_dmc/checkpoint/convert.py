@@ -21,7 +21,9 @@ from megatron_dmc.checkpoint.generation_config import (
     copy_generation_config,
     find_generation_config,
 )
+from megatron_dmc.checkpoint.gguf import GGUFFile, find_gguf
 from megatron_dmc.checkpoint.hf_folder import HFFolder, write_folder
+from megatron_dmc.checkpoint.hub import local_path
 from megatron_dmc.checkpoint.integrity import verify_checksums
 from megatron_dmc.checkpoint.legacy_torch import LegacyCheckpoint
 from megatron_dmc.checkpoint.remote_code import write_remote_code
@@ -37,7 +39,8 @@ from megatron_dmc.checkpoint.weights import WeightSource, weight_bytes
 from megatron_dmc.errors import CheckpointError
 
 Format = Literal["hf", "megatron"]
-SourceFormat = Literal["hf", "megatron", "dmc-release"]
+StoredFormat = Literal["hf", "megatron", "gguf"]
+SourceFormat = Literal["hf", "megatron", "gguf", "dmc-release"]
 FLAGS_FILE = "megatron_flags.txt"
 """In a converted Megatron checkpoint: the model's flags, as a shell reads them."""
 
@@ -55,13 +58,15 @@ def _legacy_folder(path: Path) -> Path | None:
     return folder if legacy_torch.is_iteration(folder) else None
 
 
-def detect_format(path: str | Path) -> Format:
-    """The format of a folder, one of two.
+def detect_format(path: str | Path) -> StoredFormat:
+    """The format of a file or folder.
 
     Raises:
-        CheckpointError: neither.
+        CheckpointError: none of the known ones.
     """
     path = Path(path)
+    if find_gguf(path) is not None:
+        return "gguf"
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint folder")
     if torch_dist.is_checkpoint(path) or legacy_torch.is_iteration(path):
@@ -69,8 +74,8 @@ def detect_format(path: str | Path) -> Format:
     if (path / "config.json").is_file():
         return "hf"
     raise CheckpointError(
-        f"{path}: neither a Hugging Face folder (config.json) nor a Megatron checkpoint "
-        f"({torch_dist.TRACKER_FILE})"
+        f"{path}: neither a Hugging Face folder (config.json), nor a Megatron checkpoint "
+        f"({torch_dist.TRACKER_FILE}), nor a GGUF file"
     )
 
 
@@ -85,10 +90,12 @@ def open_checkpoint(
     progress: bool = False,
     check: Callable[[ModelDescription], None] | None = None,
     trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> tuple[ModelDescription, WeightSource, Path | None]:
-    """(description, source of the weights, place of the tokenizer) of a folder of any format.
+    """(description, source of the weights, place of the tokenizer) of a checkpoint of any format.
 
     Args:
+        path, revision: see `hub.local_path`.
         released_dmc: Megatron's `torch` format as the released DMC code saves it; also found out by
             that code's arguments in the checkpoint.
         target_cr: of a released checkpoint whose arguments do not hold it.
@@ -104,10 +111,15 @@ def open_checkpoint(
     Raises:
         CheckpointError, UnsupportedConfig: missing, damaged, or of an unsupported architecture.
     """
-    path = Path(path)
-    if tokenizer is not None and not Path(tokenizer).exists():
-        raise CheckpointError(f"{tokenizer}: no such tokenizer")
-    if detect_format(path) == "hf":
+    path = local_path(path, revision=revision)
+    if tokenizer is not None:
+        tokenizer = local_path(tokenizer, with_weights=False)
+        if not tokenizer.exists():
+            raise CheckpointError(f"{tokenizer}: no such tokenizer")
+    stored_as = detect_format(path)
+    if stored_as == "gguf":
+        return _open_gguf(path, tokenizer, check)
+    if stored_as == "hf":
         description = ModelDescription.from_hf_folder(path)
         folder = HFFolder(path, description)
         description.dtype = folder.dtype
@@ -157,6 +169,17 @@ def open_checkpoint(
     return description, source, place
 
 
+def _open_gguf(
+    path: Path, tokenizer: str | Path | None, check: Callable[[ModelDescription], None] | None
+) -> tuple[ModelDescription, WeightSource, Path | None]:
+    file = find_gguf(path)
+    assert file is not None
+    source = GGUFFile(file)
+    if check is not None:
+        check(source.description)
+    return source.description, source, Path(tokenizer) if tokenizer else source.tokenizer_folder()
+
+
 def read_weights(source: WeightSource, state: dict[str, Tensor], *, progress: bool = False) -> None:
     """Fill Megatron's tensors (names of `megatron_shapes`, on the CPU) from any format."""
     names = tqdm(state, desc="reading weights", unit="tensor", disable=None if progress else True)
@@ -180,6 +203,7 @@ def convert(
     allow_pickle: bool = False,
     verify_checkpoint: bool = True,
     trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> ModelDescription:
     """Convert a checkpoint; weights keep their dtype and, without `dtype`, every bit.
 
@@ -187,7 +211,8 @@ def convert(
 
     Args:
         from_format: None: found out.
-        path: source folder (for Megatron: the newest iteration, or an iteration's folder).
+        path, revision: source folder (for Megatron: the newest iteration, or an iteration's folder), GGUF
+            file, or id of a model of the Hub (see `hub.local_path`).
         out: folder to make. It appears when all is written, or not at all.
         dtype: of the written weights.
         force: replace what is in `out`.
@@ -202,7 +227,7 @@ def convert(
         CheckpointError: the source is missing or damaged, `out` is in the way, the disk is full.
         UnsupportedConfig: the model is not of a supported family.
     """
-    path, out = Path(path), Path(out)
+    path, out = local_path(path, revision=revision), Path(out)
     released = from_format == "dmc-release"
     expected = "megatron" if released else from_format
     if expected is not None and detect_format(path) != expected:

@@ -23,6 +23,7 @@ from megatron_dmc.checkpoint.generation_config import (
     find_generation_config,
     read_generation_config,
 )
+from megatron_dmc.checkpoint.hub import local_path
 from megatron_dmc.checkpoint.single_process import ensure_single_process
 from megatron_dmc.checkpoint.tokenizer import (
     TOKENIZER_FOLDER,
@@ -239,10 +240,12 @@ def load_model(
     verify_checkpoint: bool = True,
     check: Callable[[ModelDescription], None] | None = None,
     trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> LoadedModel:
-    """A model from a Hugging Face folder or a Megatron checkpoint.
+    """A model from a Hugging Face folder, a Megatron checkpoint, a GGUF file or the Hugging Face Hub.
 
     Args:
+        path, revision: see `hub.local_path`.
         dtype: of weights and computation; default: as stored.
         dmc: "auto": as the checkpoint says. None: run it as a plain model.
         progress: show a progress bar on a terminal.
@@ -259,6 +262,7 @@ def load_model(
         CheckpointError: the checkpoint or its tokenizer is missing or damaged.
         UnsupportedConfig: the model is of no supported family.
     """
+    path = local_path(path, revision=revision)
     description, source, tokenizer_place = open_checkpoint(
         path, allow_pickle=allow_pickle, verify_checkpoint=verify_checkpoint, progress=progress,
         check=check, trust_remote_code=trust_remote_code,
@@ -273,7 +277,7 @@ def load_model(
         tokenizer = load_tokenizer(tokenizer_place, trust_remote_code=trust_remote_code)
         check_vocab(tokenizer, description)
     generation_config = read_generation_config(
-        find_generation_config(Path(path), Path(path) / TOKENIZER_FOLDER, tokenizer_place)
+        find_generation_config(path, path / TOKENIZER_FOLDER, tokenizer_place)
     )
     settings = description.dmc if dmc == "auto" else dmc
     description = replace(description, dmc=settings, dtype=dtype or description.dtype)

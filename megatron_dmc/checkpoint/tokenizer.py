@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from megatron_dmc.checkpoint.companions import copy_companion
 from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.hub import local_path
 from megatron_dmc.errors import CheckpointError
 
 _logger = logging.getLogger(__name__)
@@ -214,7 +215,7 @@ def as_tokenizer(given: Any | None) -> Tokenizer | None:
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
-    """The tokenizer of a folder (or of a sentencepiece file).
+    """The tokenizer of a folder, of a sentencepiece file, or of an id of the Hugging Face Hub.
 
     A folder's is the one that transformers reads there; only one that holds nothing but a sentencepiece
     model is read without it.
@@ -226,7 +227,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Toke
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    path = Path(path)
+    path = local_path(path, with_weights=False)
     if path.is_file() and path.name not in _FAST_FILES:
         return SentencePieceTokenizer(path)
     folder = path.parent if path.is_file() else path

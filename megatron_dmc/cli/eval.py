@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
     llm = make_llm(args)
     model = MegatronDMC(
         path, tokenizer=args.tokenizer, llm=llm, max_gen_toks=args.max_gen_toks,
-        allow_pickle=args.allow_pickle,
-        trust_remote_code=args.trust_remote_code,
+        allow_pickle=args.allow_pickle, trust_remote_code=args.trust_remote_code,
+        revision=args.revision,
     )  # fmt: skip
     results: dict[str, Any] = {key: {} for key in _PARTS}
     for name, found in tasks.items():

@@ -20,14 +20,16 @@ def add_convert(subparsers: Subparsers) -> None:
     """`megatron-dmc convert`."""
     parser = subparsers.add_parser(
         "convert",
-        help="convert between Hugging Face folders and Megatron torch_dist checkpoints",
+        help="convert between Hugging Face folders and Megatron torch_dist checkpoints, and from GGUF",
         description="Convert a checkpoint, DMC or plain, with its tokenizer, one tensor at a time. "
         "Without --dtype and --kv-heads every weight keeps its bits. Families: docs/checkpoints.md.",
     )
-    parser.add_argument("path", metavar="PATH", help="checkpoint folder to read")
+    parser.add_argument(
+        "path", metavar="PATH", help="checkpoint folder, Hugging Face Hub id, or GGUF file"
+    )
     parser.add_argument("out", metavar="OUT", help="folder to make")
     parser.add_argument(
-        "--from", dest="from_format", choices=["hf", "megatron", "dmc-release"],
+        "--from", dest="from_format", choices=["hf", "megatron", "gguf", "dmc-release"],
         help="default: found out. dmc-release: the released Llama-2 DMC checkpoints",
     )  # fmt: skip
     parser.add_argument("--to", dest="to_format", choices=["hf", "megatron"], required=True)
@@ -43,7 +45,7 @@ def add_convert(subparsers: Subparsers) -> None:
         "--dmc-target-cr", type=float, metavar="CR",
         help="of a released DMC checkpoint that does not say it",
     )  # fmt: skip
-    add_settings(parser, CHECKPOINT_SETTINGS)
+    add_settings(parser, [*CHECKPOINT_SETTINGS, "revision"])
     parser.add_argument("--force", action="store_true", help="replace what is in OUT")
     parser.set_defaults(run=run_convert)
 
@@ -73,6 +75,7 @@ def run_convert(args: argparse.Namespace) -> int:
         allow_pickle=args.allow_pickle,
         verify_checkpoint=args.verify_checkpoint,
         trust_remote_code=args.trust_remote_code,
+        revision=args.revision,
     )
     print(f"{args.out}: {args.to_format} checkpoint, {description.summary()}")
     if args.to_format == "megatron":

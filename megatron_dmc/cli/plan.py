@@ -45,7 +45,7 @@ def parse_bytes(text: str, flag: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     """Run `megatron-dmc plan`."""
-    model = find_model(args.model)
+    model = find_model(args.model, revision=args.revision)
     job = Job(args.gpus, args.gpus_per_node, args.seq_length, args.global_batch_size)
     gpu = GPUS[args.gpu]
     capacity = (

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from megatron_dmc.checkpoint.generation_config import (
     sampling_defaults,
     token_ids,
 )
+from megatron_dmc.checkpoint.hub import local_path
 from megatron_dmc.checkpoint.tokenizer import load_tokenizer
 from megatron_dmc.engine.config import EngineConfig
 from megatron_dmc.engine.context import PagedContext
@@ -40,6 +42,9 @@ def build_engine(
     Raises:
         DMCError: the model cannot be read, or a setting does not fit it.
     """
+    if not hasattr(model, "description"):  # once, before there are other ranks
+        model = local_path(model, revision=config.revision)
+        config = replace(config, revision=None)
     device = _device(model, config)
     parallel = None
     if config.tensor_parallel_size != 1:

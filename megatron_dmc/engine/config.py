@@ -50,6 +50,9 @@ class EngineConfig:
         UnsupportedConfig: at construction; the message names the setting, its value and what it may be.
     """
 
+    revision: str | None = None
+    """Branch, tag or commit of a model of the Hugging Face Hub. Default: its main branch."""
+
     trust_remote_code: bool = False
     """Run the code of a tokenizer that comes with its own. A model's code is never run."""
 

@@ -3,9 +3,9 @@
 import argparse
 import os
 from collections.abc import Collection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_dmc.checkpoint.hub import local_path
 from megatron_dmc.engine.config import Setting, settings
 from megatron_dmc.errors import DMCError
 
@@ -25,10 +25,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> No
     """
     group = parser.add_argument_group("engine")
     group.add_argument(
-        "model_path", metavar="MODEL", nargs="?", help="Hugging Face folder or Megatron checkpoint"
-    )
+        "model_path", metavar="MODEL", nargs="?",
+        help="Hugging Face folder or Hub id, Megatron checkpoint, or GGUF file",
+    )  # fmt: skip
     group.add_argument("--model", metavar="PATH", help="alternative spelling of MODEL")
-    group.add_argument("--tokenizer", metavar="PATH", help="default: the model's own")
+    group.add_argument("--tokenizer", metavar="PATH", help="or Hub id; default: the model's own")
     add_settings(group)
     parser.set_defaults(**defaults)
 
@@ -92,9 +93,12 @@ def tokenizer_path(args: argparse.Namespace) -> str | None:
     Raises:
         DMCError: it does not exist.
     """
-    if args.tokenizer is not None and not Path(args.tokenizer).exists():
+    if args.tokenizer is None:
+        return None
+    place = local_path(args.tokenizer, with_weights=False)
+    if not place.exists():
         raise DMCError(f"--tokenizer {args.tokenizer}: no such folder or file")
-    return args.tokenizer
+    return str(place)
 
 
 def is_follower(args: argparse.Namespace) -> bool:

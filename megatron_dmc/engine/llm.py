@@ -20,9 +20,9 @@ class LLM:
     it started: each of them makes an `LLM`, and all except rank 0 call `follow`.
 
     Args:
-        model: a Hugging Face folder or a Megatron checkpoint; or a loaded model
-            (`model, description, tokenizer`).
-        tokenizer: instead of the model's own: its folder, or an object (see `as_tokenizer`).
+        model: a Hugging Face folder, a Megatron checkpoint, a GGUF file or an id of the Hugging Face Hub; or
+            a loaded model (`model, description, tokenizer`).
+        tokenizer: instead of the model's own: its folder or id, or an object (see `as_tokenizer`).
         make_context: called like `PagedContext`, for benchmarks.
         settings: the fields of `EngineConfig`, by name.
 

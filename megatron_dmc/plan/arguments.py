@@ -21,8 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `megatron-dmc plan`, named as Megatron's where Megatron has them."""
     parser.add_argument(
         "--model", required=True,
-        help=f"{', '.join(PRESETS)}, a Hugging Face folder, or a config.json",
+        help=f"{', '.join(PRESETS)}, a Hugging Face folder or Hub id, or a config.json",
     )  # fmt: skip
+    parser.add_argument("--revision", metavar="NAME", help="of a Hub id; default: its main branch")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of the whole job")
     parser.add_argument("--gpu", choices=list(GPUS), default="h100", help="default: h100")
     parser.add_argument("--gpu-memory", help="such as 80GB or 141GB; default: the GPU's")

@@ -1,10 +1,10 @@
 """The model to train, by name or from a Hugging Face `config.json`."""
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.field_checks import read_json_object
+from megatron_dmc.checkpoint.hub import local_path
 from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.plan.presets import PRESETS
 
@@ -49,8 +49,8 @@ def layer_parameters(model: PlannedModel, tensor_parallel: int) -> int:
     return attention + mlp + norms + biases
 
 
-def find_model(name: str) -> PlannedModel:
-    """A preset's name, a Hugging Face folder, or the path of a `config.json`.
+def find_model(name: str, *, revision: str | None = None) -> PlannedModel:
+    """A preset's name, a Hugging Face folder, a Hub id, or the path of a `config.json`.
 
     Raises:
         UnsupportedConfig: neither a preset nor a path that exists, or of no supported family.
@@ -58,7 +58,7 @@ def find_model(name: str) -> PlannedModel:
     """
     if name in PRESETS:
         return PlannedModel(**PRESETS[name], name=name)
-    path = Path(name)
+    path = local_path(name, revision=revision, with_weights=False)
     if path.is_dir():
         description = ModelDescription.from_hf_folder(path)
     elif path.is_file():

@@ -20,6 +20,7 @@ from lm_eval.models.utils import has_bos_prefix, maybe_truncate, normalize_gen_k
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_dmc.checkpoint.convert import open_checkpoint
+from megatron_dmc.checkpoint.hub import local_path
 from megatron_dmc.checkpoint.tokenizer import HuggingFaceTokenizer, load_tokenizer
 from megatron_dmc.engine import LLM, SamplingParams
 from megatron_dmc.errors import DMCError
@@ -86,11 +87,11 @@ class MegatronDMC(TemplateLM):
                 "megatron-dmc needs pretrained=PATH: a Hugging Face folder or checkpoint"
             )
         place: Path | None
-        place = Path(tokenizer) if tokenizer is not None else None
+        place = local_path(tokenizer, with_weights=False) if tokenizer is not None else None
         if place is None:
             place = open_checkpoint(
                 pretrained, allow_pickle=engine.get("allow_pickle", False), verify_checkpoint=False,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=trust_remote_code, revision=engine.get("revision"),
             )[2]  # fmt: skip
         if place is None:
             raise DMCError(
