@@ -106,6 +106,27 @@ def run_generate(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def add_chat(subparsers: Subparsers) -> None:
+    """`megatron-dmc chat`."""
+    from megatron_dmc.cli.chat import add_arguments
+
+    parser = subparsers.add_parser(
+        "chat",
+        help="talk with a model in the terminal, and see its KV cache grow",
+        description="A conversation with a DMC or plain model; below each answer its speed, and the KV "
+        "cache's size against the uncompressed one.",
+    )
+    add_arguments(parser)
+    parser.set_defaults(run=run_chat)
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    """Run `megatron-dmc chat`."""
+    from megatron_dmc.cli.chat import run
+
+    return run(args)
+
+
 def add_serve(subparsers: Subparsers) -> None:
     """`megatron-dmc serve`."""
     from megatron_dmc.cli.serve import add_arguments
@@ -248,6 +269,7 @@ def run_eval(args: argparse.Namespace) -> int:
 SUBCOMMANDS: list[Callable[[Subparsers], None]] = [
     add_convert,
     add_generate,
+    add_chat,
     add_serve,
     add_plan,
     add_report,

@@ -165,9 +165,9 @@ def make_app(args: argparse.Namespace) -> "tuple[FastAPI, Service]":
     Raises:
         DMCError: a flag has an invalid value.
     """
+    from megatron_dmc.checkpoint.chat_template import load_chat_template
     from megatron_dmc.engine import AsyncLLM
     from megatron_dmc.server.app import build_app
-    from megatron_dmc.server.chat_template import load_chat_template
     from megatron_dmc.server.limits import Concurrency
     from megatron_dmc.server.metrics import Metrics
     from megatron_dmc.server.service import Service

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_dmc.checkpoint.chat_template import load_chat_template
 from megatron_dmc.engine.build import build_engine
 from megatron_dmc.engine.config import EngineConfig
 from megatron_dmc.engine.context import PagedContext
@@ -130,6 +131,45 @@ class LLM:
                 outputs,
             )
         return outputs
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, str]] | Sequence[Sequence[dict[str, str]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer conversations: `generate` with the prompts that the model's chat template makes of them.
+
+        Args:
+            messages: `{"role": ..., "content": ...}` of one conversation, or of each of several.
+            chat_template: Jinja, a file, or the name of one of the tokenizer's templates; default: the
+                tokenizer's own.
+            add_generation_prompt: end with the beginning of an answer.
+            chat_template_kwargs: further variables of the template.
+
+        Raises:
+            InvalidRequest: there is no template, or it refuses the messages; and as `generate`.
+        """
+        template = load_chat_template(self.engine.tokenizer, chat_template)
+        if template is None:
+            raise InvalidRequest(
+                "transformers reads no tokenizer of this model, and so no chat template; use generate"
+            )
+        conversations: Any = [messages] if messages and isinstance(messages[0], dict) else messages
+        prompts = [
+            {
+                "prompt_token_ids": template.token_ids(
+                    list(conversation), add_generation_prompt=add_generation_prompt,
+                    arguments=chat_template_kwargs,
+                )
+            }
+            for conversation in conversations
+        ]  # fmt: skip
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def _run(self, num_requests: int, use_tqdm: bool) -> dict[str, RequestOutput]:
         from tqdm import tqdm

@@ -240,10 +240,11 @@ class _ChatAnswer(_Answer):
 
     async def jobs(self) -> list[tuple[dict, SamplingParams]]:
         body, template = self.body, self.service.chat_template
-        if template is None:
+        if template is None or not template.exists:
+            remedy = "start the server with --chat-template, or " if template is not None else ""
             raise ApiError(
                 400,
-                "this model has no chat template; use /v1/completions",
+                f"this model has no chat template; {remedy}use /v1/completions",
                 code="no_chat_template",
             )
         messages = [message.as_dict() for message in body.messages]

@@ -41,6 +41,7 @@ def snapshot(service: Service, stats: EngineStats, now: float) -> dict[str, Any]
         "max_num_seqs": config.max_num_seqs,
         "page_size": config.block_size,
         "page_bytes": stats.page_bytes,
+        "plain_entry_bytes": stats.plain_entry_bytes,
         "num_pages": stats.num_pages,
         "num_pages_in_use": stats.num_pages_in_use,
         "peak_pages_in_use": stats.peak_pages_in_use,
@@ -53,6 +54,7 @@ def snapshot(service: Service, stats: EngineStats, now: float) -> dict[str, Any]
         "num_in_progress": service.concurrency.current,
         "measured_cr": stats.measured_cr,
         "measured_cr_LG": stats.measured_cr_LG,
+        "has_chat": service.chat_template is not None and service.chat_template.exists,
         "num_requests": len(unfinished),
         "requests": requests,
     }

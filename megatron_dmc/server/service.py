@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 
+from megatron_dmc.checkpoint.chat_template import ChatTemplate
 from megatron_dmc.engine import AsyncLLM, RequestOutput, RequestStream, SamplingParams
-from megatron_dmc.server.chat_template import ChatTemplate
 from megatron_dmc.server.errors import ApiError
 from megatron_dmc.server.limits import Concurrency
 from megatron_dmc.server.text import TokenTexts

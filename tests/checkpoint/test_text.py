@@ -16,6 +16,7 @@ from text_models import (
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from megatron_dmc import LLM, SamplingParams
+from megatron_dmc.checkpoint.chat_template import load_chat_template
 from megatron_dmc.checkpoint.convert import convert
 from megatron_dmc.checkpoint.tokenizer import (
     HuggingFaceTokenizer,
@@ -27,7 +28,6 @@ from megatron_dmc.engine import Logprob
 from megatron_dmc.engine.detokenizer import IncrementalDetokenizer
 from megatron_dmc.errors import CheckpointError, DMCError, InvalidRequest
 from megatron_dmc.quality.lm_eval.model import MegatronDMC
-from megatron_dmc.server.chat_template import load_chat_template
 from megatron_dmc.server.text import TokenPieces, TokenTexts, for_chat, for_completions
 
 PROMPTS = ["the cache holds", " pages", "é and 🙂 a page", ""]

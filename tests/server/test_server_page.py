@@ -6,6 +6,7 @@ import urllib.request
 
 import pytest
 from server_process import ServerProcess, compressing_model
+from text_models import byte_level_tokenizer, random_llama
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -76,3 +77,38 @@ def test_page_follows_the_engine(browser, tmp_path):
 
         server.kill()
         wait.until(lambda _: "no answer" in text("error"))
+
+
+@pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="no Chromium with its driver here")
+def test_chat_on_the_page(browser, tmp_path):
+    """Two turns, the second with the first in it; speed and cache below; an answer stopped; Clear."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    folder = tmp_path / "model"
+    byte_level_tokenizer(folder)
+    random_llama(folder, 300).float().save_pretrained(folder)
+
+    def lines(role):
+        return [line.text for line in browser.find_elements(By.CSS_SELECTOR, f"#log .{role}")]
+
+    with ServerProcess(tmp_path, model=folder) as server:
+        browser.get(f"{server.url}/")
+        wait = WebDriverWait(browser, 120, poll_frequency=0.1)
+        say = browser.find_element(By.ID, "say")
+        wait.until(lambda _: say.is_displayed())
+        cost = browser.find_element(By.ID, "cost")
+        for turn, text in enumerate(("keys", "pages"), start=1):
+            say.send_keys(text, Keys.ENTER)
+            wait.until(lambda _, turn=turn: len(lines("assistant")) == turn)
+            wait.until(lambda _: "tokens/s" in cost.text)
+            wait.until(lambda _: browser.execute_script("return answering === null"))
+        assert lines("user") == ["keys", "pages"] and not lines("error")
+        assert (
+            browser.execute_script("return messages.map(m => m.role)") == ["user", "assistant"] * 2
+        )
+        browser.find_element(By.ID, "forget").click()
+        assert lines("user") == [] and cost.text == ""
+        wrong = [e for e in browser.get_log("browser") if "favicon" not in e["message"]]
+        assert not wrong, wrong

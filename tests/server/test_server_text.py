@@ -8,11 +8,11 @@ import pytest
 from starlette.testclient import TestClient
 from text_models import CHAT, byte_level_tokenizer, generated, random_llama
 
+from megatron_dmc.checkpoint.chat_template import load_chat_template
 from megatron_dmc.checkpoint.convert import convert
 from megatron_dmc.checkpoint.tokenizer import load_tokenizer
 from megatron_dmc.cli.serve import add_arguments, make_app
 from megatron_dmc.errors import DMCError
-from megatron_dmc.server.chat_template import load_chat_template
 
 TURNS = [{"role": "user", "content": "the cache"}]
 DEFAULTS = {"eos_token_id": [1, 3, 4], "temperature": 1.3, "top_k": 1, "max_new_tokens": 9}

@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc.checkpoint.tokenizer import HuggingFaceTokenizer, Tokenizer
-from megatron_dmc.errors import DMCError
-from megatron_dmc.server.errors import ApiError
+from megatron_dmc.errors import DMCError, InvalidRequest
 
 _RESERVED = {"conversations", "messages", "chat_template", "tools", "documents"}
 
@@ -42,19 +41,17 @@ class ChatTemplate:
                 token that the template writes itself is not duplicated.
 
         Raises:
-            ApiError: 400: there is no template, or it refuses the messages.
+            InvalidRequest: there is no template, or it refuses the messages.
         """
         if not self.exists:
-            raise ApiError(
-                400,
-                "this model has no chat template; start the server with --chat-template, or use "
-                "/v1/completions",
-                code="no_chat_template",
+            raise InvalidRequest(
+                "this model has no chat template; give one (--chat-template, chat_template=) or complete a "
+                "text instead"
             )
         arguments = arguments or {}
         clash = sorted(_RESERVED & arguments.keys())
         if clash:
-            raise ApiError(400, f"chat_template_kwargs: {clash[0]} cannot be set; leave it out")
+            raise InvalidRequest(f"chat_template_kwargs: {clash[0]} cannot be set; leave it out")
         inner = self._tokenizer.inner
         try:
             text = inner.apply_chat_template(
@@ -62,7 +59,7 @@ class ChatTemplate:
                 **{"add_generation_prompt": add_generation_prompt, **arguments},
             )  # fmt: skip
         except Exception as e:  # templates may raise any exception, Jinja's own included
-            raise ApiError(400, f"the chat template refuses these messages: {e}") from e
+            raise InvalidRequest(f"the chat template refuses these messages: {e}") from e
         begins = inner.bos_token is not None and text.startswith(inner.bos_token)
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens and not begins)
 
