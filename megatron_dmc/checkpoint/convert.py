@@ -5,7 +5,7 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -26,6 +26,7 @@ from megatron_dmc.checkpoint.hf_folder import HFFolder, write_folder
 from megatron_dmc.checkpoint.hub import local_path
 from megatron_dmc.checkpoint.integrity import verify_checksums
 from megatron_dmc.checkpoint.legacy_torch import LegacyCheckpoint
+from megatron_dmc.checkpoint.model_card import training_facts
 from megatron_dmc.checkpoint.remote_code import write_remote_code
 from megatron_dmc.checkpoint.tokenizer import (
     TOKENIZER_FOLDER,
@@ -204,6 +205,7 @@ def convert(
     verify_checkpoint: bool = True,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> ModelDescription:
     """Convert a checkpoint; weights keep their dtype and, without `dtype`, every bit.
 
@@ -219,6 +221,8 @@ def convert(
         progress: show progress bars on a terminal.
         transform: makes another model of it on the way.
         target_cr, tokenizer, allow_pickle, verify_checkpoint, trust_remote_code: see `open_checkpoint`.
+
+        facts: of a DMC model's card, besides what the checkpoint says; see `model_card`.
 
     Returns:
         what was written.
@@ -267,7 +271,9 @@ def convert(
         partial.chmod(0o777 & ~_umask())
         if to_format == "hf":
             write_folder(partial, source, description, progress=progress)
-            write_remote_code(partial, description)
+            write_remote_code(
+                partial, description, facts={**_facts(path, allow_pickle), **(facts or {})}
+            )
         else:
             torch_dist_write.write(partial, source, description, progress=progress)
         copy = Path() if to_format == "hf" else Path(TOKENIZER_FOLDER)
@@ -290,6 +296,14 @@ def convert(
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
     return description
+
+
+def _facts(path: Path, allow_pickle: bool) -> dict[str, str]:
+    """What a Megatron checkpoint says of its training."""
+    if not torch_dist.is_checkpoint(path) or _legacy_folder(path) is not None:
+        return {}
+    checkpoint = torch_dist.TorchDistCheckpoint(path, allow_pickle=allow_pickle)
+    return training_facts(checkpoint.args, checkpoint.iteration)
 
 
 def _write_flags(folder: Path, description: ModelDescription, final: Path | None) -> None:

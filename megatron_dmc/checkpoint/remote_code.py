@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_dmc.checkpoint import remote
 from megatron_dmc.checkpoint.families import FAMILIES, Family
+from megatron_dmc.checkpoint.model_card import model_card
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.errors import UnsupportedConfig
 
@@ -135,8 +136,7 @@ def write_remote_code(
     Args:
         folder: changed; an existing README.md is kept.
         description: of the model in it.
-        facts: rows of the model card that the checkpoint does not know, for instance
-            `{"Data": ..., "Evaluation": ...}`.
+        facts: see `model_card`.
     """
     if description.dmc is None:
         return
@@ -152,80 +152,3 @@ def write_remote_code(
     card = folder / "README.md"
     if not card.exists():
         card.write_text(model_card(description, config, facts=facts))
-
-
-def _method(dmc: DMCConfig) -> str:
-    parts = [
-        "one decision per layer" if dmc.shared_decisions else "every KV head decides for itself",
-        *(["an entry is the plain mean of its tokens"] if dmc.importance == "constant" else []),
-        *(["keys are merged after RoPE"] if dmc.pool_after_rope else []),
-        *([f"the latest {dmc.merge_delay} tokens stay raw"] if dmc.merge_delay else []),
-        f"the latest {dmc.merge_window} tokens of a segment count"
-        if dmc.merge_window
-        else "all tokens of a segment count",
-    ]
-    return "; ".join(parts)
-
-
-_STAGES = {
-    "off": "off: plain attention",
-    "zero-out": "zero-out: the borrowed channels fade; nothing merges yet",
-    "retrofit": "retrofit: rising target CR",
-    "finetune": "finetune: constant target CR",
-}
-"""Training section of a card: the checkpoint records only the stage that it was saved in."""
-
-
-def model_card(
-    description: "ModelDescription",
-    config: Mapping[str, Any],
-    *,
-    facts: Mapping[str, str] | None = None,
-) -> str:
-    """README.md of the folder: what is known of the model, and how to load it."""
-    dmc = description.dmc
-    assert dmc is not None
-    rows = {
-        "Target compression ratio": f"{dmc.target_cr:g} (tokens / KV-cache entries)",
-        "Last stage": _STAGES[dmc.stage],
-        "Method": _method(dmc),
-        "Model": description.summary(),
-        "Data": "not recorded in the checkpoint",
-        "Evaluation": "not recorded in the checkpoint",
-    } | dict(facts or {})
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    if "auto_map" in config:
-        usage = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
-inputs = tokenizer("...", return_tensors="pt", return_token_type_ids=False)
-outputs = model.generate(**inputs, max_new_tokens=64, return_dict_in_generate=True)
-print(outputs.past_key_values.compression_ratio())
-```
-
-`ops_dmc.py` holds the method, `cache_dmc.py` the compressed cache; the code needs
-transformers 5 and torch. In training mode the model decides with noise and adds the compression loss
-to `loss`."""
-    else:
-        usage = "There is no code for this model in transformers; megatron-dmc " + (
-            "trains and evaluates it, but its engine does not run it."
-            if dmc.pool_after_rope
-            else "runs it."
-        )
-    return f"""---
-library_name: transformers
-tags: [dynamic-memory-compression, kv-cache, megatron-dmc]
----
-
-# A language model with a compressed KV cache
-
-{config["architectures"][0]}: Dynamic Memory Compression (Nawrot et al., ICML 2024, arXiv 2403.09636).
-
-| | |
-| --- | --- |
-{table}
-
-{usage}
-"""

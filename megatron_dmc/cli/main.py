@@ -47,6 +47,12 @@ def add_convert(subparsers: Subparsers) -> None:
     )  # fmt: skip
     add_settings(parser, [*CHECKPOINT_SETTINGS, "revision"])
     parser.add_argument("--force", action="store_true", help="replace what is in OUT")
+    card = parser.add_argument_group("model card", "of a DMC model, with --to hf")
+    card.add_argument("--base-model", metavar="ID", help="the model that was retrofitted")
+    card.add_argument("--license", metavar="ID", help="as the Hub names it, such as apache-2.0")
+    card.add_argument(
+        "--report", metavar="FILE", help="report.json of `megatron-dmc report`: CR and perplexity"
+    )
     parser.set_defaults(run=run_convert)
 
 
@@ -57,7 +63,12 @@ def run_convert(args: argparse.Namespace) -> int:
     from megatron_dmc.checkpoint.convert import FLAGS_FILE, convert
     from megatron_dmc.checkpoint.description import parse_dtype
     from megatron_dmc.checkpoint.gqa import pool_kv_heads
+    from megatron_dmc.checkpoint.model_card import BASE_MODEL, LICENCE, report_facts
 
+    given = {BASE_MODEL: args.base_model, LICENCE: args.license}
+    facts = {name: value for name, value in given.items() if value is not None}
+    if args.report is not None:
+        facts |= report_facts(args.report)
     transform = None
     if args.kv_heads is not None:
         transform = functools.partial(pool_kv_heads, num_kv_heads=args.kv_heads)
@@ -76,6 +87,7 @@ def run_convert(args: argparse.Namespace) -> int:
         verify_checkpoint=args.verify_checkpoint,
         trust_remote_code=args.trust_remote_code,
         revision=args.revision,
+        facts=facts,
     )
     print(f"{args.out}: {args.to_format} checkpoint, {description.summary()}")
     if args.to_format == "megatron":

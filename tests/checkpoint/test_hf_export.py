@@ -124,7 +124,12 @@ def test_folder_says_what_it_is(exported):
         settings(merge_window=3)
     )
     card = (folder / "README.md").read_text()
-    for text in ("finetune: constant target CR", "| 4 (tokens", "latest 3 tokens", "not recorded"):
+    for text in (
+        "finetune: constant target CR",
+        "| 4 (tokens",
+        "latest 3 tokens",
+        "| Data | unknown |",
+    ):
         assert text in card
     with pytest.raises(ValueError, match="trust_remote_code"):  # not silently a plain Llama
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
