@@ -240,18 +240,29 @@ def hard_gate(
     return alpha, log_keep, alpha
 
 
-@torch.no_grad()
-def zero_channel_rows(
-    weight: Tensor, *, num_kv_heads: int, queries_per_group: int, head_dim: int
-) -> None:
-    """Zero the rows of a fused QKV projection (or its bias) that feed the borrowed channels.
+def borrowed_rows(*, num_kv_heads: int, queries_per_group: int, head_dim: int) -> Tensor:
+    """Rows of a fused QKV projection that feed the borrowed channels, int64.
 
     docs/method.md, section 7: the rows are interleaved per group as [query heads of the group, k, v].
 
     Args:
-        weight: (G * (queries_per_group + 2) * D, ...), mutated.
         num_kv_heads: G held by this rank.
     """
-    heads = weight.view(num_kv_heads, queries_per_group + 2, head_dim, *weight.shape[1:])
-    heads[:, :-2, IMPORTANCE_CHANNEL] = 0
-    heads[:, -2, DECISION_CHANNEL] = 0
+    rows = torch.arange(num_kv_heads * (queries_per_group + 2) * head_dim)
+    heads = rows.view(num_kv_heads, queries_per_group + 2, head_dim)
+    return borrowed(heads[:, :-1]).flatten()
+
+
+@torch.no_grad()
+def zero_channel_rows(
+    weight: Tensor, *, num_kv_heads: int, queries_per_group: int, head_dim: int
+) -> None:
+    """Zero the `borrowed_rows` of a fused QKV projection or its bias.
+
+    Args:
+        weight: (G * (queries_per_group + 2) * D, ...), mutated.
+    """
+    rows = borrowed_rows(
+        num_kv_heads=num_kv_heads, queries_per_group=queries_per_group, head_dim=head_dim
+    )
+    weight[rows.to(weight.device)] = 0

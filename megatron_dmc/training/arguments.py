@@ -44,6 +44,11 @@ def add_dmc_args(parser: ArgumentParser) -> ArgumentParser:
         "--dmc-no-stage-check", action="store_false", dest="dmc_stage_check",
         help="start or resume from a checkpoint of any stage, target CR or setting",
     )  # fmt: skip
+    dmc.add_argument(
+        "--dmc-borrowed-lr-mult", type=float, default=1.0, metavar="FACTOR",
+        help="learning rate of the rows that feed the borrowed channels, as a multiple of the model's "
+        "(default: 1.0)",
+    )  # fmt: skip
     group = parser.add_argument_group("distillation")
     group.add_argument(
         "--dmc-teacher", metavar="CHECKPOINT",

@@ -39,6 +39,7 @@ from megatron_dmc.training.arguments import (
     settle_paths,
     transformer_config_from_args,
 )
+from megatron_dmc.training.borrowed import check_borrowed_lr, scale_updates
 from megatron_dmc.training.data import dataset_provider, is_plain
 from megatron_dmc.training.flags import check_combinations, check_listed
 from megatron_dmc.training.model import CarryingCommunicator, build_model
@@ -157,6 +158,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     check_combinations(args)
     check_paths(args)
     check_teacher(args)
+    check_borrowed_lr(args)
     settle_paths(args)
     repairs.ramp_up_batch_size(args)
     repairs.evaluate_at_the_end_alone(args)
@@ -205,10 +207,13 @@ def _dmc_run(args: Namespace) -> Callable[[], None]:
     container = pretrain_cfg_container_from_args(args)
 
     def model_provider(pre_process, post_process, vp_stage=None, config=None, pg_collection=None):
-        return build_model(
+        model = build_model(
             args, transformer_config, recorder, pre_process=pre_process,
             post_process=post_process, vp_stage=vp_stage, pg_collection=pg_collection,
         )  # fmt: skip
+        if args.dmc_borrowed_lr_mult != 1:
+            scale_updates(model, args.dmc_borrowed_lr_mult)
+        return model
 
     transformer_config = config
 
