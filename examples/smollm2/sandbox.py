@@ -1,4 +1,4 @@
-"""Runs a program that nobody has read, in a process with limits.
+"""Runs a program that no one has reviewed, in a process with limits.
 
 It has an empty folder of its own, no environment, little memory, few seconds, no large files and, unless it runs
 as root, no further processes. Where the system lets it make namespaces (`unshare`) it has no network either, and

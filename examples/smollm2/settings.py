@@ -16,7 +16,7 @@ class Model:
 
 @dataclass
 class Data:
-    """How much text."""
+    """Amounts of text."""
 
     megabytes: float
     heldout_documents: float
@@ -25,7 +25,7 @@ class Data:
 
 @dataclass
 class Training:
-    """What all arms share; `--dmc-*` flags of the same names."""
+    """Settings that all arms share; `--dmc-*` flags of the same names."""
 
     seq_length: int
     batch: int
@@ -52,7 +52,7 @@ class Arm:
 
 @dataclass
 class Measure:
-    """How much is measured."""
+    """Amounts of what is measured."""
 
     windows: int
     problems: int

@@ -299,7 +299,7 @@ def convert(
 
 
 def _facts(path: Path, allow_pickle: bool) -> dict[str, str]:
-    """What a Megatron checkpoint says of its training."""
+    """Training facts in a Megatron checkpoint."""
     if not torch_dist.is_checkpoint(path) or _legacy_folder(path) is not None:
         return {}
     checkpoint = torch_dist.TorchDistCheckpoint(path, allow_pickle=allow_pickle)

@@ -272,7 +272,7 @@ def _value(field: Any) -> Any:
 
 
 def _llama3_factors(factor: float, head_dim: int, base: float) -> Tensor:
-    """What each frequency is divided by, [head_dim / 2] (Llama 3.1's model code)."""
+    """Divisors of the frequencies, [head_dim / 2] (Llama 3.1's model code)."""
     context = LLAMA3_ROPE["original_max_position_embeddings"]
     low, high = LLAMA3_ROPE["low_freq_factor"], LLAMA3_ROPE["high_freq_factor"]
     frequencies = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)

@@ -20,7 +20,7 @@ _WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "integrity.js
 
 
 def local_path(name: str | Path, *, revision: str | None = None, with_weights: bool = True) -> Path:
-    """Where the files of a model, or of a tokenizer, are on this machine.
+    """The local path of a model, or of a tokenizer.
 
     Args:
         name: a path, which is returned as it is; or, where there is none, an id as in "OWNER/MODEL".
@@ -32,7 +32,7 @@ def local_path(name: str | Path, *, revision: str | None = None, with_weights: b
         returned as a path whether or not it exists.
 
     Raises:
-        CheckpointError: there is no such model, it is not cached and cannot be had, or it has no such
+        CheckpointError: there is no such model, it is not cached and cannot be downloaded, or it has no such
             revision.
     """
     path = Path(name)

@@ -24,7 +24,7 @@ _STAGES = {
     "retrofit": "retrofit: rising target CR",
     "finetune": "finetune: constant target CR",
 }
-"""What a checkpoint says of its training is the stage that it was saved in."""
+"""Training section of a card: the checkpoint records only the stage that it was saved in."""
 
 
 def training_facts(args: Namespace, iteration: int) -> dict[str, str]:

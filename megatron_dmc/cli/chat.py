@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class Figures:
-    """What an answer has cost so far."""
+    """Costs of an answer so far."""
 
     num_tokens: int = 0
     seconds: float = 0.0
@@ -45,7 +45,7 @@ class Figures:
     cache_bytes: int = 0
     """Pages that hold the whole conversation."""
     plain_bytes: int = 0
-    """What an uncompressed cache in the model's dtype would hold."""
+    """Size of an uncompressed cache in the model's dtype."""
     cr: float | None = None
 
     def line(self) -> str:
@@ -124,7 +124,7 @@ def _measure(figures: Figures, output: Any, stats: Any) -> None:
 
 
 class Screen:
-    """Where answers appear: in a terminal with a status line below, else as plain text."""
+    """The display of answers: in a terminal with a status line below, else as plain text."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -145,7 +145,7 @@ class Screen:
             vertical_overflow="visible",
         ) as live:  # fmt: skip
             for text, figures in answer:
-                # whole lines scroll away; the last one is drawn anew with the status below
+                # whole lines scroll away; the last one is redrawn with the status below
                 end = text.rfind("\n") + 1
                 if end > shown:
                     self.console.print(Text(text[shown : end - 1]))
@@ -182,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
     """Talk until /quit or the end of the input.
 
     Raises:
-        DMCError: the model cannot be had, or has no chat template.
+        DMCError: the model cannot be loaded, or has no chat template.
     """
     if is_follower(args):
         make_llm(args).follow()

@@ -34,8 +34,8 @@ def check_borrowed_lr(args: Namespace) -> None:
         raise DMCError(f"{flag} with --dmc-stage off: nothing is borrowed; leave it out")
     if args.use_distributed_optimizer:
         raise DMCError(
-            f"{flag} with --use-distributed-optimizer: its ranks hold parts of tensors, in which the rows are "
-            "not to be told apart; leave out one of the two"
+            f"{flag} with --use-distributed-optimizer: its ranks hold parts of tensors, in which the rows cannot "
+            "be identified; leave out one of the two"
         )
 
 

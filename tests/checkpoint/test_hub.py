@@ -43,7 +43,7 @@ def models(tmp_path_factory):
 
 
 def resolve(address, home, *cases, **environment):
-    """What a process of its own with these variables finds."""
+    """Results of a process of its own with these variables."""
     out = subprocess.run(
         [sys.executable, "-c", RESOLVE, json.dumps(cases)], check=True, capture_output=True, text=True,
         env=os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(home)} | environment,

@@ -1,4 +1,4 @@
-"""README.md of an exported DMC model: what the checkpoint and the flags say, and what nobody said."""
+"""README.md of an exported DMC model: what the checkpoint and the flags say, and what is unknown."""
 
 import json
 from argparse import Namespace

@@ -121,7 +121,7 @@ def test_terminal(model):
 
 
 def test_ctrl_c_stops_an_answer(model, monkeypatch):
-    """The answer ends after the step that it comes in; the conversation goes on."""
+    """The answer ends after the step that it comes in; the conversation continues."""
     from megatron_dmc.cli import chat
 
     llm = LLM(model, max_num_seqs=1)
