@@ -21,7 +21,8 @@ def card_of(facts=None, config=CONFIG, **dmc):
     description = replace(ModelDescription(2, 8, 8, 2, 2, 4, 8, 8), dmc=DMCConfig(**dmc))
     card = model_card(description, config, facts=facts)
     _, metadata, text = card.split("---\n", 2)
-    rows = dict(line.strip("| ").split(" | ") for line in text.splitlines() if line.count("|") == 3)
+    lines = [line for line in text.splitlines() if line.count("|") == 3 and line != "| | |"]
+    rows = dict(line.strip("| ").split(" | ") for line in lines)
     return metadata, rows, text
 
 
