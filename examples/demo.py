@@ -29,6 +29,7 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_dmc.checkpoint.megatron_args import megatron_flags as model_flags
 from megatron_dmc.cli.main import main as cli
 from megatron_dmc.quiet import silence_optional_packages
 
@@ -230,7 +231,7 @@ def megatron_flags(model: Path, data: dict[str, Path], work: Path, tokenizer: Pa
     from megatron_dmc.checkpoint.description import ModelDescription
 
     return [
-        *ModelDescription.from_hf_folder(model).megatron_flags(), *precision(),
+        *model_flags(ModelDescription.from_hf_folder(model)), *precision(),
         "--seq-length", str(SEQ_LENGTH),
         "--micro-batch-size", str(BATCH), "--global-batch-size", str(BATCH),
         "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tokenizer),

@@ -26,6 +26,7 @@ from megatron_dmc.checkpoint.hf_folder import HFFolder, write_folder
 from megatron_dmc.checkpoint.hub import local_path
 from megatron_dmc.checkpoint.integrity import verify_checksums
 from megatron_dmc.checkpoint.legacy_torch import LegacyCheckpoint
+from megatron_dmc.checkpoint.megatron_args import megatron_flags
 from megatron_dmc.checkpoint.model_card import training_facts
 from megatron_dmc.checkpoint.remote_code import write_remote_code
 from megatron_dmc.checkpoint.tokenizer import (
@@ -313,7 +314,7 @@ def _write_flags(folder: Path, description: ModelDescription, final: Path | None
     Args:
         final: where `folder` will be, if it has a tokenizer.
     """
-    lines = [shlex.join(description.megatron_flags())]
+    lines = [shlex.join(megatron_flags(description))]
     if final is not None:
         kind, file = megatron_tokenizer(folder / TOKENIZER_FOLDER)
         place = final / file.relative_to(folder)

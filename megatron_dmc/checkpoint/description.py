@@ -1,22 +1,21 @@
-"""Description of a model (sizes, dtype, DMC settings), and its three spellings.
+"""Description of a model: sizes, dtype, DMC settings.
 
-The spellings are a Hugging Face `config.json`, Megatron's parsed arguments as saved in a
-checkpoint, and Megatron's command-line flags.
+It is spelled as a Hugging Face `config.json` (`hf_config`), and as Megatron's parsed arguments and command-line flags
+(`megatron_args`).
 """
 
-from argparse import Namespace
-from dataclasses import dataclass, fields
-from pathlib import Path, PurePath
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_dmc.checkpoint.families import check_names, family_with
+from megatron_dmc.checkpoint.families import check_names
 from megatron_dmc.checkpoint.field_checks import field_problems, read_json_object, shown
 from megatron_dmc.checkpoint.hf_config import description_fields, hf_config
 from megatron_dmc.checkpoint.remote_code import plain_config
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.errors import CheckpointError, UnsupportedConfig
+from megatron_dmc.errors import UnsupportedConfig
 
 VOCAB_MULTIPLE = 128
 """Megatron pads the vocabulary to a multiple of this (its --make-vocab-size-divisible-by)."""
@@ -46,23 +45,6 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
             f"dtype {shown(name)} is not supported; use one of {', '.join(DTYPES)}"
         )
     return DTYPES[key]
-
-
-_PLAIN = (str, bool, int, float, list, tuple, torch.dtype, PurePath, type(None))
-
-
-def saved_args(args: Any, folder: Path) -> Namespace:
-    """The plain values among a checkpoint's saved arguments; enums, tensors and the rest are left out.
-
-    Raises:
-        CheckpointError: it holds none.
-    """
-    if not isinstance(args, Namespace):
-        raise CheckpointError(
-            f"{folder}: holds no saved arguments, so the model's sizes are unknown"
-        )
-    plain = {name: value for name, value in vars(args).items() if isinstance(value, _PLAIN)}
-    return Namespace(**plain)
 
 
 @dataclass
@@ -171,8 +153,6 @@ class ModelDescription:
             f"vocabulary {self.vocab_size}, {dtype_name(self.dtype)}{dmc}"
         )
 
-    # Hugging Face
-
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> "ModelDescription":
         """From the contents of a `config.json`.
@@ -205,238 +185,3 @@ class ModelDescription:
     def to_hf_config(self) -> dict[str, Any]:
         """The contents of a `config.json`, readable by transformers 4 and 5."""
         return hf_config(self)
-
-    # Megatron
-
-    def megatron_flags(self) -> list[str]:
-        """Flags with which Megatron's parser builds this model.
-
-        Training's own choices (--seq-length, --bf16, the tokenizer, --dmc-*) are left out.
-        """
-        flags = {
-            "--num-layers": self.num_layers,
-            "--hidden-size": self.hidden_size,
-            "--ffn-hidden-size": self.ffn_hidden_size,
-            "--num-attention-heads": self.num_attention_heads,
-            "--kv-channels": self.kv_channels,
-            "--max-position-embeddings": self.max_position_embeddings,
-            "--position-embedding-type": "rope",
-            "--rotary-base": self.rotary_base,
-            "--normalization": "RMSNorm",
-            "--norm-epsilon": self.layernorm_epsilon,
-            "--init-method-std": self.init_method_std,
-            "--attention-dropout": 0.0,
-            "--hidden-dropout": 0.0,
-            "--vocab-size": self.vocab_size,
-            "--padded-vocab-size": self.padded_vocab_size,
-        }
-        out = [text for flag, value in flags.items() for text in (flag, str(value))]
-        out += ["--swiglu", "--disable-bias-linear"]
-        if self.num_query_groups != self.num_attention_heads:
-            out += ["--group-query-attention", "--num-query-groups", str(self.num_query_groups)]
-        if not self.share_embeddings_and_output_weights:
-            out.append("--untie-embeddings-and-output-weights")
-        if self.add_qkv_bias:
-            out.append("--add-qkv-bias")
-        if self.qk_layernorm:
-            out.append("--qk-layernorm")
-        if self.rope_scaling_factor is not None:
-            out += ["--use-rope-scaling", "--rope-scaling-factor", str(self.rope_scaling_factor)]
-        if self.rope_linear_factor is not None:
-            out += ["--rotary-seq-len-interpolation-factor", str(self.rope_linear_factor)]
-        if self.num_experts is not None:
-            out += [
-                "--num-experts", str(self.num_experts),
-                "--moe-router-topk", str(self.moe_router_topk),
-                "--moe-ffn-hidden-size", str(self.moe_ffn_hidden_size),
-                *(["--moe-router-pre-softmax"] if self.moe_router_pre_softmax else []),
-            ]  # fmt: skip
-        return out
-
-    def to_megatron_args(self) -> Namespace:
-        """The part of Megatron's parsed arguments that describes the model, for a checkpoint.
-
-        A run that loads the checkpoint with --use-checkpoint-args gets this model.
-        """
-        grouped = self.num_query_groups != self.num_attention_heads
-        args = Namespace(
-            num_layers=self.num_layers,
-            hidden_size=self.hidden_size,
-            ffn_hidden_size=self.ffn_hidden_size,
-            seq_length=self.max_position_embeddings,
-            num_attention_heads=self.num_attention_heads,
-            group_query_attention=grouped,
-            num_query_groups=self.num_query_groups,
-            kv_channels=self.kv_channels,
-            max_position_embeddings=self.max_position_embeddings,
-            position_embedding_type="rope",
-            add_position_embedding=True,
-            rotary_base=self.rotary_base,
-            rotary_percent=1.0,
-            rotary_interleaved=False,
-            rotary_seq_len_interpolation_factor=self.rope_linear_factor,
-            use_rope_scaling=self.rope_scaling_factor is not None,
-            rope_scaling_factor=self.rope_scaling_factor or 8.0,
-            normalization="RMSNorm",
-            layernorm_epsilon=self.layernorm_epsilon,
-            swiglu=True,
-            add_bias_linear=False,
-            add_qkv_bias=self.add_qkv_bias,
-            qk_layernorm=self.qk_layernorm,
-            num_experts=self.num_experts,
-            moe_router_topk=self.moe_router_topk,
-            moe_ffn_hidden_size=self.moe_ffn_hidden_size if self.num_experts else None,
-            moe_router_pre_softmax=self.moe_router_pre_softmax,
-            untie_embeddings_and_output_weights=not self.share_embeddings_and_output_weights,
-            attention_dropout=0.0,
-            hidden_dropout=0.0,
-            init_method_std=self.init_method_std,
-            vocab_size=self.vocab_size,
-            padded_vocab_size=self.padded_vocab_size,
-            make_vocab_size_divisible_by=VOCAB_MULTIPLE,
-            params_dtype=self.dtype,
-            bf16=self.dtype == torch.bfloat16,
-            fp16=self.dtype == torch.float16,
-            tensor_model_parallel_size=1,
-            pipeline_model_parallel_size=1,
-            world_size=1,
-            data_parallel_size=1,
-            ckpt_format="torch_dist",
-            no_save_optim=True,
-            no_save_rng=True,
-            bos_token_id=self.bos_token_id,
-            eos_token_id=self.eos_token_id,
-            pad_token_id=self.pad_token_id,
-            hf_model_type=self.model_type,
-        )
-        for name, value in (self.dmc.to_dict() if self.dmc else {}).items():
-            setattr(args, f"dmc_{name}", value)
-        return args
-
-    @classmethod
-    def from_megatron_args(
-        cls, args: Namespace, *, vocab_size: int | None = None
-    ) -> "ModelDescription":
-        """From the arguments saved in a Megatron checkpoint.
-
-        Args:
-            args: `common_state["args"]`; --dmc-* flags are in it as `dmc_stage` and so on.
-            vocab_size: used if the run was started without --vocab-size (it then counted the tokenizer's).
-
-        Raises:
-            UnsupportedConfig: names the flag that gives the model a part with no counterpart.
-            CheckpointError: a size is missing.
-        """
-        for name, expected, flag in [
-            ("position_embedding_type", "rope", "--position-embedding-type"),
-            ("normalization", "RMSNorm", "--normalization"),
-            ("swiglu", True, "--swiglu"),
-            ("add_bias_linear", False, "--disable-bias-linear"),
-            ("qk_l2_norm", False, "--qk-l2-norm"),
-            ("rotary_percent", 1.0, "--rotary-percent"),
-            ("rotary_interleaved", False, "--rotary-interleaved"),
-            ("multi_latent_attention", False, "--multi-latent-attention"),
-            ("window_size", None, "--window-size"),
-            ("apply_layernorm_1p", False, "--apply-layernorm-1p"),
-            ("layernorm_zero_centered_gamma", False, "--apply-layernorm-1p"),
-            ("apply_query_key_layer_scaling", False, "--apply-query-key-layer-scaling"),
-            ("attention_output_gate", False, "--attention-output-gate"),
-            ("softmax_type", "vanilla", "--softmax-type"),
-            ("no_rope_freq", None, "--no-rope-freq"),
-            ("experimental_attention_variant", None, "--experimental-attention-variant"),
-            ("heterogeneous_layers_config_path", None, "--heterogeneous-layers-config-path"),
-            ("spec", None, "--spec"),
-            ("use_mup", False, "--use-mup"),
-            ("glu_linear_offset", 0.0, "--glu-linear-offset"),
-            ("activation_func_clamp_value", None, "--activation-func-clamp-value"),
-            ("mtp_num_layers", None, "--mtp-num-layers"),
-            ("hybrid_layer_pattern", None, "--hybrid-layer-pattern"),
-            ("moe_layer_freq", 1, "--moe-layer-freq"),
-            ("moe_shared_expert_intermediate_size", None, "--moe-shared-expert-intermediate-size"),
-            ("moe_router_score_function", "softmax", "--moe-router-score-function"),
-            ("moe_router_topk_scaling_factor", None, "--moe-router-topk-scaling-factor"),
-            ("moe_router_enable_expert_bias", False, "--moe-router-enable-expert-bias"),
-            ("moe_router_num_groups", None, "--moe-router-num-groups"),
-            ("moe_apply_probs_on_input", False, "--moe-apply-probs-on-input"),
-            ("moe_latent_size", None, "--moe-latent-size"),
-        ]:
-            value = getattr(args, name, expected)
-            if value != expected and (value or expected):
-                raise UnsupportedConfig(
-                    f"the checkpoint was trained with {flag} ({name}={shown(value)}); only models with "
-                    f"{name}={expected!r} are supported"
-                )
-
-        def size(name: str) -> int:
-            value = getattr(args, name, None)
-            if value is None:
-                raise CheckpointError(f"the checkpoint's saved arguments have no {name}")
-            return value
-
-        def flag_of(name: str) -> bool:
-            value = getattr(args, name, False)
-            if not isinstance(value, bool | None):
-                raise UnsupportedConfig(
-                    f"the checkpoint's saved arguments have {name}={shown(value)}; it must be a flag"
-                )
-            return bool(value)
-
-        heads = size("num_attention_heads")
-        hidden = size("hidden_size")
-        channels = getattr(args, "kv_channels", None)
-        if channels is None:
-            sizes = (hidden, heads)
-            whole = all(type(n) is int and n > 0 for n in sizes)
-            channels = hidden // heads if whole else 2  # of what is wrong already
-        padded = size("padded_vocab_size")
-        known = {f.name for f in fields(DMCConfig)}
-        dmc_values = {
-            name: value
-            for name, value in ((n, getattr(args, f"dmc_{n}", None)) for n in known)
-            if value is not None
-        }
-        dmc = DMCConfig.from_dict(dmc_values)
-        experts = getattr(args, "num_experts", None) or None
-        family = family_with(
-            model_type=getattr(args, "hf_model_type", None),
-            add_qkv_bias=flag_of("add_qkv_bias"),
-            qk_layernorm=flag_of("qk_layernorm"),
-            experts=experts is not None,
-        )
-        moe = {}
-        if experts is not None:
-            moe = {
-                "num_experts": experts,
-                "moe_router_topk": getattr(args, "moe_router_topk", 2),
-                "moe_ffn_hidden_size": getattr(args, "moe_ffn_hidden_size", None),
-                "moe_router_pre_softmax": flag_of("moe_router_pre_softmax"),
-            }
-        scaled = flag_of("use_rope_scaling")
-        return cls(
-            **moe,
-            model_type=family.model_type,
-            add_qkv_bias=family.add_qkv_bias,
-            qk_layernorm=family.qk_layernorm,
-            rope_scaling_factor=getattr(args, "rope_scaling_factor", 8.0) if scaled else None,
-            rope_linear_factor=getattr(args, "rotary_seq_len_interpolation_factor", None),
-            num_layers=size("num_layers"),
-            hidden_size=hidden,
-            ffn_hidden_size=size("ffn_hidden_size"),
-            num_attention_heads=heads,
-            num_query_groups=size("num_query_groups")
-            if flag_of("group_query_attention")
-            else heads,
-            kv_channels=channels,
-            vocab_size=getattr(args, "vocab_size", None) or min(vocab_size or padded, padded),
-            max_position_embeddings=size("max_position_embeddings"),
-            rotary_base=getattr(args, "rotary_base", 10000),
-            layernorm_epsilon=getattr(args, "layernorm_epsilon", 1e-5),
-            share_embeddings_and_output_weights=not flag_of("untie_embeddings_and_output_weights"),
-            dtype=parse_dtype(getattr(args, "params_dtype", None) or torch.float32),
-            dmc=dmc if dmc.stage != "off" else None,
-            padded_vocab_size=padded,
-            init_method_std=getattr(args, "init_method_std", 0.02),
-            bos_token_id=getattr(args, "bos_token_id", None),
-            eos_token_id=getattr(args, "eos_token_id", None),
-            pad_token_id=getattr(args, "pad_token_id", None),
-        )

@@ -13,7 +13,8 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_dmc.checkpoint import pickles
-from megatron_dmc.checkpoint.description import ModelDescription, saved_args
+from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.megatron_args import from_megatron_args, saved_args
 from megatron_dmc.checkpoint.weights import TE_NAMES, join, megatron_shapes
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.errors import CheckpointError
@@ -127,7 +128,7 @@ class LegacyCheckpoint:
 
     def description(self, *, vocab_size: int | None = None) -> ModelDescription:
         """The model, from the saved arguments; dtype from the stored weights."""
-        description = ModelDescription.from_megatron_args(self.args, vocab_size=vocab_size)
+        description = from_megatron_args(self.args, vocab_size=vocab_size)
         embedding = self._shards.get("embedding.word_embeddings.weight")
         if embedding:
             description.dtype = embedding[0].dtype

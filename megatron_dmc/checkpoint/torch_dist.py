@@ -30,9 +30,10 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_dmc.checkpoint import pickles
-from megatron_dmc.checkpoint.description import ModelDescription, saved_args
+from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.field_checks import read_json_object, shown
 from megatron_dmc.checkpoint.integrity import verify_checksums
+from megatron_dmc.checkpoint.megatron_args import from_megatron_args, saved_args
 from megatron_dmc.checkpoint.torch_dist_places import Place, chunk_of, places_of
 from megatron_dmc.checkpoint.weights import megatron_shapes
 from megatron_dmc.errors import CheckpointError
@@ -289,7 +290,7 @@ class TorchDistCheckpoint:
         Args:
             vocab_size: the tokenizer's, used where the run was given no --vocab-size.
         """
-        description = ModelDescription.from_megatron_args(self.args, vocab_size=vocab_size)
+        description = from_megatron_args(self.args, vocab_size=vocab_size)
         embedding = self.stored.get("embedding.word_embeddings.weight")
         if embedding is not None:
             description.dtype = embedding.dtype

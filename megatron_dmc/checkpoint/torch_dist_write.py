@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.integrity import write_checksums
+from megatron_dmc.checkpoint.megatron_args import to_megatron_args
 from megatron_dmc.checkpoint.single_process import ensure_single_process
 from megatron_dmc.checkpoint.torch_dist import RELEASE, TRACKER_FILE
 from megatron_dmc.checkpoint.torch_dist_places import Place, chunk_of, places_of
@@ -173,7 +174,7 @@ def write(
     folder = Path(path) / RELEASE
     folder.mkdir()
     common = {
-        "args": d.to_megatron_args(),
+        "args": to_megatron_args(d),
         "checkpoint_version": 3.0,
         "iteration": 0,
         "num_floating_point_operations_so_far": 0,

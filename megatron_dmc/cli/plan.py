@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megatron_dmc.checkpoint.megatron_args import megatron_flags
 from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.plan.arguments import LINK_EFFICIENCY, SIZES
 from megatron_dmc.plan.assumptions import GPUS, Assumptions
@@ -183,7 +184,7 @@ def as_document(
         "model": {
             "name": model.name,
             "parameters": model.num_parameters,
-            "flags": model.megatron_flags(),
+            "flags": megatron_flags(model),
         },
         "job": asdict(job),
         "gpu_memory_bytes": capacity,
@@ -284,7 +285,7 @@ def print_plans(
     )
     say(paragraph(best.layout.flags(job)))
     say("\nand for the model:\n")
-    say(paragraph(model.megatron_flags()))
+    say(paragraph(megatron_flags(model)))
     say(
         "\nThis is an estimate; nothing was run. Parameter counts are exact. Assumed:\n"
         f"  {a.peak_tflops:g} TFLOP/s bfloat16 peak, {a.efficiency:.0%} of it reached while "

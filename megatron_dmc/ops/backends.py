@@ -85,7 +85,7 @@ class Op:
                 raise ValueError(self._error(f"{source}={backend!r}", backend, x, *args))
             _announce(self.name, backend, x.device.type, x.dtype, (source,))
             return backend
-        reasons = []
+        reasons: list[str] = []
         for name, candidate in self.backends.items():
             if candidate.device not in (None, x.device.type):
                 continue

@@ -23,6 +23,11 @@ from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.hf_folder import write_folder
 from megatron_dmc.checkpoint.integrity import MANIFEST
 from megatron_dmc.checkpoint.load import full_forward, load_model, transformer_config
+from megatron_dmc.checkpoint.megatron_args import (
+    from_megatron_args,
+    megatron_flags,
+    to_megatron_args,
+)
 from megatron_dmc.checkpoint.tokenizer import check_vocab, find_tokenizer, load_tokenizer
 from megatron_dmc.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_dmc.checkpoint.torch_dist_write import SynchronousSave
@@ -228,7 +233,7 @@ def test_megatron_loads_what_convert_writes_and_back(llama, tmp_path):
     folder = tmp_path / "trained" / "iter_0000007"
     folder.mkdir(parents=True)
     (tmp_path / "trained" / "latest_checkpointed_iteration.txt").write_text("7")
-    args = description.to_megatron_args()
+    args = to_megatron_args(description)
     args.vocab_size = None  # as a run with a tokenizer has it
     dist_checkpointing.save(
         {"model": model.sharded_state_dict(metadata=metadata), "args": args, "iteration": 7},
@@ -253,6 +258,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.megatron_args import to_megatron_args
 from megatron_dmc.checkpoint.torch_dist_write import SynchronousSave
 from megatron_dmc.checkpoint.load import transformer_config
 
@@ -273,7 +279,7 @@ for tp, pp in [(2, 1), (1, 2)]:
         str(folder / "megatron" / "release"))
     model.load_state_dict(state["model"])
     dist_checkpointing.save({"model": model.sharded_state_dict(metadata=metadata),
-        "args": d.to_megatron_args(), "iteration": 1},
+        "args": to_megatron_args(d), "iteration": 1},
         str(folder / f"tp{tp}pp{pp}" / "iter_0000001"), SynchronousSave())
     parallel_state.destroy_model_parallel()
 """
@@ -306,11 +312,11 @@ def test_megatron_flags_are_accepted_and_say_the_same(llama):
     description = ModelDescription.from_hf_folder(llama)
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_megatron_arguments(parser)
-    args = parser.parse_args(description.megatron_flags())
-    again = ModelDescription.from_megatron_args(args)
+    args = parser.parse_args(megatron_flags(description))
+    again = from_megatron_args(args)
     assert replace(description, bos_token_id=None, eos_token_id=None) == again
-    saved = description.to_megatron_args()
-    assert ModelDescription.from_megatron_args(saved) == description
+    saved = to_megatron_args(description)
+    assert from_megatron_args(saved) == description
 
 
 # Tokenizers
@@ -334,10 +340,10 @@ def test_tokenizer_travels(llama, tmp_path, sentencepiece_model, caplog):
 
 def test_tokenizer_found_through_saved_arguments(llama, tmp_path, sentencepiece_model):
     description = convert("hf", "megatron", llama, tmp_path / "megatron")
-    args = description.to_megatron_args()
-    assert ModelDescription.from_megatron_args(args).vocab_size == VOCAB
+    args = to_megatron_args(description)
+    assert from_megatron_args(args).vocab_size == VOCAB
     args.vocab_size = None
-    assert ModelDescription.from_megatron_args(args, vocab_size=40).vocab_size == 40
+    assert from_megatron_args(args, vocab_size=40).vocab_size == 40
     assert find_tokenizer(tmp_path / "megatron", args) is None
     args.tokenizer_model = str(sentencepiece_model)
     assert find_tokenizer(tmp_path / "megatron", args) == sentencepiece_model
@@ -495,10 +501,10 @@ def test_both_spellings_of_rope(llama):
     ],
 )
 def test_unsupported_megatron_models(llama, name, value, flag):
-    args = Namespace(**vars(ModelDescription.from_hf_folder(llama).to_megatron_args()))
+    args = Namespace(**vars(to_megatron_args(ModelDescription.from_hf_folder(llama))))
     setattr(args, name, value)
     with pytest.raises(UnsupportedConfig, match=flag):
-        ModelDescription.from_megatron_args(args)
+        from_megatron_args(args)
 
 
 def test_output_is_not_overwritten(llama, tmp_path):

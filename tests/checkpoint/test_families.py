@@ -26,6 +26,11 @@ from megatron_dmc.checkpoint.convert import convert
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.families import FAMILIES
 from megatron_dmc.checkpoint.load import full_forward, load_model, rotary_embedding
+from megatron_dmc.checkpoint.megatron_args import (
+    from_megatron_args,
+    megatron_flags,
+    to_megatron_args,
+)
 from megatron_dmc.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_dmc.checkpoint.weights import join, megatron_shapes, shard
 from megatron_dmc.errors import UnsupportedConfig
@@ -191,7 +196,7 @@ def test_experts_that_are_stored_one_by_one(tmp_path):
     folder.mkdir(parents=True)
     sharded = loaded.model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
     dist_checkpointing.save(
-        {"model": sharded, "args": loaded.description.to_megatron_args(), "iteration": 3},
+        {"model": sharded, "args": to_megatron_args(loaded.description), "iteration": 3},
         str(folder), SynchronousSave(),
     )  # fmt: skip
     assert any(
@@ -211,11 +216,11 @@ def test_megatron_flags_say_the_same(tmp_path):
         d = ModelDescription.from_hf_config(config.to_dict() | {"architectures": None})
         parser = argparse.ArgumentParser(allow_abbrev=False)
         add_megatron_arguments(parser)
-        again = ModelDescription.from_megatron_args(parser.parse_args(d.megatron_flags()))
+        again = from_megatron_args(parser.parse_args(megatron_flags(d)))
         # Megatron has no flag for a family that computes as another does, nor for special tokens
         same = {"model_type", "bos_token_id", "eos_token_id", "pad_token_id"}
         assert replace(again, **{n: getattr(d, n) for n in same}) == d
-        assert ModelDescription.from_megatron_args(d.to_megatron_args()) == d
+        assert from_megatron_args(to_megatron_args(d)) == d
 
 
 @pytest.mark.parametrize(

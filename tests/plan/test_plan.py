@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_dmc.checkpoint.megatron_args import megatron_flags
 from megatron_dmc.cli.main import main as cli
 from megatron_dmc.cli.plan import best_first, make_plans
 from megatron_dmc.errors import UnsupportedConfig
@@ -54,7 +55,7 @@ def model_named(name: str):
 @pytest.fixture(scope="module")
 def measured():
     layouts = [
-        {"world_size": 64, "flags": model_named(name).megatron_flags() + layout.flags(JOB)}
+        {"world_size": 64, "flags": megatron_flags(model_named(name)) + layout.flags(JOB)}
         for name, layout in BUILT
     ]
     root = Path(__file__).parents[2]
@@ -357,7 +358,7 @@ def test_sbatch_files_hold_what_the_plan_says(name):
     job, model = Job(8 * nodes), find_model(name)
     assumptions = Assumptions()  # of h100
     best = best_first(make_plans(model, job, assumptions), 64e9)[0]
-    for array, flags in (("MODEL", model.megatron_flags()), ("LAYOUT", best.layout.flags(job))):
+    for array, flags in (("MODEL", megatron_flags(model)), ("LAYOUT", best.layout.flags(job))):
         assert text.split(f"\n{array}=(")[1].split("\n)")[0].split() == flags
 
 

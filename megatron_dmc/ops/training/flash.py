@@ -334,7 +334,12 @@ KERNELS = {kernel.name: kernel for kernel in _STOCK}
 """By name, in order of preference; flash, cudnn, efficient and cpu are PyTorch's own. cuDNN is often the
 faster of PyTorch's two on Hopper, but has open reports of wrong results with few key heads."""
 
-ATTENTION = Op("attention", **{name: Backend(lambda op, k=k: k) for name, k in KERNELS.items()})
+
+def _backend(kernel: Kernel) -> Backend:
+    return Backend(lambda op: kernel)
+
+
+ATTENTION = Op("attention", **{name: _backend(kernel) for name, kernel in KERNELS.items()})
 """Training attention's stock kernels. The arguments are (q, k, v, causal)."""
 
 
