@@ -79,8 +79,8 @@ def append_bytes(
 def backends(settings: Settings, dim: int) -> list[str]:
     """Those that take these tensors; PyTorch only where nothing else runs."""
     like = torch.empty(0, dim, dtype=settings.dtype, device=settings.device)
-    found = [name for name in ("cuda", "triton") if not DECODE.refusal(name, like, PAGE_SIZE)]
-    return found if settings.on_gpu and found else ["torch"]
+    names = ("cuda", "triton") if settings.on_gpu else ("cpu",)
+    return [name for name in names if not DECODE.refusal(name, like, PAGE_SIZE)] or ["torch"]
 
 
 def layers_of(settings: Settings, needed: int) -> int:
@@ -251,7 +251,14 @@ def run(args: argparse.Namespace) -> int:
     if cache_dtype == settings.dtype:  # 8-bit pages are prefilled by PyTorch
         prefilled = list(
             prefill_rows(
-                settings, prompts, prefill_crs, heads, dim, groups, backends(settings, dim), rate
+                settings,
+                prompts,
+                prefill_crs,
+                heads,
+                dim,
+                groups,
+                chosen if settings.on_gpu else ["torch"],
+                rate,
             )
         )
     result = document(

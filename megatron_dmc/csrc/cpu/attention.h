@@ -92,33 +92,49 @@ inline void dot_four(const bf16* k, int dim, const bf16* q_RD, float* out) {
 }
 #endif
 
-// C steps of channels of R outputs: out = out * decay + sum over a tile's entries of weight * value.
-template <class S, int R, int C>
+// One step of channels of R outputs: out = out * decay + sum over a tile's entries of weight * value. Even and
+// odd entries have sums of their own where registers are left.
+template <class S, int R>
 inline void add_values(const S* v_pages, const Octets& tile, int dim, int channel,
                        const float* weights, const float* decay, float* out_RD) {
-  Vec sums[R][2 * C];
-  for (int r = 0; r < R; ++r)
-    for (int i = 0; i < 2 * C; ++i)
-      sums[r][i] = Vec::loadu(out_RD + r * dim + channel + i * kLanes) * Vec(decay[r]);
-  for (int o = 0; o * kOctet < tile.count; ++o) {
-    const S* v = v_pages + tile.slot[o] * dim + channel;
-    const int last = std::min(kOctet, tile.count - o * kOctet);
-    for (int e = 0; e < last; ++e) {
-#pragma GCC unroll 4
-      for (int i = 0; i < C; ++i) {
-        Vec a, b;
-        load(v + e * dim + i * kStep, a, b);
+  constexpr int kSums = R < 3 ? 2 : 1;
+  Vec sums[kSums][R][2];
 #pragma GCC unroll 3
-        for (int r = 0; r < R; ++r) {
-          const Vec weight(weights[r * kTile + o * kOctet + e]);
-          sums[r][2 * i] = at::vec::fmadd(a, weight, sums[r][2 * i]);
-          sums[r][2 * i + 1] = at::vec::fmadd(b, weight, sums[r][2 * i + 1]);
-        }
-      }
+  for (int r = 0; r < R; ++r) {
+    load(out_RD + r * dim + channel, sums[0][r][0], sums[0][r][1]);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      sums[0][r][i] = sums[0][r][i] * Vec(decay[r]);
+      if (kSums == 2) sums[kSums - 1][r][i] = Vec(0.0f);
     }
   }
+  const auto add = [&](const S* v, const float* weight, Vec(&to)[R][2]) {
+    Vec a, b;
+    load(v, a, b);
+#pragma GCC unroll 3
+    for (int r = 0; r < R; ++r) {
+      const Vec w(weight[r * kTile]);
+      to[r][0] = at::vec::fmadd(a, w, to[r][0]);
+      to[r][1] = at::vec::fmadd(b, w, to[r][1]);
+    }
+  };
+  for (int o = 0; o * kOctet < tile.count; ++o) {
+    const S* v = v_pages + tile.slot[o] * dim + channel;
+    const float* weight = weights + o * kOctet;
+    if ((o + 1) * kOctet <= tile.count) {
+#pragma GCC unroll 8
+      for (int e = 0; e < kOctet; ++e) add(v + e * dim, weight + e, sums[e % kSums]);
+    } else {  // slots without entries hold anything
+      for (int e = 0; o * kOctet + e < tile.count; ++e) add(v + e * dim, weight + e, sums[0]);
+    }
+  }
+#pragma GCC unroll 3
   for (int r = 0; r < R; ++r)
-    for (int i = 0; i < 2 * C; ++i) sums[r][i].store(out_RD + r * dim + channel + i * kLanes);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const Vec sum = kSums == 2 ? sums[0][r][i] + sums[kSums - 1][r][i] : sums[0][r][i];
+      sum.store(out_RD + r * dim + channel + i * kLanes);
+    }
 }
 
 #ifdef __AVX512BF16__
@@ -136,6 +152,7 @@ struct State {
   alignas(64) Query q[kMaxGroup * kMaxDim];  // bf16: in their own order
   alignas(64) float out[kMaxGroup * kMaxDim];  // not divided by `sum` yet
   alignas(64) float scores[kMaxGroup * kTile];
+  float k_scales[kTile], v_scales[kTile];  // of entries of 8 bits
   float max[kMaxGroup], sum[kMaxGroup], decay[kMaxGroup];
 };
 
@@ -249,6 +266,10 @@ struct Attention {
                            : then   ? tile_of(*then, 0)
                                     : Octets(p.kv, nullptr, 0, 0);
       score(s, tile, ahead);
+      if constexpr (is_8bit<S>) {
+        gather(p.kv.k_scales_PS, tile, s.k_scales);
+        gather(p.kv.v_scales_PS, tile, s.v_scales);
+      }
       for (int r = 0; r < group; ++r) weigh(s, r, tile);
       add(s, tile, ahead);
       tile = ahead;
@@ -286,64 +307,57 @@ struct Attention {
     }
   }
 
+  // The scales of a tile's entries, in order.
+  static void gather(const float* scales_PS, const Octets& tile, float* to) {
+    for (int o = 0; o * kOctet < tile.count; ++o)
+      std::copy_n(scales_PS + tile.slot[o], kOctet, to + o * kOctet);
+  }
+
   // Scores of a query become weights.
   void weigh(State<S>& s, int r, const Octets& tile) const {
     float* x = s.scores + r * kTile;
-    for (int o = 0; o * kOctet < tile.count; ++o) {
-      const float* scales = is_8bit<S> ? p.kv.k_scales_PS + tile.slot[o] : nullptr;
-      for (int e = 0; e < kOctet; ++e)
-        x[o * kOctet + e] *= is_8bit<S> ? scales[e] * p.scale : p.scale;
+    const Vec scale(p.scale);
+    const int end = (tile.count + kLanes - 1) / kLanes * kLanes;
+    Vec most_of(-INFINITY);
+    for (int e = 0; e < end; e += kLanes) {
+      Vec score = Vec::loadu(x + e) * scale;
+      if constexpr (is_8bit<S>) score = score * Vec::loadu(s.k_scales + e);
+      score.store(x + e);
+      if (e + kLanes <= tile.count) most_of = at::vec::maximum(most_of, score);
     }
-    const float of_tile = largest(x, tile.count);
-    const float most = of_tile <= s.max[r] ? s.max[r] : of_tile;
+    float most = largest(most_of);
+    for (int e = tile.count / kLanes * kLanes; e < tile.count; ++e)
+      most = x[e] > most || x[e] != x[e] ? x[e] : most;
+    for (int e = tile.count; e < end; ++e) x[e] = -INFINITY;
+    most = most <= s.max[r] ? s.max[r] : most;
     const float base = most == -INFINITY ? 0.0f : most;
-    for (int e = tile.count; e % kLanes; ++e) x[e] = -INFINITY;
     Vec sums(0.0f);
-    for (int e = 0; e < tile.count; e += kLanes) {
-      const Vec weight = (Vec::loadu(x + e) - Vec(base)).exp_u20();
-      weight.store(x + e);
+    for (int e = 0; e < end; e += kLanes) {
+      Vec weight = (Vec::loadu(x + e) - Vec(base)).exp_u20();
       sums = sums + weight;
+      if constexpr (is_8bit<S>) weight = weight * Vec::loadu(s.v_scales + e);
+      weight.store(x + e);
     }
-    float lanes[kLanes], sum = 0.0f;
-    sums.store(lanes);
-    for (float lane : lanes) sum += lane;
     s.decay[r] = std::exp(s.max[r] - base);
     // of NaN the exponential above makes a number
-    s.sum[r] = base - base == 0.0f ? s.sum[r] * s.decay[r] + sum : NAN;
+    s.sum[r] = base - base == 0.0f ? s.sum[r] * s.decay[r] + sum_lanes(sums) : NAN;
     s.max[r] = most;
-    if constexpr (is_8bit<S>) {
-      for (int o = 0; o * kOctet < tile.count; ++o) {
-        const float* scales = p.kv.v_scales_PS + tile.slot[o];
-        const int last = std::min(kOctet, tile.count - o * kOctet);
-        for (int e = 0; e < last; ++e) x[o * kOctet + e] *= scales[e];
-      }
-    }
   }
 
   void add(State<S>& s, const Octets& tile, const Octets& ahead) const {
-    const int bytes = int(dim * sizeof(S)) * kOctet, steps = dim / kStep;
+    const int steps = dim / kStep;
     int fetched = 0;
-    for (int at = 0; at < steps;) {
-      const int two = at + 2 <= steps ? 2 : 1;
-      for (; fetched < kOctets * (at + two) / steps; ++fetched) {
+    for (int at = 0; at < steps; ++at) {
+      for (; fetched < kOctets * (at + 1) / steps; ++fetched) {
         if (fetched * kOctet >= ahead.count) continue;
-        fetch(v_pages + ahead.slot[fetched] * dim, bytes);
+        fetch(v_pages + ahead.slot[fetched] * dim, kOctet * dim * int(sizeof(S)));
         if constexpr (is_8bit<S>) fetch(p.kv.v_scales_PS + ahead.slot[fetched], 1);
       }
-      if (two == 2) {
-        add_steps<2>(s, tile, at * kStep);
-      } else {
-        add_steps<1>(s, tile, at * kStep);
-      }
-      at += two;
+      by_threes(group, [&](int r, auto count) {
+        add_values<S, decltype(count)::value>(v_pages, tile, dim, at * kStep, s.scores + r * kTile,
+                                              s.decay + r, s.out + r * dim);
+      });
     }
-  }
-  template <int C>
-  void add_steps(State<S>& s, const Octets& tile, int c) const {
-    by_threes(group, [&](int r, auto count) {
-      add_values<S, decltype(count)::value, C>(v_pages, tile, dim, c, s.scores + r * kTile,
-                                               s.decay + r, s.out + r * dim);
-    });
   }
 
   void write(const float* out_RD, const float* sum_R, T* out) const {

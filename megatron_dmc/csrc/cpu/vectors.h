@@ -27,23 +27,27 @@ inline void load(const float* p, Vec& a, Vec& b) {
   a = Vec::loadu(p);
   b = Vec::loadu(p + kLanes);
 }
+inline Ints upwards(const Ints& x);  // by 16 bits
 inline void load(const bf16* p, Vec& a, Vec& b) {
   const Ints pairs = Ints::loadu(p);
-  a = float_of_bits(pairs << Ints(16));
+  a = float_of_bits(upwards(pairs));
   b = float_of_bits(pairs & Ints(int32_t(0xffff0000)));
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
+inline Ints upwards(const Ints& x) { return _mm512_slli_epi32(x, 16); }
 inline Vec widened(const int8* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
 inline Ints bytes(const e4m3* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 #elif defined(CPU_CAPABILITY_AVX2)
+inline Ints upwards(const Ints& x) { return _mm256_slli_epi32(x, 16); }
 inline Vec widened(const int8* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
 inline Ints bytes(const e4m3* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 #else
+inline Ints upwards(const Ints& x) { return x << Ints(16); }
 inline Vec widened(const int8* p) {
   float x[kLanes];
   for (int i = 0; i < kLanes; ++i) x[i] = p[i].bits;
@@ -115,10 +119,18 @@ inline void sum_lanes(const Vec& a, const Vec& b, const Vec& c, const Vec& d, fl
 }
 #endif
 
-inline float largest(const float* x, int count) {  // NaN if one is
-  float most = -INFINITY;
-  for (int i = 0; i < count; ++i) most = x[i] > most || x[i] != x[i] ? x[i] : most;
+// Over the lanes; the largest is NaN if one is.
+inline float largest(const Vec& x) {
+  float lanes[kLanes], most = -INFINITY;
+  x.store(lanes);
+  for (float lane : lanes) most = lane > most || lane != lane ? lane : most;
   return most;
+}
+inline float sum_lanes(const Vec& x) {
+  float lanes[kLanes], sum = 0.0f;
+  x.store(lanes);
+  for (float lane : lanes) sum += lane;
+  return sum;
 }
 
 }  // namespace CPU_CAPABILITY
