@@ -150,7 +150,7 @@ def check(engine: LLMEngine) -> float:
     device = tables.num_entries_LRG.device
     rows = torch.tensor([request.row for request in engine.scheduler.running], device=device)
     (q,) = decode_case.random_heads(
-        len(rows), [d.num_attention_heads], d.kv_channels, dtype=engine._dtype, device=device,
+        len(rows), [d.num_attention_heads], d.kv_channels, dtype=context._like.dtype, device=device,
         seed=1,
     )  # fmt: skip
     if context.rule is not None:
