@@ -32,6 +32,8 @@ NEIGHBOUR = {"prompt": [5, 6, 7], "max_tokens": 40, "seed": 3, "logprobs": 2, "i
 class Template:
     """A chat template: "broken" breaks it."""
 
+    exists = True
+
     def token_ids(self, messages, **_):
         if messages[0]["content"] == "broken":
             raise ZeroDivisionError("template")
