@@ -15,7 +15,7 @@ from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import gates, reference, rope
 from megatron_dmc.ops.paged import decode, kv_pages
 from megatron_dmc.ops.paged.kv_pages import Pages, ScaledPages
-from megatron_dmc.ops.paged.layer_cache import LayerCache
+from megatron_dmc.ops.paged.layer_cache import DelayedDecisions, LayerCache
 from megatron_dmc.ops.paged.pages import FreePages
 from megatron_dmc.ops.training.merge import num_kept
 
@@ -57,9 +57,20 @@ def entries_of(cache: LayerCache, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def results_of(out: Tensor, cache: LayerCache) -> list[Tensor]:
-    """The results by which an op that appends is checked: output, live entries and open segments."""
+    """The results by which an op that appends is checked: output, live entries, open segments and, with a
+    delay, the importances in the rings."""
     assert cache.segments_RGUA is not None
-    return [out, entries_of(cache), cache.segments_RGUA]
+    late = [] if cache.delayed is None else [cache.delayed.omega_XGW]
+    return [out, entries_of(cache), cache.segments_RGUA, *late]
+
+
+def names_of(cache: LayerCache, out: str) -> list[str]:
+    """Of `results_of`."""
+    return [out, "entries", "segments"] + (["late importances"] if cache.delayed else [])
+
+
+def _decisions(cache: LayerCache) -> Tensor:
+    return torch.empty(0) if cache.delayed is None else cache.delayed.is_merge_XGW
 
 
 def _some(pages: Pages, page_ids: Tensor) -> Pages:
@@ -78,6 +89,7 @@ def random_cache(
     room: int = 0,
     num_free: int = 0,
     merge_window: int = 0,
+    merge_delay: int = 0,
     seed: int = 0,
     in_order: bool = False,
 ) -> LayerCache:
@@ -87,6 +99,7 @@ def random_cache(
         cache_dtype: what pages hold; None: `dtype`.
         room: width of the block table beyond the longest head, in pages; -1 there.
         num_free: free pages besides those in the tables.
+        merge_delay: the heads' first slots are a ring of this many tokens.
         in_order: pages are dealt out head by head instead.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -109,12 +122,13 @@ def random_cache(
     cache.poison()
     entries = torch.arange(int(lengths.max()), device=device).expand(num_rows, num_kv_heads, -1)
     slots = cache.slots(slice(None), entries) if total else entries
-    live = slots[entries < lengths[..., None]]
+    is_live = entries < lengths[..., None]
+    live, is_merged = slots[is_live], entries[is_live] >= merge_delay
     for pages in (k_pages, v_pages):
-        for some in live.split(_AT_ONCE):
+        for some, merged in zip(live.split(_AT_ONCE), is_merged.split(_AT_ONCE), strict=True):
             rows = torch.randn(len(some), dim, generator=on_device, device=device)
             if pages is k_pages:
-                gates.borrowed(rows).zero_()
+                gates.borrowed(rows)[merged] = 0.0
             kv_pages.store(pages, some, rows)
     state = torch.randn(
         num_rows, num_kv_heads, num_kept(merge_window), 2 * dim + 1, generator=on_device,
@@ -122,7 +136,11 @@ def random_cache(
     )  # fmt: skip
     state[..., -1] = state[..., -1].abs() + 0.1
     free_pages = FreePages.of(order[total:].to(device))
-    return replace(cache, segments_RGUA=state, free_pages=free_pages)
+    delayed = None
+    if merge_delay:
+        rings = torch.rand(num_rows, num_kv_heads, merge_delay, generator=on_device, device=device)
+        delayed = DelayedDecisions(rings > 0.5, rings + 0.1)
+    return replace(cache, segments_RGUA=state, free_pages=free_pages, delayed=delayed)
 
 
 def random_heads(
@@ -190,7 +208,8 @@ def _append_in_float64(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    freqs_BF: Tensor | None,
+    angles_XF: Tensor | None,
+    positions_B: Tensor,
     *,
     alpha_offset: float | None,
     merge_window: int = 0,
@@ -202,12 +221,12 @@ def _append_in_float64(
     if alpha_offset is not None:
         is_merge, omega = gates.decide(q, k, alpha_offset=alpha_offset, may_merge=may_merge)
         given = is_merge, omega.double()
-    freqs_BF = None if freqs_BF is None else freqs_BF.double()
-    decode.torch_append(
-        cache, rows_B, k.double(), v.double(), given,
-        rope.cosine_and_sine(freqs_BF, torch.float64), merge_window=merge_window,
+    angles_XF = None if angles_XF is None else angles_XF.double()
+    return decode.gate_and_append(
+        cache, rows_B, q.double(), k.double(), v.double(),
+        rope.cosine_and_sine(angles_XF, torch.float64), positions_B, alpha_offset=alpha_offset,
+        merge_window=merge_window, gates_BG=given, backend="torch",
     )  # fmt: skip
-    return rope.rotate_by(q.double(), freqs_BF, compress=given is not None)
 
 
 def check_append(
@@ -243,15 +262,15 @@ def check_append(
     q_ours = run(append, cache)
     q_honest = run(functools.partial(decode.gate_and_append, backend="torch"), honest)
     live = rows_B >= 0
-    freqs_BF = None if angles_XF is None else angles_XF[positions_B[live]]
     q_exact = _append_in_float64(
-        exact, rows_B[live], q[live], k[live], v[live], freqs_BF, **options
+        exact, rows_B[live], q[live], k[live], v[live], angles_XF, positions_B[live], **options
     )
     assert cache.free_pages is not None and exact.free_pages is not None
     for name, ours, spec in (
         ("entry counts", cache.num_entries_RG, exact.num_entries_RG),
         ("pages held", cache.block_table_RGM >= 0, exact.block_table_RGM >= 0),
         ("state of the free list", cache.free_pages.state, exact.free_pages.state),
+        ("decisions in the rings", _decisions(cache), _decisions(exact)),
     ):
         if not torch.equal(ours, spec):
             raise DMCError(f"{name} differ: {ours.tolist()}, by the specification {spec.tolist()}")
@@ -263,7 +282,7 @@ def check_append(
     if written != appended:
         raise DMCError(f"{int(written)} slots were filled for {int(appended)} new entries")
     return errors_within_twice_the_yardstick(
-        ["q", "entries", "segments"],
+        names_of(cache, "q"),
         results_of(q_ours[live], cache),
         results_of(q_exact, exact),
         results_of(q_honest[live], honest),

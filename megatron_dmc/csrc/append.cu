@@ -6,17 +6,21 @@ namespace {
 
 constexpr int kThreads = 128;
 
-template <class T, class S, int kHeadDim>
+template <class T, class S, int kHeadDim, bool kDelayed>
 __global__ void __launch_bounds__(kThreads) append_kernel(__grid_constant__ const AppendParams<T> p) {
   const int index = (blockIdx.x * kThreads + threadIdx.x) / kWarp;
-  if (index < p.num_requests * p.num_kv_heads) append_token<T, S, kHeadDim>(p, index);
+  if (index < p.num_requests * p.num_kv_heads) append_token<T, S, kHeadDim, kDelayed>(p, index);
 }
 
 template <class T, class S, int kHeadDim>
 cudaError_t launch(const AppendParams<T>& p, cudaStream_t stream) {
   const int heads = p.num_requests * p.num_kv_heads;
   const int blocks = (heads * kWarp + kThreads - 1) / kThreads;
-  append_kernel<T, S, kHeadDim><<<blocks, kThreads, 0, stream>>>(p);
+  if (p.merge_delay) {
+    append_kernel<T, S, kHeadDim, true><<<blocks, kThreads, 0, stream>>>(p);
+  } else {
+    append_kernel<T, S, kHeadDim, false><<<blocks, kThreads, 0, stream>>>(p);
+  }
   return cudaGetLastError();
 }
 

@@ -17,7 +17,8 @@ constexpr const char* kAppendSchema =
     "Tensor? sin, Tensor positions, Tensor(a!) k_pages, Tensor(b!) v_pages, "
     "Tensor(h!)? k_scales, Tensor(i!)? v_scales, Tensor(c!) block_table, Tensor(d!) num_entries, "
     "Tensor(e!)? segments, Tensor rows, Tensor? free_page_ids, Tensor(f!)? free_state, "
-    "Tensor(g!)? q_out, bool compress, bool may_merge, float alpha_offset, int merge_window) -> ()";
+    "Tensor(j!)? late_merge, Tensor(k!)? late_omega, Tensor(g!)? q_out, bool compress, "
+    "bool may_merge, float alpha_offset, int merge_window) -> ()";
 
 float epsilon(ScalarType dtype) {
   switch (dtype) {
@@ -34,6 +35,7 @@ void decode_append(const OptionalTensor& q, const Tensor& k, const Tensor& v,
                    const OptionalTensor& v_scales, const Tensor& table, const Tensor& entries,
                    const OptionalTensor& segments, const Tensor& rows,
                    const OptionalTensor& free_ids, const OptionalTensor& free_state,
+                   const OptionalTensor& late_merge, const OptionalTensor& late_omega,
                    const OptionalTensor& q_out, bool compress, bool may_merge, double alpha_offset,
                    int64_t merge_window) {
   check_shape(k, "k", {kAny, kAny, kAny});
@@ -81,11 +83,22 @@ void decode_append(const OptionalTensor& q, const Tensor& k, const Tensor& v,
     check_dtype(*free_state, "free_state", ScalarType::Int);
     check_dense(*free_state, "free_state");
   }
+  TORCH_CHECK_VALUE(late_merge.has_value() == late_omega.has_value() && (!late_merge || compress),
+                    "late_merge and late_omega go together, when compressing");
+  if (late_merge) {
+    check_shape(*late_merge, "late_merge", {table.size(0), heads, kAny});
+    check_dtype(*late_merge, "late_merge", ScalarType::Bool);
+    check_dense(*late_merge, "late_merge");
+    check_shape(*late_omega, "late_omega", {table.size(0), heads, late_merge->size(2)});
+    check_dtype(*late_omega, "late_omega", ScalarType::Float);
+    check_dense(*late_omega, "late_omega");
+  }
   check_devices({{"k", k}, {"v", v}, {"positions", positions}, {"k_pages", k_pages},
                  {"v_pages", v_pages}, {"block_table", table}, {"num_entries", entries},
                  {"rows", rows}, {"q", q}, {"is_merge", is_merge}, {"omega", omega}, {"cos", cos},
                  {"sin", sin}, {"segments", segments}, {"free_page_ids", free_ids},
-                 {"free_state", free_state}, {"q_out", q_out}});
+                 {"free_state", free_state}, {"late_merge", late_merge},
+                 {"late_omega", late_omega}, {"q_out", q_out}});
 
   launch_for(k, [&](auto type) {
     using T = decltype(type);
@@ -119,6 +132,9 @@ void decode_append(const OptionalTensor& q, const Tensor& k, const Tensor& v,
     p.num_requests = int(batch);
     p.num_kv_heads = int(heads);
     p.merge_window = int(merge_window);
+    p.late_merge_RGW = data<uint8_t>(late_merge);
+    p.late_omega_RGW = data<float>(late_omega);
+    p.merge_delay = late_merge ? int(late_merge->size(2)) : 0;
     p.num_free = free_ids ? int(free_ids->size(0)) : 0;
     p.alpha_offset = float(alpha_offset);
     p.eps = epsilon(dtype);

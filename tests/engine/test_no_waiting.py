@@ -41,7 +41,14 @@ EVERYTHING = [
 
 @pytest.mark.parametrize(
     "rule, stored",
-    [({}, None), ({}, torch.int8), ({"merge_window": 4}, None), ({"shared_decisions": True}, None)],
+    [
+        ({}, None),
+        ({}, torch.int8),
+        ({"merge_window": 4}, None),
+        ({"shared_decisions": True}, None),
+        ({"merge_delay": 3}, None),
+        ({"merge_delay": 3, "shared_decisions": True}, torch.int8),
+    ],
     ids=str,
 )
 def test_the_model_asks_the_device_nothing(rule, stored, monkeypatch):

@@ -108,9 +108,9 @@ def test_kernels_compile_without_spills(target, everything, tmp_path):
     prefill = {"tail_kernel", "carry_kernel", "write_kernel", "keep_kernel", "prefill_kernel"}
     decode = {"append_kernel", "attend_kernel", "join_kernel", "plan_kernel", "release_kernel"}
     assert kinds == decode | prefill
-    # append and attend for each kind of page; prefill writes the model's dtype
+    # append (with and without a delay) and attend for each kind of page; prefill writes the model's dtype
     dtypes, stored = (2, 3) if everything else (1, 2)
-    assert len(found) == dtypes * (stored * (4 + 7) + 4 + 20) + 2
+    assert len(found) == dtypes * (stored * (8 + 7) + 4 + 20) + 2
 
 
 USE_EXTENSION = """
@@ -127,7 +127,7 @@ ops = torch.ops.megatron_dmc
 mutated = [a.name for a in ops.decode_append.default._schema.arguments
            if a.alias_info is not None and a.alias_info.is_write]
 assert mutated == ["k_pages", "v_pages", "k_scales", "v_scales", "block_table", "num_entries",
-                   "segments", "free_state", "q_out"], mutated
+                   "segments", "free_state", "late_merge", "late_omega", "q_out"], mutated
 assert all(a.alias_info.is_write for a in ops.release_pages.default._schema.arguments)
 
 def tensors(device, dim=128, page=16, dtype=torch.bfloat16):

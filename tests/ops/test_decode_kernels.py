@@ -41,8 +41,8 @@ def test_cases_on_the_gpu(backend):
 TYPES = {
     "p_is_merge": "*u8", "p_positions": "*i64", "p_rows": "*i64", "p_table": "*i32",
     "p_entries": "*i64", "p_segments": "*fp32", "p_free": "*i32", "p_free_state": "*i32",
-    "p_plan": "*i32", "p_part": "*fp32", "p_part_lse": "*fp32", "alpha_offset": "fp32",
-    "eps": "fp32", "p_ids": "*i32", "p_extra": "*i32",
+    "p_late_merge": "*u8", "p_late_omega": "*fp32", "p_plan": "*i32", "p_part": "*fp32",
+    "p_part_lse": "*fp32", "alpha_offset": "fp32", "eps": "fp32", "p_ids": "*i32", "p_extra": "*i32",
 }  # fmt: skip
 PAGE_TYPES = [
     {"p_k_pages": pages, "p_v_pages": pages, "p_k_scales": scales, "p_v_scales": scales}
@@ -71,14 +71,14 @@ def release_kernel():
     yield release.release_kernel, 4, dict(BLOCK=release.BLOCK)
 
 
-def append_kernel(group, dim, window, stored):
+def append_kernel(group, dim, window, stored, delay=0):
     from megatron_dmc.ops.triton import decode_append as kernels
 
     half = dim // 2
     constants = dict(
         D=dim, S=16, U=max(window, 1), R=group, HALF=half, H=1 << (half - 1).bit_length(), Z=1,
         COMPRESS=True, GATES_GIVEN=False, MAY_MERGE=True, WINDOWED=window > 0, ROTATE_Q=True,
-        TAKE_PAGES=True, STORED=stored,
+        TAKE_PAGES=True, STORED=stored, DELAY=delay,
     )  # fmt: skip
     yield kernels.append_kernel, 1, constants
 
@@ -95,6 +95,7 @@ def test_kernels_compile_without_a_gpu_and_without_spills(full_size):
     for capability in (80, 90):
         for group, dim, stored in shapes if full_size else ((8, 128, 0), (8, 128, 1)):
             cases = [*append_kernel(group, dim, 0, stored), *attention_kernels(group, dim, stored)]
+            cases += append_kernel(group, dim, 0, stored, delay=16)
             cases += release_kernel()
             if full_size and not stored:
                 cases += append_kernel(group, dim, 12, stored)

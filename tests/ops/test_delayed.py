@@ -168,6 +168,23 @@ def test_slots_are_those_of_the_entries_and_the_ring():
     assert merges > 0
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+def test_8_bit_pages_with_any_chunks(kv_cache_dtype):
+    """A token is seen and merged as the pages hold it, in the chunk that brings it as well."""
+    results = []
+    for budget in (1, 7, 64):
+        engine = make_engine(
+            dmc_config(merge_delay=3), kv_cache_dtype=kv_cache_dtype, max_num_batched_tokens=budget
+        )
+        for i, prompt in enumerate(make_prompts(4, seed=6)):
+            engine.add_request(str(i), prompt, greedy_params(10))
+        outputs = drain(engine)
+        results.append({
+            i: (o.outputs[0].token_ids, o.metrics.num_entries) for i, o in outputs.items()
+        })  # fmt: skip
+    assert results[0] == results[1] == results[2]
+
+
 def test_without_merging_nothing_waits():
     engine = make_engine(dmc_config(merge_delay=3), enable_dmc=False)
     (prompt,) = make_prompts(1, seed=4)

@@ -62,9 +62,10 @@ class AppendParams(ctypes.Structure):
     _fields_ = [
         ("kv", PagedKV),
         *fields("q k v q_out cos sin is_merge omega positions rows segments", ctypes.c_void_p),
-        *fields("free_ids free_state", ctypes.c_void_p),
+        *fields("free_ids free_state late_merge late_omega", ctypes.c_void_p),
         *fields("q_b q_n k_b k_g v_b v_g o_b o_n cos_x sin_x seg_r seg_g", ctypes.c_int64),
         *fields("num_requests num_kv_heads group half merge_window num_free", ctypes.c_int),
+        *fields("merge_delay", ctypes.c_int),
         *fields("alpha_offset eps", ctypes.c_float),
         *fields("compress may_merge", ctypes.c_bool),
     ]
@@ -150,17 +151,20 @@ def decode_append(
     segments, free = cache.segments_RGUA, cache.free_pages
     free_ids, free_state = (None, None) if free is None else (free.page_ids, free.state)
     out = None if q is None else torch.full(q.shape, float("nan"), dtype=q.dtype)
+    late_merge = late_omega = None
+    if cache.delayed is not None:
+        late_merge, late_omega = cache.delayed.is_merge_XGW, cache.delayed.omega_XGW
     zero = (0, 0)
     params = AppendParams(
         paged(cache, cache.num_entries_RG), *map(address, (q, k, v, out, cos, sin)),
         *map(address, (is_merge, omega, positions, rows, segments if compress else None)),
-        *map(address, (free_ids, free_state)),
+        *map(address, (free_ids, free_state, late_merge, late_omega)),
         *(zero if q is None else q.stride()[:2]), *k.stride()[:2], *v.stride()[:2],
         *(zero if out is None else out.stride()[:2]),
         *(0 if x is None else x.stride(0) for x in (cos, sin)), *segments.stride()[:2],
         k.shape[0], k.shape[1], 1 if q is None else q.shape[1] // k.shape[1],
         0 if cos is None else cos.shape[1] // 2, merge_window,
-        0 if free_ids is None else free_ids.numel(), alpha_offset, torch.finfo(k.dtype).eps,
+        0 if free_ids is None else free_ids.numel(), cache.merge_delay, alpha_offset, torch.finfo(k.dtype).eps,
         compress, may_merge,
     )  # fmt: skip
     call("append", params, k.dtype)

@@ -167,6 +167,60 @@ def test_append_equals_the_specification(case):
         )  # fmt: skip
 
 
+# group, head dim, rotary channels, page size, dtype, window, delay, free pages, pages' dtype
+DELAYED = [
+    (1, 64, 64, 8, HALF, 0, 1, 20, None),
+    (4, 128, 64, 8, HALF, 0, 11, 20, None),
+    (2, 96, 0, 8, torch.float32, 3, 4, 1, None),
+    (1, 96, 96, 8, HALF, 3, 4, 2, None),
+    (4, 64, 64, 8, HALF, 0, 4, 20, FP8),
+    (1, 64, 64, 16, HALF, 2, 4, 20, INT8),
+]
+DELAYED_LARGE = [
+    (group, dim, dim, page_size, dtype, window, delay, num_free, stored)
+    for stored in (None, FP8, INT8)
+    for group, dim, page_size in ((1, 64, 64), (8, 96, 32), (8, 128, 16), (1, 256, 8))
+    for dtype in (HALF, torch.float32)
+    for window, delay, num_free in ((0, 16, 30), (12, 3, 30), (0, 1, 2))
+    if stored is None or dtype == HALF
+]
+
+
+@pytest.mark.parametrize("case", chosen(DELAYED, DELAYED_LARGE), ids=str)
+def test_append_after_a_delay(case):
+    """Rings that fill, are full, and go round; segments that open behind the ring."""
+    group, dim, rotary, page_size, dtype, window, delay, num_free, stored = case
+    state = torch.tensor([
+        [0, 0],
+        [delay - 1, delay - 1],
+        [delay, delay],
+        [delay + 1, delay + page_size],
+        [2 * page_size, 3 * page_size],
+    ])  # fmt: skip
+    positions = torch.tensor([0, delay - 1, delay, delay + page_size, 40])
+    state[4] += -(-delay // page_size) * page_size
+    cache = decode_case.random_cache(
+        state, dim=dim, page_size=page_size, dtype=dtype, device=DEVICE, room=1,
+        num_free=num_free, merge_window=window, cache_dtype=stored, merge_delay=delay,
+    )  # fmt: skip
+    # where pages are short, those of one kind: the order in which rows take pages is not specified
+    rows = torch.tensor([2, -1, 0, 1, 3, 4] if num_free > 2 else [3, 4, 2, -1], device=DEVICE)
+    half = torch.rand(60, rotary // 2, generator=torch.Generator().manual_seed(7)) * 6
+    angles = torch.cat([half, half], dim=-1).to(DEVICE) if rotary else None
+    for step in range(3):
+        qkv = decode_case.random_heads(
+            len(rows), [2 * group, 2, 2], dim, dtype=dtype, device=DEVICE, seed=step,
+            strided=step == 0,
+        )  # fmt: skip
+        at = (positions[rows.cpu().clamp_min(0)] + step).to(DEVICE)
+        append = functools.partial(cache_ops.gate_and_append, backend=BACKEND)
+        decode_case.check_append(
+            append, qkv, angles, at, cache, rows, alpha_offset=0.2, merge_window=window
+        )
+        if num_free <= 2:
+            break  # heads without a page stand still, and their positions do not
+
+
 def test_every_run_gives_the_same_bits():
     """No race between the workers that share a head, nor between heads that take pages at once."""
     batch, num_kv_heads, runs = (64, 32, 20) if DEVICE == "cuda" else (2, 3, 2)

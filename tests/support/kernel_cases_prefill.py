@@ -12,8 +12,10 @@ from kernel_cases_decode import BACKEND, HALF, LARGE, chosen  # patches Triton
 from kernel_cases_merge import DEVICE
 
 from megatron_dmc.bench import decode_case, prefill_case
+from megatron_dmc.bench.measure import errors_within_twice_the_yardstick
 from megatron_dmc.ops.paged import prefill
 from megatron_dmc.ops.paged.chunks import Chunks
+from megatron_dmc.ops.paged.delayed import prefill_delayed
 
 # of the heads of a case, in turn
 RATES = [0.75, 0.0, 1.0, 0.5]
@@ -113,3 +115,59 @@ def test_a_segment_over_many_tiles(window):
         torch.tensor([[3, 0]]), [0], [num_tokens], group=1, dim=64, page_size=8, dtype=HALF,
         window=window, rates=[1.0, 0.99],
     )  # fmt: skip
+
+
+# group, head dim, page size, dtype, window, delay, rotary
+DELAYED = [
+    (2, 64, 8, HALF, 0, 5, 64),
+    (4, 96, 16, HALF, 3, 16, 32),
+    (1, 64, 8, torch.float32, 0, 1, 0),
+]
+DELAYED_LARGE = [
+    (group, dim, page_size, HALF, window, delay, dim)
+    for group, dim, page_size in ((1, 64, 64), (8, 128, 16), (8, 256, 8))
+    for window, delay in ((0, 16), (0, 40), (12, 3))
+]
+
+
+@pytest.mark.skipif(BACKEND not in ("triton",), reason="prefill after a delay runs in Triton")
+@pytest.mark.parametrize("case", chosen(DELAYED, DELAYED_LARGE), ids=str)
+def test_prefill_after_a_delay(case):
+    """Chunks that end in a ring, that fill it and that go round it; three steps, each behind the last."""
+    group, dim, page_size, dtype, window, delay, rotary = case
+    entries = torch.tensor([[0, 0], [delay, delay + 9], [delay + 3, delay + 1], [delay, delay]])
+    entries[0] = delay - 1
+    cache = decode_case.random_cache(
+        entries, dim=dim, page_size=page_size, dtype=dtype, device=DEVICE, room=20, num_free=200,
+        merge_window=window, merge_delay=delay,
+    )  # fmt: skip
+    half = torch.rand(200, rotary // 2, generator=torch.Generator().manual_seed(7)) * 6
+    freqs = torch.cat([half, half], dim=-1).to(DEVICE) if rotary else None
+    starts = [delay + 9, delay - 1, delay]
+    for step, sizes in enumerate([(37, 1, 5), (1, 40, 2), (3, 2, 33)]):
+        chunks = Chunks.of([1, 0, 3], sizes, DEVICE, starts=starts)
+        qkv = decode_case.random_heads(
+            chunks.total, [2 * group, 2, 2], dim, dtype=dtype, device=DEVICE, seed=step,
+            strided=step == 0,
+        )  # fmt: skip
+        gates = prefill_case.random_decisions(chunks.total, [0.8, 0.4], device=DEVICE, seed=step)
+        caches, outs = [cache], []
+        caches += [cache.clone(torch.float64), cache.clone(dtype)]
+        for each, backend in zip(caches, (BACKEND, "torch", "torch"), strict=True):
+            each_dtype = each.k_pages_PSD.dtype
+            outs.append(
+                prefill_delayed(
+                    each, chunks, *(x.to(each_dtype) if each is not cache else x for x in qkv),
+                    gates, freqs if freqs is None else freqs.to(each.segments_RGUA.dtype),
+                    softmax_scale=2 / math.sqrt(dim), merge_window=window, backend=backend,
+                )
+            )  # fmt: skip
+        ours, exact, _ = caches
+        assert torch.equal(ours.num_entries_RG, exact.num_entries_RG)
+        assert torch.equal(ours.free_pages.state, exact.free_pages.state)
+        assert torch.equal(ours.delayed.is_merge_XGW, exact.delayed.is_merge_XGW)
+        errors_within_twice_the_yardstick(
+            decode_case.names_of(cache, "out"),
+            *(decode_case.results_of(o, c) for o, c in zip(outs, caches, strict=True)),
+        )
+        starts = [a + n for a, n in zip(starts, sizes, strict=True)]

@@ -56,35 +56,19 @@ class MergingStore(GatedStore):
         freqs_SF: Tensor | None,
         softmax_scale: float,
     ) -> Tensor:
-        """As `GatedStore`; in one kernel where the heads decide by themselves."""
+        """As `GatedStore`, in one kernel; the heads' logits have to meet first where they decide together."""
         rule, plan = self.rule, self.plan(step, layer_index, q_BND, k_BGD)
-        if rule is not None and rule.shared_decisions:
-            return super().decode(step, layer_index, q_BND, k_BGD, v_BGD, freqs_SF, softmax_scale)
-        cache, count = self.layer(layer_index), q_BND.shape[0]
+        cache, gates_BG = self.layer(layer_index), None
+        if self.impose is not None or (rule is not None and rule.shared_decisions):
+            gates_BG = self.gates(layer_index, 0, q_BND, k_BGD)
         rotated = decode.gate_and_append(
             cache, step.rows_B, q_BND, k_BGD, v_BGD, self.angles(freqs_SF, q_BND),
             step.positions_B, alpha_offset=None if rule is None else rule.alpha_offset,
             may_merge=rule is not None and rule.may_merge, merge_window=self.window,
-            gates_BG=None if self.impose is None else self.impose(layer_index, 0, count),
-            backend=self.backend,
+            gates_BG=gates_BG, backend=self.backend,
         )  # fmt: skip
         return decode.paged_decode_attention(
             cache, step.rows_B, rotated, softmax_scale=softmax_scale, plan_Y=plan,
-            backend=self.backend,
-        )  # fmt: skip
-
-    def append(
-        self,
-        step: Step,
-        layer_index: int,
-        k_BGD: Tensor,
-        v_BGD: Tensor,
-        gates_BG: Gates | None,
-        freqs_SF: Tensor | None,
-    ) -> None:
-        decode.decode_append(
-            self.layer(layer_index), step.rows_B, k_BGD, v_BGD, gates_BG,
-            None if freqs_SF is None else freqs_SF[step.positions_B], merge_window=self.window,
             backend=self.backend,
         )  # fmt: skip
 

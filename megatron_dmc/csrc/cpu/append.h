@@ -50,8 +50,7 @@ struct Append {
   const T* query(int b, int g) const {
     return p.q_BND + b * p.q_stride[0] + int64_t(g) * p.group * p.q_stride[1];
   }
-  Angles<T> angles(int b) const {
-    const int64_t x = p.positions_B[b];
+  Angles<T> angles(int64_t x) const {
     return {p.cos_XF + x * p.cos_stride, p.sin_XF + x * p.sin_stride, p.half};
   }
 
@@ -61,10 +60,8 @@ struct Append {
     if (row < 0) return {false, 0, kNoPage};
     int64_t& num_entries = *p.kv.num_entries(row, g);
     bool is_merge = false;
-    if (p.compress && num_entries > 0) {
-      const float logit = to_float(key(b, g)[borrowed_channel(dim)]) - p.alpha_offset;
-      is_merge = p.is_merge_BG ? p.is_merge_BG[int64_t(b) * p.num_kv_heads + g]
-                               : p.may_merge && logit > 0.0f;
+    if (p.compress && num_entries > p.merge_delay) {
+      is_merge = p.merge_delay ? p.late_merge_RGW[late(b, g)] : merges(b, g);
     }
     const int entry = int(num_entries) - is_merge, column = p.kv.column(entry);
     if (column >= p.kv.table_width) return {is_merge, entry, kNoPage};
@@ -81,12 +78,42 @@ struct Append {
     return {is_merge, entry, page_id};
   }
 
+  // The new token's own decision.
+  bool merges(int b, int g) const {
+    if (p.is_merge_BG) return p.is_merge_BG[int64_t(b) * p.num_kv_heads + g];
+    return p.may_merge && to_float(key(b, g)[borrowed_channel(dim)]) - p.alpha_offset > 0.0f;
+  }
+
+  int ring(int b) const { return int(p.positions_B[b] % p.merge_delay); }
+  int64_t late(int b, int g) const {
+    return (p.rows_B[b] * p.num_kv_heads + g) * p.merge_delay + ring(b);
+  }
+
+  // The new token `kv` into its ring, raw, so that turning it back loses nothing. `kv` and `omega` become those of
+  // the token that leaves; false: none does.
+  bool pass_ring(int b, int g, const Place& place, float* kv, float& omega) const {
+    const bool leaves = place.entry + place.is_merge >= p.merge_delay;
+    const int32_t page = p.kv.table(p.rows_B[b], g)[p.kv.column(ring(b))];
+    const int64_t slot = p.kv.slot(page, ring(b)), at = late(b, g);
+    float old[2 * kMaxDim], old_omega = p.late_omega_RGW[at];
+    if (leaves) read_entry<T>(p.kv, slot, old);
+    turn(kv, dim, angles(p.positions_B[b]), false);
+    write_entry<T>(p.kv, slot, kv);
+    p.late_merge_RGW[at] = merges(b, g);
+    p.late_omega_RGW[at] = omega;
+    if (!leaves) return false;
+    turn(old, dim, angles(p.positions_B[b] - p.merge_delay), true, -1.0f);
+    std::copy_n(old, 2 * dim, kv);
+    omega = old_omega;
+    return true;
+  }
+
   void rotate_queries(int b, int g) const {
     T* to = p.q_out_BND + b * p.q_out_stride[0] + int64_t(g) * p.group * p.q_out_stride[1];
     for (int r = 0; r < p.group; ++r) {
       float x[kMaxDim];
       read(query(b, g) + r * p.q_stride[1], x, dim, p.compress);
-      turn(x, dim, angles(b), p.compress);
+      turn(x, dim, angles(p.positions_B[b]), p.compress);
       for (int c = 0; c < dim; ++c) from_float(x[c], to[r * p.q_out_stride[1] + c]);
     }
   }
@@ -104,12 +131,14 @@ struct Append {
     float kv[2 * kMaxDim];
     read(key(b, g), kv, dim, p.compress);
     read(v_D, kv + dim, dim, false);
+    float weight = p.compress ? omega(b, g) : 1.0f;
+    if (p.merge_delay && !pass_ring(b, g, place, kv, weight)) return;
     if (p.compress) {
       float* kept = p.segments_RGUA + p.rows_B[b] * p.segments_row_stride +
                     g * p.segments_head_stride;
-      OpenSegment{kept, dim, p.merge_window}.take(kv, omega(b, g), place.is_merge);
+      OpenSegment{kept, dim, p.merge_window}.take(kv, weight, place.is_merge);
     }
-    turn(kv, dim, angles(b), p.compress);
+    turn(kv, dim, angles(p.positions_B[b] - p.merge_delay), p.compress);
     write_entry<T>(p.kv, p.kv.slot(place.page_id, place.entry), kv);
   }
 };

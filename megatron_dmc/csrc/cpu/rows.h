@@ -31,11 +31,12 @@ struct Angles {
   int half;
 };
 
-// RoPE, half-split; afterwards the borrowed channel is 0 again.
+// RoPE, half-split, or with direction -1 back; afterwards the borrowed channel is 0 again.
 template <class T>
-inline void turn(float* x, int dim, const Angles<T>& by, bool compress) {
+inline void turn(float* x, int dim, const Angles<T>& by, bool compress, float direction = 1.0f) {
   for (int j = 0; j < by.half; ++j) {
-    const float a = x[j], b = x[j + by.half], cos = to_float(by.cos[j]), sin = to_float(by.sin[j]);
+    const float a = x[j], b = x[j + by.half], cos = to_float(by.cos[j]);
+    const float sin = direction * to_float(by.sin[j]);
     x[j] = a * cos - b * sin;
     x[j + by.half] = b * cos + a * sin;
   }
@@ -97,6 +98,28 @@ inline void write_entry(const PagedKV& kv, int64_t slot, const float* x) {
     using S = decltype(stored);
     write_row<S>(x, kv.k_pages_PSD, kv.k_scales_PS, slot, kv.head_dim);
     write_row<S>(x + kv.head_dim, kv.v_pages_PSD, kv.v_scales_PS, slot, kv.head_dim);
+  };
+  switch (kv.stored) {
+    case kE4m3: return both(e4m3{});
+    case kInt8: return both(int8{});
+    default: return both(T{});
+  }
+}
+
+template <class S>
+inline void read_row(float* x, const void* pages, const float* scales, int64_t slot, int dim) {
+  const S* from = static_cast<const S*>(pages) + slot * dim;
+  const float scale = is_8bit<S> ? scales[slot] : 1.0f;
+  for (int c = 0; c < dim; ++c) x[c] = to_float(from[c]) * scale;
+}
+
+// The inverse of `write_entry`.
+template <class T>
+inline void read_entry(const PagedKV& kv, int64_t slot, float* x) {
+  const auto both = [&](auto stored) {
+    using S = decltype(stored);
+    read_row<S>(x, kv.k_pages_PSD, kv.k_scales_PS, slot, kv.head_dim);
+    read_row<S>(x + kv.head_dim, kv.v_pages_PSD, kv.v_scales_PS, slot, kv.head_dim);
   };
   switch (kv.stored) {
     case kE4m3: return both(e4m3{});

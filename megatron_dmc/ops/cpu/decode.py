@@ -44,14 +44,16 @@ def decode_append(
     """As `megatron_dmc.ops.triton.decode_append.decode_append`."""
     q_out = None if q_BND is None else torch.empty(q_BND.shape, dtype=q_BND.dtype)
     is_merge, omega = gates_BG or (None, None)
-    free = cache.free_pages
+    free, delayed = cache.free_pages, cache.delayed
     operators().decode_append.default(
         None if q_BND is None else dense_channels(q_BND), dense_channels(k_BGD),
         dense_channels(v_BGD), None if is_merge is None else is_merge.contiguous(),
         None if omega is None else omega.float().contiguous(), *angles_XF, positions_B,
         *parts_of(cache.k_pages_PSD, cache.v_pages_PSD), cache.block_table_RGM,
         cache.num_entries_RG, cache.segments_RGUA if compress else None, rows_B,
-        None if free is None else free.page_ids, None if free is None else free.state, q_out,
+        None if free is None else free.page_ids, None if free is None else free.state,
+        None if delayed is None else delayed.is_merge_XGW,
+        None if delayed is None else delayed.omega_XGW, q_out,
         compress, may_merge, alpha_offset, merge_window,
     )  # fmt: skip
     return q_out

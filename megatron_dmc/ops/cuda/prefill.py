@@ -20,6 +20,8 @@ TILE = 32
 
 def refusal(q_TND: Tensor, cache: LayerCache, merge_window: int) -> str:
     """See `ops.backends`."""
+    if cache.delayed is not None:
+        return "a merge delay"
     return cuda.refusal(q_TND, cache.page_size) or prefill_refusal(cache, merge_window)
 
 

@@ -48,12 +48,13 @@ def decode_append(
     Raises:
         ValueError: the backend does not exist or does not take these tensors.
     """
+    assert cache.delayed is None, "a delay needs tables of angles: gate_and_append"
     angles = rope.cosine_and_sine(freqs_BF, k_BGD.dtype)
     chosen = DECODE.choose(k_BGD, cache.page_size, backend=backend)
-    if chosen == "torch":
-        _append_live(cache, rows_B, k_BGD, v_BGD, gates_BG, angles, merge_window)
-        return
     positions = torch.arange(k_BGD.shape[0], device=k_BGD.device)
+    if chosen == "torch":
+        _append_live(cache, rows_B, k_BGD, v_BGD, gates_BG, angles, positions, merge_window)
+        return
     DECODE.kernels(chosen).decode_append(
         cache, rows_B, None, k_BGD, v_BGD, gates_BG, angles, positions,
         compress=gates_BG is not None, may_merge=True, alpha_offset=0.0, merge_window=merge_window,
@@ -69,17 +70,16 @@ def torch_append(
     angles_BF: Angles,
     *,
     merge_window: int = 0,
-    first_entry: int = 0,
-) -> None:
-    """`decode_append` in PyTorch for rows that are not negative.
+) -> Tensor:
+    """`decode_append` in PyTorch for rows that are not negative; with a delay for tokens that leave the ring.
 
-    Args:
-        first_entry: a head's first slots that hold no entries.
+    Returns:
+        bool (B, G): false for a head that found no page.
     """
     entries = cache.num_entries_RG[rows_B]
     is_merge = torch.zeros_like(entries, dtype=torch.bool)
     if gates_BG is not None:
-        is_merge = gates_BG[0] & (entries > first_entry)
+        is_merge = gates_BG[0] & (entries > cache.merge_delay)
     entry = entries - is_merge.to(entries.dtype)
     _take_page_of(cache, rows_B, entry)
     slots = cache.slots(rows_B, entry[..., None])[..., 0]
@@ -106,6 +106,57 @@ def torch_append(
         key = gates.zero_borrowed_channel(rope.rotate(y_k, *angles_BF))
     cache.num_entries_RG[rows_B] = torch.where(has_page, entry + 1, entries)
     cache.store(slots.flatten(), key.flatten(0, 1), value.flatten(0, 1))
+    return has_page
+
+
+def _append_after_delay(
+    cache: LayerCache,
+    rows_B: Tensor,
+    k_BGD: Tensor,
+    v_BGD: Tensor,
+    gates_BG: Gates,
+    angles_XF: Angles,
+    positions_B: Tensor,
+    *,
+    merge_window: int,
+) -> None:
+    """Each new token into its ring, and the token that leaves the ring into its entry; for rows that are not
+    negative."""
+    delayed = cache.delayed
+    assert delayed is not None
+    delay, heads = delayed.merge_delay, k_BGD.shape[:2]
+    slot_B, leaves_B = positions_B % delay, positions_B >= delay
+    ring_BG = slot_B[:, None].expand(heads)
+    fits_BG = torch.ones(heads, dtype=torch.bool, device=k_BGD.device)
+    if bool(leaves_B.any()):
+        rows, slot = rows_B[leaves_B], slot_B[leaves_B]
+        cos, sin = angles_of(angles_XF, positions_B[leaves_B] - delay)
+        k, v = cache.load_slots(cache.slots(rows, ring_BG[leaves_B, :, None])[..., 0], k_BGD.dtype)
+        fits_BG[leaves_B] = torch_append(
+            cache, rows, rope.rotate(k, cos, None if sin is None else -sin), v,
+            (delayed.is_merge_XGW[rows, :, slot], delayed.omega_XGW[rows, :, slot]), (cos, sin),
+            merge_window=merge_window,
+        )  # fmt: skip
+    _take_page_of(cache, rows_B, ring_BG)
+    places_BG = cache.slots(rows_B, ring_BG[..., None])[..., 0].masked_fill(~fits_BG, -1)
+    key = rope.rotate(gates.zero_borrowed_channel(k_BGD), *angles_of(angles_XF, positions_B))
+    cache.store(places_BG.flatten(), key.flatten(0, 1), v_BGD.flatten(0, 1))
+    fits_BG = places_BG >= 0
+    entries_BG, first_B1 = cache.num_entries_RG[rows_B], ~leaves_B[:, None]
+    cache.num_entries_RG[rows_B] = torch.where(
+        fits_BG & first_B1, positions_B[:, None] + 1, entries_BG
+    )
+    for of_ring, new_BG in zip((delayed.is_merge_XGW, delayed.omega_XGW), gates_BG, strict=True):
+        old_BG = of_ring[rows_B, :, slot_B]
+        of_ring[rows_B, :, slot_B] = torch.where(fits_BG, new_BG.to(of_ring.dtype), old_BG)
+
+
+def angles_of(angles_XF: Angles, rows_X: Tensor) -> Angles:
+    """Rows of tables of angles."""
+    cos_XF, sin_XF = angles_XF
+    if cos_XF is None or sin_XF is None:
+        return None, None
+    return cos_XF[rows_X], sin_XF[rows_X]
 
 
 def _take_page_of(cache: LayerCache, rows_B: Tensor, entry_BG: Tensor) -> None:
@@ -126,17 +177,25 @@ def _append_live(
     k_BGD: Tensor,
     v_BGD: Tensor,
     gates_BG: Gates | None,
-    angles_BF: Angles,
+    angles_XF: Angles,
+    positions_B: Tensor,
     merge_window: int,
 ) -> None:
-    """`torch_append` without padding."""
+    """Appending in PyTorch, without padding."""
     live = rows_B >= 0
-    cos, sin = (None if x is None else x[live] for x in angles_BF)
-    torch_append(
-        cache, rows_B[live], k_BGD[live], v_BGD[live],
-        None if gates_BG is None else (gates_BG[0][live], gates_BG[1][live]), (cos, sin),
-        merge_window=merge_window,
-    )  # fmt: skip
+    rows_B, k_BGD, v_BGD, positions_B = rows_B[live], k_BGD[live], v_BGD[live], positions_B[live]
+    if gates_BG is not None:
+        gates_BG = gates_BG[0][live], gates_BG[1][live]
+    if cache.delayed is None:
+        torch_append(
+            cache, rows_B, k_BGD, v_BGD, gates_BG, angles_of(angles_XF, positions_B),
+            merge_window=merge_window,
+        )  # fmt: skip
+        return
+    assert gates_BG is not None, "a delay without decisions"
+    _append_after_delay(
+        cache, rows_B, k_BGD, v_BGD, gates_BG, angles_XF, positions_B, merge_window=merge_window
+    )
 
 
 def gate_and_append(
@@ -157,16 +216,17 @@ def gate_and_append(
     """Everything between the raw projections of decoded tokens and attention: gates, `decode_append`, and RoPE
     of the queries. On a GPU one kernel, and nothing that the host has to wait for.
 
-    Mutates `cache` as `decode_append` does.
+    Mutates `cache` as `decode_append` does; with a delay also the new token's slot of the ring and its decision:
+    the token that leaves the ring there is the one that merges or is appended.
 
     Args:
         rows_B: int64, distinct; -1 for padding of a fixed batch: nothing of it is written.
         q_BND, k_BGD, v_BGD: unrotated, the borrowed channel in place (after QK-norm, if any).
         angles_XF: tables of X positions; both halves of F are alike.
-        positions_B: int64, each token's row in these tables.
+        positions_B: int64, each token's row in these tables; with a delay its place in its sequence.
         alpha_offset: docs/method.md, section 1. None: a plain cache (see `decode_append`).
         may_merge: False: every token is appended, though the borrowed channel carries no content.
-        gates_BG: used instead of the channels' gates; for benchmarks.
+        gates_BG: used instead of the channels' gates.
 
     Returns:
         rotated q_BND, the borrowed channel zero when compressing; rows of padding are undefined.
@@ -180,11 +240,10 @@ def gate_and_append(
             merge_window=merge_window,
         )  # fmt: skip
         return rotated
-    cos, sin = (None if x is None else x[positions_B] for x in angles_XF)
     if alpha_offset is not None and gates_BG is None:
         gates_BG = gates.decide(q_BND, k_BGD, alpha_offset=alpha_offset, may_merge=may_merge)
-    _append_live(cache, rows_B, k_BGD, v_BGD, gates_BG, (cos, sin), merge_window)
-    return rope.rotate(q_BND, cos, sin, compress=compress)
+    _append_live(cache, rows_B, k_BGD, v_BGD, gates_BG, angles_XF, positions_B, merge_window)
+    return rope.rotate(q_BND, *angles_of(angles_XF, positions_B), compress=compress)
 
 
 def plan_decode_attention(

@@ -20,6 +20,28 @@ Rows = int | slice | Tensor
 
 
 @dataclass(frozen=True)
+class DelayedDecisions:
+    """The decisions of the tokens in the rings, made when they came; undefined where no token lies.
+    docs/method.md, section 9.
+
+    Attributes:
+        is_merge_XGW: bool.
+        omega_XGW: importances, float32 (float64).
+    """
+
+    is_merge_XGW: Tensor
+    omega_XGW: Tensor
+
+    @property
+    def merge_delay(self) -> int:
+        """w, the number of slots of a ring."""
+        return self.is_merge_XGW.shape[-1]
+
+    def __getitem__(self, index) -> "DelayedDecisions":
+        return DelayedDecisions(self.is_merge_XGW[index], self.omega_XGW[index])
+
+
+@dataclass(frozen=True)
 class LayerCache:
     """The storage that the ops of one layer read and mutate. Holds references: nothing is copied.
 
@@ -32,6 +54,8 @@ class LayerCache:
             float64 model. None: the layer's tokens never merge.
         free_pages: what the ops take pages from. None: the block table must hold the page of every entry that
             is written.
+        delayed: decisions (R, G, W) of the tokens in the rings; None: tokens merge at once. A head's first W
+            slots then are its ring, token t in slot t % W, and its entries follow; `num_entries_RG` counts both.
     """
 
     k_pages_PSD: Pages
@@ -40,6 +64,12 @@ class LayerCache:
     num_entries_RG: Tensor
     segments_RGUA: Tensor | None = None
     free_pages: FreePages | None = None
+    delayed: DelayedDecisions | None = None
+
+    @property
+    def merge_delay(self) -> int:
+        """W; 0: tokens merge at once."""
+        return 0 if self.delayed is None else self.delayed.merge_delay
 
     @property
     def page_size(self) -> int:
@@ -143,19 +173,26 @@ class LayerCache:
             self.num_entries_RG[rows],
             None if self.segments_RGUA is None else self.segments_RGUA[rows],
             self.free_pages,
+            None if self.delayed is None else self.delayed[rows],
         )
 
     def clone(self, dtype: torch.dtype) -> "LayerCache":
         """A copy with keys and values in another dtype, and segments in its accumulator's. Entries of
         8 bits are kept as they are; in float64 they are widened."""
-        free, segments = self.free_pages, self.segments_RGUA
+        free, segments, delayed = self.free_pages, self.segments_RGUA, self.delayed
+        acc = accumulator_dtype(dtype)
         return LayerCache(
             _clone(self.k_pages_PSD, dtype),
             _clone(self.v_pages_PSD, dtype),
             self.block_table_RGM.clone(),
             self.num_entries_RG.clone(),
-            None if segments is None else segments.to(accumulator_dtype(dtype), copy=True),
+            None if segments is None else segments.to(acc, copy=True),
             None if free is None else FreePages(free.page_ids.clone(), free.state.clone()),
+            None
+            if delayed is None
+            else DelayedDecisions(
+                delayed.is_merge_XGW.clone(), delayed.omega_XGW.to(acc, copy=True)
+            ),
         )
 
 

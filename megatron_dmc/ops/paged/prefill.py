@@ -37,6 +37,21 @@ ChunkStates = tuple[Tensor | None, Tensor | None, Tensor]
 (T, G, D), None for a plain cache, and the entry (T, G) that its segment is."""
 
 
+class Near(NamedTuple):
+    """The raw tokens that a chunk's tokens see, with a merge delay W.
+
+    Attributes:
+        k_YGD, v_YGD: rotated keys and values of each chunk in turn: what its ring held, oldest first (zero where
+            there was no token), and its own tokens. Y = T + B W.
+        far_B2: int32: the tokens of each chunk that see nothing else, as many as precede token W of the sequence;
+            and the row of the state that the next one sees.
+    """
+
+    k_YGD: Tensor
+    v_YGD: Tensor
+    far_B2: Tensor
+
+
 def prefill(
     cache: LayerCache,
     chunks: Chunks,

@@ -4,7 +4,8 @@ Local letters: X rows of a table of angles, H half of the rotary channels, Z cha
 
 A program is one (request, key/value head). A head's channels are held in three parts, so that a
 thread has both channels of a rotated pair: `lo` [H], `hi` [H] and `rest` [Z], padded to powers of two.
-The open segment has three verbs, as in the reference: open, merge, emit.
+The open segment has three verbs, as in the reference: open, merge, emit. With a merge delay they are about
+the token that leaves the head's ring, whose slot the new token takes.
 """
 
 import torch
@@ -16,7 +17,7 @@ from megatron_dmc.ops.paged.decode import Angles, Gates
 from megatron_dmc.ops.paged.layer_cache import LayerCache
 from megatron_dmc.ops.tensors import dense_channels
 from megatron_dmc.ops.triton.launch import borrowed_channel, is_content, on_device
-from megatron_dmc.ops.triton.stored import encode, parts, scale_of
+from megatron_dmc.ops.triton.stored import decode, encode, parts, scale_of
 
 
 @triton.jit
@@ -62,20 +63,36 @@ def _store_entry(
 
 
 @triton.jit
+def _load_entry(
+    p_pages, p_scales, i_slot, o_h, o_z, m_lo, m_hi, m_rest, m_read,
+    D: tl.constexpr, HALF: tl.constexpr, STORED: tl.constexpr,
+):  # fmt: skip
+    """The inverse of `_store_entry`."""
+    p_entry = p_pages + i_slot * D
+    if STORED == 0:
+        return _load(p_entry, o_h, o_z, m_lo & m_read, m_hi & m_read, m_rest & m_read, HALF)
+    scale = tl.load(p_scales + i_slot, mask=m_read, other=0.0)
+    b_lo = decode(tl.load(p_entry + o_h, mask=m_lo & m_read, other=0), STORED)
+    b_hi = decode(tl.load(p_entry + HALF + o_h, mask=m_hi & m_read, other=0), STORED)
+    b_rest = decode(tl.load(p_entry + 2 * HALF + o_z, mask=m_rest & m_read, other=0), STORED)
+    return b_lo * scale, b_hi * scale, b_rest * scale
+
+
+@triton.jit
 def append_kernel(
     p_q, p_k, p_v, p_is_merge, p_omega, p_cos, p_sin, p_positions, p_rows,
     p_k_pages, p_v_pages, p_k_scales, p_v_scales, p_table, p_entries, p_segments, p_free,
-    p_free_state, p_q_out,
+    p_free_state, p_late_merge, p_late_omega, p_q_out,
     M, num_free, alpha_offset, eps,
     s_qb, s_qn, s_kb, s_kg, s_vb, s_vg, s_cx, s_sx,
-    s_tr, s_tg, s_er, s_eg, s_sr, s_sg, s_ob, s_on,
+    s_tr, s_tg, s_er, s_eg, s_sr, s_sg, s_lr, s_lg, s_ob, s_on,
     D: tl.constexpr, S: tl.constexpr, U: tl.constexpr, R: tl.constexpr,
     HALF: tl.constexpr, H: tl.constexpr, Z: tl.constexpr,
     COMPRESS: tl.constexpr, GATES_GIVEN: tl.constexpr, MAY_MERGE: tl.constexpr,
     WINDOWED: tl.constexpr, ROTATE_Q: tl.constexpr, TAKE_PAGES: tl.constexpr,
-    STORED: tl.constexpr,
+    STORED: tl.constexpr, DELAY: tl.constexpr,
 ):  # fmt: skip
-    """Gates, segment, RoPE, page, entry and count of one head; see `decode_append`."""
+    """Gates, segment, RoPE, page, entry and count of one head; see `decode_append`. DELAY is W, 0 for none."""
     i_g, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_groups = tl.num_programs(0)
     i_row = tl.load(p_rows + i_b).to(tl.int64)
@@ -122,13 +139,25 @@ def append_kernel(
             for i_r in range(R):
                 logit += tl.load(p_q + i_r * s_qn + borrowed_channel(D)).to(tl.float32)
             omega = 1.0 / (1.0 + tl.exp(-(logit / R + alpha_offset))) + eps
-        is_merge = is_merge & (num_entries > 0)
+    if DELAY > 0:
+        # the ring decides for the token that leaves it, and keeps what the new one has decided
+        i_ring = (i_position % DELAY).to(tl.int32)
+        p_late_merge += i_row * s_lr + i_g * s_lg + i_ring
+        p_late_omega += i_row * s_lr + i_g * s_lg + i_ring
+        new_merge, new_omega = is_merge, omega
+        is_merge = tl.load(p_late_merge, mask=m_row, other=0) != 0
+        omega = tl.load(p_late_omega, mask=m_row, other=1.0)
+    is_merge = is_merge & (num_entries > DELAY)
 
     # the entry's page: the head's, or one from the free list
     i_entry = tl.where(is_merge, num_entries - 1, num_entries)
     i_column = i_entry // S
     m_column = m_row & (i_column < M)
-    p_table += i_row * s_tr + i_g * s_tg + i_column
+    p_table += i_row * s_tr + i_g * s_tg
+    leaves = num_entries >= DELAY
+    if DELAY > 0:
+        i_ring_page = tl.load(p_table + i_ring // S, mask=m_row & leaves, other=-1).to(tl.int64)
+    p_table += i_column
     i_page = tl.load(p_table, mask=m_column, other=-1).to(tl.int64)
     if TAKE_PAGES:
         m_take = m_column & (i_page < 0)
@@ -142,6 +171,37 @@ def append_kernel(
 
     b_klo, b_khi, b_krest = _load(p_k, o_h, o_z, m_lo_c, m_hi_c, m_rest_c, HALF)
     b_vlo, b_vhi, b_vrest = _load(p_v, o_h, o_z, m_lo, m_hi, m_rest, HALF)
+    if DELAY > 0:
+        # raw into the ring, with what RoPE turns into the borrowed channel: turning back loses nothing
+        b_nlo, b_nhi = b_klo * b_cos - b_khi * b_sin, b_khi * b_cos + b_klo * b_sin
+        b_nrest, b_nvlo, b_nvhi, b_nvrest = b_krest, b_vlo, b_vhi, b_vrest
+        m_stored = m_write
+        m_write = m_write & leaves
+        i_slot = tl.where(leaves, i_ring_page, i_page) * S + i_ring % S
+        b_klo, b_khi, b_krest = _load_entry(
+            p_k_pages, p_k_scales, i_slot, o_h, o_z, m_lo, m_hi, m_rest, m_write, D, HALF, STORED
+        )
+        b_vlo, b_vhi, b_vrest = _load_entry(
+            p_v_pages, p_v_scales, i_slot, o_h, o_z, m_lo, m_hi, m_rest, m_write, D, HALF, STORED
+        )
+        tl.debug_barrier()
+        _store_entry(
+            p_k_pages, p_k_scales, i_slot, b_nlo, b_nhi, b_nrest,
+            o_h, o_z, m_lo, m_hi, m_rest, m_stored, D, HALF, STORED,
+        )  # fmt: skip
+        _store_entry(
+            p_v_pages, p_v_scales, i_slot, b_nvlo, b_nvhi, b_nvrest,
+            o_h, o_z, m_lo, m_hi, m_rest, m_stored, D, HALF, STORED,
+        )  # fmt: skip
+        tl.store(p_late_merge, new_merge.to(p_late_merge.dtype.element_ty), mask=m_stored)
+        tl.store(p_late_omega, new_omega, mask=m_stored)
+        i_left = tl.maximum(i_position - DELAY, 0)
+        b_cos = tl.load(p_cos + i_left * s_cx + o_h, mask=m_lo, other=1.0).to(tl.float32)
+        b_sin = tl.load(p_sin + i_left * s_sx + o_h, mask=m_lo, other=0.0).to(tl.float32)
+        b_back = b_khi * b_cos - b_klo * b_sin
+        b_klo = tl.where(m_lo_c, b_klo * b_cos + b_khi * b_sin, 0.0)
+        b_khi = tl.where(m_hi_c, b_back, 0.0)
+        b_krest = tl.where(m_rest_c, b_krest, 0.0)
     if COMPRESS:
         p_segments += i_row * s_sr + i_g * s_sg
         b_klo, b_khi, b_krest = b_klo * omega, b_khi * omega, b_krest * omega
@@ -207,6 +267,8 @@ def append_kernel(
         p_v_pages, p_v_scales, i_slot, b_vlo, b_vhi, b_vrest,
         o_h, o_z, m_lo, m_hi, m_rest, m_write, D, HALF, STORED,
     )  # fmt: skip
+    if DELAY > 0:
+        m_write = m_stored
     tl.store(p_entries, (i_entry + 1).to(p_entries.dtype.element_ty), mask=m_write)
 
 
@@ -244,6 +306,12 @@ def decode_append(
     segments = k if cache.segments_RGUA is None else cache.segments_RGUA
     is_merge, omega = gates_BG or (None, None)
     free_ids, free_state = (rows_B, rows_B) if free is None else (free.page_ids, free.state)
+    late_merge = late_omega = k
+    if cache.delayed is not None:
+        late_merge, late_omega = (
+            cache.delayed.is_merge_XGW.view(torch.uint8),
+            cache.delayed.omega_XGW,
+        )
     if batch:
         with on_device(k):
             append_kernel[num_kv_heads, batch](
@@ -251,17 +319,18 @@ def decode_append(
                 k if is_merge is None else is_merge.contiguous().view(torch.uint8),
                 k if omega is None else omega.contiguous(),
                 cos, sin, positions_B, rows_B, k_pages, v_pages, k_scales, v_scales, table, entries,
-                segments, free_ids, free_state, q_out, table.shape[2], free_ids.numel(),
-                alpha_offset, torch.finfo(q.dtype).eps,
+                segments, free_ids, free_state, late_merge, late_omega, q_out, table.shape[2],
+                free_ids.numel(), alpha_offset, torch.finfo(q.dtype).eps,
                 *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos.stride(0), sin.stride(0),
                 *table.stride()[:2], *entries.stride(), *segments.stride()[:2],
-                *q_out.stride()[:2],
+                *late_merge.stride()[:2], *q_out.stride()[:2],
                 D=dim, S=cache.page_size, U=segments.shape[2] if compress else 1,
                 R=1 if q_BND is None else q.shape[1] // num_kv_heads,
                 HALF=half, H=max(1, triton.next_power_of_2(half)),
                 Z=max(1, triton.next_power_of_2(dim - 2 * half)),
                 COMPRESS=compress, GATES_GIVEN=is_merge is not None, MAY_MERGE=may_merge,
                 WINDOWED=compress and merge_window > 0, ROTATE_Q=q_BND is not None,
-                TAKE_PAGES=free is not None, STORED=stored, num_warps=1,
+                TAKE_PAGES=free is not None, STORED=stored, DELAY=cache.merge_delay,
+                num_warps=1,
             )  # fmt: skip
     return None if q_BND is None else q_out

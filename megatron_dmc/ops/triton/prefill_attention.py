@@ -7,6 +7,9 @@ and new, in their pages. A token whose segment is entry e sees the entries below
 with which the softmax starts. e does not fall from token to token: blocks of entries below
 that of the tile's first token need no mask, and those from that of its last token on are not visited. In a
 plain cache the token's own entry is its state, so it sees the entries up to e.
+
+With a merge delay W the state and the entries that a token sees are those of the token W before it, and the
+near tokens, itself and the W - 1 before it, lie raw in a tensor; its first tokens see nothing else.
 """
 
 import torch
@@ -17,7 +20,7 @@ from torch import Tensor
 from megatron_dmc.ops.paged.chunks import Chunks
 from megatron_dmc.ops.paged.decode import Angles
 from megatron_dmc.ops.paged.layer_cache import LayerCache
-from megatron_dmc.ops.paged.prefill import ChunkStates
+from megatron_dmc.ops.paged.prefill import ChunkStates, Near
 from megatron_dmc.ops.tensors import dense_channels
 from megatron_dmc.ops.triton.launch import INTERPRETED, capability, is_content, on_device
 
@@ -63,14 +66,48 @@ def _attend(
 
 
 @triton.jit
+def _attend_near(
+    b_q, b_max, b_sum, b_out, p_near_k, p_near_v, i_first, end, lead, b_t, scale, s_near,
+    o_i, o_d, D: tl.constexpr, DELAY: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """One block of raw tokens; of a chunk's, token t is DELAY + t, behind what its ring held."""
+    # [I]
+    o_e = i_first + o_i
+    m_kv = ((o_e < end) & (o_e >= lead))[:, None] & (o_d < D)[None, :]
+    # [I, F]
+    o_kv = o_e.to(tl.int64)[:, None] * s_near + o_d[None, :]
+    b_k = tl.load(p_near_k + o_kv, mask=m_kv, other=0.0)
+    b_v = tl.load(p_near_v + o_kv, mask=m_kv, other=0.0)
+    # [Q, I]
+    if INTERPRET:
+        b_s = tl.dot(b_q.to(tl.float32), tl.trans(b_k.to(tl.float32))) * scale
+    else:
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3") * scale
+    b_age = b_t[:, None] + DELAY - o_e[None, :]
+    b_s = tl.where((b_age >= 0) & (b_age < DELAY) & (o_e >= lead)[None, :], b_s, float("-inf"))
+    # [Q]
+    b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
+    b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
+    b_p = tl.exp2(b_s - b_base[:, None])
+    b_decay = tl.exp2(b_max - b_base)
+    b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
+    b_out = b_out * b_decay[:, None]
+    if INTERPRET:
+        b_out += tl.dot(b_p, b_v.to(tl.float32))
+    else:
+        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision="tf32x3")
+    return b_new, b_sum, b_out
+
+
+@triton.jit
 def attend_kernel(
     p_q, p_cos, p_sin, p_own_k, p_own_v, p_entry, p_k_pages, p_v_pages, p_table, p_chunks,
-    p_tiles, p_out,
+    p_tiles, p_near_k, p_near_v, p_far, p_out,
     G, scale,
     s_qt, s_qn, s_ct, s_nt, s_tr, s_tg, s_ot, s_on,
     R: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, F: tl.constexpr, S: tl.constexpr,
     I: tl.constexpr, HALF: tl.constexpr, COMPRESS: tl.constexpr, STAGES: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    DELAY: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One tile and one head. Scores are kept in base 2: `scale` contains log2(e)."""
     TOKENS: tl.constexpr = Q // R
@@ -89,9 +126,20 @@ def attend_kernel(
     o_n = i_g * R + o_q % R
     m_qd = m_q[:, None] & m_d[None, :]
     last = tl.minimum(first + TOKENS, num_tokens) - 1
-    low = tl.load(p_entry + (start + first) * G + i_g)
-    high = tl.load(p_entry + (start + last) * G + i_g)
-    b_bound = tl.load(p_entry + o_t * G + i_g, mask=m_q, other=0)
+    # the state of token t is that of row o_s; with a delay the first `lead` tokens have none
+    o_s, m_s, lead = o_t, m_q, 0
+    if DELAY > 0:
+        lead = tl.load(p_far + 2 * i_chunk)
+        o_s = tl.load(p_far + 2 * i_chunk + 1) + o_t - start - lead
+        m_s = m_q & (o_t - start >= lead)
+        shift = tl.load(p_far + 2 * i_chunk + 1) - lead
+        low = tl.load(p_entry + (shift + first) * G + i_g, mask=first >= lead, other=DELAY)
+        high = tl.load(p_entry + (shift + last) * G + i_g, mask=last >= lead, other=DELAY)
+        b_bound = tl.load(p_entry + o_s * G + i_g, mask=m_s, other=DELAY)
+    else:
+        low = tl.load(p_entry + (start + first) * G + i_g)
+        high = tl.load(p_entry + (start + last) * G + i_g)
+        b_bound = tl.load(p_entry + o_t * G + i_g, mask=m_q, other=0)
     if not COMPRESS:
         low, high, b_bound = low + 1, high + 1, b_bound + 1
 
@@ -118,12 +166,26 @@ def attend_kernel(
         b_q = b_turned.to(b_q.dtype)
 
     if COMPRESS:
-        o_own = (o_t * G + i_g)[:, None] * D + o_d[None, :]
-        b_own = tl.load(p_own_k + o_own, mask=m_qd, other=0.0).to(tl.float32)
+        o_own = (o_s * G + i_g)[:, None] * D + o_d[None, :]
+        m_sd = m_s[:, None] & m_d[None, :]
+        b_own = tl.load(p_own_k + o_own, mask=m_sd, other=0.0).to(tl.float32)
         # [Q]
         b_max = tl.sum(b_q.to(tl.float32) * b_own, axis=1) * scale
         b_sum = tl.full([Q], 1.0, tl.float32)
-        b_out = tl.load(p_own_v + o_own, mask=m_qd, other=0.0).to(tl.float32)
+        b_out = tl.load(p_own_v + o_own, mask=m_sd, other=0.0).to(tl.float32)
+        if DELAY > 0:
+            b_max = tl.where(m_s, b_max, float("-inf"))
+            b_sum = tl.where(m_s, b_sum, 0.0)
+            i_near = (start + i_chunk.to(tl.int64) * DELAY) * G + i_g
+            b_t = (o_t - start).to(tl.int32)
+            end = last + 1 + DELAY
+            for i_e in range(tl.maximum(first + 1, lead), end, I):
+                b_max, b_sum, b_out = _attend_near(
+                    b_q, b_max, b_sum, b_out, p_near_k + i_near * D, p_near_v + i_near * D, i_e,
+                    end, lead, b_t, scale, G * D, o_i, o_d, D, DELAY, INTERPRET,
+                )  # fmt: skip
+            # padding, too, has seen something
+            b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
     else:
         b_max = tl.full([Q], float("-inf"), tl.float32)
         b_sum = tl.zeros([Q], tl.float32)
@@ -131,8 +193,8 @@ def attend_kernel(
         b_bound = tl.maximum(b_bound, 1)  # padding, too, sees something
 
     p_row = p_table + row * s_tr + i_g * s_tg
-    seen_by_all = low // I * I
-    for i_e in tl.range(0, seen_by_all, I, num_stages=STAGES):
+    seen_by_all = DELAY + (low - DELAY) // I * I
+    for i_e in tl.range(DELAY, seen_by_all, I, num_stages=STAGES):
         b_max, b_sum, b_out = _attend(
             b_q, b_max, b_sum, b_out, p_k_pages, p_v_pages, p_row, i_e, high, b_bound, scale,
             o_i, o_d, S, D, False, INTERPRET,
@@ -173,6 +235,7 @@ def attend_chunks(
     angles_TF: Angles,
     *,
     softmax_scale: float,
+    near: Near | None = None,
 ) -> Tensor:
     """Attention of all chunks' tokens; what the chunks write is in the pages already.
 
@@ -180,6 +243,7 @@ def attend_chunks(
         q_TND: unrotated queries.
         states: what `write_chunks` returns.
         angles_TF: of the tokens.
+        near: with a delay; `states` are those of the tokens that leave the rings.
 
     Returns:
         out_TND.
@@ -193,14 +257,15 @@ def attend_chunks(
     tiles = chunks.tiles(queries // group, latest_first=True)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     cos, sin, own_k, own_v = (q if x is None else x for x in (*angles_TF, own_k_TGD, own_v_TGD))
+    near_k, near_v, far = (q, q, q) if near is None else near
     half, table = 0 if angles_TF[0] is None else cos.shape[1] // 2, cache.block_table_RGM
     with on_device(q):
         attend_kernel[(tiles.table_X2.shape[0] * num_kv_heads,)](
             q, cos, sin, own_k, own_v, entry_TG, cache.k_pages_PSD, cache.v_pages_PSD, table,
-            chunks.table_B3, tiles.table_X2, out, num_kv_heads, softmax_scale * 1.4426950408889634,
+            chunks.table_B3, tiles.table_X2, near_k, near_v, far, out, num_kv_heads, softmax_scale * 1.4426950408889634,
             *q.stride()[:2], cos.stride(0), sin.stride(0), *table.stride()[:2],
             *out.stride()[:2], R=group, Q=queries, D=dim, F=max(16, triton.next_power_of_2(dim)),
             S=cache.page_size, I=entries, HALF=half,
-            COMPRESS=compress, STAGES=num_stages, INTERPRET=INTERPRETED, num_warps=num_warps,
+            COMPRESS=compress, STAGES=num_stages, DELAY=cache.merge_delay, INTERPRET=INTERPRETED, num_warps=num_warps,
         )  # fmt: skip
     return out

@@ -10,6 +10,8 @@ the sums of the segment that is open where it begins. Three launches:
    recurrence again, tiles for tokens;
 3. `write_kernel`: the tile's states, RoPE, and the page slots of those that are the last of a segment.
 
+The first FIRST slots of a head are its ring, with a merge delay, and hold no entries.
+
 A merge window needs no sums: its tiles overlap by W - 1 tokens, as in training, and a chunk's first tile
 looks at the kept tokens. `kept_kernel` then puts the chunk's last W tokens in their place.
 """
@@ -48,6 +50,7 @@ def tails_kernel(
     p_k, p_v, p_is_merge, p_omega, p_chunks, p_tiles, p_entries, p_appends, p_keep, p_tails,
     s_kt, s_kg, s_vt, s_vg, s_mt, s_mg, s_ot, s_og, s_er, s_eg,
     D: tl.constexpr, I: tl.constexpr, OWN: tl.constexpr, F: tl.constexpr, SUM: tl.constexpr,
+    FIRST: tl.constexpr,
 ):  # fmt: skip
     """One tile of one head: appends, and (SUM) whether all merge, and the sums of its open end."""
     i_x, i_g, num_groups = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
@@ -55,7 +58,7 @@ def tails_kernel(
     row = tl.load(p_chunks + 3 * i_chunk).to(tl.int64)
     start = tl.load(p_chunks + 3 * i_chunk + 1).to(tl.int64)
     num_tokens = tl.load(p_chunks + 3 * i_chunk + 2)
-    has_entry = tl.load(p_entries + row * s_er + i_g * s_eg) > 0
+    has_entry = tl.load(p_entries + row * s_er + i_g * s_eg) > FIRST
     o_i = tl.arange(0, I)
     o_t = (first + o_i).to(tl.int64)
     m_t = (o_i < OWN) & (o_t < num_tokens)
@@ -90,7 +93,8 @@ def tails_kernel(
 def carry_kernel(
     p_appends, p_keep, p_tails, p_chunks, p_tile_starts, p_entries, p_segments, p_base, p_carry,
     s_er, s_eg, s_sr, s_sg,
-    A: tl.constexpr, C: tl.constexpr, F: tl.constexpr, SUM: tl.constexpr, INTERPRET: tl.constexpr,
+    A: tl.constexpr, C: tl.constexpr, F: tl.constexpr, SUM: tl.constexpr, FIRST: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One head of one chunk, and a block of its accumulator: entries before each tile, and (SUM) the
     sums that it begins with; the last ones are the open segment's."""
@@ -98,14 +102,14 @@ def carry_kernel(
     num_groups = tl.num_programs(1)
     row = tl.load(p_chunks + 3 * i_b).to(tl.int64)
     begin, end = tl.load(p_tile_starts + i_b), tl.load(p_tile_starts + i_b + 1)
-    num_entries = tl.load(p_entries + row * s_er + i_g * s_eg).to(tl.int32)
+    num_entries = tl.maximum(tl.load(p_entries + row * s_er + i_g * s_eg).to(tl.int32), FIRST)
     o_c, o_a = tl.arange(0, C), i_f * F + tl.arange(0, F)
     m_a = o_a < A
     p_segments += row * s_sr + i_g * s_sg
     # [F]
     b_state = tl.zeros([F], tl.float32)
     if SUM:
-        b_state = tl.load(p_segments + o_a, mask=m_a & (num_entries > 0), other=0.0)
+        b_state = tl.load(p_segments + o_a, mask=m_a & (num_entries > FIRST), other=0.0)
     for i_x in range(begin, end, C):
         o_x = (i_x + o_c).to(tl.int64)
         m_x = o_x < end
@@ -139,7 +143,7 @@ def write_kernel(
     M,
     s_kt, s_kg, s_vt, s_vg, s_mt, s_mg, s_ot, s_og, s_ct, s_nt, s_tr, s_tg, s_er, s_eg, s_sr, s_sg,
     D: tl.constexpr, I: tl.constexpr, W: tl.constexpr, F: tl.constexpr, S: tl.constexpr,
-    HALF: tl.constexpr, COMPRESS: tl.constexpr, INTERPRET: tl.constexpr,
+    HALF: tl.constexpr, COMPRESS: tl.constexpr, FIRST: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One tile of one head and a block of channels: states, RoPE, entries. W is 0 for no window."""
     BACK: tl.constexpr = W - 1 if W > 0 else 0
@@ -172,7 +176,7 @@ def write_kernel(
     if COMPRESS:
         base = tl.load(p_base + i_x * num_groups + i_g)
         # only a chunk's first tile has its first token
-        has_entry = (base > 0) | (first > 0)
+        has_entry = (base > FIRST) | (first > 0)
         p_is_merge += start * s_mt + i_g * s_mg
         b_alpha = _decisions(p_is_merge, o_t, m_t, has_entry, s_mt)
         b_next = tl.load(
@@ -262,7 +266,7 @@ def write_kernel(
 def kept_kernel(
     p_k, p_v, p_is_merge, p_omega, p_chunks, p_tile_starts, p_base, p_segments,
     s_kt, s_kg, s_vt, s_vg, s_mt, s_mg, s_ot, s_og, s_sr, s_sg,
-    D: tl.constexpr, W: tl.constexpr, C: tl.constexpr, F: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, C: tl.constexpr, F: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """The kept tokens of one head after one chunk, and a block of components; C is W padded."""
     i_b, i_g, i_f = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -274,7 +278,7 @@ def kept_kernel(
     o_t = (num_tokens - W + o_u).to(tl.int64)
     m_t = (o_u < W) & (o_t >= 0)
     p_is_merge += start * s_mt + i_g * s_mg
-    b_alpha = _decisions(p_is_merge, o_t, m_t, base > 0, s_mt)
+    b_alpha = _decisions(p_is_merge, o_t, m_t, base > FIRST, s_mt)
     # [C]: 1 if all behind it merged; what was kept before the chunk merges among itself
     b_open = last_row(products(tl.where(m_t, b_alpha, 1.0), o_u, 0), o_u, C)
     p_k += start * s_kt + i_g * s_kg
@@ -285,7 +289,7 @@ def kept_kernel(
         i_t = (num_tokens - W + i_u).to(tl.int64)
         is_open = tl.sum(((o_u == i_u) & (b_open > 0.0)).to(tl.int32), axis=0) > 0
         m_new = m_a & is_open & (i_t >= 0)
-        m_old = m_a & is_open & (i_t < 0) & (base > 0)
+        m_old = m_a & is_open & (i_t < 0) & (base > FIRST)
         b_omega = tl.load(
             p_omega + (start + i_t) * s_ot + i_g * s_og + 0 * o_a, mask=m_new, other=0.0
         )
@@ -356,13 +360,14 @@ def write_chunks(
                 k, v, merges, omegas, chunks.table_B3, tiles.table_X2, num_entries_RG, appends, keep,
                 tails, *k.stride()[:2], *v.stride()[:2], *merges.stride(), *omegas.stride(),
                 *num_entries_RG.stride(), D=dim, I=tile, OWN=own, F=channels, SUM=not window,
-                num_warps=4,
+                FIRST=cache.merge_delay, num_warps=4,
             )  # fmt: skip
             parts = 1 if window else triton.cdiv(2 * dim + 1, COMPONENTS)
             carry_kernel[num_chunks, num_kv_heads, parts](
                 appends, keep, tails, chunks.table_B3, tiles.starts_Y, num_entries_RG, segments,
                 base, carry, *num_entries_RG.stride(), *segments.stride()[:2], A=2 * dim + 1,
-                C=TILES_OF_BLOCK, F=COMPONENTS, SUM=not window, INTERPRET=INTERPRETED, num_warps=4,
+                C=TILES_OF_BLOCK, F=COMPONENTS, SUM=not window, FIRST=cache.merge_delay,
+                INTERPRET=INTERPRETED, num_warps=4,
             )  # fmt: skip
         write_kernel[num_tiles, num_kv_heads, blocks](
             k, v, merges, omegas, cos, sin, chunks.table_B3, tiles.table_X2, base, carry, segments,
@@ -370,13 +375,14 @@ def write_chunks(
             table.shape[2], *k.stride()[:2], *v.stride()[:2], *merges.stride()[:2],
             *omegas.stride()[:2], cos.stride(0), sin.stride(0), *table.stride()[:2],
             *num_entries_RG.stride(), *segments.stride()[:2], D=dim, I=tile, W=window, F=channels,
-            S=cache.page_size, HALF=half, COMPRESS=compress, INTERPRET=INTERPRETED, num_warps=4,
+            S=cache.page_size, HALF=half, COMPRESS=compress, FIRST=cache.merge_delay,
+            INTERPRET=INTERPRETED, num_warps=4,
         )  # fmt: skip
         if window:
             kept_kernel[num_chunks, num_kv_heads, triton.cdiv(2 * dim + 1, 128)](
                 k, v, merges, omegas, chunks.table_B3, tiles.starts_Y, base, segments,
                 *k.stride()[:2], *v.stride()[:2], *merges.stride(), *omegas.stride(),
                 *segments.stride()[:2], D=dim, W=window, C=max(16, triton.next_power_of_2(window)),
-                F=128, num_warps=4,
+                F=128, FIRST=cache.merge_delay, num_warps=4,
             )  # fmt: skip
     return *states, entry

@@ -24,11 +24,20 @@ char* aligned(std::vector<float>& memory) {
 template <class T, class S, int kHeadDim>
 constexpr bool is_built = kHeadDim == 64 || !dmc::is_8bit<S> || std::is_same_v<T, dmc::bf16>;
 
+template <class T, class S, int kHeadDim, bool kDelayed>
+void append(const dmc::AppendParams<T>& p) {
+  emulator::launch(p.num_requests * p.num_kv_heads, dmc::kWarp,
+                   [&] { dmc::append_token<T, S, kHeadDim, kDelayed>(p, dmc::block_index()); });
+}
+
 template <class T, class S, int kHeadDim>
 void append(const dmc::AppendParams<T>& p) {
   if constexpr (is_built<T, S, kHeadDim>) {
-    emulator::launch(p.num_requests * p.num_kv_heads, dmc::kWarp,
-                     [&] { dmc::append_token<T, S, kHeadDim>(p, dmc::block_index()); });
+    if (p.merge_delay) {
+      append<T, S, kHeadDim, true>(p);
+    } else {
+      append<T, S, kHeadDim, false>(p);
+    }
   }
 }
 

@@ -1,7 +1,7 @@
 // Append one decoded token of every request to the cache. docs/method.md, section 6.
 //
 // Dimension letters: B requests, N query heads, G key/value heads, D head dim, X rows of a table of
-// angles, F rotary channels, R rows, U weighted tokens kept for an open segment, A = 2 D + 1.
+// angles, F rotary channels, R rows, U weighted tokens kept for an open segment, A = 2 D + 1, W tokens of a ring.
 #pragma once
 
 #include "dmc/paged_kv.h"
@@ -25,9 +25,12 @@ struct AppendParams {
   float* segments_RGUA;
   const int32_t* free_ids;  // null: pages are in the table
   int32_t* free_state;
+  uint8_t* late_merge_RGW;  // decisions and importances of the tokens in the rings
+  float* late_omega_RGW;
   int64_t q_stride[2], k_stride[2], v_stride[2], q_out_stride[2];
   int64_t cos_stride, sin_stride, segments_row_stride, segments_head_stride;
   int num_requests, num_kv_heads, group, half, merge_window, num_free;
+  int merge_delay;  // W; 0: tokens merge at once
   float alpha_offset, eps;
   bool compress, may_merge;
 };
@@ -110,6 +113,19 @@ struct Pairs {
       store(x, to);
     }
   }
+  // The inverse of `store_entry`.
+  template <class T, class S>
+  DMC_DEVICE void load_entry(float (&x)[2 * kOwn], const void* pages, const float* scales,
+                             int64_t slot) const {
+    const S* from = static_cast<const S*>(pages) + slot * kHeadDim;
+    float scale = 1.0f;
+    if constexpr (is_8bit<S>) scale = scales[slot];
+    DMC_UNROLL
+    for (int i = 0; i < kOwn; ++i) {
+      x[2 * i] = owns(i) ? to_float(from[first(i)]) * scale : 0.0f;
+      x[2 * i + 1] = owns(i) ? to_float(from[second(i)]) * scale : 0.0f;
+    }
+  }
   // Angles of a position's rotary channels; non-rotary pairs keep their angle of 0.
   template <class T>
   DMC_DEVICE void load_angles(float (&cos)[kOwn], float (&sin)[kOwn], const T* cos_F,
@@ -133,8 +149,9 @@ struct Pairs {
   }
 };
 
-// One warp for each (request, key/value head); pages hold S.
-template <class T, class S, int kHeadDim>
+// One warp for each (request, key/value head); pages hold S. With a delay the token that leaves the head's ring
+// is merged or appended, and the new one takes its slot.
+template <class T, class S, int kHeadDim, bool kDelayed>
 DMC_DEVICE void append_token(const AppendParams<T>& p, int index) {
   using Own = Pairs<kHeadDim>;
   constexpr int kChannels = 2 * Own::kOwn;
@@ -175,7 +192,18 @@ DMC_DEVICE void append_token(const AppendParams<T>& p, int index) {
     is_merge = p.may_merge && to_float(k_D[kBorrowedChannel<kHeadDim>]) - p.alpha_offset > 0.0f;
     omega = sigmoid(logit / p.group + p.alpha_offset) + p.eps;
   }
-  is_merge = is_merge && entries > 0;
+  int ring = 0;  // the new token's slot in its ring
+  bool new_merge = is_merge;
+  float new_omega = omega;
+  int64_t late = 0;
+  if constexpr (kDelayed) {
+    ring = int(position % p.merge_delay);
+    late = (row * p.num_kv_heads + g) * p.merge_delay + ring;
+    is_merge = p.late_merge_RGW[late] != 0;
+    omega = p.late_omega_RGW[late];
+  }
+  const int first_entry = kDelayed ? p.merge_delay : 0;
+  is_merge = is_merge && entries > first_entry;
 
   // the entry's page: the head's, or one from the free list
   const int entry = is_merge ? entries - 1 : entries;
@@ -195,12 +223,47 @@ DMC_DEVICE void append_token(const AppendParams<T>& p, int index) {
       }
     }
   }
-  page_id = shuffle(page_id, 0);  // also: all lanes have read `entries`
+  page_id = shuffle(page_id, 0);  // also: all lanes have read `entries`, and what their ring decided
   if (page_id < 0) return;
 
   float k[kChannels], v[kChannels];
   own.load(k, k_D, p.compress);
   own.load(v, v_D, false);
+  if constexpr (kDelayed) {
+    const bool leaves = entries >= p.merge_delay;
+    const int ring_page = leaves ? p.kv.table(row, g)[p.kv.column(ring)] : page_id;
+    const int64_t slot = p.kv.slot(ring_page, ring);
+    float old_k[kChannels] = {}, old_v[kChannels] = {};
+    if (leaves) {
+      own.template load_entry<T, S>(old_k, p.kv.k_pages_PSD, p.kv.k_scales_PS, slot);
+      own.template load_entry<T, S>(old_v, p.kv.v_pages_PSD, p.kv.v_scales_PS, slot);
+    }
+    sync_warp();  // every lane has read the scales
+    // raw, with what RoPE turns into the borrowed channel: turning back loses nothing
+    own.turn(k, cos, sin, false);
+    own.template store_entry<S>(k, p.kv.k_pages_PSD, p.kv.k_scales_PS, slot);
+    own.template store_entry<S>(v, p.kv.v_pages_PSD, p.kv.v_scales_PS, slot);
+    if (lane == 0) {
+      p.late_merge_RGW[late] = new_merge;
+      p.late_omega_RGW[late] = new_omega;
+    }
+    if (!leaves) {
+      if (lane == 0) *num_entries = entries + 1;
+      return;
+    }
+    const int64_t left = position - p.merge_delay;
+    own.load_angles(cos, sin, p.cos_XF + left * p.cos_stride, p.sin_XF + left * p.sin_stride);
+    DMC_UNROLL
+    for (int i = 0; i < Own::kOwn; ++i) sin[i] = -sin[i];
+    own.turn(old_k, cos, sin, true);
+    DMC_UNROLL
+    for (int i = 0; i < Own::kOwn; ++i) sin[i] = -sin[i];
+    DMC_UNROLL
+    for (int i = 0; i < kChannels; ++i) {
+      k[i] = old_k[i];
+      v[i] = old_v[i];
+    }
+  }
   if (p.compress) {
     float* kept = p.segments_RGUA + row * p.segments_row_stride + g * p.segments_head_stride;
     constexpr int kRow = 2 * kHeadDim + 1;

@@ -50,6 +50,13 @@ DMC_DEVICE void encode(float x, int8& out) {
   out.bits = int8_t(uint8_t(float_bits(x + 12582912.0f) - 0x4b400000u));
 }
 
+// A code without its entry's scale.
+DMC_DEVICE float to_float(e4m3 x) {
+  const uint32_t bits = (x.bits & 0x7fu) << 20 | (x.bits & 0x80u) << 24;
+  return bits_float(bits) * 0x1p120f;
+}
+DMC_DEVICE float to_float(int8 x) { return float(x.bits); }
+
 // Four bytes to two pairs of T, exactly: bytes 0 and 2, and bytes 1 and 3, in units of `unit`.
 // For fp16 the unit keeps codes near 1, so that a weight times scale and unit does not become subnormal.
 DMC_DEVICE void widen(uint32_t x, uint32_t& even, uint32_t& odd, e4m3, bf16) {
