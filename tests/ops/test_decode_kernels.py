@@ -66,9 +66,9 @@ def attention_kernels(group, dim, stored):
 
 
 def release_kernel():
-    from megatron_dmc.ops.triton import release
+    from megatron_dmc.ops.triton import pages
 
-    yield release.release_kernel, 4, dict(BLOCK=release.BLOCK)
+    yield pages.release_kernel, 4, dict(BLOCK=pages.BLOCK)
 
 
 def append_kernel(group, dim, window, stored, delay=0):

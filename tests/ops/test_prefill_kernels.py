@@ -33,6 +33,7 @@ TYPES = {
     "p_is_merge": "*u8", "p_chunks": "*i32", "p_tiles": "*i32", "p_tile_starts": "*i32",
     "p_entries": "*i64", "p_appends": "*i32", "p_base": "*i32", "p_entry": "*i32",
     "p_table": "*i32", "p_keep": "*fp32", "p_tails": "*fp32", "p_segments": "*fp32",
+    "p_far": "*i32",
 }  # fmt: skip
 
 
@@ -45,20 +46,21 @@ def kernels_to_compile(group, dim, window, capability):
     if attention.INTERPRETED:
         raise RuntimeError("these are the interpreter's sizes")
     queries, entries, num_warps, stages = sizes
-    yield (
-        attention.attend_kernel,
-        num_warps,
-        dict(
-            R=group, Q=queries, D=dim, F=max(16, 1 << (dim - 1).bit_length()), S=16, I=entries,
-            HALF=dim // 2, COMPRESS=True, STAGES=stages, INTERPRET=False,
-        ),
-    )  # fmt: skip
+    for delay in (0, 16):
+        yield (
+            attention.attend_kernel,
+            num_warps,
+            dict(
+                R=group, Q=queries, D=dim, F=max(16, 1 << (dim - 1).bit_length()), S=16, I=entries,
+                HALF=dim // 2, COMPRESS=True, STAGES=stages, DELAY=delay, INTERPRET=False,
+            ),
+        )  # fmt: skip
     tile = write.WINDOWED_TILE if window else write.TILE
     channels = write.channels_of(dim, window)
     yield (
         write.tails_kernel,
         4,
-        dict(D=dim, I=tile, OWN=tile - max(window - 1, 0), F=channels, SUM=not window),
+        dict(D=dim, I=tile, OWN=tile - max(window - 1, 0), F=channels, SUM=not window, FIRST=16),
     )
     yield (
         write.carry_kernel,
@@ -68,6 +70,7 @@ def kernels_to_compile(group, dim, window, capability):
             C=write.TILES_OF_BLOCK,
             F=write.COMPONENTS,
             SUM=not window,
+            FIRST=16,
             INTERPRET=False,
         ),
     )
@@ -75,11 +78,19 @@ def kernels_to_compile(group, dim, window, capability):
         write.write_kernel,
         4,
         dict(
-            D=dim, I=tile, W=window, F=channels, S=16, HALF=dim // 2, COMPRESS=True, INTERPRET=False
+            D=dim,
+            I=tile,
+            W=window,
+            F=channels,
+            S=16,
+            HALF=dim // 2,
+            COMPRESS=True,
+            FIRST=16,
+            INTERPRET=False,
         ),
     )
     if window:
-        yield write.kept_kernel, 4, dict(D=dim, W=window, C=16, F=128)
+        yield write.kept_kernel, 4, dict(D=dim, W=window, C=16, F=128, FIRST=16)
 
 
 @pytest.mark.parametrize("full_size", [False, pytest.param(True, marks=pytest.mark.exhaustive)])

@@ -179,7 +179,7 @@ def attend_kernel(
             i_near = (start + i_chunk.to(tl.int64) * DELAY) * G + i_g
             b_t = (o_t - start).to(tl.int32)
             end = last + 1 + DELAY
-            for i_e in range(tl.maximum(first + 1, lead), end, I):
+            for i_e in tl.range(tl.maximum(first + 1, lead), end, I, num_stages=1):
                 b_max, b_sum, b_out = _attend_near(
                     b_q, b_max, b_sum, b_out, p_near_k + i_near * D, p_near_v + i_near * D, i_e,
                     end, lead, b_t, scale, G * D, o_i, o_d, D, DELAY, INTERPRET,
