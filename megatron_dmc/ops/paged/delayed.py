@@ -132,7 +132,7 @@ def prefill_delayed(
 
 
 class _Layout(NamedTuple):
-    """Where the tokens of some chunks and of their rings lie. Near rows are those of `Near`; int64 on the device
+    """Places of the tokens of some chunks and of their rings. Near rows are those of `Near`; int64 on the device
     unless it says otherwise.
 
     Attributes:
