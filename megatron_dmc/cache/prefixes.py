@@ -5,6 +5,9 @@ never change again: a snapshot shares them with the request, by reference count.
 open entry and the open segment do change: the snapshot has copies, and so has every request started
 from it.
 
+With a merge delay a head's first pages are its ring's. They are written again and again, so they are copied like
+the page with the open entry, and so are the ring's decisions.
+
 Dimension letters: L layers, R rows, G key/value heads, M block-table width, P pages, S slots per page,
 D head dim, U weighted tokens kept for an open segment, A components of an accumulator.
 """
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.cache.counts import Run
-from megatron_dmc.cache.tables import BlockTables, LateCounts, OpenSegments
+from megatron_dmc.cache.tables import BlockTables, LateCounts
 
 
 def extend_keys(
@@ -54,37 +57,50 @@ class Snapshot:
     num_tokens: int
     row: int
     """The row that it is captured from; meaningless afterwards."""
-    tail_ids_LG: Tensor
-    """The snapshot's own pages: copies of the pages with the open entries."""
+    own_ids_LGX: Tensor
+    """The snapshot's own pages: copies of the rings' pages and, last, of the pages with the open entries."""
     num_entries_LG: Tensor
-    segments_LGUA: Tensor | None
+    state: list[Tensor]
+    """The row's part of what the strategy keeps besides pages."""
     page_ids_LGM: Tensor | None = None
-    """After the capture: the shared pages, in which every entry is closed; -1 after them."""
+    """After the capture: the shared pages, in which every entry is closed; -1 elsewhere."""
     runs: list[Run] = field(default_factory=list)
     """The same as counts, once known."""
     entries_KLG: np.ndarray | None = None
     """Entries on all ranks, once known."""
 
-    def num_shared_LG(self, page_size: int) -> Tensor:
-        """Full pages of each head in which every entry is closed."""
-        return (self.num_entries_LG - 1) // page_size
+    def own_columns_LGX(self, page_size: int) -> Tensor:
+        """Columns of the block table that `own_ids_LGX` are copies of; those between are shared."""
+        ring_X = torch.arange(self.own_ids_LGX.shape[-1] - 1, device=self.own_ids_LGX.device)
+        last_LG1 = ((self.num_entries_LG - 1) // page_size)[..., None]
+        return torch.cat([ring_X.expand(*last_LG1.shape[:2], -1), last_LG1], dim=-1)
 
 
 class PrefixCache:
     """Snapshots by key; the least recently used ones are evicted when pages run short.
 
     Args:
+        state: tensors (L, R, ...) that belong to a row besides its pages.
         block_size: tokens between two boundaries at which snapshots are captured.
+        num_ring_pages: pages that each head's ring fills, none of them with entries.
 
     Attributes:
         num_evicted: snapshots evicted so far.
     """
 
-    def __init__(self, tables: BlockTables, segments: OpenSegments | None, *, block_size: int):
+    def __init__(
+        self,
+        tables: BlockTables,
+        state: Sequence[Tensor] = (),
+        *,
+        block_size: int,
+        num_ring_pages: int = 0,
+    ):
         self.block_size = block_size
+        self._num_ring_pages = num_ring_pages
         self.num_evicted = 0
-        self._tables, self._segments = tables, segments
-        self._num_tails = tables.num_layers * tables.num_kv_heads
+        self._tables, self._state = tables, list(state)
+        self._num_own = tables.num_layers * tables.num_kv_heads * (num_ring_pages + 1)
         self._snapshots: OrderedDict[bytes, Snapshot] = OrderedDict()
         self._pinned: bytes | None = None
         tables.make_room = self._make_room
@@ -99,61 +115,60 @@ class PrefixCache:
     def cost(self, snapshot: Snapshot) -> int:
         """Free pages consumed, on the tightest rank, by starting a row from this snapshot."""
         only_prefixes_XK = [run.only_prefixes_K for run in snapshot.runs]
-        return self._num_tails + int(np.sum(only_prefixes_XK, axis=0).max())
+        return self._num_own + int(np.sum(only_prefixes_XK, axis=0).max())
 
     def peak_cost(self, snapshot: Snapshot) -> int:
         """Pages that must be free or reclaimable for `restore`: it may not evict its own source."""
-        return self.cost(snapshot) + self._num_tails
+        return self.cost(snapshot) + self._num_own
 
     def restore(self, snapshot: Snapshot, row: int) -> None:
         """Start an open, empty row with the snapshot's tokens in its cache."""
         pool, tables = self._tables.pool, self._tables
         self._snapshots.move_to_end(snapshot.key)
         self._pinned = snapshot.key
-        tables.take_room(self._num_tails)
+        tables.take_room(self._num_own)
         self._pinned = None
-        tails_LG = pool.take(self._num_tails).view(snapshot.tail_ids_LG.shape)
+        own_LGX = pool.take(self._num_own).view(snapshot.own_ids_LGX.shape)
         assert snapshot.page_ids_LGM is not None and snapshot.entries_KLG is not None
         tables.adopt(
-            row, snapshot.page_ids_LGM, snapshot.num_shared_LG(pool.page_size), tails_LG,
+            row, snapshot.page_ids_LGM, snapshot.own_columns_LGX(pool.page_size), own_LGX,
             snapshot.num_entries_LG, snapshot.entries_KLG, snapshot.runs,
         )  # fmt: skip
-        pool.copy(snapshot.tail_ids_LG, tails_LG)
-        if self._segments is not None:
-            assert snapshot.segments_LGUA is not None
-            self._segments.state_LRGUA[:, row] = snapshot.segments_LGUA
+        pool.copy(snapshot.own_ids_LGX, own_LGX)
+        for of_rows, kept in zip(self._state, snapshot.state, strict=True):
+            of_rows[:, row] = kept
 
     def begin(self, key: bytes, num_tokens: int, row: int) -> Snapshot | None:
         """Prepare to capture a snapshot of a row at a future number of tokens in its cache.
 
         Returns:
-            a snapshot that `capture` and `finish` complete; None if it is cached already or pages are short.
+            a snapshot that `capture` and `finish` complete; None if it is cached already, pages are short, or
+            the tokens are all in the rings.
         """
         tables = self._tables
         if key in self._snapshots:
             self._snapshots.move_to_end(key)
             return None
-        if not tables.may_take(self._num_tails):
+        if num_tokens <= self._num_ring_pages * tables.pool.page_size:
             return None
-        tables.take_room(self._num_tails)
-        tables.counts.num_unfinished += self._num_tails
-        tails_LG = tables.pool.take(self._num_tails).view(tables.num_layers, tables.num_kv_heads)
-        segments = None
-        if self._segments is not None:
-            segments = torch.empty_like(self._segments.state_LRGUA[:, row])
+        if not tables.may_take(self._num_own):
+            return None
+        tables.take_room(self._num_own)
+        tables.counts.num_unfinished += self._num_own
+        own = tables.pool.take(self._num_own).view(tables.num_layers, tables.num_kv_heads, -1)
         num_entries = torch.empty_like(tables.num_entries_LRG[:, row])
-        return Snapshot(key, num_tokens, row, tails_LG, num_entries, segments)
+        state = [torch.empty_like(x[:, row]) for x in self._state]
+        return Snapshot(key, num_tokens, row, own, num_entries, state)
 
     def capture(self, snapshot: Snapshot, layers: slice) -> None:
-        """Copy these layers' open entries' pages, counts and segments as they are now."""
+        """Copy these layers' own pages, counts and state as they are now."""
         pool, tables, row = self._tables.pool, self._tables, snapshot.row
-        num_entries_LG = tables.num_entries_LRG[layers, row]
-        snapshot.num_entries_LG[layers] = num_entries_LG
-        column_LG1 = ((num_entries_LG - 1) // pool.page_size)[..., None]
-        source_LG = tables.page_ids_LRGM[layers, row].gather(-1, column_LG1)[..., 0]
-        pool.copy(source_LG, snapshot.tail_ids_LG[layers])
-        if snapshot.segments_LGUA is not None and self._segments is not None:
-            snapshot.segments_LGUA[layers] = self._segments.state_LRGUA[layers, row]
+        snapshot.num_entries_LG[layers] = tables.num_entries_LRG[layers, row]
+        columns_LGX = snapshot.own_columns_LGX(pool.page_size)[layers]
+        source_LGX = tables.page_ids_LRGM[layers, row].gather(-1, columns_LGX)
+        pool.copy(source_LGX, snapshot.own_ids_LGX[layers])
+        for of_rows, kept in zip(self._state, snapshot.state, strict=True):
+            kept[layers] = of_rows[layers, row]
 
     def finish(self, snapshot: Snapshot) -> LateCounts | None:
         """All layers are captured and the row still holds its pages: cache the snapshot.
@@ -162,23 +177,24 @@ class PrefixCache:
             the accounting of its pages; None if it is not needed.
         """
         pool, tables = self._tables.pool, self._tables
-        tables.counts.num_unfinished -= self._num_tails
+        tables.counts.num_unfinished -= self._num_own
         if snapshot.key in self._snapshots:  # another request of this step has the same tokens
-            pool.release(snapshot.tail_ids_LG)
+            pool.release(snapshot.own_ids_LGX)
             return None
-        tables.counts.hold_tails(self._num_tails)
+        tables.counts.hold_tails(self._num_own)
         # a head has at most the pages for the prefix's tokens
         width = -(-snapshot.num_tokens // pool.page_size)
         table_LGM = tables.page_ids_LRGM[:, snapshot.row, :, :width]
         columns_M = torch.arange(table_LGM.shape[-1], device=table_LGM.device)
-        is_shared = columns_M < snapshot.num_shared_LG(pool.page_size)[..., None]
+        last_LG1 = snapshot.own_columns_LGX(pool.page_size)[..., -1:]
+        is_shared = (columns_M >= self._num_ring_pages) & (columns_M < last_LG1)
         snapshot.page_ids_LGM = torch.where(is_shared, table_LGM, -1)
         pool.add_owner(snapshot.page_ids_LGM)
         self._snapshots[snapshot.key] = snapshot
 
         def tell(entries_KLG: np.ndarray) -> None:
             snapshot.entries_KLG = entries_KLG
-            full_KLG = (entries_KLG - 1) // pool.page_size
+            full_KLG = (entries_KLG - 1) // pool.page_size - self._num_ring_pages
             snapshot.runs = tables.counts.add_run(snapshot.row, full_KLG)
 
         return LateCounts(snapshot.num_entries_LG, tell)
@@ -193,7 +209,7 @@ class PrefixCache:
         parts = [self._tables.page_ids_LRGM.new_empty(0)]
         for snapshot in self._snapshots.values():
             assert snapshot.page_ids_LGM is not None
-            parts += [snapshot.page_ids_LGM.flatten(), snapshot.tail_ids_LG.flatten()]
+            parts += [snapshot.page_ids_LGM.flatten(), snapshot.own_ids_LGX.flatten()]
         return torch.cat(parts)
 
     def _make_room(self, num_pages_K: np.ndarray) -> None:
@@ -211,6 +227,6 @@ class PrefixCache:
         snapshot = self._snapshots.pop(key)
         assert snapshot.page_ids_LGM is not None
         counts.drop_prefix(snapshot.runs)
-        counts.hold_tails(-self._num_tails)
+        counts.hold_tails(-self._num_own)
         pool.release(snapshot.page_ids_LGM.flatten(1))
-        pool.release(snapshot.tail_ids_LG)
+        pool.release(snapshot.own_ids_LGX)

@@ -261,20 +261,20 @@ class BlockTables:
         self,
         row: int,
         page_ids_LGM: Tensor,
-        num_shared_LG: Tensor,
-        tail_ids_LG: Tensor,
+        own_columns_LGX: Tensor,
+        own_ids_LGX: Tensor,
         num_entries_LG: Tensor,
         entries_KLG: np.ndarray,
         runs: list[Run],
     ) -> None:
-        """Fill an empty row from a cached prefix: share its full pages, and add a page to each head for
+        """Fill an empty row from a cached prefix: share its full pages, and add pages to each head for
         what it copies.
 
         Args:
-            page_ids_LGM: the full pages, in the columns that they need; -1 after them.
-            num_shared_LG: their number for each head.
-            tail_ids_LG: pages just allocated; the row holds them from now on.
-            num_entries_LG: entries of each head; its pages are the shared ones and one more.
+            page_ids_LGM: the full pages, in the columns that they need; -1 elsewhere.
+            own_columns_LGX: the other columns of each head, without repetitions.
+            own_ids_LGX: pages just allocated for them; the row holds them from now on.
+            num_entries_LG: entries of each head.
             entries_KLG, runs: the same for the host, as counts.
         """
         counts = self.counts
@@ -283,7 +283,7 @@ class BlockTables:
         self.pool.add_owner(page_ids_LGM)
         table_LGM = self.page_ids_LRGM[:, row]
         table_LGM[..., : page_ids_LGM.shape[-1]] = page_ids_LGM
-        table_LGM.scatter_(-1, num_shared_LG[..., None], tail_ids_LG[..., None])
+        table_LGM.scatter_(-1, own_columns_LGX, own_ids_LGX)
         self.num_entries_LRG[:, row] = num_entries_LG
 
     def close_row(self, row: int) -> None:

@@ -99,8 +99,9 @@ class PagedContext(BaseInferenceContext):
         if prefix_block_size is not None:
             assert self.store.shares_pages, "a slot of a shared page would be written again"
             self.prefixes = PrefixCache(
-                self.tables, self.store.segments, block_size=prefix_block_size
-            )
+                self.tables, self.store.row_state, block_size=prefix_block_size,
+                num_ring_pages=self.store.num_ring_slots // page_size,
+            )  # fmt: skip
             self.store.prefixes = self.prefixes
         self.flips: FlipCounter | None = None
         if count_flips and self.store.grows_by_decision:

@@ -45,17 +45,18 @@ def check_combinations(config: EngineConfig, rule: CompressionRule | None) -> No
     Raises:
         UnsupportedConfig: names the setting and the remedy.
     """
-    shares_pages = store_class(rule).shares_pages
-    if rule is not None and not shares_pages and config.enable_prefix_caching:
-        what = (
-            f"merges after a delay (--dmc-merge-delay {rule.merge_delay})"
-            if rule.eviction_delay is None
-            else "evicts tokens (--dmc-policy evict)"
-        )
-        raise UnsupportedConfig(
-            f"enable_prefix_caching=True: this model {what}, and a page whose slots are written again "
-            "cannot be shared; switch it off"
-        )
+    if rule is not None and config.enable_prefix_caching:
+        if not store_class(rule).shares_pages:
+            raise UnsupportedConfig(
+                "enable_prefix_caching=True: this model evicts tokens (--dmc-policy evict), and a page whose "
+                "slots are written again cannot be shared; switch it off"
+            )
+        if rule.merge_delay % config.block_size:
+            raise UnsupportedConfig(
+                f"enable_prefix_caching=True: this model merges after {rule.merge_delay} tokens "
+                f"(--dmc-merge-delay), which must fill whole pages of block_size={config.block_size}; use a "
+                "block_size that divides it, or switch prefix caching off"
+            )
     if config.cache_policy is not None and rule is not None:
         raise UnsupportedConfig(
             f"cache_policy={config.cache_policy!r} with a DMC model: it compresses by itself; use the base "

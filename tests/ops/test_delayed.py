@@ -193,6 +193,7 @@ def test_without_merging_nothing_waits():
     assert tokens == engine.runner.model.greedy(prompt, 12, may_merge=False)
 
 
-def test_cached_prefixes_are_refused():
-    with pytest.raises(UnsupportedConfig, match="enable_prefix_caching=True.*--dmc-merge-delay 3"):
+def test_cached_prefixes_need_rings_of_whole_pages():
+    wanted = r"enable_prefix_caching=True.*3 tokens \(--dmc-merge-delay\).*block_size=4"
+    with pytest.raises(UnsupportedConfig, match=wanted):
         make_engine(dmc_config(merge_delay=3), enable_prefix_caching=True)

@@ -67,7 +67,8 @@ class LayerStore(Protocol):
         shares_pages: cached prefixes may hold pages with requests: a closed entry is never written again.
         is_capturable: decode steps on kernels wait for nothing, so that CUDA graphs can hold them.
         grows_by_decision: a head gets an entry exactly when its token does not merge.
-        segments: the rows' open segments; None without merging.
+        row_state: what a cached prefix keeps of a row besides its pages, tensors (L, R, ...).
+        num_ring_slots: a head's first slots that are written again, whole pages where prefixes are cached.
         prefixes: set by the context; `attend` captures snapshots.
         observe: set by the context; called with the decisions of each layer's prefilled tokens (T, G).
         impose: set by benchmarks: (layer, first packed token, count) to gates used instead of the model's.
@@ -75,7 +76,8 @@ class LayerStore(Protocol):
 
     shares_pages: ClassVar[bool]
     is_capturable: ClassVar[bool]
-    segments: OpenSegments | None
+    row_state: list[Tensor]
+    num_ring_slots: int
     prefixes: PrefixCache | None
     observe: Callable[[Tensor], None] | None
     impose: Callable[[int, int, int], Gates | None] | None
@@ -133,6 +135,8 @@ class GatedStore:
         self.tables, self.dtype, self.backend = storage.tables, storage.dtype, storage.backend
         self.rule = rule
         self.segments: OpenSegments | None = None
+        self.row_state: list[Tensor] = []
+        self.num_ring_slots = 0
         self.prefixes: PrefixCache | None = None
         self.observe: Callable[[Tensor], None] | None = None
         self.impose: Callable[[int, int, int], Gates | None] | None = None

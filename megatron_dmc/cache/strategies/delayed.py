@@ -16,18 +16,19 @@ from megatron_dmc.ops.tensors import accumulator_dtype
 
 
 class DelayedStore(MergingStore):
-    """In the kernels of merging at once. The rings' slots are written again, so their pages are not shared."""
-
-    shares_pages = False
+    """In the kernels of merging at once. The rings' slots are written again: a cached prefix has copies of their
+    pages, and of what their tokens decided."""
 
     def __init__(self, storage: Storage, rule: CompressionRule):
         super().__init__(storage, rule)
+        self.num_ring_slots = rule.merge_delay
         entries_LRG = storage.tables.num_entries_LRG
         shape, device = (*entries_LRG.shape, rule.merge_delay), entries_LRG.device
         self.decisions = DelayedDecisions(
             torch.zeros(shape, dtype=torch.bool, device=device),
             torch.zeros(shape, dtype=accumulator_dtype(storage.dtype), device=device),
         )
+        self.row_state += [self.decisions.is_merge_XGW, self.decisions.omega_XGW]
 
     @classmethod
     def state_bytes(cls, rule: CompressionRule | None, head_dim: int) -> int:

@@ -36,6 +36,7 @@ class MergingStore(GatedStore):
         super().__init__(storage, rule)
         self.window = 0 if rule is None else rule.merge_window
         self.segments = None if rule is None else open_segments(storage, rule)
+        self.row_state = [] if self.segments is None else [self.segments.state_LRGUA]
         self._angles: tuple[Tensor, Angles] | None = None
 
     @classmethod
