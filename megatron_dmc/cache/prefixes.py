@@ -179,7 +179,7 @@ class PrefixCache:
         pool, tables = self._tables.pool, self._tables
         tables.counts.num_unfinished -= self._num_own
         if snapshot.key in self._snapshots:  # another request of this step has the same tokens
-            pool.release(snapshot.own_ids_LGX)
+            pool.release(snapshot.own_ids_LGX.flatten(1))
             return None
         tables.counts.hold_tails(self._num_own)
         # a head has at most the pages for the prefix's tokens
@@ -229,4 +229,4 @@ class PrefixCache:
         counts.drop_prefix(snapshot.runs)
         counts.hold_tails(-self._num_own)
         pool.release(snapshot.page_ids_LGM.flatten(1))
-        pool.release(snapshot.own_ids_LGX)
+        pool.release(snapshot.own_ids_LGX.flatten(1))
