@@ -67,6 +67,7 @@ class LayerStore(Protocol):
         shares_pages: cached prefixes may hold pages with requests: a closed entry is never written again.
         is_capturable: decode steps on kernels wait for nothing, so that CUDA graphs can hold them.
         grows_by_decision: a head gets an entry exactly when its token does not merge.
+        segments: the rows' open segments; None without merging.
         row_state: what a cached prefix keeps of a row besides its pages, tensors (L, R, ...).
         num_ring_slots: a head's first slots that are written again, whole pages where prefixes are cached.
         prefixes: set by the context; `attend` captures snapshots.
@@ -76,6 +77,7 @@ class LayerStore(Protocol):
 
     shares_pages: ClassVar[bool]
     is_capturable: ClassVar[bool]
+    segments: OpenSegments | None
     row_state: list[Tensor]
     num_ring_slots: int
     prefixes: PrefixCache | None

@@ -17,6 +17,7 @@ from megatron_dmc.cache.policies import make_policy
 from megatron_dmc.cache.prefixes import PrefixCache
 from megatron_dmc.cache.strategies.base import Step, Storage
 from megatron_dmc.cache.strategies.rules import EvictionRule
+from megatron_dmc.cache.tables import OpenSegments
 from megatron_dmc.ops import rope
 from megatron_dmc.ops.paged.budget import WorkingCache, attend_and_evict
 from megatron_dmc.ops.paged.chunks import Chunks
@@ -33,6 +34,7 @@ class BudgetStore:
 
     def __init__(self, storage: Storage, rule: EvictionRule):
         self.rule, self.policy, self.tables = rule, make_policy(rule.policy), storage.tables
+        self.segments: OpenSegments | None = None
         self.num_ring_slots = 0
         self.row_state: list[Tensor] = []
         self.prefixes: PrefixCache | None = None

@@ -187,20 +187,20 @@ def _layout(chunks: Chunks, delay: int) -> _Layout:
         kept_slots.append((start + last) % delay)
     tokens_BW = torch.stack(ring)
     is_token_BW = to_device(tokens_BW >= 0, device, dtype=torch.bool)
-    rows, ring_BW, *parts = (
+    rows_B, ring_BW, count_B, old_X, new_T = (
         to_device(x, device)
         for x in (
-            torch.tensor(chunks.rows), tokens_BW % delay, torch.tensor(counts),
-            torch.cat(old), torch.cat(new),
+            torch.tensor(chunks.rows), tokens_BW % delay, torch.tensor(counts), torch.cat(old),
+            torch.cat(new),
         )
     )  # fmt: skip
-    late_C, positions_C, *kept_X = (
+    late_C, positions_C, kept_X, kept_rows_X, kept_slots_X = (
         to_device(torch.cat(x), device) for x in (late, positions, kept, kept_rows, kept_slots)
     )
     return _Layout(
-        rows, ring_BW, is_token_BW, *parts, chunks.total + len(chunks.rows) * delay,
-        Chunks.of(chunks.rows, num_late, device), late_C, positions_C,
-        to_device(far, device, dtype=torch.int32), *kept_X,
+        rows_B, ring_BW, is_token_BW, count_B, old_X, new_T,
+        chunks.total + len(chunks.rows) * delay, Chunks.of(chunks.rows, num_late, device), late_C,
+        positions_C, to_device(far, device, dtype=torch.int32), kept_X, kept_rows_X, kept_slots_X,
     )  # fmt: skip
 
 
