@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from family_cases import CASES, VOCAB, save, tokens
 from safetensors.torch import load_file
-from test_families import CASES, VOCAB, save, tokens
 from test_legacy_checkpoint import by_hand
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM

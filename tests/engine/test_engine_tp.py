@@ -1,59 +1,21 @@
 """Tensor parallel engines over gloo: the tokens and entries of one process, and a rank that dies."""
 
-import json
-import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from engine_tp_worker import TIMEOUT_S
-from random_models import VOCAB, random_model, retrofitted
+from random_models import random_model, retrofitted
 from server_process import MODEL
+from tensor_parallel import launch, prompts
 
 from megatron_dmc import LLM, SamplingParams
 from megatron_dmc.checkpoint.hf_folder import write_folder
 from megatron_dmc.checkpoint.load import build_model
 from megatron_dmc.cli.main import main
 from megatron_dmc.errors import UnsupportedConfig
-
-WORKER = Path(__file__).parents[1] / "support" / "engine_tp_worker.py"
-
-
-def prompts(count=6):
-    generator = torch.Generator().manual_seed(5)
-    return [
-        torch.randint(0, VOCAB, (n,), generator=generator).tolist()
-        for n in range(3, 3 + 4 * count, 4)
-    ]
-
-
-def launch(folder, size, mode, *, launcher=True):
-    """All ranks' processes, without torchrun's own watch over them; or one, which makes the others."""
-    out = folder / f"{mode}-{size}.json"
-    Path(f"{out}.prompts").write_text(json.dumps(prompts()))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    processes = []
-    for rank in range(size if launcher else 1):
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        if launcher:
-            env |= {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            }  # fmt: skip
-        command = [sys.executable, str(WORKER), str(folder), str(size), str(out), mode]
-        processes.append(
-            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        )
-    texts = [p.communicate(timeout=400)[0].decode() for p in processes]
-    codes = [p.returncode for p in processes]
-    result = json.loads(out.read_text()) if out.exists() else None
-    return result, codes, "\n".join(t[-3000:] for t in texts)
 
 
 @pytest.fixture(scope="module")

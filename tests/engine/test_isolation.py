@@ -7,11 +7,10 @@ import math
 
 import pytest
 import torch
+from faults import Poisoned, Spread, raising
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_gpt import (
-    Letters,
-    TinyGPT,
     V,
     check_idle,
     dmc_config,
@@ -30,13 +29,6 @@ from megatron_dmc.errors import EngineDead, InvalidRequest, OutOfPages, RequestF
 
 PROMPTS = dict(zip("abc", make_prompts(3, seed=21, longest=12), strict=True))
 VICTIM = "b"
-
-
-class Spread(Letters):
-    """Letters that can write every token of the model, and read every text."""
-
-    def encode(self, text):
-        return [4 + ord(c) % (V - 4) for c in text]
 
 
 def params_of(name):
@@ -69,20 +61,6 @@ FAULTS = {}
 def fault(install):
     FAULTS[install.__name__] = install
     return install
-
-
-def raising(function, is_meant, error, *, after=0):
-    """`function`, but raising where `is_meant(*args)`, from the `after`-th such call on."""
-    calls = []
-
-    def wrapped(*args, **kwargs):
-        if is_meant(*args):
-            calls.append(1)
-            if len(calls) > after:
-                raise error
-        return function(*args, **kwargs)
-
-    return wrapped
 
 
 @fault
@@ -427,21 +405,6 @@ ALONE_A = alone("a")
 
 
 # Logits that are not finite.
-
-
-class Poisoned(TinyGPT):
-    """Its logits behind token 39 have `value` in `columns`."""
-
-    value, columns = math.nan, slice(3, 4)
-
-    def forward(self, input_ids, position_ids, *args, output_processor, **kwargs):
-        def poisoned(*, hidden_states, context, **rest):
-            logits = output_processor(hidden_states=hidden_states, context=context, **rest)
-            ids = input_ids[0] if context is None else input_ids[0][context]
-            logits[ids == V - 1, ..., self.columns] = self.value
-            return logits
-
-        return super().forward(input_ids, position_ids, *args, output_processor=poisoned, **kwargs)
 
 
 @pytest.mark.parametrize("greedy", [True, False])

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import uvicorn
-from test_isolation import Poisoned, Spread, raising
+from faults import Poisoned, Spread, raising
 from tiny_gpt import V, dmc_config, make_engine
 
 from megatron_dmc import AsyncLLM

@@ -1,20 +1,13 @@
-"""The runs of `test_layouts.py`: Megatron's real schedule over given layouts, in float64.
+"""Runs of `test_layouts.py`: Megatron's real schedule over given layouts, in float64.
 
-    python tests/support/layout_worker.py JOBS.json
-
-Each job is a process group of its own: its ranks are forked from this process, which has imported
-everything and done nothing else (imports would take most of the time), and meet over gloo. A rank
+Each job is a process group of its own: its ranks are forked from the server of `training_runs.py`, which has
+imported Megatron and done nothing else (imports would take most of the time), and meet over gloo. A rank
 loads the weights from a distributed checkpoint (or makes and saves them), runs one forward and
-backward over all microbatches, and rank 0 writes loss reports and full gradients to the job's `--out`;
-where a rank fails, its traceback goes to the same name with `.error` behind it.
+backward over all microbatches, and rank 0 writes loss reports and full gradients to the job's `--out`.
 """
 
 import argparse
 import copy
-import json
-import os
-import socket
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -32,6 +25,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.timers import Timers
 from megatron.training import global_vars
 from megatron.training.global_vars import set_args
+from training_runs import ensure_fork_server, free_port
 
 from megatron_dmc.checkpoint.torch_dist_write import SynchronousSave
 from megatron_dmc.config import DMCConfig, DMCTransformerConfig
@@ -210,6 +204,7 @@ def teacher_of(options: Namespace, config, args, groups, chunk) -> Teacher:
 
 def run_rank(rank: int, processes: int, port: int, flags: list[str]) -> None:
     """One rank of a job, in a process of its own."""
+    torch.set_num_threads(1)
     options = parse(flags)
     cpu_adapter.install()
     torch.distributed.init_process_group(
@@ -303,23 +298,13 @@ def run_rank(rank: int, processes: int, port: int, flags: list[str]) -> None:
     torch.distributed.destroy_process_group()
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+def run_job(processes: int, flags: list[str]) -> None:
+    """Run the ranks of a job to their end.
 
-
-def main() -> None:
-    torch.set_num_threads(1)
-    for processes, flags in json.loads(Path(sys.argv[1]).read_text()):
-        try:
-            torch.multiprocessing.start_processes(
-                run_rank, (processes, free_port(), flags), nprocs=processes, start_method="fork"
-            )
-        except Exception as error:  # noqa: BLE001 (the test that asks for this job shows it)
-            Path(f"{parse(flags).out}.error").write_text(str(error))
-
-
-if __name__ == "__main__":
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    main()
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: with the traceback of a rank that failed.
+    """
+    ensure_fork_server()
+    torch.multiprocessing.start_processes(
+        run_rank, (processes, free_port(), flags), nprocs=processes, start_method="forkserver"
+    )

@@ -38,6 +38,19 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["megatron_dmc.training.run", "megatron.core.tokenizers.text"])
 
 
+def free_port() -> int:
+    """A TCP port of this machine that nobody uses."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def ensure_fork_server() -> None:
+    """Start the process from which ranks are forked, if it does not run yet."""
+    with mock.patch.dict(os.environ, ENVIRONMENT | {"PYTHONPATH": str(ROOT)}):
+        forkserver.ensure_running()
+
+
 def pretrain(
     *flags: str, processes: int = 1, program=("pretrain_dmc.py",), packages: str = ""
 ) -> subprocess.CompletedProcess[str]:
@@ -56,11 +69,8 @@ class Forked:
     def __init__(self, *flags: str, processes: int = 1, model=MODEL):
         self._folder = tempfile.TemporaryDirectory()
         self.stdout, self.stderr = (Path(self._folder.name, n) for n in ("stdout", "stderr"))
-        with mock.patch.dict(os.environ, ENVIRONMENT | {"PYTHONPATH": str(ROOT)}):
-            forkserver.ensure_running()
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            port = sock.getsockname()[1]
+        ensure_fork_server()
+        port = free_port()
         self.ranks = [
             _context.Process(
                 target=_run_rank,

@@ -5,8 +5,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from test_engine_tp import launch, prompts
-from test_families import CASES, save, weights
+from family_cases import CASES, save, weights
+from tensor_parallel import launch, prompts
 from training_runs import Forked
 from transformers import AutoTokenizer
 

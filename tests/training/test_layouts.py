@@ -5,17 +5,13 @@ for Megatron's cross entropy, which is computed in float32); the bound is on the
 the largest element of that gradient.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import functools
 
 import pytest
 import torch
+from layout_worker import run_job
 
 BOUND = 1e-6
-WORKER = Path(__file__).parents[1] / "support" / "layout_worker.py"
 
 MHA_WINDOW = ["--kv-heads=4", "--merge-window=3"]
 DELAY = ["--merge-delay=3"]
@@ -71,52 +67,34 @@ LAYOUTS: dict[str, tuple[int, list[str], list[str]]] = {
 
 
 @pytest.fixture(scope="module")
-def results(request, tmp_path_factory) -> Path:
-    """Folder with the results of the layouts that are asked for and of one process for each model."""
-    tmp = tmp_path_factory.mktemp("layouts")
-    wanted = [
-        item.callspec.params["layout"]
-        for item in request.session.items
-        if item.path == request.path and hasattr(item, "callspec")
-    ]
-    variants = [variant for _, _, variant in map(LAYOUTS.__getitem__, wanted)]
-    jobs = []
-    for variant in {name_of(variant): variant for variant in variants}.values():
-        (tmp / f"{name_of(variant)}.weights").mkdir()
-        jobs.append((1, [*job_flags(tmp, name_of(variant), variant), "--make-weights"]))
-    for layout in wanted:
+def run(tmp_path_factory):
+    """Run a layout and, once for each model, one process; loss reports and gradients of both."""
+    folder = tmp_path_factory.mktemp("layouts")
+
+    def result_of(processes: int, flags: list[str], variant: list[str]) -> dict:
+        out, weights = folder / "result", folder / f"weights{''.join(variant)}"
+        made = weights.exists()
+        weights.mkdir(exist_ok=True)
+        job = ["--out", str(out), "--weights", str(weights), *variant, *flags]
+        run_job(processes, job if made else [*job, "--make-weights"])
+        return torch.load(out, weights_only=False)
+
+    @functools.cache
+    def of_one_process(variant: tuple[str, ...]) -> dict:
+        return result_of(1, [], [*variant])
+
+    def both(layout: str) -> tuple[dict, dict]:
         processes, flags, variant = LAYOUTS[layout]
-        jobs.append((processes, [*job_flags(tmp, layout, variant), *flags]))
-    (tmp / "jobs.json").write_text(json.dumps(jobs))
-    environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
-                       PYTHONPATH=str(WORKER.parents[2]))  # fmt: skip
-    with open(tmp / "log", "w") as log:
-        subprocess.run([sys.executable, str(WORKER), str(tmp / "jobs.json")], env=environment,
-                       stdout=log, stderr=log, timeout=550, check=False)  # fmt: skip
-    return tmp
+        return of_one_process(tuple(variant)), result_of(processes, flags, variant)
 
-
-def name_of(variant: list[str]) -> str:
-    return "one-process" + "".join(variant)
-
-
-def job_flags(tmp: Path, name: str, variant: list[str]) -> list[str]:
-    weights = tmp / f"{name_of(variant)}.weights"
-    return ["--out", str(tmp / name), "--weights", str(weights), *variant]
-
-
-def read(results: Path, name: str) -> dict:
-    error = results / f"{name}.error"
-    assert not error.exists(), error.read_text()
-    assert (results / name).exists(), (results / "log").read_text()[-4000:]
-    return torch.load(results / name, weights_only=False)
+    return both
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != OWN_TEACHER])
-def test_layout_equals_one_process(results, layout, record_property):
+def test_layout_equals_one_process(run, layout, record_property):
     variant = LAYOUTS[layout][2]
-    expected, got = read(results, name_of(variant)), read(results, layout)
+    expected, got = run(layout)
     compresses = not {"--stage=zero-out", "--stage=off"} & set(variant)
     if compresses:
         assert expected["reports"]["compression loss"] > 0, "the hinge must be active"
@@ -140,8 +118,8 @@ def test_layout_equals_one_process(results, layout, record_property):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("layout", [OWN_TEACHER])
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(results, layout):
-    got = read(results, layout)
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(run, layout):
+    _, got = run(layout)
     assert got["reports"]["lm loss"] > 1
     assert abs(got["reports"]["distillation loss"]) < 1e-12
     assert got["gradients"]
