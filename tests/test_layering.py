@@ -23,6 +23,7 @@ LEVELS = {
     "quiet": 0,
     "_C": 0,  # the compiled csrc: part of the ops, and imports nothing
     "_cpu": 0,
+    "plotting": 1,
     "ops": 1,
     "cache": 2,
     "model": 3,

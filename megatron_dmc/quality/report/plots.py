@@ -1,9 +1,5 @@
 """The report's figures: inline SVG for the page and one PNG for the README.
 
-One SVG unit is one CSS pixel, text stays text, and the colours are CSS variables with the light
-theme's value as fallback, so one figure serves the light and the dark page. pyplot is not used:
-nothing global changes.
-
 Dimension letters: L layers, G key/value heads of a layer, T tokens of the sample text.
 """
 
@@ -11,47 +7,33 @@ import io
 import itertools
 import math
 import os
-import re
 from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
+from megatron_dmc.plotting import (
+    BLUE,
+    GREEN,
+    GRID,
+    HEAT,
+    INK,
+    MUTED,
+    ORANGE,
+    PALE,
+    heat_text_colour,
+    hide_spines,
+    styled,
+)
 from megatron_dmc.quality.report.data import ReportData, write_atomically
-
-# Okabe and Ito's colours, which colour-blind readers can distinguish; each is a CSS variable
-INK, MUTED, GRID = "#1f2a33", "#5b6873", "#dfe4e8"
-BLUE, ORANGE, GREEN, PALE = "#0072b2", "#d55e00", "#009e73", "#9fb4c4"
-CSS_VARIABLES = {
-    INK: "--ink", MUTED: "--muted", GRID: "--grid",
-    BLUE: "--blue", ORANGE: "--orange", GREEN: "--green", PALE: "--pale",
-}  # fmt: skip
-
-_HEAT = LinearSegmentedColormap.from_list("cr", ["#eef4f8", "#9fcae1", "#2f86bd", "#08407a"])
-_HEAT_DARK_TEXT, _HEAT_LIGHT_TEXT = "#0b1f33", "#ffffff"
-_FONT = "DejaVu Sans"
-_STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "megatron-dmc",
-    "text.parse_math": False, "font.family": _FONT,
-    "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": GRID,
-    "xtick.color": GRID, "ytick.color": GRID,
-    "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
-    "axes.axisbelow": True, "axes.unicode_minus": False,
-    "xtick.major.size": 0, "ytick.major.size": 0,
-    "legend.frameon": False, "legend.handlelength": 1.6, "legend.columnspacing": 1.6,
-    "legend.borderpad": 0, "legend.borderaxespad": 0, "legend.handletextpad": 0.5,
-    "lines.solid_capstyle": "round",
-}  # fmt: skip
-
+from megatron_dmc.quality.report.svg import new_figure, to_svg
+from megatron_dmc.quality.report.text_layout import ADVANCE, PITCH, chars_of_line, fit
 
 # --- figures for the page -----------------------------------------------------------------------
 
@@ -66,7 +48,7 @@ def training_curves(data: ReportData, *, width: int = 960) -> str:
     above = [74 + legend, 52 + legend, 52][: len(heights)]
     height = sum(above) + sum(heights) + bottom
     with styled(13):
-        figure = _figure(width, height)
+        figure = new_figure(width, height)
         axes, y = [], height
         for panel, space in zip(heights, above, strict=True):
             y -= space
@@ -87,7 +69,7 @@ def training_curves(data: ReportData, *, width: int = 960) -> str:
         for ax in axes[:-1]:
             ax.tick_params(labelbottom=False)
         axes[-1].set_xlabel("training step, all stages")
-        return _svg(figure, f"curves{width}", "Loss and compression ratio during training")
+        return to_svg(figure, f"curves{width}", "Loss and compression ratio during training")
 
 
 def heat_map(data: ReportData) -> str:
@@ -96,10 +78,10 @@ def heat_map(data: ReportData) -> str:
     cell_width, cell_height = max(34, min(64, 560 // (heads + 1))), 30
     width, height = 70 + int(cell_width * (heads + 1.25)), 52 + cell_height * layers
     with styled(13):
-        figure = _figure(width, height)
+        figure = new_figure(width, height)
         ax = figure.add_axes((62 / width, 44 / height, (width - 70) / width, 1 - 52 / height))
         _draw_heat(ax, data, size=13 if cell_width >= 44 else 11)
-        return _svg(figure, "heat", "Compression ratio of every layer and key/value head")
+        return to_svg(figure, "heat", "Compression ratio of every layer and key/value head")
 
 
 def perplexity_bars(data: ReportData) -> str:
@@ -191,9 +173,9 @@ def _draw_segments(figure: Figure, data: ReportData) -> None:
     figure.text(0.965, 0.372, f"layer {layer}, KV head {head}; one shade = tokens merged into one "
                 "entry", size=19 * 0.72, color=MUTED, ha="right")  # fmt: skip
     width, height = 0.93 * 1600, 0.32 * 900
-    size, columns, pieces = _fit(data.sample["tokens"], starts, width, height)
-    pitch, advance = size * _PITCH, size * _ADVANCE
-    rows, chars = int(height // pitch), _chars(width, size, columns)
+    size, columns, pieces = fit(data.sample["tokens"], starts, width, height)
+    pitch, advance = size * PITCH, size * ADVANCE
+    rows, chars = int(height // pitch), chars_of_line(width, size, columns)
     ax = figure.add_axes((0.035, 0.025, 0.93, 0.32))
     ax.set(xlim=(0, width), ylim=(height, 0))
     ax.axis("off")
@@ -211,53 +193,6 @@ def _draw_segments(figure: Figure, data: ReportData) -> None:
         if text.strip():
             ax.text(x, y + pitch / 2 - 1, text, family="DejaVu Sans Mono", size=size * 0.72,
                     va="center_baseline", color=INK)  # fmt: skip
-
-
-_ADVANCE, _PITCH = 0.602, 1.4
-"""Of DejaVu Sans Mono: width of a character, and distance of lines, in font sizes."""
-
-
-def _chars(width: float, size: float, columns: int) -> int:
-    """Characters in a line of one of the columns, which stand three characters apart."""
-    return max(1, (int(width // (size * _ADVANCE)) - 3 * (columns - 1)) // columns)
-
-
-def _fit(
-    tokens: Sequence[str], starts: Sequence[bool], width: float, height: float
-) -> tuple[float, int, list]:
-    """Largest font size in pixels at which the text fits, its columns, and its pieces.
-
-    A text that is too long even for the smallest size is cut at the picture's end.
-    """
-    longest = max(map(len, "".join(tokens).expandtabs(4).split("\n")))
-    for size in range(28, 18, -1):
-        for columns in (1, 2, 3):
-            chars = _chars(width, size, columns)
-            pieces = _lay_out(tokens, starts, columns=chars)
-            lines = 1 + max(line for *_, line, _ in pieces)
-            if lines <= columns * int(height // (size * _PITCH)) and longest <= chars:
-                return size, columns, pieces
-    return 19, 1, _lay_out(tokens, starts, columns=_chars(width, 19, 1))
-
-
-def _lay_out(
-    tokens: Sequence[str], starts: Sequence[bool], *, columns: int
-) -> list[tuple[str, int, bool, int, int]]:
-    """(text, segment, starts a segment, line, place in the line) of every run of characters."""
-    pieces, line, place, segment = [], 0, 0, -1
-    for token, start in zip(tokens, starts, strict=True):
-        segment += bool(start)
-        for i, part in enumerate(token.expandtabs(4).split("\n")):
-            if i:
-                line, place = line + 1, 0
-            mark = bool(start) and i == 0
-            while part or mark:
-                if place >= columns:
-                    line, place = line + 1, 0
-                head, part = part[: columns - place], part[columns - place :]
-                pieces.append((head, segment, mark, line, place))
-                place, mark = place + len(head), False
-    return pieces
 
 
 # --- drawing into axes --------------------------------------------------------------------------
@@ -405,12 +340,11 @@ def _draw_heat(ax: Axes, data: ReportData, *, size: float) -> None:
 
     def cell(x: float, layer: int, cr: float, weight: str) -> None:
         depth = max(0.0, math.log(max(cr, 1.0)) / math.log(top))
-        patch = Rectangle((x, layer), 1, 1, facecolor=_HEAT(depth), edgecolor="none")
+        patch = Rectangle((x, layer), 1, 1, facecolor=HEAT(depth), edgecolor="none")
         ax.add_patch(patch)
         if values_fit:
-            color = _HEAT_LIGHT_TEXT if depth > 0.55 else _HEAT_DARK_TEXT
             ax.text(x + 0.5, layer + 0.5, f"{cr:.1f}" if cr >= 100 else f"{cr:.2f}", ha="center",
-                    va="center_baseline", color=color, size=size, weight=weight)  # fmt: skip
+                    va="center_baseline", color=heat_text_colour(depth), size=size, weight=weight)  # fmt: skip
 
     for layer, row in enumerate(rows):
         for head, cr in enumerate(row):
@@ -420,8 +354,7 @@ def _draw_heat(ax: Axes, data: ReportData, *, size: float) -> None:
     ax.set_yticks([i + 0.5 for i in range(0, layers, every)], range(0, layers, every))
     ax.set_xticks([*(i + 0.5 for i in range(heads)), heads + 0.75], [*range(heads), "all"])
     ax.set(xlim=(0, heads + 1.25), ylim=(layers, 0), ylabel="layer", xlabel="KV head")
-    for spine in ax.spines.values():
-        spine.set_visible(False)
+    hide_spines(ax)
 
 
 def _bars(rows: list[tuple[str, float, str]], labels: list[str], name: str, title: str) -> str:
@@ -429,7 +362,7 @@ def _bars(rows: list[tuple[str, float, str]], labels: list[str], name: str, titl
     height = pitch * len(rows) + 4
     top = max(value for _, value, _ in rows)
     with styled(13):
-        figure = _figure(width, height)
+        figure = new_figure(width, height)
         ax = figure.add_axes((0, 0, 1, 1))
         ax.set(xlim=(0, width), ylim=(height, 0))
         ax.axis("off")
@@ -440,45 +373,4 @@ def _bars(rows: list[tuple[str, float, str]], labels: list[str], name: str, titl
             ax.text(left - 10, y + pitch / 2, text, ha="right", va="center_baseline", color=INK)
             ax.text(left + length + 8, y + pitch / 2, label, va="center_baseline", color=INK,
                     weight="bold" if i == len(rows) - 1 else "normal")  # fmt: skip
-        return _svg(figure, name, title)
-
-
-# --- SVG ----------------------------------------------------------------------------------------
-
-
-def styled(font_size: float):
-    """A context in which figures are made: this module's colours and fonts, at this size in points."""
-    return matplotlib.rc_context({**_STYLE, "font.size": font_size})
-
-
-def _figure(width: int, height: int) -> Figure:
-    return Figure(figsize=(width / 72, height / 72), dpi=72, facecolor="none")
-
-
-def _svg(figure: Figure, name: str, title: str) -> str:
-    """The figure as an `<svg>` element that can share a page with others."""
-    for ax in figure.axes:
-        ax.set_facecolor("none")
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :].strip()
-    text = re.sub(r"<!--.*?-->\s*|<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = text.replace("xlink:href", "href").replace(
-        ' xmlns:xlink="http://www.w3.org/1999/xlink"', ""
-    )
-    # ids are unique in a page, not only in a figure; most are never referred to
-    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
-    text = re.sub(r' id="([^"]+)"',
-                  lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)  # fmt: skip
-    text = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text)
-    for color, variable in CSS_VARIABLES.items():
-        text = re.sub(rf"(fill|stroke): {color}", rf"\1: var({variable}, {color})", text)
-    text = text.replace(f"'{_FONT}'", f"system-ui, '{_FONT}'")
-    width, height = (
-        round(float(x)) for x in re.search(r'viewBox="0 0 (\S+) (\S+)"', text).groups()
-    )
-    head = f'<svg role="img" aria-label="{title}" style="max-width: {width}px" '
-    text = re.sub(r'^<svg width="\S+" height="\S+" ', head, text)
-    return text.replace("<defs>", f"<title>{title}</title>\n<defs>", 1)
+        return to_svg(figure, name, title)
