@@ -5,7 +5,6 @@ Importing this needs matplotlib (`pip install 'megatron-dmc[report]'`). pyplot i
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -40,29 +39,24 @@ def styled(font_size: float) -> AbstractContextManager[None]:
     return matplotlib.rc_context({**_STYLE, "font.size": font_size})
 
 
-@dataclass(frozen=True)
-class Panel:
-    """Horizontal bars under one title: (label, value, whether it is ours and so in colour)."""
-
-    title: str
-    unit: str
-    bars: list[tuple[str, float, bool]]
+type Panel = tuple[str, str, list[tuple[str, float, bool]]]
+"""Horizontal bars: title, unit, and of each bar its label, its value and whether it is in colour."""
 
 
 def bar_panels(panels: Sequence[Panel]) -> Figure:
     """The panels, one below the other."""
-    heights = [len(panel.bars) + 1.2 for panel in panels]
+    heights = [len(bars) + 1.2 for _, _, bars in panels]
     with styled(8):
         figure = Figure(figsize=(8, 0.32 * sum(heights) + 0.4), layout="constrained")
         axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
-        for ax, panel in zip(axes, panels, strict=True):
-            labels, values, ours = zip(*panel.bars, strict=True)
-            colours = [BLUE if own else PALE for own in ours]
-            bars = ax.barh(range(len(values)), values, color=colours, height=0.7)
-            ax.bar_label(bars, fmt="%.3g", padding=3, color=MUTED)
+        for ax, (title, unit, bars) in zip(axes, panels, strict=True):
+            labels, values, coloured = zip(*bars, strict=True)
+            colours = [BLUE if own else PALE for own in coloured]
+            drawn = ax.barh(range(len(values)), values, color=colours, height=0.7)
+            ax.bar_label(drawn, fmt="%.3g", padding=3, color=MUTED)
             ax.set_yticks(range(len(values)), labels)
-            ax.set_title(panel.title, fontsize=9, loc="left")
-            ax.set_xlabel(panel.unit)
+            ax.set_title(title, fontsize=9, loc="left")
+            ax.set_xlabel(unit)
             ax.invert_yaxis()
             ax.margins(x=0.12)
     return figure

@@ -13,7 +13,7 @@ import torch
 
 from megatron_dmc.bench.engine_run import Asked, synchronize
 from megatron_dmc.bench.measure import Settings
-from megatron_dmc.bench.tables import Row
+from megatron_dmc.bench.output import Row
 
 logger = logging.getLogger(__name__)
 

@@ -25,16 +25,15 @@ from tqdm import tqdm
 
 from megatron_dmc.bench import decode_case, libraries
 from megatron_dmc.bench.measure import (
-    Panel,
     Settings,
     as_row,
     captured,
     copy_bandwidth,
     document,
-    finish,
     matrix_product_rate,
     measure_time,
 )
+from megatron_dmc.bench.output import Panel, Result
 from megatron_dmc.bench.prefill_kernels import PAGE_SIZE, prefill_panel, prefill_rows
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import rope
@@ -216,7 +215,7 @@ def panels(rows: list[dict[str, Any]], bandwidth: float) -> list[Panel]:
     ]  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Result:
     """`megatron-dmc bench kernels`."""
     settings = Settings.from_args(args, gpu=(4096,), cpu=(256,))
     batches = args.batches or ([1, 16, 64, 256] if settings.on_gpu else [2])
@@ -267,4 +266,4 @@ def run(args: argparse.Namespace) -> int:
         kv_cache_dtype=args.kv_cache_dtype, rows=rows + prefilled,
     )  # fmt: skip
     drawn = [*panels(rows, bandwidth), *([prefill_panel(prefilled)] if prefilled else [])]
-    return finish(result, drawn, settings)
+    return Result(result, settings.output, drawn)

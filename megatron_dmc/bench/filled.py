@@ -21,7 +21,7 @@ from megatron_dmc.bench.cost import Ceilings, ModelCost
 from megatron_dmc.bench.dense import DenseContext
 from megatron_dmc.bench.engine_run import synchronize
 from megatron_dmc.bench.imposed import ImposedDecisions, ImposingContext
-from megatron_dmc.bench.tables import Row
+from megatron_dmc.bench.output import Row
 from megatron_dmc.checkpoint.load import LoadedModel
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.engine import EngineConfig, LLMEngine, SamplingParams

@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from megatron_dmc import __version__
+from megatron_dmc.bench.output import Result
 from megatron_dmc.bench.serving import prompts
 from megatron_dmc.errors import DMCError
 
@@ -29,7 +31,7 @@ _LIMITS = ("ttft", "tpot", "e2el")
 
 
 @dataclass
-class Result:
+class Answer:
     """What the client saw of one request; seconds."""
 
     prompt_tokens: int = 0
@@ -50,7 +52,7 @@ class Result:
         return (self.last_token - self.ttft) / (self.output_tokens - 1)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Result:
     """Run the benchmark.
 
     Raises:
@@ -91,16 +93,14 @@ def run(args: argparse.Namespace) -> int:
     _print_table(document, percentiles)
     for error in dict.fromkeys(r.error for r in failed):
         print(f"failed: {error}", file=sys.stderr)
-    line = json.dumps(document)
     if args.output:
-        Path(args.output).write_text(line + "\n")
-    print(line, flush=True)
-    return 0
+        Path(args.output).write_text(json.dumps(document) + "\n")
+    return Result(document)
 
 
 async def _run(
     args: argparse.Namespace, asked: list[tuple[Any, int]], extra: dict[str, Any]
-) -> tuple[list[Result], float, str]:
+) -> tuple[list[Answer], float, str]:
     import aiohttp
 
     key = args.api_key or os.environ.get("OPENAI_API_KEY")
@@ -115,7 +115,7 @@ async def _run(
         model = args.model or await _first_model(session, base)
         places = asyncio.Semaphore(args.max_concurrency or len(asked))
 
-        async def one(prompt: Any, max_tokens: int) -> Result:
+        async def one(prompt: Any, max_tokens: int) -> Answer:
             body = {
                 "model": model,
                 "prompt": prompt,
@@ -157,11 +157,11 @@ async def _first_model(session: Any, base: str) -> str:
         raise DMCError(f"--base-url {base}: /v1/models does not answer ({e})") from e
 
 
-async def request(session: Any, url: str, body: dict[str, Any]) -> Result:
-    """Stream one completion. Never raises for what the server does: see `Result.error`."""
+async def request(session: Any, url: str, body: dict[str, Any]) -> Answer:
+    """Stream one completion. Never raises for what the server does: see `Answer.error`."""
     import aiohttp
 
-    result = Result()
+    result = Answer()
     sent = time.perf_counter()
     before = None
     try:
@@ -215,7 +215,7 @@ def _is_of_token(choice: dict[str, Any]) -> bool:
 
 
 def summarize(
-    results: list[Result], duration: float, limits: dict[str, float], percentiles: list[float]
+    results: list[Answer], duration: float, limits: dict[str, float], percentiles: list[float]
 ) -> dict[str, Any]:
     """Throughput, goodput and latencies.
 
@@ -250,18 +250,8 @@ def summarize(
         summary[f"median_{name}_ms"] = statistics.median(in_ms) if in_ms else None
         summary[f"std_{name}_ms"] = statistics.pstdev(in_ms) if in_ms else None
         for p in percentiles:
-            summary[f"p{p:g}_{name}_ms"] = percentile(in_ms, p)
+            summary[f"p{p:g}_{name}_ms"] = float(np.percentile(in_ms, p)) if in_ms else None
     return summary
-
-
-def percentile(ordered: list[float], p: float) -> float | None:
-    """Interpolated between the two nearest, as numpy does; None of nothing."""
-    if not ordered:
-        return None
-    place = (len(ordered) - 1) * p / 100
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def _mean(values: list[float]) -> float | None:

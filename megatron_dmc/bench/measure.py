@@ -1,8 +1,7 @@
-"""What all benchmarks share: settings, timing, ceilings, correctness, and the document at the end."""
+"""Settings, timing, ceilings, and the document of a benchmark."""
 
 import argparse
 import gc
-import json
 import platform
 import statistics
 import sys
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc import __version__
+from megatron_dmc.bench.output import Row
 from megatron_dmc.errors import DMCError
 
 
@@ -178,7 +178,7 @@ def errors_within_twice_the_yardstick(
     return errors
 
 
-def document(name: str, settings: Settings, **content: Any) -> dict[str, Any]:
+def document(name: str, settings: Settings, **content: Any) -> Row:
     """The JSON document: which machine, which versions, which settings, and the content."""
     gpu = torch.cuda.get_device_name(settings.device) if settings.on_gpu else None
     return {
@@ -197,64 +197,6 @@ def document(name: str, settings: Settings, **content: Any) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One part of a plot: horizontal bars, ours in colour."""
-
-    title: str
-    unit: str
-    bars: list[tuple[str, float, bool]]
-
-
-def plot(panels: list[Panel], folder: Path, stem: str) -> None:
-    """Write `stem`.svg and `stem`.png.
-
-    Raises:
-        DMCError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib as mpl
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as e:
-        raise DMCError("--output draws with matplotlib: pip install 'megatron-dmc[report]'") from e
-
-    heights = [len(panel.bars) + 1.2 for panel in panels]
-    style = {"svg.fonttype": "none", "font.family": "DejaVu Sans"}
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(8, 0.32 * sum(heights) + 0.4), layout="constrained")
-        axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
-        for ax, panel in zip(axes, panels, strict=True):
-            labels, values, ours = zip(*panel.bars, strict=True)
-            colours = ["#0072b2" if own else "#9fb4c4" for own in ours]
-            bars = ax.barh(range(len(values)), values, color=colours, height=0.7)
-            ax.bar_label(bars, fmt="%.3g", padding=3, fontsize=8, color="#5b6873")
-            ax.set_yticks(range(len(values)), labels, fontsize=8)
-            ax.set_title(panel.title, fontsize=9, loc="left")
-            ax.set_xlabel(panel.unit, fontsize=8)
-            ax.tick_params(axis="x", labelsize=8)
-            ax.invert_yaxis()
-            ax.margins(x=0.12)
-            ax.spines[["top", "right"]].set_visible(False)
-        FigureCanvasSVG(figure).print_svg(str(folder / f"{stem}.svg"))
-        figure.dpi = 160
-        FigureCanvasAgg(figure).print_png(str(folder / f"{stem}.png"))
-
-
-def finish(result: dict[str, Any], panels: list[Panel], settings: Settings) -> int:
-    """Write what --output asks for, then print the document on one line, the last one."""
-    line = json.dumps(result)
-    if settings.output is not None:
-        settings.output.mkdir(parents=True, exist_ok=True)
-        (settings.output / f"{result['benchmark']}.json").write_text(line + "\n")
-        plot(panels, settings.output, result["benchmark"])
-    if result["note"]:
-        print(result["note"], file=sys.stderr)
-    print(line, flush=True)
-    return 0
-
-
-def as_row(timing: Timing, **columns: Any) -> dict[str, Any]:
+def as_row(timing: Timing, **columns: Any) -> Row:
     """A row of results."""
     return {**columns, **asdict(timing)}

@@ -14,59 +14,47 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_dmc.bench.compare import transformers_row
 from megatron_dmc.bench.cost import Ceilings, ModelCost
 from megatron_dmc.bench.engine_run import Run, decode_figures, run_requests, spread
 from megatron_dmc.bench.imposed import ImposedDecisions
-from megatron_dmc.bench.load import percentile
-from megatron_dmc.bench.measure import Panel, Settings, document, finish, release_memory
+from megatron_dmc.bench.measure import Settings, document, release_memory
+from megatron_dmc.bench.model_under_test import Case, ModelUnderTest
+from megatron_dmc.bench.output import Curves, Panel, Result, Row, write_csv
 from megatron_dmc.bench.serving import prompts
-from megatron_dmc.bench.subject import Case, Subject
-from megatron_dmc.bench.tables import Row, curves, write_csv
 from megatron_dmc.checkpoint.hub import local_path
 from megatron_dmc.engine.flags import model_path
 from megatron_dmc.errors import DMCError
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the benchmark that `args.benchmark` names.
+def run(args: argparse.Namespace) -> Result:
+    """Measure all cases of the sweep that `args.benchmark` (throughput or latency) asks for; also writes --csv.
+
+    Returns:
+        the document has one row for each case; where there is only one, its columns are the document's too.
 
     Raises:
         DMCError: a flag is wrong, or a request can never run.
     """
-    result, settings = measure(args)
-    rows = [row for row in result["rows"] if "skipped" not in row]
-    bars = [(_label(row), row["output_tokens_per_second"], row["engine"] == "megatron-dmc")
-            for row in rows]  # fmt: skip
-    return finish(result, [Panel("generated tokens", "tokens/s", bars)], settings)
-
-
-def measure(args: argparse.Namespace) -> tuple[dict[str, Any], Settings]:
-    """All cases of the sweep; also writes --csv and the curves of --output.
-
-    Returns:
-        the document; `rows` has one row for each case, and where there is only one case its columns are
-        the document's own too.
-
-    Raises:
-        DMCError: as `run`.
-    """
     cases = _cases(args)
-    subject = Subject(args, max(case.input_len + case.output_len for case in cases))
+    tested = ModelUnderTest(args, max(case.input_len + case.output_len for case in cases))
     settings = Settings(
-        subject.device, subject.description.dtype, (), args.num_iters,
+        tested.device, tested.description.dtype, (), args.num_iters,
         Path(args.output) if args.output else None,
     )  # fmt: skip
     ceilings = Ceilings.measure(settings)
-    subject.share_pages(cases)
+    tested.share_pages(cases)
     rows = []
     for case in cases:
-        rows.append(_measure_case(args, subject, case, ceilings))
+        rows.append(_measure_case(args, tested, case, ceilings))
         release_memory()
     if args.compare:
-        rows += _compare(args, subject, cases, settings)
+        rows += _compare(args, tested, cases, settings)
+    name = args.benchmark
     result = document(
-        args.benchmark, settings, model=model_path(args), load_format=args.load_format,
+        name, settings, model=model_path(args), load_format=args.load_format,
         tensor_parallel_slice=args.tensor_parallel_slice,
         copy_bytes_per_second=ceilings.bytes_per_second,
         flops_per_second=ceilings.flops_per_second, **(rows[0] if len(rows) == 1 else {}),
@@ -74,9 +62,18 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], Settings]:
     )  # fmt: skip
     if args.csv:
         write_csv(rows, args.csv)
-    if settings.output is not None:
-        _draw(rows, settings.output, args.benchmark)
-    return result, settings
+    bars = [(_label(row), row["output_tokens_per_second"], row["engine"] == "megatron-dmc")
+            for row in rows if "skipped" not in row]  # fmt: skip
+    curves = {
+        f"{name}-{x}": Curves(rows, x, "decode_tokens_per_second", series, name)
+        for x, series in (
+            ("cr", ["engine", "input_len"]),
+            ("batch_size", ["engine", "cr", "input_len"]),
+            ("input_len", ["engine", "cr"]),
+        )
+    }
+    panels = [Panel("generated tokens", "tokens/s", bars)]
+    return Result(result, settings.output, panels, curves, csv=rows)
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
@@ -100,9 +97,9 @@ def _cases(args: argparse.Namespace) -> list[Case]:
 
 
 def _measure_case(
-    args: argparse.Namespace, subject: Subject, case: Case, ceilings: Ceilings
+    args: argparse.Namespace, tested: ModelUnderTest, case: Case, ceilings: Ceilings
 ) -> Row:
-    llm, decisions = subject.engine(case)
+    llm, decisions = tested.engine(case)
     batch = llm.engine.config.max_num_seqs
     count = args.num_prompts or batch
     asked = _prompts(args, case, count)
@@ -119,7 +116,7 @@ def _measure_case(
         for i in range(args.num_iters)
     ]
     stats = llm.stats()
-    cost = ModelCost.of(subject.loaded.model, subject.description, stats.entry_bytes)
+    cost = ModelCost.of(tested.loaded.model, tested.description, stats.entry_bytes)
     row: Row = {
         "engine": "megatron-dmc, dense" if args.dense_baseline else "megatron-dmc",
         "cr": case.cr, "batch_size": running, "input_len": case.input_len, "output_len": case.output_len,
@@ -167,11 +164,12 @@ def _summary(args: argparse.Namespace, runs: list[Run], figures: list[Row]) -> R
         row |= {key: statistics.median(f[key] for f in figures) for key in figures[0]}
         row["decode_spread"] = spread([f["decode_tokens_per_second"] for f in figures])
     if args.benchmark == "latency":
-        ordered = sorted(seconds)
         row |= {
             "avg_latency": statistics.fmean(seconds),
             "latencies": seconds,
-            "percentiles": {f"{p}": percentile(ordered, p) for p in (10, 25, 50, 75, 90, 99)},
+            "percentiles": {
+                f"{p}": float(np.percentile(seconds, p)) for p in (10, 25, 50, 75, 90, 99)
+            },
         }
     return row
 
@@ -197,17 +195,17 @@ def _print(row: Row, case: Case) -> None:
 
 
 def _compare(
-    args: argparse.Namespace, subject: Subject, cases: list[Case], settings: Settings
+    args: argparse.Namespace, tested: ModelUnderTest, cases: list[Case], settings: Settings
 ) -> list[Row]:
     """Another engine, on the cases at CR 1 (its cache does not compress)."""
     asked = []
     for input_len, output_len in dict.fromkeys((c.input_len, c.output_len) for c in cases):
         ours = Case(1.0, cases[0].max_num_seqs, input_len, output_len)
-        count = args.num_prompts or ours.max_num_seqs or subject.largest_batch(ours, None)
+        count = args.num_prompts or ours.max_num_seqs or tested.largest_batch(ours, None)
         asked.append((ours, _prompts(args, ours, count)))
-    description = subject.description
-    path = None if subject.is_random else local_path(model_path(args), revision=args.revision)
-    subject.release()
+    description = tested.description
+    path = None if tested.is_random else local_path(model_path(args), revision=args.revision)
+    tested.release()
     release_memory()
     rows = []
     for ours, given in asked:
@@ -233,18 +231,3 @@ def _prompts(args: argparse.Namespace, case: Case, count: int) -> list[tuple[Any
 def _label(row: Row) -> str:
     cr = "" if row["cr"] is None else f"CR {row['cr']:g} "
     return f"{row['engine']}, {cr}B={row['batch_size']} {row['input_len']}+{row['output_len']}"
-
-
-def _draw(rows: list[Row], folder: Path, name: str) -> None:
-    """Curves over whatever the sweep varied."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_csv(rows, folder / f"{name}.csv")
-    for x, series in (
-        ("cr", ["engine", "input_len"]),
-        ("batch_size", ["engine", "cr", "input_len"]),
-        ("input_len", ["engine", "cr"]),
-    ):
-        curves(
-            rows, x=x, y="decode_tokens_per_second", series=series,
-            path=folder / f"{name}-{x}.png", title=name,
-        )  # fmt: skip

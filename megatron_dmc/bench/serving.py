@@ -1,92 +1,82 @@
 """`megatron-dmc bench serve|throughput|latency`: flags, named as vLLM's where it has them."""
 
 import argparse
+import json
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron_dmc.engine.flags import add_engine_arguments
+from megatron_dmc.errors import DMCError
 
 HIGHEST_RANDOM_ID = 500
 """Random prompts draw their token ids from [3, this): every vocabulary has those."""
 
 
-def add_serving_benchmarks(names: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the three; each sets `module` in the namespace."""
-    serve = names.add_parser(
-        "serve",
-        help="a load of streamed completions on any OpenAI-compatible server",
-        description="Send completions to a server that is running already, with Poisson arrivals, and "
-        "measure what its clients see. The last line printed is a JSON document.",
-    )
-    serve.add_argument("--base-url", default="http://127.0.0.1:8000", metavar="URL")
-    serve.add_argument("--endpoint", default="/v1/completions")
-    serve.add_argument("--model", metavar="NAME", help="default: the first that the server lists")
-    serve.add_argument("--api-key", help="default: environment variable OPENAI_API_KEY")
-    serve.add_argument("--num-prompts", type=int, default=100)
-    serve.add_argument(
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench serve`."""
+    parser.add_argument("--base-url", default="http://127.0.0.1:8000", metavar="URL")
+    parser.add_argument("--endpoint", default="/v1/completions")
+    parser.add_argument("--model", metavar="NAME", help="default: the first that the server lists")
+    parser.add_argument("--api-key", help="default: environment variable OPENAI_API_KEY")
+    parser.add_argument("--num-prompts", type=int, default=100)
+    parser.add_argument(
         "--request-rate", type=float, default=float("inf"), help="per second; default: all at once"
     )
-    serve.add_argument(
+    parser.add_argument(
         "--burstiness", type=float, default=1.0,
         help="1: Poisson arrivals; less: burstier; more: more even (gamma distributed gaps)",
     )  # fmt: skip
-    serve.add_argument("--max-concurrency", type=int, help="requests in progress, at most")
-    _add_prompts(serve, "--random-input-len", "--random-output-len", 256, 128)
-    serve.add_argument(
+    parser.add_argument("--max-concurrency", type=int, help="requests in progress, at most")
+    _add_prompts(parser, "--random-input-len", "--random-output-len", 256, 128)
+    parser.add_argument(
         "--random-range-ratio", type=float, default=0.0,
         help="lengths are drawn from [length x (1 - ratio), length x (1 + ratio)]",
     )  # fmt: skip
-    serve.add_argument("--ignore-eos", action="store_true", help="full-length completions")
-    serve.add_argument("--temperature", type=float, default=0.0)
-    serve.add_argument(
+    parser.add_argument("--ignore-eos", action="store_true", help="full-length completions")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument(
         "--extra-body", metavar="JSON", default="{}", help="parameters to add to every request"
     )
-    serve.add_argument(
+    parser.add_argument(
         "--goodput", nargs="+", default=[], metavar="METRIC:MS",
         help="count requests per second that keep these limits: ttft, tpot, e2el",
     )  # fmt: skip
-    serve.add_argument("--metric-percentiles", default="50,90,99", metavar="P,...")
-    serve.add_argument("--seed", type=int, default=0, help="of the prompts and the arrivals")
-    serve.add_argument("--output", metavar="FILE", help="also write the JSON here")
-    serve.set_defaults(module="megatron_dmc.bench.load")
+    parser.add_argument("--metric-percentiles", default="50,90,99", metavar="P,...")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts and the arrivals")
+    parser.add_argument("--output", metavar="FILE", help="also write the JSON here")
 
-    # resolve: the engine's --max-num-seqs is given again, as a list
-    throughput = names.add_parser(
-        "throughput",
-        help="tokens per second of the engine, all requests given at once",
-        description="Tokens per second of the engine without a server. Lists (1,2,4) make a sweep. The "
-        "last line printed is a JSON document.",
-        conflict_handler="resolve",
-    )
-    throughput.add_argument(
+
+def add_throughput(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench throughput`."""
+    parser.add_argument(
         "--num-prompts", type=int, help="requests; default: as many as run at a time"
     )
-    latency = names.add_parser(
-        "latency",
-        help="seconds of one batch through the engine, from prompts to last tokens",
-        description="Latency of one batch through the engine. Lists (1,2,4) make a sweep. The last line "
-        "printed is a JSON document.",
-        conflict_handler="resolve",
-    )
-    latency.add_argument(
-        "--batch-size", type=_list_of(int), default=[8], metavar="B,...", help="default: 8"
-    )
-    latency.add_argument("--num-iters-warmup", type=int, default=1)
-    latency.set_defaults(num_prompts=None)  # one batch
-    for parser, name, default_lengths, repeats in (
-        (throughput, "throughput", (128, 128), 1),
-        (latency, "latency", (32, 128), 5),
-    ):
-        add_engine_arguments(parser)
-        _add_sweep(parser, *default_lengths)
-        parser.add_argument(
-            "--num-iters", type=int, default=repeats, help=f"repeats (default: {repeats})"
-        )
-        parser.set_defaults(module="megatron_dmc.bench.offline", benchmark=name)
-    throughput.add_argument(
+    _add_engine_and_sweep(parser, num_in=128, num_out=128, repeats=1)
+    parser.add_argument(
         "--max-num-seqs", type=_list_of(int, auto=True), default=[64], metavar="N,...",
         help="requests that run at a time (default: 64); auto: as many as the cache holds",
     )  # fmt: skip
+
+
+def add_latency(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench latency`."""
+    parser.add_argument(
+        "--batch-size", type=_list_of(int), default=[8], metavar="B,...", help="default: 8"
+    )
+    parser.add_argument("--num-iters-warmup", type=int, default=1)
+    _add_engine_and_sweep(parser, num_in=32, num_out=128, repeats=5)
+    parser.set_defaults(num_prompts=None)  # one batch
+
+
+def _add_engine_and_sweep(
+    parser: argparse.ArgumentParser, *, num_in: int, num_out: int, repeats: int
+) -> None:
+    add_engine_arguments(parser)
+    _add_sweep(parser, num_in, num_out)
+    parser.add_argument(
+        "--num-iters", type=int, default=repeats, help=f"repeats (default: {repeats})"
+    )
 
 
 def _add_sweep(parser: argparse.ArgumentParser, num_in: int, num_out: int) -> None:
@@ -168,10 +158,6 @@ def prompts(
     Raises:
         DMCError: a length is not positive, or the dataset is missing or malformed.
     """
-    import random
-
-    from megatron_dmc.errors import DMCError
-
     if min(args.input_len, args.output_len, count) < 1:
         raise DMCError(
             f"{count} prompts of {args.input_len} tokens, {args.output_len} to generate: all three must "
@@ -200,10 +186,6 @@ def prompts(
 
 
 def _read(path: str) -> Iterator[dict[str, Any]]:
-    import json
-
-    from megatron_dmc.errors import DMCError
-
     found = False
     try:
         with open(path, encoding="utf-8") as lines:

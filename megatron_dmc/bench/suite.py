@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from megatron_dmc.bench.measure import Settings, document, release_memory
+from megatron_dmc.bench.output import Curves, Result, Row, markdown, write_csv
 from megatron_dmc.bench.suite_plan import EXPERIMENTS, Experiment
-from megatron_dmc.bench.tables import Row, curves, markdown, write_csv
 from megatron_dmc.errors import DMCError
 
 _ENGINE = {
@@ -69,18 +69,18 @@ def command_line(command: str, args: argparse.Namespace, folder: Path) -> list[s
 
 
 def _run_command(words: list[str]) -> list[Row]:
-    """A command's rows."""
+    """A command's rows; its files are written."""
     from megatron_dmc.bench import command
 
     parser = argparse.ArgumentParser(prog="megatron-dmc bench")
     command.add_benchmarks(parser)
-    args = parser.parse_args(words)
-    command.run(args)
-    return json.loads((Path(args.output) / f"{words[0]}.json").read_text())["rows"]
+    result = command.measure(parser.parse_args(words))
+    result.write()
+    return result.document["rows"]
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the experiments.
+def run(args: argparse.Namespace) -> Result:
+    """Run the experiments; prints their tables.
 
     Raises:
         DMCError: one of them does not exist, or there is no GPU.
@@ -101,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
     parts = [f"# Results on {gpu or 'a CPU: tiny shapes that say nothing about a GPU'}\n"]
     tables: dict[str, list[Row]] = {}
     failures: list[str] = []
+    curves: dict[str, Curves] = {}
     for experiment in chosen:
         rows, lines = [], []
         for number, command in enumerate(experiment.commands):
@@ -119,19 +120,14 @@ def run(args: argparse.Namespace) -> int:
         (folder / "results.md").write_text("\n".join(parts))
         if experiment.name != "kernels":
             series = ["model", "engine", *(["batch_size"] if experiment.name == "e3" else [])]
-            curves(
-                rows, x="cr", y=experiment.metric, series=series,
-                path=folder / f"{experiment.name}.png", title=experiment.title,
-            )  # fmt: skip
+            metric, title = experiment.metric, experiment.title
+            curves[experiment.name] = Curves(rows, "cr", metric, series, title)
     settings = Settings(torch.device("cuda" if gpu else "cpu"), torch.bfloat16, (), 1, folder)
     result = document("suite", settings, tables=tables, failures=failures)
-    line = json.dumps(result)
-    (folder / "suite.json").write_text(line + "\n")
     print("\n".join(parts))
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
-    print(line, flush=True)
-    return 1 if failures else 0
+    return Result(result, folder, curves=curves, exit_code=1 if failures else 0)
 
 
 def _rows_of(words: list[str], number: int, failures: list[str]) -> list[Row]:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_dmc.bench.tables import Row
+from megatron_dmc.bench.output import Row
 
 
 @dataclass(frozen=True)
@@ -93,17 +93,11 @@ EXPERIMENTS = [
 ]  # fmt: skip
 
 
-def add_suite(names: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command."""
-    parser = names.add_parser(
-        "suite",
-        help="all tables of docs/performance.md, into a folder",
-        description="Run the experiments of docs/performance.md, or some of them: "
-        + "; ".join(f"{e.name}: {e.title}" for e in EXPERIMENTS)
-        + ". The last line printed is a JSON document.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
     parser.add_argument(
-        "experiments", nargs="*", metavar="NAME", help="default: all of them",
+        "experiments", nargs="*", metavar="NAME",
+        help="default: all; " + "; ".join(f"{e.name}: {e.title}" for e in EXPERIMENTS),
     )  # fmt: skip
     parser.add_argument("--output", metavar="FOLDER", required=True, help="where results go")
     parser.add_argument("--model", metavar="MODEL", help="instead of the experiments' models")
@@ -111,4 +105,3 @@ def add_suite(names: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "--cpu-smoke", action="store_true",
         help="a tiny model and short prompts on the CPU: shows that everything runs, measures nothing",
     )  # fmt: skip
-    parser.set_defaults(module="megatron_dmc.bench.suite", benchmark="suite")

@@ -21,16 +21,15 @@ from tqdm import tqdm
 
 from megatron_dmc import ops
 from megatron_dmc.bench.measure import (
-    Panel,
     Settings,
     as_row,
     copy_bandwidth,
     document,
     errors_within_twice_the_yardstick,
-    finish,
     measure_time,
     peak_memory,
 )
+from megatron_dmc.bench.output import Panel, Result
 from megatron_dmc.ops import gates, reference
 from megatron_dmc.ops.backends import MERGE
 from megatron_dmc.ops.training.flash import choose_kernel
@@ -320,7 +319,7 @@ def panels(rows: list[dict[str, Any]], bandwidth: float) -> list[Panel]:
     ]
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Result:
     """`megatron-dmc bench train-kernels`."""
     settings = Settings.from_args(args, gpu=(4096, 8192, 32768), cpu=(128, 256))
     bandwidth = copy_bandwidth(settings)
@@ -331,4 +330,4 @@ def run(args: argparse.Namespace) -> int:
         "train-kernels", settings, copy_bytes_per_second=bandwidth, lengths=settings.lengths,
         rows=rows,
     )  # fmt: skip
-    return finish(result, panels(rows, bandwidth), settings)
+    return Result(result, settings.output, panels(rows, bandwidth))

@@ -19,14 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_dmc.bench.measure import (
-    Panel,
     Settings,
     as_row,
     document,
-    finish,
     measure_time,
     peak_memory,
 )
+from megatron_dmc.bench.output import Panel, Result
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.load import rotary_embedding, transformer_config
 from megatron_dmc.checkpoint.single_process import ensure_single_process
@@ -198,7 +197,7 @@ def bench(
             torch.cuda.empty_cache()
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Result:
     """`megatron-dmc bench train-step`."""
     settings = Settings.from_args(args, gpu=(4096,), cpu=(64,))
     num_layers = args.layers or (8 if settings.on_gpu else 2)
@@ -214,4 +213,4 @@ def run(args: argparse.Namespace) -> int:
          r["median_ms"], r["dmc"])
         for r in rows
     ]  # fmt: skip
-    return finish(result, [Panel("Forward and backward", "ms", bars)], settings)
+    return Result(result, settings.output, [Panel("Forward and backward", "ms", bars)])

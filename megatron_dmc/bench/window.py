@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc import __version__
-from megatron_dmc.bench.tables import Row, markdown
+from megatron_dmc.bench.output import Result, Row, finish, markdown
 from megatron_dmc.bench.window_plan import STAGES, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +70,7 @@ class Window:
         append_row(self.folder / "rows.jsonl", stage, case, outcome, **columns)
 
     def run(self) -> Row:
-        """All stages, then the table and the document, which are printed, also on SIGTERM and SIGINT.
+        """Run all stages, then print the table, also on SIGTERM and SIGINT.
 
         Returns:
             the document.
@@ -111,8 +111,7 @@ class Window:
                 self.add(stage.name, "all cases", "skipped", reason=reason)
             self.write_table()
             document = self.document()
-            print((self.folder / "table.md").read_text())
-            print(json.dumps(document), flush=True)
+            print((self.folder / "table.md").read_text(), flush=True)
             for each, handler in before.items():
                 signal.signal(each, handler)
         return document
@@ -320,18 +319,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_window(names: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command."""
-    parser = names.add_parser(
-        "window",
-        help="kernels and engine checked and measured on one GPU within ten minutes",
-        description=(__doc__ or "").split("\n\n")[1].replace("`", ""),
-    )
-    add_arguments(parser)
-    parser.set_defaults(module="megatron_dmc.bench.window", benchmark="window")
-
-
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Result:
     """Run the window.
 
     Raises:
@@ -350,7 +338,8 @@ def run(args: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("rows.jsonl", "table.md", "log.txt", "build.log"):
         (folder / name).unlink(missing_ok=True)
-    return 1 if Window(folder, args.budget, args.cpu).run()["failed"] else 0
+    document = Window(folder, args.budget, args.cpu).run()
+    return Result(document, exit_code=1 if document["failed"] else 0)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -360,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0].replace("`", ""))
     add_arguments(parser)
     try:
-        return run(parser.parse_args(argv))
+        return finish(run(parser.parse_args(argv)))
     except DMCError as e:
         print(f"gpu_window: error: {e}", file=sys.stderr)
         return 2

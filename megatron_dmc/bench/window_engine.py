@@ -28,8 +28,8 @@ from megatron_dmc.bench.filled import (
 )
 from megatron_dmc.bench.imposed import ImposedDecisions, spread_weights
 from megatron_dmc.bench.measure import Settings, release_memory
-from megatron_dmc.bench.subject import random_model, requests_that_fit
-from megatron_dmc.bench.tables import Row
+from megatron_dmc.bench.model_under_test import random_model, requests_that_fit
+from megatron_dmc.bench.output import Row
 from megatron_dmc.bench.window_kernels import ceiling, settings_of
 from megatron_dmc.bench.window_stages import Case, Stage
 from megatron_dmc.checkpoint.description import ModelDescription
@@ -48,7 +48,7 @@ E2_MUST_REACH, E7_MUST_REACH = 0.8, 0.95
 WARMUP, STEPS = 12, 48
 
 
-class Subject:
+class WindowModel:
     """The model of a stage, made when its first case asks for it."""
 
     def __init__(self, stage: Stage, num_layers: int | None = None):
@@ -130,15 +130,15 @@ class Subject:
 
 def throughput(stage: Stage) -> None:
     """2k + 2k tokens, as many requests as the cache holds at their ends, timed in the middle."""
-    subject = Subject(stage)
+    model = WindowModel(stage)
     longest, context = (96, 80) if stage.cpu else (4096, 3072)
     plain: Row = {}
 
     def measure(cr: float) -> Iterator[Row]:
-        decisions = subject.decisions(cr, longest - 1)
-        pages = subject.most_pages
-        batch = requests_that_fit(pages, subject.heads, PAGE_SIZE, longest - 1, decisions)
-        row = subject.measure(decisions, batch=batch, context=context, num_pages=pages)
+        decisions = model.decisions(cr, longest - 1)
+        pages = model.most_pages
+        batch = requests_that_fit(pages, model.heads, PAGE_SIZE, longest - 1, decisions)
+        row = model.measure(decisions, batch=batch, context=context, num_pages=pages)
         if cr == 1:
             plain.update(row)
             row |= {"must_reach": f"{E2_MUST_REACH:.0%} of the roofline"}
@@ -158,17 +158,17 @@ def throughput(stage: Stage) -> None:
 
 def latency(stage: Stage) -> None:
     """Equal batches at 4k tokens of context, and dense attention in the same engine."""
-    subject = Subject(stage)
+    model = WindowModel(stage)
     context, batches = (60, (1, 2)) if stage.cpu else (4000, (1, 8))
-    longest = context + subject.warmup + subject.steps + 1
+    longest = context + model.warmup + model.steps + 1
     plain: dict[int, Row] = {}
 
     def pages(batch: int) -> int:
-        return subject.pages_for(batch, longest)
+        return model.pages_for(batch, longest)
 
     def at_equal_batch(batch: int, cr: float) -> Iterator[Row]:
-        row = subject.measure(
-            subject.decisions(cr, longest), batch=batch, context=context, num_pages=pages(batch)
+        row = model.measure(
+            model.decisions(cr, longest), batch=batch, context=context, num_pages=pages(batch)
         )
         if cr == 1:
             plain[batch] = row
@@ -178,7 +178,7 @@ def latency(stage: Stage) -> None:
 
     def against_dense(batch: int) -> Iterator[Row]:
         rows = [
-            subject.measure(
+            model.measure(
                 None, batch=batch, context=context, num_pages=pages(batch), make_context=make
             )
             for make in (DenseContext, PagedContext)
@@ -207,15 +207,15 @@ def _run_again(work: Callable[[], Tensor]) -> Captured:
 
 def engine_checks(stage: Stage) -> None:
     """A model of two layers: captured steps against eager ones, from prefill on; a step under sync-debug."""
-    subject = Subject(stage, num_layers=2)
+    model = WindowModel(stage, num_layers=2)
     num_prompt, num_new = (12, 6) if stage.cpu else (100, 24)
 
     def engine(cr: float, batch: int, size: int | None) -> LLMEngine:
         """With decode steps captured for `size` requests, or none."""
-        decisions = subject.decisions(cr, num_prompt + num_new)
+        decisions = model.decisions(cr, num_prompt + num_new)
         made = make_engine(
-            subject.loaded, decisions, max_model_len=num_prompt + num_new,
-            max_num_seqs=max(batch, size or 0), num_pages=subject.pages_for(batch, num_prompt + num_new),
+            model.loaded, decisions, max_model_len=num_prompt + num_new,
+            max_num_seqs=max(batch, size or 0), num_pages=model.pages_for(batch, num_prompt + num_new),
             cudagraph_capture_sizes=[size] if size else [],
         )  # fmt: skip
         if stage.cpu and size is not None:
@@ -318,21 +318,21 @@ def train_step(stage: Stage) -> None:
 
 def profile(stage: Stage) -> None:
     """Where the time of a replayed step goes, by kernel; on a CPU by operator."""
-    subject = Subject(stage)
+    model = WindowModel(stage)
     context, batch, shown = (60, 2, 5) if stage.cpu else (2048, 64, 25)
 
     def table() -> Iterator[Row]:
         num_new = 8
-        decisions = subject.decisions(4.0, context + num_new)
+        decisions = model.decisions(4.0, context + num_new)
         engine = filled_engine(
-            subject.loaded, decisions, context=context, batch=batch, num_new=num_new,
-            num_pages=subject.pages_for(batch, context // 2),
+            model.loaded, decisions, context=context, batch=batch, num_new=num_new,
+            num_pages=model.pages_for(batch, context // 2),
         )  # fmt: skip
         for _ in range(3):
             engine.step()
         synchronize()
         activity = torch.profiler.ProfilerActivity
-        on_gpu = subject.settings.on_gpu
+        on_gpu = model.settings.on_gpu
         with torch.profiler.profile(activities=[activity.CUDA if on_gpu else activity.CPU]) as prof:
             engine.step()
             synchronize()

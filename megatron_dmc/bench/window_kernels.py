@@ -15,8 +15,8 @@ from tqdm import tqdm
 from megatron_dmc.bench import decode_kernels as kernels
 from megatron_dmc.bench import libraries
 from megatron_dmc.bench.measure import Settings, copy_bandwidth, matrix_product_rate, release_memory
+from megatron_dmc.bench.output import Row
 from megatron_dmc.bench.prefill_kernels import prefill_rows
-from megatron_dmc.bench.tables import Row
 from megatron_dmc.bench.train_kernels import bench_attention, bench_merge
 from megatron_dmc.bench.window import ROOT, read_rows
 from megatron_dmc.bench.window_stages import Case, Stage

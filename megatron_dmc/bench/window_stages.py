@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_dmc.bench.tables import Row
+from megatron_dmc.bench.output import Row
 from megatron_dmc.bench.window import append_row
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from kernel_tools import compile_for, run_cases
 
-from megatron_dmc.bench import imposed, offline, subject
+from megatron_dmc.bench import imposed, model_under_test, offline
 from megatron_dmc.bench.command import add_benchmarks
 from megatron_dmc.bench.cost import Ceilings, ModelCost
 from megatron_dmc.bench.engine_run import run_requests
@@ -55,7 +55,7 @@ def engine(shape, *flags):
     """The parsed flags' engine for their only case."""
     args = parsed(*shape, *flags)
     (case,) = offline._cases(args)
-    return subject.Subject(args, case.input_len + case.output_len).engine(case)[0]
+    return model_under_test.ModelUnderTest(args, case.input_len + case.output_len).engine(case)[0]
 
 
 # --- imposed decisions ----------------------------------------------------------------------------
@@ -295,11 +295,11 @@ def test_mistakes(shape, capsys, flags, message):
 def test_presets_are_models_that_can_be_built():
     """QK-norm and grouped heads included; the slice of 70B has one KV head."""
     for name in ("llama2-7b", "llama2-13b", "llama2-70b", "llama3-8b", "qwen3-8b"):
-        found = subject.find_model(name)
+        found = model_under_test.find_model(name)
         found.num_layers, found.dtype = 1, torch.bfloat16
-        part = subject.slice_of(found, 8)
+        part = model_under_test.slice_of(found, 8)
         part.hidden_size, part.vocab_size, part.padded_vocab_size = 64, 512, 512
-        model = subject.random_model(part, torch.device("cpu")).model
+        model = model_under_test.random_model(part, torch.device("cpu")).model
         cost = ModelCost.of(model, part, 512)
         assert cost.num_heads == found.num_query_groups // 8
         assert cost.flops_per_entry == 4 * 128 * found.num_attention_heads // found.num_query_groups
@@ -309,4 +309,4 @@ def test_presets_are_models_that_can_be_built():
         assert floor["memory"] == pytest.approx((cost.weight_bytes + 512e6) / 1e12)
         assert floor["roofline"] == max(floor["memory"], floor["arithmetic"])
     with pytest.raises(UnsupportedConfig):
-        subject.slice_of(subject.find_model("llama3-8b"), 16)
+        model_under_test.slice_of(model_under_test.find_model("llama3-8b"), 16)

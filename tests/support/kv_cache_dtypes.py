@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc import SamplingParams
-from megatron_dmc.bench.engine_decode import impose
+from megatron_dmc.bench.decode_step import impose
 from megatron_dmc.bench.imposed import ImposingContext
 from megatron_dmc.checkpoint.load import load_model
 from megatron_dmc.config import DMCConfig

@@ -18,8 +18,9 @@ import torch
 from megatron_dmc.bench.cost import Ceilings
 from megatron_dmc.bench.filled import PAGE_SIZE, WARMUP, check, figures, filled_engine, time_steps
 from megatron_dmc.bench.imposed import ImposedDecisions
-from megatron_dmc.bench.measure import Panel, Settings, document, finish, release_memory
-from megatron_dmc.bench.subject import random_model
+from megatron_dmc.bench.measure import Settings, document, release_memory
+from megatron_dmc.bench.model_under_test import random_model
+from megatron_dmc.bench.output import Panel, Result
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.errors import DMCError
 
@@ -48,7 +49,7 @@ def describe(settings: Settings, num_layers: int | None, length: int) -> ModelDe
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Result:
     """Run the benchmark."""
     settings = Settings.from_args(args, gpu=(4096,), cpu=(8192,))
     crs = sorted(set(args.crs) | {1.0})
@@ -111,4 +112,4 @@ def run(args: argparse.Namespace) -> int:
     result = document(
         "decode", settings, model=shape, copy_bytes_per_second=ceilings.bytes_per_second, rows=rows
     )
-    return finish(result, panels, settings)
+    return Result(result, settings.output, panels)

@@ -1,4 +1,4 @@
-"""What `bench throughput` and `bench latency` run: a model by path or by name, and engines around it.
+"""The model that `bench throughput` and `bench latency` run, by path or by name, and engines around it.
 
 Dimension letters: L layers, G key/value heads.
 """
@@ -116,7 +116,7 @@ def random_model(description: Any, device: torch.device) -> LoadedModel:
     return LoadedModel(model, description, None)
 
 
-class Subject:
+class ModelUnderTest:
     """The model that the flags name, loaded once for all cases.
 
     Raises:
