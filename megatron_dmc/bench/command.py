@@ -101,7 +101,7 @@ BENCHMARKS = (
 )  # fmt: skip
 
 
-def add_benchmarks(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add every benchmark as a subcommand; it sets `module` and `benchmark` in the namespace."""
     names = parser.add_subparsers(title="benchmarks", metavar="NAME", required=True)
     for benchmark in BENCHMARKS:

@@ -73,7 +73,7 @@ def _run_command(words: list[str]) -> list[Row]:
     from megatron_dmc.bench import command
 
     parser = argparse.ArgumentParser(prog="megatron-dmc bench")
-    command.add_benchmarks(parser)
+    command.add_arguments(parser)
     result = command.measure(parser.parse_args(words))
     result.write()
     return result.document["rows"]

@@ -9,7 +9,7 @@ import torch
 from kernel_tools import compile_for, run_cases
 
 from megatron_dmc.bench import imposed, model_under_test, offline
-from megatron_dmc.bench.command import add_benchmarks
+from megatron_dmc.bench.command import add_arguments
 from megatron_dmc.bench.cost import Ceilings, ModelCost
 from megatron_dmc.bench.engine_run import run_requests
 from megatron_dmc.cli.main import main
@@ -47,7 +47,7 @@ def bench(capsys, *arguments):
 
 def parsed(*flags):
     parser = argparse.ArgumentParser()
-    add_benchmarks(parser)
+    add_arguments(parser)
     return parser.parse_args(["throughput", *flags])
 
 

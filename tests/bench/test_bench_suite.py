@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_dmc.bench import suite
-from megatron_dmc.bench.command import add_benchmarks
+from megatron_dmc.bench.command import add_arguments
 from megatron_dmc.bench.suite_plan import EXPERIMENTS
 from megatron_dmc.cli.main import main
 from megatron_dmc.plan.model import find_model
@@ -77,7 +77,7 @@ def test_ratios():
 
 def test_every_command_parses_and_names_a_known_model(tmp_path):
     parser = argparse.ArgumentParser()
-    add_benchmarks(parser)
+    add_arguments(parser)
     full = argparse.Namespace(cpu_smoke=False, model=None)
     models = set()
     for experiment in EXPERIMENTS:
