@@ -1,4 +1,4 @@
-"""What a decode step must move and compute: the model states its own cost.
+"""Bytes and operations of a decode step: the model states its own cost.
 
 Bytes: every weight but the token embedding's table once (of that a row per request), and key and value of every
 live entry once. The floor is these bytes over the bandwidth of a plain copy on the same machine, or the
@@ -60,7 +60,7 @@ class ModelCost:
         )
 
     def step_bytes(self, live_entries: float) -> float:
-        """Bytes of a decode step over so many entries, of all heads and requests together."""
+        """Bytes of a decode step over `live_entries`, of all heads and requests together."""
         return self.weight_bytes + live_entries * self.entry_bytes
 
     def step_flops(self, num_requests: int, live_entries: float) -> float:
@@ -70,7 +70,7 @@ class ModelCost:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine reaches, measured in this run."""
+    """The machine's ceilings, measured in this run."""
 
     bytes_per_second: float
     """A plain copy, bytes read and bytes written both counted."""

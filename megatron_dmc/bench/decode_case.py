@@ -146,7 +146,7 @@ def random_cache(
 def random_heads(
     batch: int, heads: list[int], dim: int, *, dtype, device, seed: int, strided: bool = False
 ) -> list[Tensor]:
-    """Raw q, k, v with so many heads each; `strided`: parts of one tensor, as a fused projection
+    """Raw q, k, v with these numbers of heads; `strided`: parts of one tensor, as a fused projection
     gives them."""
     generator = torch.Generator(device=device).manual_seed(seed)
     shape = (batch, sum(heads), dim + 3 if strided else dim)

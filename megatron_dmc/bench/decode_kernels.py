@@ -3,10 +3,10 @@
 
 Regime: one decode step of a layer, page 16, D = 128, 32 query heads (on a CPU less), caches that a
 request of T tokens has at a given CR; heads equally long, or spread as exp(0.6 x), x normal, with the
-same total but for heads cut off at T. On a GPU as many layers as fill the caches of the chip several
+same total except for heads cut off at T. On a GPU enough layers to fill the caches of the chip several
 times are captured into one CUDA graph with one plan for all, and a layer's share of a replay is reported.
 Metric: median milliseconds; bytes that must move over the bandwidth of a plain copy on the same machine; for
-append also the time over attention's. Beside them stand the libraries of `bench.libraries`. The kernels are
+append also the time over attention's. The libraries of `bench.libraries` run on the same data. The kernels are
 compared with the specification before they are timed.
 
 Dimension letters as in `ops.paged.decode`.
@@ -44,7 +44,7 @@ from megatron_dmc.ops.paged.layer_cache import LayerCache
 
 SPREAD = 0.6
 BYTES_OF_LAYERS = 256 << 20
-"""What the layers of one measurement hold together at least: several times a chip's cache."""
+"""Least total size of the layers of one measurement: several times a chip's cache."""
 MAX_LAYERS = 32
 CHECKED_REQUESTS = 4
 
@@ -83,7 +83,7 @@ def backends(settings: Settings, dim: int) -> list[str]:
 
 
 def layers_of(settings: Settings, needed: int) -> int:
-    """How many layers of so many bytes one measurement goes through."""
+    """Number of layers of `needed` bytes that one measurement goes through."""
     return min(MAX_LAYERS, math.ceil(BYTES_OF_LAYERS / needed)) if settings.on_gpu else 1
 
 

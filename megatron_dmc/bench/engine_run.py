@@ -32,11 +32,11 @@ class DecodeStep:
 
 @dataclass
 class Run:
-    """What happened."""
+    """Outputs and times of one run."""
 
     seconds: float = 0.0
     time_to_first_token: float = 0.0
-    """Until every request of the first batch had its first token."""
+    """Until the last first token of the first batch."""
     outputs: list[RequestOutput] = field(default_factory=list)
     decoding: list[DecodeStep] = field(default_factory=list)
     fragmentation: float | None = None
@@ -67,7 +67,7 @@ def run_requests(llm: LLM, asked: Asked, *, name: str, batch: int, bar: bool = F
     """Give all requests at once and step until the last has ended; greedy, full-length completions.
 
     Args:
-        name: tells this run's requests from others'.
+        name: prefix of this run's request ids.
         batch: how many run at a time.
 
     Raises:

@@ -96,7 +96,7 @@ def _mix(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ImposedDecisions:
-    """Which tokens each head appends.
+    """The tokens that each head appends.
 
     Attributes:
         rate_LG: part of the tokens after the first that a head appends, float64, over all ranks' heads.
@@ -129,11 +129,11 @@ class ImposedDecisions:
         return cls(_scaled(weights_LG, mean), cr, num_tokens, shared)
 
     def expected_entries(self, num_tokens: float) -> Tensor:
-        """Entries of each head after so many tokens, on average: float64 (L, G)."""
+        """Expected entries of each head after `num_tokens` tokens: float64 (L, G)."""
         return 1 + (num_tokens - 1) * self.rate_LG
 
     def tolerance(self, num_sequences: int) -> float:
-        """How far a run's CR may be from `cr`, relatively: five standard deviations of what the hash
+        """Largest relative deviation of a run's CR from `cr`: five standard deviations of what the hash
         draws, at least 1 %."""
         num_draws = float(num_sequences * (self.num_tokens - 1))
         if self.shared:
@@ -173,7 +173,7 @@ def decide(
     omega_LTG: Tensor,
     eps: float,
 ) -> None:
-    """What tokens decide in all layers. Mutates `is_merge_LTG` and `omega_LTG`.
+    """Decide the tokens of a step in all layers. Mutates `is_merge_LTG` and `omega_LTG`.
 
     Args:
         positions_T, rows_T: int64; row -1 is padding, about which anything is decided.

@@ -1,11 +1,11 @@
-"""K4 beside ours: libraries' decode attention with (request, KV head) folded into the batch.
+"""K4 of other libraries: decode attention with (request, KV head) folded into the batch.
 
 A library sees B x G sequences of one KV head with a group of query heads, each with its own length. Same data, same
 check against the specification, as many layers in one CUDA graph as ours. What a library cannot take as it is:
 flash-attn 2 has pages of 256 at least, so it gets a cache with such pages; PyTorch's variable-length attention
 knows no pages and gets entries that lie one after the other; its scaled-dot-product attention (what a CPU has)
 gets them padded to the longest. Making those copies is not timed, nor is FlashInfer's planning on the host,
-which is stated beside (`plan_ms`). What is not installed, or fails, is a row that says so.
+which is stated separately (`plan_ms`). What is not installed, or fails, is a row that says so.
 
 Dimension letters as in `ops.paged.decode`; X folded sequences, B x G.
 """
@@ -33,7 +33,7 @@ Attend = Callable[[], Tensor]
 
 
 class Absent(Exception):
-    """Why a library does not run here."""
+    """Raised where a library does not run here, with the reason."""
 
 
 @dataclass(frozen=True)

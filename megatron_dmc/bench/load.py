@@ -32,7 +32,7 @@ _LIMITS = ("ttft", "tpot", "e2el")
 
 @dataclass
 class Answer:
-    """What the client saw of one request; seconds."""
+    """One request as its client saw it; times in seconds."""
 
     prompt_tokens: int = 0
     output_tokens: int = 0

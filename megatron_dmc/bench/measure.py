@@ -117,7 +117,7 @@ def captured(function: Callable[[], object], settings: Settings) -> Callable[[],
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that `function` adds at its peak; None on a CPU, where nobody counts them."""
+    """Bytes that `function` adds at its peak; None on a CPU, where they are not counted."""
     if device.type != "cuda":
         return None
     gc.collect()

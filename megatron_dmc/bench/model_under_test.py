@@ -56,7 +56,7 @@ class Case:
 def requests_that_fit(
     num_pages: int, heads: int, page_size: int, num_cached: int, decisions: ImposedDecisions | None
 ) -> int:
-    """How many requests a cache holds that all have `num_cached` tokens.
+    """Number of requests of `num_cached` tokens each that a cache holds.
 
     Args:
         heads: KV heads over all layers.
@@ -69,7 +69,7 @@ def requests_that_fit(
         per_request, deviation = float(heads * -(-num_cached // page_size)), 0.0
     else:
         # a step needs room for one more entry of every head; where a head stands within its last page
-        # is anybody's guess
+        # is unknown: half a page on average
         rate, entries = decisions.rate_LG, decisions.expected_entries(num_cached)
         per_request = (entries.sum().item() + heads) / page_size + heads * (1 - 1 / page_size) / 2
         drawn = (rate * (1 - rate)).sum().item() * num_cached / page_size**2
@@ -120,7 +120,7 @@ class ModelUnderTest:
     """The model that the flags name, loaded once for all cases.
 
     Raises:
-        DMCError: it cannot be had, or flags contradict each other.
+        DMCError: it cannot be loaded, or flags contradict each other.
     """
 
     def __init__(self, args: argparse.Namespace, longest: int):
@@ -168,7 +168,7 @@ class ModelUnderTest:
         self.loaded = replace(self.loaded, model=None)
 
     def decisions(self, case: Case) -> ImposedDecisions | None:
-        """What is imposed on the model; None: nothing."""
+        """Decisions to impose on the model; None: none."""
         if case.cr is None or case.cr == 1:
             return None
         d, profile = self.description, self.args.simulate_cr_profile
@@ -178,7 +178,7 @@ class ModelUnderTest:
         return ImposedDecisions.of(weights, case.cr, num_tokens=case.num_cached, shared=shared)
 
     def share_pages(self, cases: Sequence[Case]) -> None:
-        """Settle the number of pages, the same for all cases: what the memory holds now, and no more
+        """Fix the number of pages, the same for all cases: what the memory holds now, but not more
         than any of them can use."""
         args, d = self.args, self.description
         if args.num_pages is not None:
@@ -214,7 +214,7 @@ class ModelUnderTest:
             batch = self.largest_batch(case, decisions)
         if options["max_model_len"] is None and not self.args.dataset_path:
             options["max_model_len"] = case.input_len + case.output_len
-        # every running request decodes one token, and a prompt needs room beside them
+        # every running request decodes one token, and a prompt needs room in addition
         options["max_num_batched_tokens"] = max(options["max_num_batched_tokens"], batch + 1)
         options["max_num_seqs"], options["device"] = batch, self.device
         dmc = self.description.dmc
@@ -236,7 +236,7 @@ class ModelUnderTest:
         return LLM(loaded, make_context=make_context, **options), decisions
 
     def largest_batch(self, case: Case, decisions: ImposedDecisions | None) -> int:
-        """How many requests of this length the cache holds at their ends (`--max-num-seqs auto`).
+        """Number of requests of this length that the cache holds when they end (`--max-num-seqs auto`).
 
         Raises:
             DMCError: none.

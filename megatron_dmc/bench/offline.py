@@ -4,7 +4,7 @@ Regime: throughput gives all requests at once and lets the engine batch them; la
 it together, again and again. Completions are full-length (the end-of-text token is ignored) and greedy. Lists
 of CRs, batches and lengths make a sweep, with one model for all of it.
 Metric: wall-clock seconds; tokens per second over the whole run, prefill included, and of the steps that only
-decode, beside the bytes such a step must move over the bandwidth of a copy. The median of the repeats, with
+decode, compared with the bytes that such a step must move over the bandwidth of a copy. The median of the repeats, with
 their spread. The last line printed is one JSON document; vLLM's keys where it has them.
 """
 
@@ -133,13 +133,13 @@ def _measure_case(
 
 
 def _check_cr(runs: list[Run], decisions: ImposedDecisions) -> None:
-    """What was asked for must be what the cache held."""
+    """Check that the measured CR is the imposed one."""
     for run in runs:
         allowed = decisions.tolerance(len(run.outputs))
         if abs(run.measured_cr / decisions.cr - 1) > allowed:
             raise DMCError(
                 f"CR {run.measured_cr:.3f} was measured where {decisions.cr:g} was imposed, more than "
-                f"{100 * allowed:.1f} % off: the engine did not do as it was told"
+                f"{100 * allowed:.1f} % off: the engine did not follow the imposed decisions"
             )
 
 

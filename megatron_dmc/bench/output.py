@@ -44,7 +44,7 @@ class Curves:
 
 @dataclass
 class Result:
-    """What the `run` of a benchmark returns; `finish` writes and prints it.
+    """The return value of a benchmark's `run`; `finish` writes and prints it.
 
     Attributes:
         document: of plain numbers and texts, with the keys `benchmark` and `note`.

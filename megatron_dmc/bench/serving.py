@@ -80,7 +80,7 @@ def _add_engine_and_sweep(
 
 
 def _add_sweep(parser: argparse.ArgumentParser, num_in: int, num_out: int) -> None:
-    """What throughput and latency vary, and where their results go."""
+    """Flags of the sweep and of its output files."""
     group = parser.add_argument_group("benchmark")
     group.add_argument(
         "--load-format", choices=["auto", "dummy"], default="auto",

@@ -1,4 +1,4 @@
-"""What `megatron-dmc bench suite` runs: the experiments and the command's flags. No torch."""
+"""The experiments and flags of `megatron-dmc bench suite`. No torch."""
 
 import argparse
 from collections.abc import Callable
@@ -54,7 +54,7 @@ EXPERIMENTS = [
         {2.0: 1.9, 4.0: 3.7, 8.0: 7.0}, _uncompressed,
     ),
     Experiment(
-        "e2", "E2: without DMC, beside the roofline (must reach 80 % of it) and another engine",
+        "e2", "E2: without DMC, against the roofline (must reach 80 % of it) and another engine",
         (f"throughput --model llama2-7b --simulate-cr 1 {_LONG} --num-iters 3 --compare transformers",),
         {1.0: 1.0}, _other_engine,
     ),

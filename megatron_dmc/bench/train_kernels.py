@@ -237,7 +237,7 @@ def dense_bias_attention(q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor) -> T
 def bench_attention(
     settings: Settings, bar: tqdm, *, alternatives: bool = True
 ) -> Iterator[dict[str, Any]]:
-    """K2, row by row; without the alternatives only the stock kernel beside ours.
+    """K2, row by row; without the alternatives only ours and the stock kernel.
 
     Raises:
         DMCError: a result is wrong.

@@ -182,7 +182,7 @@ class Window:
                 process_group=0,
             )  # fmt: skip
         self.build_began = time.monotonic()
-        print("== building the CUDA extension beside the next stages", flush=True)
+        print("== building the CUDA extension during the next stages", flush=True)
 
     def _poll_build(self) -> None:
         if self.build is None:
@@ -292,7 +292,7 @@ def kill_group(process: subprocess.Popen) -> None:
 
 
 def commit() -> str | None:
-    """The checkout's, where git tells it."""
+    """The checkout's commit, where git knows it."""
     try:
         answer = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, timeout=10

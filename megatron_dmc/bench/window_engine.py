@@ -98,7 +98,7 @@ class WindowModel:
         )
 
     def decisions(self, cr: float, num_tokens: int) -> ImposedDecisions | None:
-        """What is imposed; nothing at CR 1."""
+        """Decisions to impose; none at CR 1."""
         d = self.loaded.description
         weights = spread_weights(d.num_layers, d.num_query_groups)
         return None if cr == 1 else ImposedDecisions.of(weights, cr, num_tokens=num_tokens)
@@ -317,7 +317,7 @@ def train_step(stage: Stage) -> None:
 
 
 def profile(stage: Stage) -> None:
-    """Where the time of a replayed step goes, by kernel; on a CPU by operator."""
+    """Time of a replayed step by kernel; on a CPU by operator."""
     model = WindowModel(stage)
     context, batch, shown = (60, 2, 5) if stage.cpu else (2048, 64, 25)
 

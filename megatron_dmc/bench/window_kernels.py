@@ -42,7 +42,7 @@ def settings_of(stage: Stage, repeats: int) -> Settings:
 
 
 def ceilings(stage: Stage) -> None:
-    """What machine this is, whether the extension imports, a plain copy and a large matrix product."""
+    """The machine, its CUDA extension, and two ceilings: a plain copy and a large matrix product."""
     settings = settings_of(stage, 20)
 
     def machine() -> Iterator[Row]:
@@ -209,7 +209,7 @@ LARGE_POOL = (256, 1.0, 1, False)
 
 
 def decode_kernels(stage: Stage) -> None:
-    """A dozen shapes, the libraries beside ours, 8-bit pages, and a large pool in two orders of its pages."""
+    """A dozen shapes, other libraries, 8-bit pages, and a large pool in two orders of its pages."""
     settings = settings_of(stage, 20)
     heads, dim, tokens = (4, 64, 64) if stage.cpu else (32, 128, 4096)
     shapes = [(2, 4.0, 4, True)] if stage.cpu else DECODE_SHAPES
@@ -272,7 +272,7 @@ def decode_kernels(stage: Stage) -> None:
 
 
 def train_kernels(stage: Stage) -> None:
-    """K1 and K2: what training takes, beside the stock kernel."""
+    """K1 and K2: merge, and training attention against the stock kernel."""
     settings = settings_of(stage, 20)
     bandwidth = ceiling(stage, "copy", settings)
     quiet = tqdm(disable=True)

@@ -1,4 +1,4 @@
-"""What `megatron-dmc bench window` runs: its stages, in order, with their limits and the columns of their tables."""
+"""Stages of `megatron-dmc bench window`, in order, with their limits and the columns of their tables."""
 
 from dataclasses import dataclass
 

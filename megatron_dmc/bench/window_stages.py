@@ -51,7 +51,7 @@ class Case:
 
 @dataclass
 class Stage:
-    """What a stage's function gets.
+    """Context that a stage's function receives.
 
     Attributes:
         path: of the rows.
@@ -97,7 +97,7 @@ class Stage:
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, for a table."""
+    """An error in one line, for a table."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:400]
 

@@ -39,7 +39,7 @@ def test_every_arm_is_a_valid_setting():
             }
     assert all(arm["seeds"] == [1, 2, 3] for arm in arms.values() if arm["group"] == "quality")
     for group, totals in steps.items():
-        assert max(totals) - min(totals) <= 20, (group, "arms of equal steps (but for zero-out)")
+        assert max(totals) - min(totals) <= 20, (group, "arms of equal steps (except zero-out)")
 
 
 def test_the_teacher_is_the_base_before_pooling(tmp_path, monkeypatch):
