@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_dmc.bench import decode_case, libraries
+from megatron_dmc.bench import libraries
 from megatron_dmc.bench.measure import (
     Settings,
     as_row,
@@ -41,6 +41,7 @@ from megatron_dmc.ops.backends import DECODE
 from megatron_dmc.ops.paged import decode
 from megatron_dmc.ops.paged.kv_pages import entry_bytes, parse_kv_cache_dtype
 from megatron_dmc.ops.paged.layer_cache import LayerCache
+from megatron_dmc.ops.testing import decode_case
 
 SPREAD = 0.6
 BYTES_OF_LAYERS = 256 << 20

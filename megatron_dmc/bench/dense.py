@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_dmc.bench.measure import errors_within_twice_the_yardstick
 from megatron_dmc.cache.strategies import Step, Storage
 from megatron_dmc.cache.strategies.merging import MergingStore
 from megatron_dmc.engine.chunk import Chunk
@@ -27,6 +26,7 @@ from megatron_dmc.errors import DMCError
 from megatron_dmc.ops.paged import decode
 from megatron_dmc.ops.paged import pages as page_ops
 from megatron_dmc.ops.paged.layer_cache import LayerCache
+from megatron_dmc.ops.testing.yardstick import errors_within_twice_the_yardstick
 
 
 class DenseStore(MergingStore):

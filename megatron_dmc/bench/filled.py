@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_dmc.bench import decode_case
 from megatron_dmc.bench.cost import Ceilings, ModelCost
 from megatron_dmc.bench.dense import DenseContext
 from megatron_dmc.bench.engine_run import synchronize
@@ -31,6 +30,7 @@ from megatron_dmc.engine.request import RequestStatus
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import gates
 from megatron_dmc.ops.paged import decode, kv_pages
+from megatron_dmc.ops.testing import decode_case
 
 PAGE_SIZE = 16
 WARMUP = 3
@@ -149,10 +149,10 @@ def check(engine: LLMEngine) -> float:
     tables = context.tables
     device = tables.num_entries_LRG.device
     rows = torch.tensor([request.row for request in engine.scheduler.running], device=device)
+    dtype = next(engine.runner.model.parameters()).dtype
     (q,) = decode_case.random_heads(
-        len(rows), [d.num_attention_heads], d.kv_channels, dtype=context._like.dtype, device=device,
-        seed=1,
-    )  # fmt: skip
+        len(rows), [d.num_attention_heads], d.kv_channels, dtype=dtype, device=device, seed=1
+    )
     if context.rule is not None:
         gates.borrowed(q).zero_()
     checked = slice(-CHECKED_REQUESTS, None)

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_dmc.bench import decode_case
 from megatron_dmc.bench.measure import Settings, as_row, captured, measure_time
 from megatron_dmc.bench.output import Row
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops.paged.layer_cache import LayerCache
+from megatron_dmc.ops.testing import decode_case
 
 logger = logging.getLogger(__name__)
 Attend = Callable[[], Tensor]

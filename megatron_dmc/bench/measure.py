@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_dmc import __version__
 from megatron_dmc.bench.output import Row
@@ -153,29 +152,6 @@ def matrix_product_rate(settings: Settings) -> float:
     a, b = (torch.randn(size, size, device=settings.device, dtype=settings.dtype) for _ in range(2))
     timing = measure_time(lambda: a @ b, settings.device, repeats=max(settings.repeats, 5))
     return 2 * size**3 / (timing.median_ms / 1e3)
-
-
-def errors_within_twice_the_yardstick(
-    names: Sequence[str],
-    ours: Sequence[Tensor],
-    exact: Sequence[Tensor],
-    honest: Sequence[Tensor],
-) -> dict[str, float]:
-    """Relative error of each tensor, none above twice that of an honest version in its dtype.
-
-    Raises:
-        DMCError: a result is wrong: nothing may be timed.
-    """
-    errors = {}
-    for name, a, b, c in zip(names, ours, exact, honest, strict=True):
-        scale = b.norm().item() + 1e-30
-        error, yardstick = ((x.double() - b).norm().item() / scale for x in (a, c))
-        if not error <= 2 * yardstick + 1e-5:
-            raise DMCError(
-                f"{name} is wrong: relative error {error:.2e}, an honest version's {yardstick:.2e}"
-            )
-        errors[name] = error
-    return errors
 
 
 def document(name: str, settings: Settings, **content: Any) -> Row:

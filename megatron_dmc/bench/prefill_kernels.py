@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_dmc.bench import decode_case, prefill_case
 from megatron_dmc.bench.measure import Settings, as_row, measure_time
 from megatron_dmc.bench.output import Panel
 from megatron_dmc.ops import rope
 from megatron_dmc.ops.backends import PREFILL
 from megatron_dmc.ops.paged import prefill
 from megatron_dmc.ops.paged.chunks import Chunks
+from megatron_dmc.ops.testing import decode_case, prefill_case
 from megatron_dmc.ops.training.attention import causal_attention
 
 CHECKED_TOKENS = 600

@@ -25,13 +25,13 @@ from megatron_dmc.bench.measure import (
     as_row,
     copy_bandwidth,
     document,
-    errors_within_twice_the_yardstick,
     measure_time,
     peak_memory,
 )
 from megatron_dmc.bench.output import Panel, Result
 from megatron_dmc.ops import gates, reference
 from megatron_dmc.ops.backends import MERGE
+from megatron_dmc.ops.testing.yardstick import errors_within_twice_the_yardstick
 from megatron_dmc.ops.training.flash import choose_kernel
 
 RELEASED_WINDOW = 12

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from megatron_dmc.bench import decode_case, decode_kernels, libraries, measure, train_kernels
+from megatron_dmc.bench import decode_kernels, libraries, measure, train_kernels
 from megatron_dmc.cli.main import main
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import cpu, reference
+from megatron_dmc.ops.testing import decode_case, yardstick
 
 
 def run(capsys, *arguments):
@@ -172,7 +173,7 @@ def test_the_alternatives_compute_the_same():
 def test_a_wrong_result_is_not_timed():
     exact = torch.randn(50, dtype=torch.float64)
     with pytest.raises(DMCError, match="grad k is wrong"):
-        measure.errors_within_twice_the_yardstick(
+        yardstick.errors_within_twice_the_yardstick(
             ["grad k"], [exact.float() * 1.1], [exact], [exact.float()]
         )
 

@@ -12,13 +12,13 @@ from random_models import VOCAB, random_model, retrofitted
 from test_no_waiting import EVERYTHING
 
 from megatron_dmc import LLM, SamplingParams, ops
-from megatron_dmc.bench import decode_case
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.load import LoadedModel, build_model
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.ops import gates
 from megatron_dmc.ops.backends import DECODE
 from megatron_dmc.ops.paged import decode
+from megatron_dmc.ops.testing import decode_case
 from megatron_dmc.ops.training import flash
 
 DEVICE = "cuda"

@@ -11,10 +11,10 @@ import pytest
 import torch
 from kernel_tools import run_cases
 
-from megatron_dmc.bench import decode_case
 from megatron_dmc.ops import cpu
 from megatron_dmc.ops.backends import DECODE
 from megatron_dmc.ops.paged import decode
+from megatron_dmc.ops.testing import decode_case
 
 ROOT = Path(__file__).resolve().parents[2]
 

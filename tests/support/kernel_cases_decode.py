@@ -11,10 +11,10 @@ import pytest
 import torch
 from kernel_cases_merge import DEVICE, uninitialised_memory_is_nan  # noqa: F401, patches Triton
 
-from megatron_dmc.bench import decode_case
-from megatron_dmc.bench.measure import errors_within_twice_the_yardstick
 from megatron_dmc.ops import backends
 from megatron_dmc.ops.paged import decode as cache_ops
+from megatron_dmc.ops.testing import decode_case
+from megatron_dmc.ops.testing.yardstick import errors_within_twice_the_yardstick
 from megatron_dmc.ops.triton import decode
 
 BACKEND = os.environ.get("DMC_TESTED_BACKEND", "triton")

@@ -11,11 +11,11 @@ import torch
 from kernel_cases_decode import BACKEND, HALF, LARGE, chosen  # patches Triton
 from kernel_cases_merge import DEVICE
 
-from megatron_dmc.bench import decode_case, prefill_case
-from megatron_dmc.bench.measure import errors_within_twice_the_yardstick
 from megatron_dmc.ops.paged import prefill
 from megatron_dmc.ops.paged.chunks import Chunks
 from megatron_dmc.ops.paged.delayed import prefill_delayed
+from megatron_dmc.ops.testing import decode_case, prefill_case
+from megatron_dmc.ops.testing.yardstick import errors_within_twice_the_yardstick
 
 # of the heads of a case, in turn
 RATES = [0.75, 0.0, 1.0, 0.5]

@@ -9,14 +9,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_dmc.bench.decode_case import results_of
-from megatron_dmc.bench.measure import errors_within_twice_the_yardstick
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops.paged import prefill
 from megatron_dmc.ops.paged.chunks import Chunks
 from megatron_dmc.ops.paged.decode import Gates
 from megatron_dmc.ops.paged.layer_cache import LayerCache
 from megatron_dmc.ops.tensors import accumulator_dtype
+from megatron_dmc.ops.testing.decode_case import results_of
+from megatron_dmc.ops.testing.yardstick import errors_within_twice_the_yardstick
 
 
 def random_decisions(

@@ -10,13 +10,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_dmc.bench.measure import errors_within_twice_the_yardstick
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import gates, reference, rope
 from megatron_dmc.ops.paged import decode, kv_pages
 from megatron_dmc.ops.paged.kv_pages import Pages, ScaledPages
 from megatron_dmc.ops.paged.layer_cache import DelayedDecisions, LayerCache
 from megatron_dmc.ops.paged.pages import FreePages
+from megatron_dmc.ops.testing.yardstick import errors_within_twice_the_yardstick
 from megatron_dmc.ops.training.merge import num_kept
 
 NAN = float("nan")
