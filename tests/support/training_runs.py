@@ -39,7 +39,7 @@ _context.set_forkserver_preload(["megatron_dmc.training.run", "megatron.core.tok
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody uses."""
+    """A free TCP port of this machine."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
