@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from megatron_dmc import LLM, SamplingParams
+from megatron_dmc.checkpoint.convert import open_checkpoint
 from megatron_dmc.checkpoint.load import load_model
 from megatron_dmc.quality.likelihood import Evaluation, evaluate, read_tokens
 
@@ -43,12 +44,12 @@ class Subject:
         return read_tokens(self.data / f"heldout-{kind}_text_document")
 
     def llm(self, max_model_len: int, max_num_seqs: int = 8) -> LLM:
+        """An engine for sequences of this length, or of the model's if that is shorter."""
+        description = open_checkpoint(self.checkpoint, verify_checkpoint=False)[0]
         return LLM(
-            self.checkpoint,
-            dtype=self.dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-        )
+            self.checkpoint, dtype=self.dtype, max_num_seqs=max_num_seqs,
+            max_model_len=min(max_model_len, description.max_position_embeddings),
+        )  # fmt: skip
 
 
 def perplexity(subject: Subject) -> dict[str, Any]:

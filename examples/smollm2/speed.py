@@ -23,7 +23,7 @@ def server(model: Path, max_model_len: int, dtype: str, log: Path) -> Iterator[s
     with open(log, "w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     try:
-        while (found := re.search(r"serving .* at (http://[\d.:]+)", log.read_text())) is None:
+        while (found := re.search(r"serving .* at (http://[\d.]+:\d+)", log.read_text())) is None:
             if process.poll() is not None:
                 raise ValueError(f"the server ended with {process.returncode}; its output: {log}")
             time.sleep(0.2)
