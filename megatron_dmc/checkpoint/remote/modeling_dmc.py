@@ -387,7 +387,13 @@ class DMCForCausalLM(nn.Module):
         self.current_target_cr: float | None = None
         self.post_init()
 
-    # Training: what changes between steps
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """Always: transformers would else guess from a module's source file, ignore a kernel that it
+        cannot set with a warning, and not refuse one that does not exist here."""
+        return True
+
+    # Training: settings that change between steps
 
     def set_dmc(self, **settings) -> None:
         """Change settings of `config.dmc` (`stage`, `target_cr`, `noise_scale`, ...); saved with it."""
