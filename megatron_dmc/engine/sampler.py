@@ -67,7 +67,7 @@ def _rows_of_logprobs(
     values_BK: np.ndarray,
     ids_BK: np.ndarray,
 ) -> list[dict[int, Logprob]]:
-    """What `_likeliest` found, as requests get it."""
+    """Results of `_likeliest` in the form that requests get."""
     rows = []
     for b, count in enumerate(counts):
         row = {int(token_ids[b]): Logprob(float(chosen_B[b]), int(ranks_B[b]))}
