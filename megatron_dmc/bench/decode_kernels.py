@@ -34,7 +34,12 @@ from megatron_dmc.bench.measure import (
     measure_time,
 )
 from megatron_dmc.bench.output import Panel, Result
-from megatron_dmc.bench.prefill_kernels import PAGE_SIZE, prefill_panel, prefill_rows
+from megatron_dmc.bench.prefill_kernels import (
+    PAGE_SIZE,
+    prefill_backends,
+    prefill_panel,
+    prefill_rows,
+)
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import rope
 from megatron_dmc.ops.backends import DECODE
@@ -257,7 +262,7 @@ def run(args: argparse.Namespace) -> Result:
                 heads,
                 dim,
                 groups,
-                chosen if settings.on_gpu else ["torch"],
+                prefill_backends(chosen),
                 rate,
             )
         )

@@ -121,6 +121,12 @@ def _flash(prompt: _Prompt) -> Callable[[], Tensor]:
     return lambda: causal_attention(q, k, v)
 
 
+def prefill_backends(backends: list[str]) -> list[str]:
+    """Decode's back ends `backends` as far as they have kernels for prefill, else PyTorch."""
+    has_kernels = (name if PREFILL.kernels(name) is not None else "torch" for name in backends)
+    return list(dict.fromkeys(has_kernels))
+
+
 def prefill_rows(
     settings: Settings, lengths: list[int], crs: list[float], heads: int, dim: int,
     groups: tuple[int, ...], backends: list[str], rate: float,

@@ -16,7 +16,7 @@ from megatron_dmc.bench import decode_kernels as kernels
 from megatron_dmc.bench import libraries
 from megatron_dmc.bench.measure import Settings, copy_bandwidth, matrix_product_rate, release_memory
 from megatron_dmc.bench.output import Row
-from megatron_dmc.bench.prefill_kernels import prefill_rows
+from megatron_dmc.bench.prefill_kernels import prefill_backends, prefill_rows
 from megatron_dmc.bench.train_kernels import bench_attention, bench_merge
 from megatron_dmc.bench.window import ROOT, read_rows
 from megatron_dmc.bench.window_stages import Case, Stage
@@ -303,5 +303,6 @@ def prefill_kernels(stage: Stage) -> None:
     lengths, groups = ((40,), (4,)) if stage.cpu else ((4096, 32768), (1, 8))
     stage.run([
         Case(f"T={n} {group}:1 {backend}", functools.partial(prompt, n, group, backend))
-        for backend in kernels.backends(settings, dim) for n in lengths for group in groups
+        for backend in prefill_backends(kernels.backends(settings, dim)) for n in lengths
+        for group in groups
     ])  # fmt: skip
