@@ -82,16 +82,16 @@ def test_kernels(capsys, tmp_path):
     assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".svg", ".png"}
     # the libraries: what runs here computed the same, the rest says why not
     for group, skewed in ((1, False), (4, True)):
-        beside = {
+        by_variant = {
             r["variant"]: r for r in result["rows"]
             if (r["op"], r["group"], r.get("skewed")) == ("attention", group, skewed)
         }  # fmt: skip
-        sdpa = beside["torch SDPA"]
+        sdpa = by_variant["torch SDPA"]
         assert sdpa["median_ms"] > 0 and sdpa["errors"]["attention"] < 0.02
-        assert sdpa["bytes_needed"] == beside[name]["bytes_needed"]
-        assert beside["torch varlen"]["skipped"] == "needs a GPU"
-        assert set(beside) == {name, *(library.name for library in libraries.LIBRARIES)}
-        assert beside["FlashInfer"]["skipped"] in ("not installed", "needs a GPU")
+        assert sdpa["bytes_needed"] == by_variant[name]["bytes_needed"]
+        assert by_variant["torch varlen"]["skipped"] == "needs a GPU"
+        assert set(by_variant) == {name, *(library.name for library in libraries.LIBRARIES)}
+        assert by_variant["FlashInfer"]["skipped"] in ("not installed", "needs a GPU")
 
 
 def test_a_library_that_is_wrong_or_breaks_is_a_row(monkeypatch):
