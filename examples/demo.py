@@ -43,7 +43,7 @@ STAGES = ("zero-out", "retrofit", "finetune", "plain")
 
 
 @dataclass
-class Plan:
+class Recipe:
     """Steps and settings of the three stages.
 
     The method is made for tens of thousands of steps and has offset 5, temperature 0.1 and noise 1. Here the
@@ -79,7 +79,7 @@ MALLOC = {
 """For glibc: keep large blocks. On a CPU it would else return every tensor's memory to the system,
 which zeroes the pages of the next one; that costs about a tenth of a step."""
 
-SHORT = Plan(zero_out=4, retrofit=8, finetune=4)
+SHORT = Recipe(zero_out=4, retrofit=8, finetune=4)
 
 
 def precision() -> list[str]:
@@ -134,19 +134,19 @@ def is_done(marker: Path, wanted: str) -> bool:
     return marker.is_file() and marker.read_text() == wanted
 
 
-def dmc_flags(stage: str, plan: Plan) -> list[str]:
+def dmc_flags(stage: str, recipe: Recipe) -> list[str]:
     """A stage's own flags."""
     return [
-        "--dmc-stage", stage, "--dmc-target-cr", str(plan.target_cr),
-        "--dmc-merge-window", str(plan.merge_window), "--dmc-merge-delay", str(plan.merge_delay),
-        "--dmc-alpha-offset", str(plan.alpha_offset), "--dmc-loss-weight", str(plan.loss_weight),
-        "--dmc-temperature", str(plan.temperature), "--dmc-noise-scale",
-        str(plan.finetune_noise_scale if stage == "finetune" else plan.noise_scale),
+        "--dmc-stage", stage, "--dmc-target-cr", str(recipe.target_cr),
+        "--dmc-merge-window", str(recipe.merge_window), "--dmc-merge-delay", str(recipe.merge_delay),
+        "--dmc-alpha-offset", str(recipe.alpha_offset), "--dmc-loss-weight", str(recipe.loss_weight),
+        "--dmc-temperature", str(recipe.temperature), "--dmc-noise-scale",
+        str(recipe.finetune_noise_scale if stage == "finetune" else recipe.noise_scale),
     ]  # fmt: skip
 
 
 def train(
-    stage: str, steps: int, plan: Plan, work: Path, previous: Path | None, flags: list[str]
+    stage: str, steps: int, recipe: Recipe, work: Path, previous: Path | None, flags: list[str]
 ) -> None:
     """One stage through torchrun, with a progress bar; resumes from its own newest checkpoint.
 
@@ -160,8 +160,8 @@ def train(
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1",
         f"--master-port={free_port()}", "pretrain_dmc.py",
-        "--seed", str(plan.seed + STAGES.index(stage)),  # another order of the data
-        "--train-iters", str(steps), *learning_rate(stage, steps, plan),
+        "--seed", str(recipe.seed + STAGES.index(stage)),  # another order of the data
+        "--train-iters", str(steps), *learning_rate(stage, steps, recipe),
         "--load", str(folder), "--save", str(folder),
         "--save-interval", str(max(4, steps // 4)), "--tensorboard-dir", str(folder / "tensorboard"),
         *(["--pretrained-checkpoint", str(previous)] if previous else []), *flags,
@@ -190,14 +190,14 @@ def train(
         fail(command, log, process.returncode)
 
 
-def learning_rate(stage: str, steps: int, plan: Plan) -> list[str]:
+def learning_rate(stage: str, steps: int, recipe: Recipe) -> list[str]:
     """Warm-up in the first stage, constant in the second, decay to zero in the last."""
     if stage == "zero-out":
-        return ["--lr", str(plan.lr), "--lr-decay-style", "constant",
+        return ["--lr", str(recipe.lr), "--lr-decay-style", "constant",
                 "--lr-warmup-iters", str(max(1, steps // 3))]  # fmt: skip
     if stage in ("retrofit", "plain"):
-        return ["--lr", str(plan.lr), "--lr-decay-style", "constant"]
-    return ["--lr", str(plan.lr), "--min-lr", "0", "--lr-decay-style", "linear",
+        return ["--lr", str(recipe.lr), "--lr-decay-style", "constant"]
+    return ["--lr", str(recipe.lr), "--min-lr", "0", "--lr-decay-style", "linear",
             "--lr-decay-iters", str(steps)]  # fmt: skip
 
 
@@ -243,13 +243,13 @@ def megatron_flags(model: Path, data: dict[str, Path], work: Path, tokenizer: Pa
     ]  # fmt: skip
 
 
-def continued_perplexity(model: Path, plan: Plan) -> float | None:
+def continued_perplexity(model: Path, recipe: Recipe) -> float | None:
     """The control that examples/pretrain_base.py measured, if it was for as many steps."""
     file = model / "control.json"
     if not file.is_file():
         return None
     control = json.loads(file.read_text())
-    same = control["steps"] == sum(plan.stages.values())
+    same = control["steps"] == sum(recipe.stages.values())
     return control["base_continued_perplexity"] if same else None
 
 
@@ -260,29 +260,29 @@ def main() -> None:
         "--short", action="store_true", help="a few steps only, to see that it runs"
     )
     parser.add_argument("--model", type=Path, default=MODEL, help="Hugging Face Llama folder")
-    for name, kind in Plan.__annotations__.items():
+    for name, kind in Recipe.__annotations__.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
     began = time.monotonic()
     silence_optional_packages()
-    plan = Plan(**vars(SHORT)) if args.short else Plan()
-    for name in Plan.__annotations__:
+    recipe = Recipe(**vars(SHORT)) if args.short else Recipe()
+    for name in Recipe.__annotations__:
         if getattr(args, name) is not None:
-            setattr(plan, name, getattr(args, name))
+            setattr(recipe, name, getattr(args, name))
 
     output = args.output / "short" if args.short else args.output
     work = output / "run"
     work.mkdir(parents=True, exist_ok=True)
     settings = json.dumps(
-        vars(plan)
+        vars(recipe)
         | {"model": str(args.model), "weights": digest(args.model), "precision": precision()},
         sort_keys=True,
     )
-    if not is_done(work / "plan.json", settings):
-        for name in ("base", *plan.stages):  # checkpoints of another plan are of no use
+    if not is_done(work / "recipe.json", settings):
+        for name in ("base", *recipe.stages):  # checkpoints of another recipe are of no use
             shutil.rmtree(work / name, ignore_errors=True)
             (work / f"{name}.done").unlink(missing_ok=True)
-        (work / "plan.json").write_text(settings)
+        (work / "recipe.json").write_text(settings)
 
     tokenizer = args.model / "tokenizer.model"
     data = prepare_data(work, tokenizer)
@@ -292,15 +292,15 @@ def main() -> None:
         sys.exit(2)
     flags = megatron_flags(args.model, data, work, tokenizer)
     previous, commands = base, []
-    for stage, steps in plan.stages.items():
+    for stage, steps in recipe.stages.items():
         marker = work / f"{stage}.done"
         if not is_done(marker, settings):
-            train(stage, steps, plan, work, previous, [*flags, *dmc_flags(stage, plan)])
+            train(stage, steps, recipe, work, previous, [*flags, *dmc_flags(stage, recipe)])
             marker.write_text(settings)
         previous = work / stage
         commands.append(
             f"torchrun --nproc-per-node 1 pretrain_dmc.py --dmc-stage {stage} "
-            f"--dmc-target-cr {plan.target_cr:g} --train-iters {steps} ..."
+            f"--dmc-target-cr {recipe.target_cr:g} --train-iters {steps} ..."
         )
 
     from megatron_dmc.quality.report.measure import measure
@@ -308,10 +308,10 @@ def main() -> None:
 
     report = measure(
         args.model, previous, data["heldout"], seq_length=SEQ_LENGTH,
-        stages={s: work / s / "tensorboard" for s in plan.stages},
-        settings=vars(plan) | {"sequence length": SEQ_LENGTH, "batch": BATCH},
+        stages={s: work / s / "tensorboard" for s in recipe.stages},
+        settings=vars(recipe) | {"sequence length": SEQ_LENGTH, "batch": BATCH},
         commands=["make demo", *commands],
-        base_continued_perplexity=continued_perplexity(args.model, plan),
+        base_continued_perplexity=continued_perplexity(args.model, recipe),
         num_windows=8 if args.short else None,
         max_tokens=16 if args.short else 128,
     )  # fmt: skip
@@ -319,7 +319,7 @@ def main() -> None:
     report.seconds = round(seconds, 1)
     write_report(report, output)
     print(
-        f"\nKV cache {report.measured_cr:.2f}x smaller (target {plan.target_cr:g}x) at "
+        f"\nKV cache {report.measured_cr:.2f}x smaller (target {recipe.target_cr:g}x) at "
         f"{report.dmc_perplexity / report.base_perplexity:.3f}x the perplexity "
         f"({report.base_perplexity:.2f} -> {report.dmc_perplexity:.2f}); "
         f"{seconds:.0f} s\nreport: {output / 'report.html'}"

@@ -92,7 +92,7 @@ def pretrain(work: Path, output: Path) -> None:
         sys.exit(2)
 
 
-def control(work: Path, model: Path, plan: demo.Plan) -> dict[str, float]:
+def control(work: Path, model: Path, recipe: demo.Recipe) -> dict[str, float]:
     """Held-out perplexity before and after the demo's steps, learning rate and data, without DMC."""
     from megatron_dmc.checkpoint.load import load_model
     from megatron_dmc.quality.likelihood import evaluate, read_tokens
@@ -103,12 +103,12 @@ def control(work: Path, model: Path, plan: demo.Plan) -> dict[str, float]:
     previous = work / "control-base"
     if cli(["convert", "--to", "megatron", "--force", str(model), str(previous)]):
         sys.exit(2)
-    for stage, steps in plan.stages.items():
+    for stage, steps in recipe.stages.items():
         folder = work / f"control-{stage}"
         shutil.rmtree(folder, ignore_errors=True)
         torchrun([
-            *flags, "--train-iters", str(steps), *demo.learning_rate(stage, steps, plan),
-            "--seed", str(1234 + list(plan.stages).index(stage)),
+            *flags, "--train-iters", str(steps), *demo.learning_rate(stage, steps, recipe),
+            "--seed", str(1234 + list(recipe.stages).index(stage)),
             "--pretrained-checkpoint", str(previous), "--load", str(folder),
             "--save", str(folder), "--save-interval", "100000",
         ])  # fmt: skip
@@ -118,7 +118,7 @@ def control(work: Path, model: Path, plan: demo.Plan) -> dict[str, float]:
         evaluate(load_model(path), tokens, length=demo.SEQ_LENGTH).perplexity
         for path in (model, previous)
     )
-    return {"steps": sum(plan.stages.values()), "base_perplexity": before,
+    return {"steps": sum(recipe.stages.values()), "base_perplexity": before,
             "base_continued_perplexity": after}  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def main() -> None:
     if not args.control:
         pretrain(args.work.resolve(), args.output.resolve())
         return
-    result = control(args.work.resolve(), args.output.resolve(), demo.Plan())
+    result = control(args.work.resolve(), args.output.resolve(), demo.Recipe())
     (args.output / "control.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 

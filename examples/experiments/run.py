@@ -32,10 +32,10 @@ import results
 
 type Arm = dict[str, Any]
 
-PLAN_KEYS = {field.name for field in fields(demo.Plan)}
+RECIPE_KEYS = {field.name for field in fields(demo.Recipe)}
 OWN_KEYS = {"name", "group", "kind", "seeds", "lengths", "kv_heads", "seq_length", "plain_steps",
             "from_scratch", "teacher"}  # fmt: skip
-"""Keys of an arm that are neither the plan's nor flags `--dmc-*`."""
+"""Keys of an arm that are neither the recipe's nor flags `--dmc-*`."""
 CURVE_WINDOWS = 64
 """Held-out windows that the checkpoints on the way are measured on."""
 
@@ -49,33 +49,33 @@ def read_arms(file: Path) -> dict[str, Arm]:
     }
 
 
-def plan_of(arm: Arm, seed: int, short: bool) -> demo.Plan:
+def recipe_of(arm: Arm, seed: int, short: bool) -> demo.Recipe:
     """The demo's settings with what the arm changes."""
-    settings = {key: value for key, value in arm.items() if key in PLAN_KEYS}
+    settings = {key: value for key, value in arm.items() if key in RECIPE_KEYS}
     if short:
         settings |= {"zero_out": 2, "retrofit": 2, "finetune": 2}
-    return demo.Plan(**settings | {"seed": 1000 * seed + 234})
+    return demo.Recipe(**settings | {"seed": 1000 * seed + 234})
 
 
-def stages_of(arm: Arm, plan: demo.Plan, short: bool) -> dict[str, int]:
+def stages_of(arm: Arm, recipe: demo.Recipe, short: bool) -> dict[str, int]:
     """Steps of the stages that the arm has, in order."""
     plain = arm.get("plain_steps", 0)
-    stages = {"plain": 2 if short and plain else plain, **plan.stages}
+    stages = {"plain": 2 if short and plain else plain, **recipe.stages}
     return {stage: steps for stage, steps in stages.items() if steps}
 
 
-def stage_flags(arm: Arm, stage: str, plan: demo.Plan) -> list[str]:
+def stage_flags(arm: Arm, stage: str, recipe: demo.Recipe) -> list[str]:
     """`--dmc-*` of a stage."""
     if arm["kind"] == "plain" or stage == "plain":
         return ["--dmc-stage", "off"]
     extra = []
     for key, value in arm.items():
-        if key in PLAN_KEYS | OWN_KEYS:
+        if key in RECIPE_KEYS | OWN_KEYS:
             continue
         flag = "--dmc-" + key.replace("_", "-")
         extra += [flag] if value is True else [flag, str(value)]
     # arms leave stages out, and change the target between them
-    return [*demo.dmc_flags(stage, plan), *extra, "--dmc-no-stage-check"]
+    return [*demo.dmc_flags(stage, recipe), *extra, "--dmc-no-stage-check"]
 
 
 def shape_flags(arm: Arm) -> list[str]:
@@ -110,7 +110,7 @@ def start_of(arm: Arm, folder: Path) -> tuple[Path | None, list[str]]:
 
 def train(arm: Arm, seed: int, folder: Path, short: bool) -> list[Path]:
     """Run the arm's stages; returns their folders."""
-    plan = plan_of(arm, seed, short)
+    recipe = recipe_of(arm, seed, short)
     data = demo.prepare_data(folder.parent, demo.MODEL / "tokenizer.model")
     source = demo.MODEL
     previous, teacher_flags = start_of(arm, folder)
@@ -118,13 +118,13 @@ def train(arm: Arm, seed: int, folder: Path, short: bool) -> list[Path]:
     flags = demo.megatron_flags(source, data, folder, source / "tokenizer.model")
     flags += shape_flags(arm) + teacher_flags
     folders = []
-    for stage, steps in stages_of(arm, plan, short).items():
+    for stage, steps in stages_of(arm, recipe, short).items():
         marker = folder / f"{stage}.done"
         warm_up = ["--lr-warmup-iters", str(max(1, steps // 10))] if previous is None else []
         if not marker.is_file():
             demo.train(
-                stage, steps, plan, folder, previous,
-                [*flags, *stage_flags(arm, stage, plan), *warm_up],
+                stage, steps, recipe, folder, previous,
+                [*flags, *stage_flags(arm, stage, recipe), *warm_up],
             )  # fmt: skip
             marker.touch()
         previous = folder / stage

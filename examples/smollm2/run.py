@@ -67,10 +67,10 @@ class Steps:
         return self.done[name]["result"]
 
 
-def plan_of(arm: Arm, settings: Settings) -> demo.Plan:
-    """The demo's plan with this run's settings."""
+def recipe_of(arm: Arm, settings: Settings) -> demo.Recipe:
+    """The demo's recipe with this run's settings."""
     t = settings.training
-    return demo.Plan(
+    return demo.Recipe(
         lr=t.lr, target_cr=arm.target_cr or 1.0, merge_window=t.merge_window, merge_delay=t.merge_delay,
         alpha_offset=t.alpha_offset, temperature=t.temperature, noise_scale=t.noise_scale,
         finetune_noise_scale=t.finetune_noise_scale, loss_weight=t.loss_weight, seed=t.seed,
@@ -83,7 +83,7 @@ def stage_flags(arm: Arm, stage: str, settings: Settings) -> list[str]:
     teacher = ["--dmc-teacher-weight", str(t.teacher_weight)]
     if arm.target_cr is None:
         return ["--dmc-stage", "off", *teacher]
-    flags = [*demo.dmc_flags(stage, plan_of(arm, settings)), *teacher]
+    flags = [*demo.dmc_flags(stage, recipe_of(arm, settings)), *teacher]
     if t.borrowed_lr_mult != 1.0:
         flags += ["--dmc-borrowed-lr-mult", str(t.borrowed_lr_mult)]
     return flags
@@ -128,7 +128,7 @@ def train(
         steps.run(
             f"train {name} {stage}", wanted,
             functools.partial(
-                demo.train, stage, count, plan_of(arm, settings), folder, previous, [*flags, *own]
+                demo.train, stage, count, recipe_of(arm, settings), folder, previous, [*flags, *own]
             ),
         )  # fmt: skip
         previous = folder / stage

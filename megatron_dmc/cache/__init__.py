@@ -1,13 +1,13 @@
 """The paged cache: who holds which page, and where a request's heads keep their entries."""
 
-from megatron_dmc.cache.late_copy import LateCopy
+from megatron_dmc.cache.async_copy import AsyncCopy
 from megatron_dmc.cache.pool import PagePool
 from megatron_dmc.cache.prefixes import PrefixCache, Snapshot, extend_keys
 from megatron_dmc.cache.tables import BlockTables, OpenSegments
 
 __all__ = [
+    "AsyncCopy",
     "BlockTables",
-    "LateCopy",
     "OpenSegments",
     "PagePool",
     "PrefixCache",

@@ -41,7 +41,7 @@ class PageCounts:
         limit_R: entries that a head of the row never exceeds, int64; set it while the row is empty.
         runs: of each row, from its first token on.
         num_unfinished: pages of cached prefixes that are being captured in this step, on every rank;
-            they cannot be evicted yet.
+            they cannot be reclaimed yet.
     """
 
     def __init__(self, num_pages: int, page_size: int, shape_KLRG: tuple[int, int, int, int]):
@@ -76,7 +76,7 @@ class PageCounts:
 
     @property
     def available_K(self) -> np.ndarray:
-        """Free pages after evicting all cached prefixes."""
+        """Free pages after reclaiming all cached prefixes."""
         return self.num_pages - self.num_unfinished - self.held_by_rows_K
 
     def num_entries(self, row: int) -> int:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.cache.counts import Run
-from megatron_dmc.cache.tables import BlockTables, LateCounts
+from megatron_dmc.cache.tables import BlockTables, CopiedCounts
 
 
 def extend_keys(
@@ -77,7 +77,7 @@ class Snapshot:
 
 
 class PrefixCache:
-    """Snapshots by key; the least recently used ones are evicted when pages run short.
+    """Snapshots by key; the least recently used ones are reclaimed when pages run short.
 
     Args:
         state: tensors (L, R, ...) that belong to a row besides its pages.
@@ -85,7 +85,7 @@ class PrefixCache:
         num_ring_pages: pages that each head's ring fills, none of them with entries.
 
     Attributes:
-        num_evicted: snapshots evicted so far.
+        num_reclaimed: snapshots reclaimed so far.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class PrefixCache:
     ):
         self.block_size = block_size
         self._num_ring_pages = num_ring_pages
-        self.num_evicted = 0
+        self.num_reclaimed = 0
         self._tables, self._state = tables, list(state)
         self._num_own = tables.num_layers * tables.num_kv_heads * (num_ring_pages + 1)
         self._snapshots: OrderedDict[bytes, Snapshot] = OrderedDict()
@@ -118,7 +118,7 @@ class PrefixCache:
         return self._num_own + int(np.sum(only_prefixes_XK, axis=0).max())
 
     def peak_cost(self, snapshot: Snapshot) -> int:
-        """Pages that must be free or reclaimable for `restore`: it may not evict its own source."""
+        """Pages that must be free or reclaimable for `restore`: it may not reclaim its own source."""
         return self.cost(snapshot) + self._num_own
 
     def restore(self, snapshot: Snapshot, row: int) -> None:
@@ -170,7 +170,7 @@ class PrefixCache:
         for of_rows, kept in zip(self._state, snapshot.state, strict=True):
             kept[layers] = of_rows[layers, row]
 
-    def finish(self, snapshot: Snapshot) -> LateCounts | None:
+    def finish(self, snapshot: Snapshot) -> CopiedCounts | None:
         """All layers are captured and the row still holds its pages: cache the snapshot.
 
         Returns:
@@ -197,10 +197,10 @@ class PrefixCache:
             full_KLG = (entries_KLG - 1) // pool.page_size - self._num_ring_pages
             snapshot.runs = tables.counts.add_run(snapshot.row, full_KLG)
 
-        return LateCounts(snapshot.num_entries_LG, tell)
+        return CopiedCounts(snapshot.num_entries_LG, tell)
 
     def clear(self) -> None:
-        """Evict every snapshot."""
+        """Drop every snapshot."""
         while self._snapshots:
             self._drop(next(iter(self._snapshots)))
 
@@ -213,14 +213,14 @@ class PrefixCache:
         return torch.cat(parts)
 
     def _make_room(self, num_pages_K: np.ndarray) -> None:
-        """Evict the least recently used snapshots until `num_pages_K` pages are free."""
+        """Reclaim the least recently used snapshots until `num_pages_K` pages are free."""
         counts = self._tables.counts
         for key in list(self._snapshots):
             if bool((counts.free_K >= num_pages_K).all()):
                 return
             if key != self._pinned:
                 self._drop(key)
-                self.num_evicted += 1
+                self.num_reclaimed += 1
 
     def _drop(self, key: bytes) -> None:
         pool, counts = self._tables.pool, self._tables.counts

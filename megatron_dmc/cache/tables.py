@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_dmc.cache.async_copy import AsyncCopy
 from megatron_dmc.cache.counts import PageCounts, Run
-from megatron_dmc.cache.late_copy import LateCopy
 from megatron_dmc.cache.pool import PagePool
 from megatron_dmc.errors import OutOfPages
 from megatron_dmc.ops.paged.layer_cache import LayerCache
@@ -51,7 +51,7 @@ class OpenSegments:
 
 
 @dataclass
-class LateCounts:
+class CopiedCounts:
     """An object whose entry counts are copied to the host with the rows' counts."""
 
     num_entries_LG: Tensor
@@ -74,7 +74,7 @@ class BlockTables:
     Attributes:
         page_ids_LRGM: int32, -1 where no page is held.
         num_entries_LRG: int64.
-        make_room: called with a number of pages for each rank if fewer may be free; evicts
+        make_room: called with a number of pages for each rank if fewer may be free; reclaims
             cached prefixes until that number is free.
     """
 
@@ -103,9 +103,9 @@ class BlockTables:
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._promised_K = np.zeros(num_ranks, dtype=np.int64)
         self._rows_B = np.zeros(0, dtype=np.int64)
-        self._late: list[LateCounts] = []
+        self._late: list[CopiedCounts] = []
         self._tell_growth: Callable[[np.ndarray], None] | None = None
-        self._copy: LateCopy | None = None
+        self._copy: AsyncCopy | None = None
 
     def layer(self, layer_index: int, segments: OpenSegments | None = None) -> LayerCache:
         """One layer's storage for the ops. Copies nothing.
@@ -125,7 +125,7 @@ class BlockTables:
     @property
     def counts(self) -> PageCounts:
         """Counts of entries and pages after the last step; waits for it."""
-        self.settle()
+        self.update_counts()
         return self._counts
 
     @property
@@ -134,7 +134,7 @@ class BlockTables:
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that can be allocated on every rank after evicting cached prefixes."""
+        """Pages that can be allocated on every rank after reclaiming cached prefixes."""
         return int(self.counts.available_K.min())
 
     @property
@@ -189,21 +189,21 @@ class BlockTables:
         self.take_room(0)
 
     def may_take(self, count: int) -> bool:
-        """Whether `count` pages are available beyond the reservation, evicting cached prefixes if needed."""
+        """Whether `count` pages are available beyond the reservation, reclaiming cached prefixes if needed."""
         return bool((self.counts.available_K - self._promised_K >= count).all())
 
     def take_room(self, count: int) -> None:
-        """Evict prefixes until `count` pages beyond the reservation are free. Requires `may_take(count)`."""
+        """Reclaim prefixes until `count` pages beyond the reservation are free. Requires `may_take(count)`."""
         if self.make_room is not None:
             self.make_room(self._promised_K + count)
         assert bool((self.counts.free_K - self._promised_K >= count).all()), (
-            "prefixes were not evicted"
+            "prefixes were not reclaimed"
         )
 
     def end_step(
         self,
         rows: Sequence[int],
-        late: Sequence[LateCounts] = (),
+        late: Sequence[CopiedCounts] = (),
         tell_growth: Callable[[np.ndarray], None] | None = None,
     ) -> None:
         """All layers have appended: start to copy the counts of these rows, and others, to the host.
@@ -215,12 +215,12 @@ class BlockTables:
         self._promised_K = np.zeros_like(self._promised_K)
         self._rows_B, self._late = np.asarray(rows, dtype=np.int64), list(late)
         self._tell_growth = tell_growth
-        self._copy = LateCopy(
+        self._copy = AsyncCopy(
             [self.pool.free_pages.state, self.num_entries_LRG]
             + [one.num_entries_LG for one in self._late]
         )
 
-    def settle(self) -> None:
+    def update_counts(self) -> None:
         """Update the counts from the last step. With tensor parallelism all ranks do so at the same point.
 
         Raises:
@@ -255,7 +255,7 @@ class BlockTables:
         for layer_index in range(self.num_layers):
             self.layer(layer_index).take_pages(row, self.num_entries_LRG[layer_index, row])
         self.end_step([row])
-        self.settle()
+        self.update_counts()
 
     def adopt(
         self,

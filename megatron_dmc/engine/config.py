@@ -27,7 +27,7 @@ from typing import (
 from megatron_dmc.errors import UnsupportedConfig
 
 if TYPE_CHECKING:
-    from megatron_dmc.cache.strategies import EvictionRule
+    from megatron_dmc.cache.strategies import BudgetRule
 
 KVCacheDtype = Literal["auto", "fp8", "fp8_e4m3", "int8"]
 
@@ -155,7 +155,7 @@ class EngineConfig:
                 f"distributed_timeout_seconds={self.distributed_timeout_seconds}: use a positive number"
             )
         self._check_capture_sizes()
-        self._check_eviction()
+        self._check_budget()
 
     def _check_capture_sizes(self) -> None:
         sizes = self.cudagraph_capture_sizes
@@ -172,13 +172,13 @@ class EngineConfig:
                 f"{self.max_num_seqs}; choose smaller ones, or enforce_eager=True"
             )
 
-    def _check_eviction(self) -> None:
+    def _check_budget(self) -> None:
         policy = f"cache_policy={self.cache_policy!r}"
         if (self.cache_policy is None) != (self.cache_budget is None):
             raise UnsupportedConfig(
                 f"{policy} with cache_budget={self.cache_budget!r}: give both or neither"
             )
-        if self.eviction is None:
+        if self.budget_rule is None:
             return
         if self.enable_prefix_caching:
             raise UnsupportedConfig(
@@ -211,13 +211,13 @@ class EngineConfig:
         return cls(**values)
 
     @property
-    def eviction(self) -> "EvictionRule | None":
+    def budget_rule(self) -> "BudgetRule | None":
         """The policy and its budget, if any."""
         if self.cache_policy is None or self.cache_budget is None:
             return None
-        from megatron_dmc.cache.strategies import EvictionRule
+        from megatron_dmc.cache.strategies import BudgetRule
 
-        return EvictionRule(self.cache_policy, self.cache_budget)
+        return BudgetRule(self.cache_policy, self.cache_budget)
 
     def capture_sizes(self) -> list[int]:
         """Batch sizes whose decode steps become CUDA graphs, none larger than `max_num_seqs`. The default

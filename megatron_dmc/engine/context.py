@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megatron_dmc.cache import BlockTables, PagePool, PrefixCache, Snapshot, extend_keys
 from megatron_dmc.cache.strategies import (
+    BudgetRule,
     CompressionRule,
-    EvictionRule,
     Step,
     Storage,
     store_class,
@@ -63,7 +63,7 @@ class PagedContext(BaseInferenceContext):
         num_ranks: int = 1,
         rank: int = 0,
         sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
-        eviction: EvictionRule | None = None,
+        budget_rule: BudgetRule | None = None,
     ):
         """
         Args:
@@ -75,7 +75,7 @@ class PagedContext(BaseInferenceContext):
             count_flips: compare decisions that are made a second time, where the strategy merges at once.
             exchange, num_ranks, rank: tensor parallelism, see `BlockTables`.
             sum_over_ranks: of decision logits, for heads that decide together.
-            rule, eviction: select the strategy; at most one is given.
+            rule, budget_rule: select the strategy; at most one is given.
         """
         super().__init__(InferenceConfig(max_sequence_length=max_model_len))
         self.max_sequence_length = max_model_len
@@ -94,7 +94,7 @@ class PagedContext(BaseInferenceContext):
             self.tables, dtype, max_model_len, backend, num_ranks=num_ranks,
             sum_over_ranks=sum_over_ranks or (lambda x: x),
         )  # fmt: skip
-        self.store = store_class(rule, eviction)(storage, eviction or rule)
+        self.store = store_class(rule, budget_rule)(storage, budget_rule or rule)
         self.prefixes: PrefixCache | None = None
         if prefix_block_size is not None:
             assert self.store.shares_pages, "a slot of a shared page would be written again"
@@ -291,7 +291,7 @@ class PagedContext(BaseInferenceContext):
         )
 
     def end_step(self) -> None:
-        """Keep the snapshots, and start to copy the counters, which `settle` reads."""
+        """Keep the snapshots, and start to copy the counters, which `update_counts` reads."""
         late = []
         if self.prefixes is not None:
             captured = {id(s) for of_round in self._next.snapshots for s in of_round}
@@ -304,6 +304,6 @@ class PagedContext(BaseInferenceContext):
         self.tables.end_step([c.row for c in self._chunks], late, compare)
         self._chunks = []
 
-    def settle(self) -> None:
+    def update_counts(self) -> None:
         """Wait for the last step's counters and apply them; on all ranks at one point."""
-        self.tables.settle()
+        self.tables.update_counts()

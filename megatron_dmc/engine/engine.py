@@ -106,7 +106,7 @@ class LLMEngine:
             exchange=None if parallel is None else parallel.exchange,
             rank=0 if parallel is None else parallel.rank,
             sum_over_ranks=None if parallel is None else parallel.sum,
-            eviction=config.eviction,
+            budget_rule=config.budget_rule,
         )
         self.runner = ModelRunner(
             model,
@@ -124,7 +124,7 @@ class LLMEngine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=config.max_model_len,
-            policy=config.scheduling_policy,
+            scheduling_policy=config.scheduling_policy,
             priority_reach=config.priority_reach,
         )
         self.eos_id = tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id
@@ -268,7 +268,7 @@ class LLMEngine:
         if sampling:
             tokens = self._sample_tokens(take_rows(batch.logits_XV, sample_rows), sampling)
         # the device is done: reading the entry counts does not wait
-        self.context.settle()
+        self.context.update_counts()
         self._stats.step_computed()
         return [*zip(sampling, tokens, strict=True), *failed]
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dmc.cache import LateCopy
+from megatron_dmc.cache import AsyncCopy
 
 if TYPE_CHECKING:
     from megatron_dmc.engine.chunk import Chunk
@@ -70,7 +70,7 @@ class FlipCounter:
             a function that compares, given the entries that the chunks' rows gained, int64 (L, B, G): a
             head that a single token did not lengthen has merged it.
         """
-        prefilled = LateCopy([torch.stack(self._is_merge_L)]) if self._is_merge_L else None
+        prefilled = AsyncCopy([torch.stack(self._is_merge_L)]) if self._is_merge_L else None
         self._is_merge_L = []
 
         def compare(growth_LBG: np.ndarray) -> None:

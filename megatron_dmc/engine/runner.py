@@ -104,7 +104,7 @@ class ModelRunner:
 
     @torch.no_grad()
     def run(self, chunks: Sequence[Chunk], wanted: Sequence[Sequence[int]]) -> Tensor:
-        """Compute the chunks' tokens and cache them. Waits for nothing; `PagedContext.settle` does.
+        """Compute the chunks' tokens and cache them. Waits for nothing; `PagedContext.update_counts` does.
 
         Args:
             chunks: this step's work, which the scheduler found pages for.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dmc.cache import LateCopy
+from megatron_dmc.cache import AsyncCopy
 from megatron_dmc.engine.counter_rng import uniforms
 from megatron_dmc.engine.logit_rules import LogitRules
 from megatron_dmc.engine.request import Logprob, Request
@@ -46,7 +46,7 @@ def token_logprobs(
     """Log-probabilities of the given tokens and of the `counts[b]` most likely ones. Waits for the device
     once."""
     ids_B = to_device(token_ids, logits_BV.device)
-    found = LateCopy(_likeliest(logits_BV, ids_B, max(counts))).read()
+    found = AsyncCopy(_likeliest(logits_BV, ids_B, max(counts))).read()
     return _rows_of_logprobs(token_ids, counts, *found)
 
 
@@ -147,7 +147,7 @@ class Sampler:
                 take_rows(logits_BV, asked), take_rows(chosen_B, asked).clamp(min=0), max(counts)
             )
         # the host's one wait of a step
-        token_ids_B, *found = LateCopy(late).read()
+        token_ids_B, *found = AsyncCopy(late).read()
         token_ids = token_ids_B.tolist()
         sampled: list[SampledToken | RequestFailed] = [
             SampledToken(token_id, None, None) if token_id != _NO_TOKEN else _not_finite(request)

@@ -89,8 +89,8 @@ class Scheduler:
     """Decides which tokens of which requests a step computes.
 
     Args:
-        policy: "fcfs", or "priority": a request of lower `priority` passes `priority_reach` earlier
-            ones per level.
+        scheduling_policy: "fcfs", or "priority": a request of lower `priority` passes
+            `priority_reach` earlier ones per level.
 
     Attributes:
         waiting, running: in order.
@@ -103,7 +103,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
-        policy: SchedulingPolicy = "fcfs",
+        scheduling_policy: SchedulingPolicy = "fcfs",
         priority_reach: int = 256,
     ):
         for name, value in (
@@ -114,13 +114,15 @@ class Scheduler:
         ):
             if value < 1:
                 raise ValueError(f"{name}={value} must be positive")
-        if policy not in get_args(SchedulingPolicy):
-            raise UnsupportedConfig(f"scheduling_policy={policy!r}: use 'fcfs' or 'priority'")
+        if scheduling_policy not in get_args(SchedulingPolicy):
+            raise UnsupportedConfig(
+                f"scheduling_policy={scheduling_policy!r}: use 'fcfs' or 'priority'"
+            )
         self.account = account
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
-        self.policy, self.priority_reach = policy, priority_reach
+        self.scheduling_policy, self.priority_reach = scheduling_policy, priority_reach
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.num_preemptions = 0
@@ -132,7 +134,7 @@ class Scheduler:
 
     def order(self, request: Request) -> tuple[int, int]:
         """Sort key of requests: lower is scheduled first."""
-        levels = request.priority if self.policy == "priority" else 0
+        levels = request.priority if self.scheduling_policy == "priority" else 0
         return request.number + levels * self.priority_reach, request.number
 
     def check_feasible(self, request: Request) -> None:
@@ -151,7 +153,7 @@ class Scheduler:
                 f"request {request.request_id}: a prompt of {num_prompt} tokens leaves no room in a "
                 f"context of max_model_len={self.max_model_len}; shorten it or raise max_model_len"
             )
-        if request.priority and self.policy != "priority":
+        if request.priority and self.scheduling_policy != "priority":
             raise InvalidRequest(
                 f"request {request.request_id}: priority={request.priority} needs "
                 "scheduling_policy='priority'; this engine serves first come, first served"

@@ -57,9 +57,9 @@ class EngineStats:
     num_decode_only_tokens: int = 0
     """Tokens computed in these."""
     num_cached_pages: int = 0
-    """Pages that only cached prefixes hold; they are evicted when pages run short."""
+    """Pages that only cached prefixes hold; they are reclaimed when pages run short."""
     num_cached_prefixes: int = 0
-    num_evicted_prefixes: int = 0
+    num_reclaimed_prefixes: int = 0
     num_prefix_queried_tokens: int = 0
     """Prompt tokens of started requests, where prefix caching is on."""
     num_prefix_hit_tokens: int = 0
@@ -228,7 +228,7 @@ class StatsCollector:
             num_decode_only_tokens=self._num_decode_only,
             num_cached_pages=context.tables.num_cached_pages,
             num_cached_prefixes=0 if prefixes is None else len(prefixes),
-            num_evicted_prefixes=0 if prefixes is None else prefixes.num_evicted,
+            num_reclaimed_prefixes=0 if prefixes is None else prefixes.num_reclaimed,
             num_prefix_queried_tokens=context.num_queried_tokens,
             num_prefix_hit_tokens=context.num_hit_tokens,
             num_repeated_decisions=0 if flips is None else flips.num_repeated,

@@ -128,7 +128,7 @@ def check_flags(args: Namespace) -> None:
         raise DMCError("give --lr: Megatron has no learning rate of its own")
 
 
-def settle_paths(args: Namespace) -> None:
+def resolve_paths(args: Namespace) -> None:
     """Make the tokenizer's path absolute, since checkpoints name it and are read from other folders."""
     if args.tokenizer_model and Path(args.tokenizer_model).exists():
         args.tokenizer_model = str(Path(args.tokenizer_model).resolve())

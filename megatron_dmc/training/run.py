@@ -36,7 +36,7 @@ from megatron_dmc.training.arguments import (
     dmc_config_from_args,
     exit_with,
     pass_over_damaged,
-    settle_paths,
+    resolve_paths,
     transformer_config_from_args,
 )
 from megatron_dmc.training.borrowed import check_borrowed_lr, scale_updates
@@ -159,7 +159,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     check_paths(args)
     check_teacher(args)
     check_borrowed_lr(args)
-    settle_paths(args)
+    resolve_paths(args)
     repairs.ramp_up_batch_size(args)
     repairs.evaluate_at_the_end_alone(args)
     repairs.name_rerun_mode(args)

@@ -191,7 +191,7 @@ def test_a_broken_promise_and_a_lost_page_are_noticed():
     tables.num_entries_LRG[:, row] += 1  # entries without pages
     tables.end_step([row])
     with pytest.raises(AssertionError, match="4 pages are free, by the counts 2"):
-        tables.settle()
+        tables.update_counts()
     tables = BlockTables(make_pool(4), 1, 2, 2, MAX_ENTRIES)
     tables.pool.take(1)
     with pytest.raises(AssertionError, match="disagree on who holds a page"):
@@ -238,7 +238,7 @@ def test_pages_hold_little_beyond_entries():
             tables.page_ids_LRGM, tables.num_entries_LRG, page_size, pool.free_pages
         )
         tables.end_step(opened)
-        tables.settle()
+        tables.update_counts()
     assert tokens / float(entries_LRG.mean()) == pytest.approx(4, rel=0.02)
     assert tables.num_pages_in_use == pool.num_held
     overhead = pool.num_held * page_size / float(entries_LRG.sum())

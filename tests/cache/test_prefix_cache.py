@@ -65,7 +65,7 @@ def test_outputs_are_those_without_a_cache(merge_window, merge_delay, sizes):
     )
     assert stats.num_prefix_hit_tokens > 0
     if sizes.get("num_pages"):
-        assert stats.num_evicted_prefixes > 0
+        assert stats.num_reclaimed_prefixes > 0
     else:
         assert stats.prefix_hit_rate > 0.3
     check_idle(engine)
@@ -120,7 +120,7 @@ def test_least_recently_used_prefix_goes_first():
     for i, (prompt, hit) in enumerate([(a, 0), (b, 0), (a, BLOCK), (c, 0), (a, BLOCK), (b, 0)]):
         engine.add_request(str(i), prompt, greedy_params(1))
         assert drain(engine)[str(i)].metrics.num_cached_prompt_tokens == hit, i
-    assert engine.stats().num_evicted_prefixes >= 1
+    assert engine.stats().num_reclaimed_prefixes >= 1
 
 
 @pytest.mark.parametrize("start,cached", [(1, 0), (BLOCK, 0), (2 * BLOCK + 1, 2 * BLOCK)])

@@ -148,9 +148,9 @@ def test_training_is_that_of_megatrons_model(tmp_path, importance):
 def test_compression_loss_is_the_packages_and_part_of_the_loss():
     model = model_of(loss_weight=1.5, noise_scale=0.0).train()
     ids = tokens(3, 40)
-    decisions = modeling_dmc.Decisions()
-    model.model(ids, dmc_decisions=decisions)
-    merges_B = torch.stack(list(decisions.merges_B.values())).sum(0)
+    state = modeling_dmc.ForwardState()
+    model.model(ids, dmc_state=state)
+    merges_B = torch.stack(list(state.merges_B.values())).sum(0)
     rate_B = merges_B / (3 * 2 * 39)
     expected = 1.5 * compression_loss(rate_B, target_cr=4.0)
     output = model(ids, labels=ids)

@@ -170,7 +170,7 @@ def test_a_step_waits_for_the_device_once(monkeypatch):
 
     events = []
 
-    class Watched(tables.LateCopy):
+    class Watched(tables.AsyncCopy):
         def __init__(self, tensors):
             events.append("copy")
             super().__init__(tensors)
@@ -179,7 +179,7 @@ def test_a_step_waits_for_the_device_once(monkeypatch):
             events.append("read")
             return super().read()
 
-    monkeypatch.setattr(tables, "LateCopy", Watched)
+    monkeypatch.setattr(tables, "AsyncCopy", Watched)
     engine = make_engine(dmc_config(), max_num_seqs=3, num_pages=80)
     sample = engine.sampler.sample
     engine.sampler.sample = lambda *args: events.append("sample") or sample(*args)

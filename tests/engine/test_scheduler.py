@@ -207,7 +207,7 @@ def test_sizes_must_be_positive(name):
 
 
 def test_priorities_pass_a_bounded_number_of_earlier_requests():
-    scheduler = make_scheduler(max_num_seqs=1, policy="priority", priority_reach=3)
+    scheduler = make_scheduler(max_num_seqs=1, scheduling_policy="priority", priority_reach=3)
     for number, priority in enumerate([0, 0, 0, 0, -1, 1, 0, 0, -1]):
         request = make_request(number, 2, 1)
         request.priority = priority
@@ -222,7 +222,7 @@ def test_priorities_pass_a_bounded_number_of_earlier_requests():
 
 
 def test_a_low_priority_request_is_served_under_endless_urgent_ones():
-    scheduler = make_scheduler(max_num_seqs=1, policy="priority", priority_reach=8)
+    scheduler = make_scheduler(max_num_seqs=1, scheduling_policy="priority", priority_reach=8)
     humble = make_request(0, 8, 4)
     humble.priority = 5
     scheduler.add(humble)
@@ -243,7 +243,9 @@ def test_a_low_priority_request_is_served_under_endless_urgent_ones():
 
 
 def test_first_in_order_is_never_preempted_and_waiting_ones_come_by_priority():
-    scheduler = make_scheduler(num_pages=18, max_num_batched_tokens=64, policy="priority")
+    scheduler = make_scheduler(
+        num_pages=18, max_num_batched_tokens=64, scheduling_policy="priority"
+    )
     requests = [make_request(i, 4, 16) for i in range(3)]
     for request, priority in zip(requests, (2, 0, 1), strict=True):
         request.priority = priority
@@ -256,7 +258,7 @@ def test_first_in_order_is_never_preempted_and_waiting_ones_come_by_priority():
     with pytest.raises(InvalidRequest, match="priority=2 needs scheduling_policy='priority'"):
         make_scheduler().add(requests[0])
     with pytest.raises(UnsupportedConfig, match="scheduling_policy='fifo'"):
-        make_scheduler(policy="fifo")
+        make_scheduler(scheduling_policy="fifo")
 
 
 def test_admission_follows_the_measured_cr():

@@ -24,11 +24,11 @@ def test_every_arm_is_a_valid_setting():
     dmc_flags.add_argument("--train-iters", type=int)
     steps: dict[str, set[int]] = {}
     for arm in arms.values():
-        plan = driver.plan_of(arm, 1, short=False)
-        total = sum(driver.stages_of(arm, plan, short=False).values())
+        recipe = driver.recipe_of(arm, 1, short=False)
+        total = sum(driver.stages_of(arm, recipe, short=False).values())
         steps.setdefault(arm["group"], set()).add(total)
-        assert set(arm) <= driver.PLAN_KEYS | driver.OWN_KEYS | set(DMCConfig().to_dict()), arm
-        flags = driver.stage_flags(arm, "retrofit", plan)
+        assert set(arm) <= driver.RECIPE_KEYS | driver.OWN_KEYS | set(DMCConfig().to_dict()), arm
+        flags = driver.stage_flags(arm, "retrofit", recipe)
         assert {flag for flag in flags if flag.startswith("--")} <= settings
         parsed = dmc_flags.parse_args([*flags, "--train-iters", "10"])
         got = dmc_config_from_args(parsed).to_dict()  # refuses what is out of range

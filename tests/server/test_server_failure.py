@@ -120,7 +120,7 @@ def expected(max_tokens):
 
 
 @pytest.mark.dist
-def test_a_worker_that_is_killed(tmp_path):
+def test_a_follower_that_is_killed(tmp_path):
     """Tensor parallel over HTTP: one process's tokens, and then a rank dies."""
     with ServerProcess(
         tmp_path, "--dtype", "float32", "--num-pages", "4096", "--tensor-parallel-size", "2"
@@ -133,16 +133,16 @@ def test_a_worker_that_is_killed(tmp_path):
         )
         with urllib.request.urlopen(request, timeout=300) as answer:
             assert json.load(answer)["choices"][0]["text"] == expected(12)
-        workers = children(server)
-        assert len(workers) == 1
-        for process in (psutil.Process(server.process.pid), *workers):
+        followers = children(server)
+        assert len(followers) == 1
+        for process in (psutil.Process(server.process.pid), *followers):
             listening = [
                 c.laddr for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN
             ]
             assert listening, "the server and each rank listen"
             assert all(address.ip in ("127.0.0.1", "::1") for address in listening), listening
-        fails_as_it_should(server, workers[0].kill, "rank 1 (process")
-        assert not any(p.is_running() for p in workers)
+        fails_as_it_should(server, followers[0].kill, "rank 1 (process")
+        assert not any(p.is_running() for p in followers)
 
 
 @pytest.mark.dist
@@ -155,23 +155,23 @@ def test_other_ends_of_a_tensor_parallel_server(tmp_path, how):
         tmp_path, "--dtype", "float32", "--num-pages", "4096", "--tensor-parallel-size", "4",
         "--distributed-timeout-seconds", "5",
     ) as server:  # fmt: skip
-        workers = children(server)
-        assert len(workers) == 3
+        followers = children(server)
+        assert len(followers) == 3
         if how == "stopped while it works":
-            fails_as_it_should(server, workers[1].suspend, "rank 2 does not respond")
+            fails_as_it_should(server, followers[1].suspend, "rank 2 does not respond")
         elif how == "killed while idle":
-            workers[2].kill()
+            followers[2].kill()
             assert server.process.wait(SECONDS) == 1
             assert "rank 3 (process" in server.log.read_text()
         elif how == "parent killed":
             server.kill()
         else:
             os.kill(
-                workers[0].pid, signal.SIGTERM
+                followers[0].pid, signal.SIGTERM
             )  # as a process manager does to all processes at once
             server.terminate()
             assert server.process.wait(SECONDS) == 0, server.log.read_text()
-        _, alive = psutil.wait_procs(workers, timeout=SECONDS)
+        _, alive = psutil.wait_procs(followers, timeout=SECONDS)
         assert not alive
 
 

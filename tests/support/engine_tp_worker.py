@@ -67,7 +67,7 @@ def main():
             {"alive": [pid for pid in own if is_alive(pid)], "tokens": [o.outputs[0].token_ids for o in outputs],
              "errors": [o.error for o in outputs], "entries": stats.entries_LG, "preemptions": stats.num_preemptions,
              "in_use": stats.num_pages_in_use, "hits": stats.num_prefix_hit_tokens,
-             "evicted": stats.num_evicted_prefixes}, f,
+             "reclaimed": stats.num_reclaimed_prefixes}, f,
         )  # fmt: skip
 
 

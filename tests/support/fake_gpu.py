@@ -67,7 +67,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 class MadeUpCopy:
-    """In place of `LateCopy`: values that a GPU could have given. The sampler's are zeros; for block
+    """In place of `AsyncCopy`: values that a GPU could have given. The sampler's are zeros; for block
     tables every row of the step got an entry in each head.
 
     Attributes:
@@ -118,8 +118,8 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(cuda_kernels, "operators", Operators)
     monkeypatch.setattr(cuda_kernels, "_num_workers", lambda *args: 4)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
-    monkeypatch.setattr(block_tables, "LateCopy", MadeUpCounts)
-    monkeypatch.setattr(sampler, "LateCopy", MadeUpCopy)
+    monkeypatch.setattr(block_tables, "AsyncCopy", MadeUpCounts)
+    monkeypatch.setattr(sampler, "AsyncCopy", MadeUpCopy)
     monkeypatch.setattr(MadeUpCopy, "read_shapes", [])
     for op in (backends.DECODE, backends.PAGES):
         monkeypatch.setattr(op, "choose", lambda *args, **options: "cuda")

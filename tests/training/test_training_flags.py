@@ -151,15 +151,15 @@ def test_a_sentence_instead_of_a_traceback(flags, message):
 
 def test_a_checkpoints_tokenizer_is_found_from_anywhere(tmp_path, monkeypatch, caplog):
     from megatron_dmc.checkpoint.tokenizer import find_tokenizer
-    from megatron_dmc.training.arguments import settle_paths
+    from megatron_dmc.training.arguments import resolve_paths
 
     (tmp_path / "words").mkdir()
     (tmp_path / "words" / "tokenizer.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     args = Namespace(tokenizer_model="words")
-    settle_paths(args)
+    resolve_paths(args)
     named, gone = Namespace(tokenizer_model="org/name"), Namespace(tokenizer_model="words")
-    settle_paths(named)  # a name on the hub stays one
+    resolve_paths(named)  # a name on the hub stays one
     assert named.tokenizer_model == "org/name"
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

@@ -9,7 +9,7 @@ from megatron_dmc.cache.strategies.budget import BudgetStore
 from megatron_dmc.cache.strategies.delayed import DelayedStore
 from megatron_dmc.cache.strategies.dms import DMSStore
 from megatron_dmc.cache.strategies.merging import MergingStore
-from megatron_dmc.cache.strategies.rules import CompressionRule, EvictionRule
+from megatron_dmc.cache.strategies.rules import BudgetRule, CompressionRule
 
 BY_MODEL: dict[str, type[LayerStore]] = {
     "merging": MergingStore,
@@ -23,19 +23,19 @@ BY_NAME: dict[str, type[LayerStore]] = {**dict.fromkeys(POLICIES, BudgetStore)}
 
 
 def store_class(
-    rule: CompressionRule | None, eviction: EvictionRule | None = None
+    rule: CompressionRule | None, budget_rule: BudgetRule | None = None
 ) -> type[LayerStore]:
     """The strategy of these rules, of which at most one is given."""
-    if eviction is not None:
-        return BY_NAME[eviction.policy]
+    if budget_rule is not None:
+        return BY_NAME[budget_rule.policy]
     return BY_MODEL["merging" if rule is None else rule.strategy]
 
 
 __all__ = [
     "BY_MODEL",
     "BY_NAME",
+    "BudgetRule",
     "CompressionRule",
-    "EvictionRule",
     "LayerStore",
     "Step",
     "Storage",

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from megatron_dmc.cache.policies import make_policy
 from megatron_dmc.cache.prefixes import PrefixCache
 from megatron_dmc.cache.strategies.base import Step, Storage
-from megatron_dmc.cache.strategies.rules import EvictionRule
+from megatron_dmc.cache.strategies.rules import BudgetRule
 from megatron_dmc.cache.tables import OpenSegments
 from megatron_dmc.ops import rope
 from megatron_dmc.ops.paged.budget import WorkingCache, attend_and_evict
@@ -32,7 +32,7 @@ class BudgetStore:
     shares_pages: ClassVar[bool] = False
     is_capturable: ClassVar[bool] = False
 
-    def __init__(self, storage: Storage, rule: EvictionRule):
+    def __init__(self, storage: Storage, rule: BudgetRule):
         self.rule, self.policy, self.tables = rule, make_policy(rule.policy), storage.tables
         self.segments: OpenSegments | None = None
         self.num_ring_slots = 0
@@ -47,7 +47,7 @@ class BudgetStore:
         self._score_LRGE = self._position_LRGE.to(accumulator_dtype(storage.dtype))
 
     @classmethod
-    def state_bytes(cls, rule: EvictionRule | None, head_dim: int) -> int:
+    def state_bytes(cls, rule: BudgetRule | None, head_dim: int) -> int:
         return 0
 
     @property

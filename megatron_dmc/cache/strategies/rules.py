@@ -31,7 +31,7 @@ class CompressionRule:
 
 
 @dataclass(frozen=True)
-class EvictionRule:
+class BudgetRule:
     """A strategy that the user selects, and what each head may keep. Validated at construction:
     `UnsupportedConfig` names the engine's setting."""
 

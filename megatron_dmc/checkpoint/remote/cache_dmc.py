@@ -85,7 +85,7 @@ class DMCLayer(CacheLayerMixin):
 
         Args:
             k_TBGD, v_TBGD: rotated merged keys, merged values.
-            real_TB: see `Decisions`.
+            real_TB: see `ForwardState`.
 
         Returns:
             keys and values (E, B, G, D), the entries that were cached before and then the new states;

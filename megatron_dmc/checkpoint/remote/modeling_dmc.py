@@ -81,7 +81,7 @@ def complete_settings(dmc: dict[str, Any] | None) -> dict[str, Any]:
 
 
 @dataclass
-class Decisions:
+class ForwardState:
     """State shared by the layers of one forward, and the merges that they report."""
 
     first_TB: Tensor | None = None
@@ -96,7 +96,7 @@ class Decisions:
     merges_B: dict[int, Tensor] = field(default_factory=dict)
     """By layer: merged tokens, summed over tokens and KV heads, with the gates' gradient."""
 
-    def on(self, device: torch.device) -> "Decisions":
+    def on(self, device: torch.device) -> "ForwardState":
         """The same with its tensors on a layer's device; reports go to one place."""
         if self.first_TB is None or self.first_TB.device == device:
             return self
@@ -107,7 +107,7 @@ class Decisions:
         return replace(self, **moved)
 
     def report(self, layer: int, alpha_hat_TBG: Tensor) -> None:
-        """A layer's straight-through decisions. A recomputed layer reports the same again."""
+        """A layer's straight-through state. A recomputed layer reports the same again."""
         if self.with_gradient and not torch.is_grad_enabled():
             raise ValueError(
                 "DMC: re-entrant gradient checkpointing hides the decisions from the compression "
@@ -135,7 +135,7 @@ class DMCOutput(CausalLMOutputWithPast):
     compression_loss: Tensor | None = None
     """In training: loss_weight x mean over rows of max(0, (1 - 1 / target CR) - merge rate)."""
     measured_cr: Tensor | None = None
-    """Tokens / cache entries of the tokens of this call; in training with the noisy decisions."""
+    """Tokens / cache entries of the tokens of this call; in training with the noisy state."""
 
 
 # Model
@@ -173,41 +173,39 @@ class DMCAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: DMCCache | None = None,
-        dmc_decisions: Decisions | None = None,
+        dmc_state: ForwardState | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """As the family's attention. `attention_mask` is not looked at: see `DMCModel.forward`."""
-        if dmc_decisions is None:
+        if dmc_state is None:
             raise ValueError("DMC attention is called by its own model class only")
-        dmc_decisions = dmc_decisions.on(hidden_states.device)
+        dmc_state = dmc_state.on(hidden_states.device)
         q, k, v = self.project(hidden_states)
         dmc = self.config.dmc
         if dmc["stage"] in ("retrofit", "finetune"):
             attended = self._compressed(
-                q, k, v, dmc, position_embeddings, past_key_values, dmc_decisions
+                q, k, v, dmc, position_embeddings, past_key_values, dmc_state
             )
         else:
-            attended = self._plain(
-                q, k, v, dmc, position_embeddings, past_key_values, dmc_decisions
-            )
+            attended = self._plain(q, k, v, dmc, position_embeddings, past_key_values, dmc_state)
         out, weights = attended
         return self.o_proj(out.transpose(0, 1).flatten(2)), weights
 
-    def _plain(self, q, k, v, dmc, angles, cache, decisions):
+    def _plain(self, q, k, v, dmc, angles, cache, state):
         if dmc["stage"] == "zero-out":
             scale = q.new_ones(self.head_dim)
-            scale[BORROWED_CHANNEL] = decisions.zero_out_scale
+            scale[BORROWED_CHANNEL] = state.zero_out_scale
             q, k = rotate(q * scale, angles) * scale, rotate(k * scale, angles) * scale
         else:
             q, k = rotate(q, angles), rotate(k, angles)
         visible = None
         if cache is not None:
             never = torch.zeros(k.shape[:3], dtype=torch.bool, device=k.device)
-            k, v, visible = cache.layer(self.layer_idx).update(k, v, never, decisions.real_TB)
-        return self._attend(q, k, v, None, visible, decisions)
+            k, v, visible = cache.layer(self.layer_idx).update(k, v, never, state.real_TB)
+        return self._attend(q, k, v, None, visible, state)
 
-    def _compressed(self, q, k, v, dmc, angles, cache, decisions):
-        first, offset = decisions.first_TB, dmc["alpha_offset"]
+    def _compressed(self, q, k, v, dmc, angles, cache, state):
+        first, offset = state.first_TB, dmc["alpha_offset"]
         without = torch.ones_like(q[0, 0, 0])
         without[BORROWED_CHANNEL] = 0
         if dmc["importance"] == "constant":
@@ -227,26 +225,26 @@ class DMCAttention(nn.Module):
             )
         else:
             alpha, log_keep, alpha_hat = hard_gate(logit, first)
-        decisions.report(self.layer_idx, alpha_hat)
+        state.report(self.layer_idx, alpha_hat)
         q, k = rotate(q * without, angles) * without, k * without
         if cache is None:
             k, v = (self.ops.merge if self.training and self.ops else merge)(
                 k, v, alpha, omega, merge_window=dmc["merge_window"]
             )
-            return self._attend(q, rotate(k, angles), v, log_keep, None, decisions)
+            return self._attend(q, rotate(k, angles), v, log_keep, None, state)
         layer = cache.layer(self.layer_idx)
-        sums = layer.continue_segment(k, v, alpha, omega, dmc["merge_window"], decisions.real_TB)
+        sums = layer.continue_segment(k, v, alpha, omega, dmc["merge_window"], state.real_TB)
         k, v = means(sums, k)
-        k, v, visible = layer.update(rotate(k, angles), v, alpha > 0, decisions.real_TB)
-        return self._attend(q, k, v, log_keep, visible, decisions)
+        k, v, visible = layer.update(rotate(k, angles), v, alpha > 0, state.real_TB)
+        return self._attend(q, k, v, log_keep, visible, state)
 
-    def _attend(self, q, k, v, log_keep, visible, decisions):
-        if self.training and self.ops and decisions.document_TB is None and log_keep is not None:
+    def _attend(self, q, k, v, log_keep, visible, state):
+        if self.training and self.ops and state.document_TB is None and log_keep is not None:
             out = self.ops.training_attention(q, k, v, log_keep, softmax_scale=self.scaling)
             return out, None
         return attend(
             q, k, v, log_keep, softmax_scale=self.scaling, cached_BGP=visible,
-            document_TB=decisions.document_TB, implementation=self.config._attn_implementation,
+            document_TB=state.document_TB, implementation=self.config._attn_implementation,
         )  # fmt: skip
 
 
@@ -279,7 +277,7 @@ class DMCModel(nn.Module):
         past_key_values: DMCCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        dmc_decisions: Decisions | None = None,
+        dmc_state: ForwardState | None = None,
         **kwargs,
     ):
         """As the family's. Padding may stand left, right or between; a row's tokens are moved together
@@ -327,7 +325,7 @@ class DMCModel(nn.Module):
             inputs_embeds = inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds))
             position_ids, real = position_ids.gather(1, order), real.gather(1, order)
 
-        decisions = Decisions() if dmc_decisions is None else dmc_decisions
+        state = ForwardState() if dmc_state is None else dmc_state
         first = torch.zeros(batch, num_tokens, dtype=torch.bool, device=inputs_embeds.device)
         if past == 0:
             first[:, 0] = True
@@ -338,13 +336,13 @@ class DMCModel(nn.Module):
             if restarts.any():  # documents packed into one row
                 use_cache = False
                 first[:, 1:] |= restarts
-                decisions.document_TB = first.long().cumsum(1).T
+                state.document_TB = first.long().cumsum(1).T
         if use_cache if use_cache is not None else self.config.use_cache:
             past_key_values = DMCCache() if past_key_values is None else past_key_values
-        decisions.first_TB = first.T
-        decisions.real_TB = None if real is None else real.T
-        decisions.zero_out_scale = self.zero_out_scale
-        decisions.with_gradient = self.training and torch.is_grad_enabled()
+        state.first_TB = first.T
+        state.real_TB = None if real is None else real.T
+        state.zero_out_scale = self.zero_out_scale
+        state.with_gradient = self.training and torch.is_grad_enabled()
         outputs = super().forward(
             inputs_embeds=inputs_embeds,
             # passed on as it is, instead of a dense causal mask that is never read
@@ -352,7 +350,7 @@ class DMCModel(nn.Module):
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            dmc_decisions=decisions,
+            dmc_state=state,
             **kwargs,
         )
         if past_key_values is not None:
@@ -448,17 +446,17 @@ class DMCForCausalLM(nn.Module):
     ) -> DMCOutput:
         """As the family's; in training (`model.train()`) `loss` is the language model's plus the
         compression loss, weighted by the share of the batch's labels that this call has."""
-        decisions = Decisions()
+        state = ForwardState()
         outputs = super().forward(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels,
-            use_cache=use_cache, logits_to_keep=logits_to_keep, dmc_decisions=decisions, **kwargs,
+            use_cache=use_cache, logits_to_keep=logits_to_keep, dmc_state=state, **kwargs,
         )  # fmt: skip
         outputs = DMCOutput(**outputs)
-        if not decisions.merges_B:
+        if not state.merges_B:
             return outputs
         dmc = self.config.dmc
-        rate_B, tokens, entries = decisions.summary(self.config.num_key_value_heads)
+        rate_B, tokens, entries = state.summary(self.config.num_key_value_heads)
         outputs.measured_cr = tokens / entries
         if not self.training:
             return outputs

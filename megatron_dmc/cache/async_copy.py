@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-class LateCopy:
+class AsyncCopy:
     """Copies enqueued on the current stream; reading waits for them. On a GPU they go to pinned memory,
     with one event for all of them."""
 
