@@ -76,7 +76,7 @@ def test_queries_of_the_last_tokens_only(delay, cuts):
 
 
 def test_memory_is_linear_in_tokens():
-    """No T x T tensor: T^2 float32 would be 4 GB here; the largest tensor stays below T x 2 D."""
+    """No T x T tensor: the largest holds a query's scores of two bands."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = 0
@@ -96,7 +96,7 @@ def test_memory_is_linear_in_tokens():
     log_keep = -torch.rand(num_tokens, 1, 1)
     with Watch():
         eviction_attention(q, k, v, log_keep, delay=100).sum().backward()
-    assert 0 < largest <= 2 * (num_tokens + 101) * dim
+    assert 0 < largest <= 2 * (num_tokens + 101) * 101 < num_tokens**2 / 10
 
 
 G, N, D, PAGE_SIZE, ROWS, SCALE = 3, 6, 8, 4, 3, 0.4

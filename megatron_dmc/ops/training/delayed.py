@@ -5,19 +5,15 @@ A query sees the last n tokens as they are (near) and everything before them com
 part is a call of a stock flash kernel; the parts are joined by log-sum-exp, and each part's backward
 runs with the joined output and log-sum-exp, as in `ops.training.attention`:
 
-    near, own block        i - j < n, same block of n tokens           causal
-    near, block before     i - j < n, j in the block before i's        causal, both blocks reversed
-    far, evicting          i - j >= n                                  causal, keys n tokens later, biased
-    far, merging           i - j >= n, entries                         `training_attention`, keys n tokens later
+    near              i - j < n                `ops.training.band`
+    far, evicting     i - j >= n               causal, keys n tokens later, biased
+    far, merging      i - j >= n, entries      `training_attention`, keys n tokens later
 
 DMS with the delay w has n = w + 1, since a token's own decision is read from the token after it; DMC
 with the merge delay w has n = w.
-
-Local letters: C blocks, X any dimension.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,119 +28,28 @@ from megatron_dmc.ops.training.attention import (
     shifted_forward,
     training_attention,
 )
+from megatron_dmc.ops.training.band import choose_band
 from megatron_dmc.ops.training.flash import Kernel, choose_kernel
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A set of (query, key) pairs that one kernel call computes; blocks are folded into the batch."""
-
-    queries_CX: Tensor
-    """Rows of q, int64; rows outside q are padding."""
-    keys_CX: Tensor
-    """Rows of k and v, likewise."""
-    causal: bool = True
-
-
-def _take(x_BHTX: Tensor, rows_CX: Tensor) -> Tensor:
-    """The rows, (B C, H, X, ...); padding rows hold arbitrary values."""
-    rows = rows_CX.clamp(0, x_BHTX.shape[2] - 1)
-    return x_BHTX[:, :, rows].transpose(1, 2).flatten(0, 1)
-
-
-def _put(into_BHTX: Tensor, rows_CX: Tensor, part: Tensor, *, add: bool) -> None:
-    """Write (or add) the part's rows where they came from, and drop padding."""
-    part = part.unflatten(0, (into_BHTX.shape[0], -1)).transpose(1, 2).flatten(2, 3)
-    rows = rows_CX.reshape(-1)
-    real = (rows >= 0) & (rows < into_BHTX.shape[2])
-    if add:
-        into_BHTX.index_add_(2, rows[real], part[:, :, real].to(into_BHTX.dtype))
-    else:
-        into_BHTX[:, :, rows[real]] = part[:, :, real].to(into_BHTX.dtype)
-
-
-def _near_parts(num_queries: int, num_keys: int, n: int, device: torch.device) -> list[_Part]:
-    """The pairs i - j < n, for queries of the last tokens. Rows of queries count from the first query."""
-    if n == 0:
-        return []
-    past = num_keys - num_queries
-    first = max(0, past - n + 1)  # the earliest key that is near to a query
-    num_blocks = -(-(num_keys - first) // n)
-    blocks = first + torch.arange(num_blocks * n, device=device).view(-1, n)
-    parts = [_Part(blocks - past, blocks)]
-    if num_blocks > 1 and n > 1:
-        # row a of the reversed blocks: query n - 2 - a, key n - 1 - a of the block before
-        parts.append(_Part(blocks[1:, :-1].flip(1) - past, blocks[:-1, 1:].flip(1)))
-    return parts
-
-
-def _far_parts(num_queries: int, num_keys: int, n: int, device: torch.device) -> list[_Part]:
-    """The pairs i - j >= n, for queries of the last tokens."""
+def _far_parts(num_queries: int, num_keys: int, n: int) -> list[tuple[slice, slice, bool]]:
+    """The pairs i - j >= n as kernel calls: (queries, keys, causal), for queries of the last tokens."""
     if num_keys <= n:
         return []
     past = num_keys - num_queries
-    tokens = torch.arange(num_keys, device=device)
     earliest = max(past, n)  # the first query with a far key
-    parts = [_Part(tokens[None, earliest:] - past, tokens[None, earliest - n : num_keys - n])]
+    parts = [(slice(earliest - past, None), slice(earliest - n, num_keys - n), True)]
     if past > n:
-        parts.append(_Part(tokens[None, past:] - past, tokens[None, : past - n], causal=False))
+        parts.append((slice(None), slice(past - n), False))
     return parts
 
 
-class _Joined:
-    """The output of attention over disjoint sets of keys, joined part by part."""
-
-    def __init__(self, q: Tensor):
-        acc = accumulator_dtype(q.dtype)
-        self.out = torch.zeros(q.shape, dtype=acc, device=q.device)
-        self.lse = torch.full(q.shape[:3], float("-inf"), dtype=acc, device=q.device)
-
-    def attend(
-        self, part: _Part, q: Tensor, k: Tensor, v: Tensor, scale: float, kernel: Kernel
-    ) -> object:
-        """Join a part's attention. Returns the kernel's state for `_part_backward`."""
-        part_out, part_lse, state = kernel.forward(
-            _take(q, part.queries_CX), _take(k, part.keys_CX), _take(v, part.keys_CX),
-            scale, part.causal,
-        )  # fmt: skip
-        joined, joined_lse = join_by_lse(
-            _take(self.out, part.queries_CX), _take(self.lse, part.queries_CX),
-            part_out, part_lse.to(self.lse.dtype),
-        )  # fmt: skip
-        _put(self.out, part.queries_CX, joined, add=False)
-        _put(self.lse, part.queries_CX, joined_lse, add=False)
-        return state
-
-
-def _part_backward(
-    part: _Part,
-    state: object,
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    kernel: Kernel,
-    into: tuple[Tensor, Tensor, Tensor],
-    dbias: Tensor | None = None,
-) -> None:
-    """Add a part's gradients to `into` (dq, dk, dv); that of the keys' borrowed channel to `dbias`."""
-    rows = part.queries_CX
-    # exp(score - inf) = 0: padding has no probability
-    real = ((rows >= 0) & (rows < q.shape[2])).repeat(q.shape[0], 1)[:, None]
-    part_dq, part_dk, part_dv = kernel.backward(
-        (_take(grad_out, rows) * real[..., None]).contiguous(), _take(q, rows),
-        _take(k, part.keys_CX), _take(v, part.keys_CX), _take(out, rows).contiguous(),
-        _take(lse, rows).masked_fill(~real, float("inf")).contiguous(), state, scale, part.causal,
-    )  # fmt: skip
-    dq, dk, dv = into
-    _put(dq, rows, part_dq, add=True)
-    _put(dk, part.keys_CX, part_dk, add=True)
-    _put(dv, part.keys_CX, part_dv, add=True)
-    if dbias is not None:
-        _put(dbias, part.keys_CX, gates.borrowed(part_dk), add=True)
+def _join(out: Tensor, lse: Tensor, rows: slice, part_out: Tensor, part_lse: Tensor) -> None:
+    """Join a part's attention into that of its queries, in place."""
+    seen = out[:, :, rows], lse[:, :, rows]
+    joined, joined_lse = join_by_lse(*seen, part_out, part_lse.to(lse.dtype))
+    seen[0].copy_(joined)
+    seen[1].copy_(joined_lse)
 
 
 class _EvictionAttention(torch.autograd.Function):
@@ -159,33 +64,43 @@ class _EvictionAttention(torch.autograd.Function):
         bias_BGT = gates.borrowed(far_k)
         bias_BGT[..., -1:] = 0.0
         bias_BGT[..., :-1] = log_keep_BGT[..., 1:].clamp_min(MASKED) / (scale * bias_unit(scale))
-        near = _near_parts(q.shape[2], k.shape[2], n, q.device)
-        far = _far_parts(q.shape[2], k.shape[2], n, q.device)
-        joined = _Joined(q)
-        ctx.near = [(part, joined.attend(part, q, near_k, v, scale, kernel)) for part in near]
-        ctx.far = [(part, joined.attend(part, q, far_k, v, scale, kernel)) for part in far]
-        out = joined.out.to(q.dtype)
-        ctx.save_for_backward(q, near_k, far_k, v, out, joined.lse)
-        ctx.scale, ctx.kernel = scale, kernel
+        ctx.near = choose_band(q, near_k, v)
+        out, lse, ctx.near_state = ctx.near.forward(q, near_k, v, n, scale)
+        out, lse = out.to(accumulator_dtype(q.dtype)), lse.to(accumulator_dtype(q.dtype))
+        ctx.far = []
+        for rows, keys, causal in _far_parts(q.shape[2], k.shape[2], n):
+            part_out, part_lse, state = kernel.forward(
+                q[:, :, rows], far_k[:, :, keys], v[:, :, keys], scale, causal
+            )
+            _join(out, lse, rows, part_out, part_lse)
+            ctx.far.append((rows, keys, causal, state))
         ctx.clamped = log_keep_BGT < MASKED
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, near_k, far_k, v, out, lse)
+        ctx.n, ctx.scale, ctx.kernel = n, scale, kernel
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
         q, near_k, far_k, v, out, lse = ctx.saved_tensors
-        grads = tuple(torch.zeros_like(x, dtype=lse.dtype) for x in (q, near_k, v))
-        dbias = torch.zeros(near_k.shape[:3], dtype=lse.dtype, device=q.device)
-        for parts, k, bias in ((ctx.near, near_k, None), (ctx.far, far_k, dbias)):
-            for part, state in parts:
-                _part_backward(
-                    part, state, grad_out, q, k, v, out, lse, ctx.scale, ctx.kernel, grads, bias
-                )
-        dq, dk, dv = grads
+        near = ctx.near.backward(grad_out, q, near_k, v, out, lse, ctx.near_state, ctx.n, ctx.scale)
+        dq, dk, dv = (x.to(lse.dtype) for x in near)
+        gates.borrowed(dk).zero_()
+        for rows, keys, causal, state in ctx.far:
+            far_dq, far_dk, far_dv = ctx.kernel.backward(
+                grad_out[:, :, rows].contiguous(), q[:, :, rows], far_k[:, :, keys],
+                v[:, :, keys], out[:, :, rows].contiguous(), lse[:, :, rows].contiguous(),
+                state, ctx.scale, causal,
+            )  # fmt: skip
+            dq[:, :, rows] += far_dq
+            dk[:, :, keys] += far_dk
+            dv[:, :, keys] += far_dv
+        # the keys' borrowed channel held their bias
+        dlog_keep = torch.zeros_like(gates.borrowed(dk))
+        dlog_keep[..., 1:] = gates.borrowed(dk)[..., :-1] / (ctx.scale * bias_unit(ctx.scale))
+        dlog_keep = dlog_keep.masked_fill(ctx.clamped, 0.0)
         gates.borrowed(dq).zero_()
         gates.borrowed(dk).zero_()
-        dlog_keep = torch.zeros_like(dbias)
-        dlog_keep[..., 1:] = dbias[..., :-1] / (ctx.scale * bias_unit(ctx.scale))
-        dlog_keep = dlog_keep.masked_fill(ctx.clamped, 0.0)
         dq, dk, dv = dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
         return dq, dk, dv, dlog_keep, None, None, None
 
@@ -198,52 +113,50 @@ class _DelayedAttention(torch.autograd.Function):
         near_q, near_k = q.clone(), k.clone()
         gates.borrowed(near_q).zero_()
         gates.borrowed(near_k).zero_()
-        joined = _Joined(q)
-        near = _near_parts(q.shape[2], k.shape[2], n, q.device)
-        ctx.near = [(part, joined.attend(part, near_q, near_k, v, scale, kernel)) for part in near]
+        ctx.near = choose_band(near_q, near_k, v)
+        out, lse, ctx.near_state = ctx.near.forward(near_q, near_k, v, n, scale)
+        out, lse = out.to(accumulator_dtype(q.dtype)), lse.to(accumulator_dtype(q.dtype))
         num_entries = k.shape[2] - n  # states that some query sees
-        ctx.first = max(0, n - (k.shape[2] - q.shape[2]))  # the first query that sees one
+        # the first query that sees one
+        ctx.rows = slice(max(0, n - (k.shape[2] - q.shape[2])), None)
         ctx.states = far = None
         if num_entries > 0:
             far_q, far_k, far_out, far_lse, p_own, ctx.states = shifted_forward(
-                q[:, :, ctx.first :], merged_k[:, :, :num_entries], merged_v[:, :, :num_entries],
+                q[:, :, ctx.rows], merged_k[:, :, :num_entries], merged_v[:, :, :num_entries],
                 log_keep_BGT[..., :num_entries], scale, kernel,
             )  # fmt: skip
-            seen = joined.out[:, :, ctx.first :], joined.lse[..., ctx.first :]
-            both, lse = join_by_lse(*seen, far_out, far_lse)
-            seen[0].copy_(both)
-            seen[1].copy_(lse)
-            far = far_q, far_k, merged_v, p_own * torch.exp(far_lse - lse)
-        out = joined.out.to(q.dtype)
-        ctx.save_for_backward(near_q, near_k, v, out, joined.lse, *(far or ()))
-        ctx.scale, ctx.kernel = scale, kernel
+            _join(out, lse, ctx.rows, far_out, far_lse)
+            p_own = p_own * torch.exp(far_lse - lse[:, :, ctx.rows])
+            far = far_q, far_k, merged_v, p_own
+        out = out.to(q.dtype)
+        ctx.save_for_backward(near_q, near_k, v, out, lse, *(far or ()))
+        ctx.n, ctx.scale, ctx.kernel = n, scale, kernel
         ctx.clamped = log_keep_BGT < MASKED
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
         q, k, v, out, lse, *far = ctx.saved_tensors
-        grads = tuple(torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
-        for part, state in ctx.near:
-            _part_backward(part, state, grad_out, q, k, v, out, lse, ctx.scale, ctx.kernel, grads)
-        dq, dk, dv = grads
+        dq, dk, dv = ctx.near.backward(
+            grad_out, q, k, v, out, lse, ctx.near_state, ctx.n, ctx.scale
+        )
+        dq, dk, dv = dq.to(lse.dtype), dk.to(q.dtype), dv.to(q.dtype)
         gates.borrowed(dq).zero_()
         gates.borrowed(dk).zero_()
         dmerged_k, dmerged_v = torch.zeros_like(k), torch.zeros_like(v)
         dlog_keep = torch.zeros(k.shape[:3], dtype=lse.dtype, device=k.device)
         if far:
             far_q, far_k, merged_v, p_own = far
-            num_entries, rows = far_k.shape[2], slice(ctx.first, None)
+            num_entries, rows = far_k.shape[2], ctx.rows
             far_dq, far_dk, far_dv, dbias = shifted_backward(
                 grad_out[:, :, rows], far_q, far_k, merged_v[:, :, :num_entries], out[:, :, rows],
-                lse[..., rows], p_own, ctx.states, ctx.scale, ctx.kernel,
+                lse[:, :, rows], p_own, ctx.states, ctx.scale, ctx.kernel,
             )  # fmt: skip
             dq[:, :, rows] += far_dq
             dmerged_k[:, :, :num_entries] = far_dk
             dmerged_v[:, :, :num_entries] = far_dv
             dlog_keep[..., :num_entries] = dbias.masked_fill(ctx.clamped[..., :num_entries], 0.0)
-        dq, dk, dv = dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
-        return dq, dk, dv, dmerged_k, dmerged_v, dlog_keep, None, None, None
+        return dq.to(q.dtype), dk, dv, dmerged_k, dmerged_v, dlog_keep, None, None, None
 
 
 def _prepare(
@@ -372,7 +285,5 @@ def recent_attention(
         out_TND in the queries' dtype; lse_TN, float32 (float64 for float64).
     """
     q, k, v = (x.transpose(0, 1)[None] for x in (q_TND, k_XGD, v_XGD))
-    kernel, joined = choose_kernel(q, k, v), _Joined(q)
-    for part in _near_parts(q.shape[2], k.shape[2], num_recent, q.device):
-        joined.attend(part, q, k, v, softmax_scale, kernel)
-    return joined.out[0].transpose(0, 1).to(q_TND.dtype), joined.lse[0].T
+    out, lse, _ = choose_band(q, k, v).forward(q, k, v, num_recent, softmax_scale)
+    return out[0].transpose(0, 1).to(q_TND.dtype), lse[0].T
