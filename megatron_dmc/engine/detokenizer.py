@@ -3,9 +3,12 @@
 from collections.abc import Collection, Sequence
 
 from megatron_dmc.checkpoint.tokenizer import Tokenizer
+from megatron_dmc.engine.sampling_params import SamplingParams
 
 _CONTEXT = 5
 """Prompt tokens decoded with the completion, which keeps its leading space."""
+_WINDOW = 16
+"""Tokens that are decoded at a time, at most, unless more of them make one character."""
 _INCOMPLETE = "\ufffd"
 
 
@@ -33,8 +36,9 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._token_ids = context_of(prompt_token_ids, self._skipped)
-        # the text of [window, done) is in `text`, that of [done, end) is held back
-        self._window, self._done = 0, len(self._token_ids)
+        # the last tokens, and the part of their text that is in `text` or precedes it
+        self._before = self._decode(self._token_ids)
+        self._num_done = len(self._token_ids)
         self.text = ""
 
     def add(self, token_id: int) -> None:
@@ -62,15 +66,64 @@ class IncrementalDetokenizer:
             self._deliver(new)
 
     def _undelivered(self) -> str:
-        before = self._decode(self._token_ids[self._window : self._done])
-        return self._decode(self._token_ids[self._window :])[len(before) :]
+        return self._decode(self._token_ids)[len(self._before) :]
 
     def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False) if token_ids else ""
 
     def _deliver(self, new: str) -> None:
         self.text += new
-        self._window, self._done = self._done, len(self._token_ids)
+        self._before += new
+        if len(self._token_ids) > _WINDOW:
+            del self._token_ids[: self._num_done]
+            self._before = self._decode(self._token_ids)
+        self._num_done = len(self._token_ids)
+
+
+class CompletionText:
+    """The text of a completion, as its tokens come, up to a stop text."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams
+    ):
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, prompt_token_ids, skip_special_tokens=params.skip_special_tokens
+        )
+        self._params = params
+
+    def append(self, token_id: int, number: int, *, ends: bool, is_last: bool) -> str | None:
+        """Add a token's text, cut off at a stop text, which is returned.
+
+        Args:
+            number: of the token in the completion, from 1 on.
+            ends: the token itself ends the completion.
+            is_last: no token follows this one.
+        """
+        detokenizer, params = self._detokenizer, self._params
+        num_old = len(detokenizer.text)
+        if not ends or params.include_stop_str_in_output:
+            detokenizer.add(token_id)
+        if ends or is_last:
+            detokenizer.flush()
+        if not params.stop:
+            return None
+        found = find_stop(detokenizer.text, num_old, params.stop)
+        if found is None and detokenizer.skips(token_id):
+            found = detokenizer.find_skipped_stop(token_id, params.stop)
+        if found is None or number <= params.min_tokens:
+            return None
+        at, stop_text = found
+        end = at + len(stop_text) if params.include_stop_str_in_output else at
+        detokenizer.text = detokenizer.text[:end]
+        return stop_text
+
+    def visible(self, *, is_finished: bool) -> str:
+        """The text so far; while tokens may follow, without what may turn out to begin a stop text."""
+        text, params = self._detokenizer.text, self._params
+        if is_finished or not params.stop or params.include_stop_str_in_output:
+            return text
+        held = max(len(stop) for stop in params.stop) - 1
+        return text[: max(0, len(text) - held)]
 
 
 def find_stop(text: str, num_old: int, stops: Sequence[str]) -> tuple[int, str] | None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megatron_dmc.checkpoint.tokenizer import Tokenizer
-from megatron_dmc.engine.detokenizer import IncrementalDetokenizer, find_stop
+from megatron_dmc.engine.detokenizer import CompletionText
 from megatron_dmc.engine.request import CompletionOutput, Request, RequestOutput
 from megatron_dmc.engine.sampler import SampledToken, token_logprobs
 from megatron_dmc.errors import RequestFailed
@@ -32,19 +32,18 @@ class OutputProcessor:
 
     def __init__(self, tokenizer: Tokenizer | None, eos_id: int | None, eos_ids: Collection[int]):
         self._tokenizer, self._eos_id, self._eos_ids = tokenizer, eos_id, eos_ids
-        self._detokenizers: dict[str, IncrementalDetokenizer] = {}
+        self._texts: dict[str, CompletionText] = {}
 
     def add(self, request: Request) -> None:
         """Prepare for a new request."""
-        if self._tokenizer is not None:
-            self._detokenizers[request.request_id] = IncrementalDetokenizer(
-                self._tokenizer, request.prompt_token_ids,
-                skip_special_tokens=request.params.skip_special_tokens,
-            )  # fmt: skip
+        if self._tokenizer is not None and request.params.detokenize:
+            self._texts[request.request_id] = CompletionText(
+                self._tokenizer, request.prompt_token_ids, request.params
+            )
 
     def forget(self, request: Request) -> None:
         """Drop the state of a request that has ended."""
-        self._detokenizers.pop(request.request_id, None)
+        self._texts.pop(request.request_id, None)
 
     def append(self, request: Request, token: SampledToken) -> Ending | None:
         """Append a token to its request; the ending if it is the last one."""
@@ -57,43 +56,17 @@ class OutputProcessor:
         is_eos = token.token_id in self._eos_ids and not request.params.ignore_eos
         is_stop_token = token.token_id in request.params.stop_token_ids
         is_full = request.num_tokens >= request.max_total_tokens
-        stop_text = self._detokenize(
-            request, token.token_id, ends=is_eos or is_stop_token, is_last=is_full
-        )
-        if stop_text is not None:
-            return Ending("stop", stop_text)
+        text = self._texts.get(request.request_id)
+        if text is not None:
+            number, ends = len(request.output_token_ids), is_eos or is_stop_token
+            stop_text = text.append(token.token_id, number, ends=ends, is_last=is_full)
+            if stop_text is not None:
+                return Ending("stop", stop_text)
         if is_eos:
             return Ending("stop", None if token.token_id == self._eos_id else token.token_id)
         if is_stop_token:
             return Ending("stop", token.token_id)
         return Ending("length", None) if is_full else None
-
-    def _detokenize(
-        self, request: Request, token_id: int, *, ends: bool, is_last: bool
-    ) -> str | None:
-        """Add a token's text, cut off at a stop text, which is returned.
-
-        Args:
-            ends: the token itself ends the completion.
-            is_last: no token follows this one.
-        """
-        detokenizer, params = self._detokenizers.get(request.request_id), request.params
-        if detokenizer is None:
-            return None
-        num_old = len(detokenizer.text)
-        if not ends or params.include_stop_str_in_output:
-            detokenizer.add(token_id)
-        if ends or is_last:
-            detokenizer.flush()
-        found = find_stop(detokenizer.text, num_old, params.stop)
-        if found is None and detokenizer.skips(token_id):
-            found = detokenizer.find_skipped_stop(token_id, params.stop)
-        if found is None or len(request.output_token_ids) <= params.min_tokens:
-            return None
-        at, stop_text = found
-        end = at + len(stop_text) if params.include_stop_str_in_output else at
-        detokenizer.text = detokenizer.text[:end]
-        return stop_text
 
     def add_prompt_logprobs(self, request: Request, start: int, logits_XV: Tensor) -> None:
         """Record the log-probabilities of prompt tokens; row x of the logits predicts token `start + x + 1`."""
@@ -111,18 +84,8 @@ class OutputProcessor:
 
     def text(self, request: Request) -> str:
         """The text so far, without what may yet turn out to begin a stop text."""
-        return visible_text(request, self._detokenizers.get(request.request_id))
-
-
-def visible_text(request: Request, detokenizer: IncrementalDetokenizer | None) -> str:
-    """The text of a completion, without what may yet turn out to begin a stop text."""
-    if detokenizer is None:
-        return ""
-    params = request.params
-    if request.is_finished or not params.stop or params.include_stop_str_in_output:
-        return detokenizer.text
-    held = max(len(stop) for stop in params.stop) - 1
-    return detokenizer.text[: max(0, len(detokenizer.text) - held)]
+        text = self._texts.get(request.request_id)
+        return "" if text is None else text.visible(is_finished=request.is_finished)
 
 
 def output_of(request: Request, text: str) -> RequestOutput:

@@ -104,6 +104,9 @@ class SamplingParams:
     skip_special_tokens: bool = True
     """Leave special tokens out of the text. The name of one in `stop` ends the completion all the same."""
 
+    detokenize: bool = True
+    """Make the text. Without one there is no `stop`."""
+
     def __post_init__(self) -> None:
         self.stop = [self.stop] if isinstance(self.stop, str) else self._list_of("stop")
         self.stop_token_ids = self._list_of("stop_token_ids")
@@ -131,8 +134,12 @@ class SamplingParams:
             value = getattr(self, name)
             self._require(name, value is None or _is_int(value, 0, MAX_LOGPROBS),
                           f"use None or 0 to {MAX_LOGPROBS}")  # fmt: skip
-        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+        for name in (
+            "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize",
+        ):  # fmt: skip
             self._require(name, isinstance(getattr(self, name), bool), "use True or False")
+        self._require("stop", self.detokenize or not self.stop,
+                      "texts are found with detokenize=True only; use stop_token_ids")  # fmt: skip
         self._check_logit_rules()
 
     def _check_logit_rules(self) -> None:

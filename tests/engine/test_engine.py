@@ -320,6 +320,31 @@ def test_text_holds_back_unfinished_characters():
     assert detokenizer.text == "aéb\ufffd"
 
 
+def test_a_token_is_decoded_once():
+    """Long texts too; one time in many the window moves."""
+    tokenizer, calls = as_tokenizer(Letters()), []
+    decode = tokenizer.decode
+    tokenizer.decode = lambda ids, **options: calls.append(len(ids)) or decode(ids, **options)
+    detokenizer = IncrementalDetokenizer(tokenizer, [5, 6])
+    token_ids = [4 + i % 26 if i % 7 else 2 + i % 2 for i in range(300)]
+    for token_id in token_ids:
+        detokenizer.add(token_id)
+    detokenizer.flush()
+    assert detokenizer.text == decode(token_ids)
+    assert len(calls) < 1.1 * len(token_ids) and max(calls) < 25
+
+
+def test_without_detokenizing_there_is_no_text():
+    engine = make_engine(None, tokenizer=Letters())
+    engine.add_request("a", [5, 6], greedy_params(4, detokenize=False))
+    engine.add_request("b", [5, 6], greedy_params(4))
+    outputs = drain(engine)
+    a, b = (outputs[name].outputs[0] for name in "ab")
+    assert a.token_ids == b.token_ids and (a.text == "") and b.text
+    with pytest.raises(InvalidRequest, match="stop_token_ids"):
+        greedy_params(4, detokenize=False, stop=["x"])
+
+
 def test_special_tokens_show_on_request():
     detokenizer = IncrementalDetokenizer(as_tokenizer(Letters()), [0], skip_special_tokens=False)
     detokenizer.add(1)

@@ -21,7 +21,7 @@ from tiny_gpt import (
 )
 
 from megatron_dmc import AsyncLLM, SamplingParams
-from megatron_dmc.engine import output_processor
+from megatron_dmc.engine import detokenizer, output_processor
 from megatron_dmc.engine import sampler as sampler_module
 from megatron_dmc.engine.logit_rules import LogitRules
 from megatron_dmc.engine.sampler import Sampler
@@ -100,30 +100,30 @@ def log_probabilities_of_the_prompt(engine, patch):
 
 @fault
 def detokenizing(engine, patch):
-    detokenizer = engine.output_processor._detokenizers[VICTIM]
-    detokenizer.add = raising(detokenizer.add, lambda _: True, Panic("tokenizers"), after=3)
+    text = engine.output_processor._texts[VICTIM]
+    text.append = raising(text.append, lambda *_: True, Panic("tokenizers"), after=3)
 
 
 @fault
 def stop_texts(engine, patch):
     own = engine._requests[VICTIM].params.stop
     is_meant = lambda text, old, stops: stops is own
-    broken = raising(output_processor.find_stop, is_meant, RuntimeError("find"), after=1)
-    patch.setattr(output_processor, "find_stop", broken)
+    broken = raising(detokenizer.find_stop, is_meant, RuntimeError("find"), after=1)
+    patch.setattr(detokenizer, "find_stop", broken)
 
 
 @fault
 def outputs(engine, patch):
-    is_meant = lambda request, _: request.request_id == VICTIM
-    broken = raising(output_processor.visible_text, is_meant, UnicodeError("text"), after=2)
-    patch.setattr(output_processor, "visible_text", broken)
+    is_meant = lambda request: request.request_id == VICTIM
+    broken = raising(engine.output_processor.text, is_meant, UnicodeError("text"), after=2)
+    patch.setattr(engine.output_processor, "text", broken)
 
 
 @fault
 def the_last_output(engine, patch):
-    is_meant = lambda request, _: request.request_id == VICTIM and request.is_finished
-    broken = raising(output_processor.visible_text, is_meant, ValueError("text"))
-    patch.setattr(output_processor, "visible_text", broken)
+    is_meant = lambda request: request.request_id == VICTIM and request.is_finished
+    broken = raising(engine.output_processor.text, is_meant, ValueError("text"))
+    patch.setattr(engine.output_processor, "text", broken)
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -143,7 +143,7 @@ def test_a_fault_in_the_work_of_one_request_ends_that_one_alone(name, monkeypatc
     check_idle(engine)
     assert (
         not engine._requests
-        and not engine.output_processor._detokenizers
+        and not engine.output_processor._texts
         and not engine.sampler._rules._states
     )
     # and the engine takes the same request again
@@ -164,7 +164,7 @@ def test_a_fault_while_a_request_is_added_leaves_nothing(monkeypatch):
 
     for owner, attribute, value in (
         (engine.input_processor, "tokenizer", Broken()),
-        (output_processor, "IncrementalDetokenizer", no_detokenizer),
+        (output_processor, "CompletionText", no_detokenizer),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, attribute, value)

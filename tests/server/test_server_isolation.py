@@ -18,7 +18,8 @@ from faults import Poisoned, Spread, raising
 from tiny_gpt import V, dmc_config, make_engine
 
 from megatron_dmc import AsyncLLM
-from megatron_dmc.engine import output_processor
+from megatron_dmc.engine import detokenizer
+from megatron_dmc.engine.output_processor import OutputProcessor
 from megatron_dmc.engine.sampler import Sampler
 from megatron_dmc.server import text as text_module
 from megatron_dmc.server.app import build_app
@@ -145,8 +146,8 @@ SAMPLED = {"prompt": [9, 9], "max_tokens": 6, "seed": 1, "logprobs": 4, "ignore_
 def test_a_failed_request_is_told_and_the_others_go_on(served, monkeypatch, name, stream):
     target, attribute, is_meant = {
         "sampling": (Sampler, "_seed_of", lambda self, request: request.params.seed == 1),
-        "detokenizing": (output_processor, "find_stop", lambda text, old, stops: stops == ["~~"]),
-        "output": (output_processor, "visible_text", lambda request, _: request.params.seed == 1),
+        "detokenizing": (detokenizer, "find_stop", lambda text, old, stops: stops == ["~~"]),
+        "output": (OutputProcessor, "text", lambda self, request: request.params.seed == 1),
         "log-probability texts": (text_module, "for_completions", lambda *a: 4 in a),
     }[name]
     broken = raising(
@@ -250,7 +251,7 @@ def test_nothing_is_kept_of_requests_that_ended(served):
     assert growth.total() < 5, growth.most_common(10)
     assert (
         not engine._requests
-        and not engine.output_processor._detokenizers
+        and not engine.output_processor._texts
         and not engine.sampler._rules._states
     )
     assert not served.llm._streams and not served.llm._commands
