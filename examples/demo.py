@@ -29,6 +29,7 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_dmc.checkpoint.hf_config import from_hf_folder
 from megatron_dmc.checkpoint.megatron_args import megatron_flags as model_flags
 from megatron_dmc.cli.main import main as cli
 from megatron_dmc.quiet import silence_optional_packages
@@ -228,10 +229,9 @@ def prepare_data(work: Path, tokenizer: Path) -> dict[str, Path]:
 
 def megatron_flags(model: Path, data: dict[str, Path], work: Path, tokenizer: Path) -> list[str]:
     """Flags of all stages."""
-    from megatron_dmc.checkpoint.description import ModelDescription
 
     return [
-        *model_flags(ModelDescription.from_hf_folder(model)), *precision(),
+        *model_flags(from_hf_folder(model)), *precision(),
         "--seq-length", str(SEQ_LENGTH),
         "--micro-batch-size", str(BATCH), "--global-batch-size", str(BATCH),
         "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tokenizer),

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import megatron_dmc.ops
-from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.hf_config import from_hf_folder
 from megatron_dmc.checkpoint.remote_code import load_as_dmc, write_remote_code
 from megatron_dmc.checkpoint.tokenizer import (
     Tokenizer,
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
         history += train(model, data, stage, steps, args, dmc)
     if args.lora_rank:
         model = model.merge_and_unload()
-    stored = ModelDescription.from_hf_folder(args.model).dtype
+    stored = from_hf_folder(args.model).dtype
     model.to(stored).save_pretrained(args.output)
     copy_tokenizer(place, args.output)
     facts = {
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
         "Stages": ", ".join(f"{stage} {steps} steps" for stage, steps in args.stages.items())
         + (f"; LoRA of rank {args.lora_rank}" if args.lora_rank else ""),
     }
-    description = ModelDescription.from_hf_folder(args.output)
+    description = from_hf_folder(args.output)
     write_remote_code(args.output, description)  # the evaluation reads the folder
     if args.heldout:
         facts["Evaluation"] = evaluation(args, tokenizer)

@@ -22,6 +22,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megatron_dmc.checkpoint.hf_config import to_hf_config
 from megatron_dmc.cli.main import main as cli
 
 import demo
@@ -77,7 +78,7 @@ def pretrain(work: Path, output: Path) -> None:
     )  # fmt: skip
     config = work / "config"
     config.mkdir(exist_ok=True)
-    (config / "config.json").write_text(json.dumps(description.to_hf_config()))
+    (config / "config.json").write_text(json.dumps(to_hf_config(description)))
     data = demo.prepare_data(work, tokenizer / "tokenizer.model")
     flags = demo.megatron_flags(config, data, work, tokenizer / "tokenizer.model")
     previous: list[str] = []

@@ -14,6 +14,7 @@ import torch
 from megatron_dmc.bench.engine_run import Asked, synchronize
 from megatron_dmc.bench.measure import Settings
 from megatron_dmc.bench.output import Row
+from megatron_dmc.checkpoint.hf_config import to_hf_config
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def transformers_row(
                     trust_remote_code=False,
                 )  # fmt: skip
             else:
-                values = description.to_hf_config()
+                values = to_hf_config(description)
                 config = AutoConfig.for_model(values.pop("model_type"), **values)
                 model = AutoModelForCausalLM.from_config(
                     config, dtype=settings.dtype, attn_implementation=attention

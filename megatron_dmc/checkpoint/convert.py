@@ -22,6 +22,7 @@ from megatron_dmc.checkpoint.generation_config import (
     find_generation_config,
 )
 from megatron_dmc.checkpoint.gguf import GGUFFile, find_gguf
+from megatron_dmc.checkpoint.hf_config import from_hf_folder
 from megatron_dmc.checkpoint.hf_folder import HFFolder, write_folder
 from megatron_dmc.checkpoint.hub import local_path
 from megatron_dmc.checkpoint.integrity import verify_checksums
@@ -122,7 +123,7 @@ def open_checkpoint(
     if stored_as == "gguf":
         return _open_gguf(path, tokenizer, check)
     if stored_as == "hf":
-        description = ModelDescription.from_hf_folder(path)
+        description = from_hf_folder(path)
         folder = HFFolder(path, description)
         description.dtype = folder.dtype
         if check is not None:

@@ -5,15 +5,10 @@ It is spelled as a Hugging Face `config.json` (`hf_config`), and as Megatron's p
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from megatron_dmc.checkpoint.families import check_names
-from megatron_dmc.checkpoint.field_checks import field_problems, read_json_object, shown
-from megatron_dmc.checkpoint.hf_config import description_fields, hf_config
-from megatron_dmc.checkpoint.remote_code import plain_config
+from megatron_dmc.checkpoint.field_checks import field_problems, shown
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.errors import UnsupportedConfig
 
@@ -152,36 +147,3 @@ class ModelDescription:
             f"{self.model_type}, {self.num_layers} layers of {self.hidden_size}, {heads}{experts}, "
             f"vocabulary {self.vocab_size}, {dtype_name(self.dtype)}{dmc}"
         )
-
-    @classmethod
-    def from_hf_config(cls, config: dict[str, Any]) -> "ModelDescription":
-        """From the contents of a `config.json`.
-
-        Raises:
-            UnsupportedConfig: lists every setting that is missing, of a wrong type, out of bounds or
-                without a counterpart here, with its value.
-        """
-        check_names(config)
-        values, problems = description_fields(plain_config(config))
-        problems += field_problems(values)
-        try:
-            values["dtype"] = parse_dtype(values["dtype"])
-        except UnsupportedConfig as e:
-            problems.append(str(e))
-        if problems:
-            raise UnsupportedConfig(f"config.json: {'; '.join(dict.fromkeys(problems))}")
-        return cls(**values)
-
-    @classmethod
-    def from_hf_folder(cls, path: str | Path) -> "ModelDescription":
-        """From a folder with a `config.json`.
-
-        Raises:
-            CheckpointError: the file is missing or is not JSON.
-            UnsupportedConfig: see `from_hf_config`.
-        """
-        return cls.from_hf_config(read_json_object(Path(path) / "config.json"))
-
-    def to_hf_config(self) -> dict[str, Any]:
-        """The contents of a `config.json`, readable by transformers 4 and 5."""
-        return hf_config(self)

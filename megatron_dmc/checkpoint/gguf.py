@@ -16,7 +16,7 @@ from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.families import family_named
 from megatron_dmc.checkpoint.field_checks import shown
 from megatron_dmc.checkpoint.gguf_tokenizer import build_tokenizer
-from megatron_dmc.checkpoint.hf_config import LLAMA3_ROPE
+from megatron_dmc.checkpoint.hf_config import LLAMA3_ROPE, from_hf_config
 from megatron_dmc.checkpoint.hf_folder import BLOCK_BYTES, Piece, pieces
 from megatron_dmc.errors import CheckpointError, UnsupportedConfig
 
@@ -174,7 +174,7 @@ class GGUFFile:
             **self._rope_scaling(field),
         }
         try:
-            description = ModelDescription.from_hf_config(config)
+            description = from_hf_config(config)
         except UnsupportedConfig as e:
             reason = str(e).removeprefix("config.json: ")
             raise UnsupportedConfig(f"{self.file}: {reason}") from e

@@ -1,14 +1,16 @@
-"""A Hugging Face `config.json` to the fields of `ModelDescription`, and back."""
+"""A Hugging Face `config.json` to a `ModelDescription`, and back."""
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from megatron_dmc.checkpoint.families import Family, family_named, family_of
-from megatron_dmc.checkpoint.field_checks import shown
+from megatron_dmc.checkpoint.description import ModelDescription, parse_dtype
+from megatron_dmc.checkpoint.families import Family, check_names, family_named, family_of
+from megatron_dmc.checkpoint.field_checks import field_problems, read_json_object, shown
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.errors import UnsupportedConfig
 
-if TYPE_CHECKING:
-    from megatron_dmc.checkpoint.description import ModelDescription
+DMC_CLASS, DMC_TYPE = "DMC", "dmc_"
+"""Prefixes of architecture and `model_type` in the folder of a DMC model."""
 
 LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
@@ -18,7 +20,49 @@ LLAMA3_ROPE = {
 """Fixed parameters of Megatron's --use-rope-scaling; only the factor can be chosen."""
 
 
-def description_fields(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def plain_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A `config.json` with the names of the model that DMC was added to; others are left as they are.
+
+    Its `dmc` keeps the settings.
+    """
+    if not str(config.get("model_type", "")).startswith(DMC_TYPE):
+        return config
+    plain = {name: value for name, value in config.items() if name != "auto_map"}
+    plain["model_type"] = config["model_type"].removeprefix(DMC_TYPE)
+    plain["architectures"] = [a.removeprefix(DMC_CLASS) for a in config.get("architectures") or []]
+    return plain
+
+
+def from_hf_config(config: dict[str, Any]) -> ModelDescription:
+    """The description of a model from the contents of its `config.json`.
+
+    Raises:
+        UnsupportedConfig: lists every setting that is missing, of a wrong type, out of bounds or
+            without a counterpart here, with its value.
+    """
+    check_names(config)
+    values, problems = _description_fields(plain_config(config))
+    problems += field_problems(values)
+    try:
+        values["dtype"] = parse_dtype(values["dtype"])
+    except UnsupportedConfig as e:
+        problems.append(str(e))
+    if problems:
+        raise UnsupportedConfig(f"config.json: {'; '.join(dict.fromkeys(problems))}")
+    return ModelDescription(**values)
+
+
+def from_hf_folder(path: str | Path) -> ModelDescription:
+    """The description of the model in a folder with a `config.json`.
+
+    Raises:
+        CheckpointError: the file is missing or is not JSON.
+        UnsupportedConfig: see `from_hf_config`.
+    """
+    return from_hf_config(read_json_object(Path(path) / "config.json"))
+
+
+def _description_fields(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The arguments of `ModelDescription` from the contents of a `config.json`, and what is wrong.
 
     Returns:
@@ -173,7 +217,7 @@ def _rope_fields(config: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     return found
 
 
-def _rope_config(d: "ModelDescription") -> dict[str, Any]:
+def _rope_config(d: ModelDescription) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_theta": float(d.rotary_base), "rope_type": "default"}
     if d.rope_scaling_factor is not None:
         rope |= {"rope_type": "llama3", "factor": d.rope_scaling_factor, **LLAMA3_ROPE}
@@ -185,7 +229,7 @@ def _rope_config(d: "ModelDescription") -> dict[str, Any]:
     return config
 
 
-def hf_config(d: "ModelDescription") -> dict[str, Any]:
+def to_hf_config(d: ModelDescription) -> dict[str, Any]:
     """The contents of a `config.json`, readable by transformers 4 and 5."""
     family = family_named(d.model_type)
     dtype = str(d.dtype).removeprefix("torch.")

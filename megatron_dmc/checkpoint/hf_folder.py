@@ -14,6 +14,7 @@ from tqdm import tqdm
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.families import family_named
 from megatron_dmc.checkpoint.field_checks import read_json_object, shown
+from megatron_dmc.checkpoint.hf_config import to_hf_config
 from megatron_dmc.checkpoint.weights import (
     StateSource,
     WeightSource,
@@ -358,7 +359,7 @@ def write_folder(
         CheckpointError: the source cannot be read.
     """
     source = StateSource(weights) if isinstance(weights, Mapping) else weights
-    (path / "config.json").write_text(json.dumps(d.to_hf_config(), indent=2) + "\n")
+    (path / "config.json").write_text(json.dumps(to_hf_config(d), indent=2) + "\n")
     files, total = _plan_files(d, shard_bytes)
     shapes = megatron_shapes(d)
     weight_map: dict[str, str] = {}

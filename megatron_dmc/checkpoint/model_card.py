@@ -4,14 +4,12 @@ import json
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.field_checks import read_json_object
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from megatron_dmc.checkpoint.description import ModelDescription
 
 UNKNOWN = "unknown"
 
@@ -111,13 +109,13 @@ outputs = model.generate(**inputs, max_new_tokens=64, return_dict_in_generate=Tr
 print(outputs.past_key_values.compression_ratio())
 ```
 
-`ops_dmc.py` holds the method, `cache_dmc.py` the compressed cache; the code needs
+`gates_dmc.py` and `ops_dmc.py` hold the method, `cache_dmc.py` the compressed cache; the code needs
 transformers 5 and torch. In training mode the model decides with noise and adds the compression loss
 to `loss`."""
 
 
 def model_card(
-    description: "ModelDescription",
+    description: ModelDescription,
     config: Mapping[str, Any],
     *,
     facts: Mapping[str, str] | None = None,

@@ -13,16 +13,16 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_dmc.checkpoint import remote
+from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.families import FAMILIES, Family
+from megatron_dmc.checkpoint.hf_config import DMC_CLASS, DMC_TYPE, plain_config
 from megatron_dmc.checkpoint.model_card import model_card
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.errors import UnsupportedConfig
-
-if TYPE_CHECKING:
-    from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.ops import gates
 
 SOURCES = Path(__file__).parent / "remote"
 TEMPLATE = SOURCES / "modeling_dmc_llama.py"
@@ -30,21 +30,12 @@ TEMPLATE = SOURCES / "modeling_dmc_llama.py"
 SUPPORTED = {family.architecture: family for family in FAMILIES if family.remote_code}
 """Families that transformers can run with DMC, by architecture."""
 
-SHARED = ("modeling_dmc.py", "ops_dmc.py", "cache_dmc.py")
-_CLASS, _TYPE = "DMC", "dmc_"
-
-
-def plain_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A `config.json` with the names of the model that DMC was added to; others are left as they are.
-
-    Its `dmc` keeps the settings.
-    """
-    if not str(config.get("model_type", "")).startswith(_TYPE):
-        return config
-    plain = {name: value for name, value in config.items() if name != "auto_map"}
-    plain["model_type"] = config["model_type"].removeprefix(_TYPE)
-    plain["architectures"] = [a.removeprefix(_CLASS) for a in config.get("architectures") or []]
-    return plain
+SHARED = (
+    "modeling_dmc.py", "attention_dmc.py", "configuration_dmc.py", "ops_dmc.py", "cache_dmc.py",
+)  # fmt: skip
+"""Files of `checkpoint.remote` that every exported folder has."""
+GATES = "gates_dmc.py"
+"""Name of a copy of the package's gates in an exported folder."""
 
 
 def dmc_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -52,8 +43,8 @@ def dmc_config(config: dict[str, Any]) -> dict[str, Any]:
     config = plain_config(config)
     architecture = config["architectures"][0]
     named = config | {
-        "architectures": [_CLASS + architecture],
-        "model_type": _TYPE + config["model_type"],
+        "architectures": [DMC_CLASS + architecture],
+        "model_type": DMC_TYPE + config["model_type"],
     }
     family = SUPPORTED.get(architecture)
     dmc = config.get("dmc", {})
@@ -61,7 +52,7 @@ def dmc_config(config: dict[str, Any]) -> dict[str, Any]:
         dmc.get("pool_after_rope") or dmc.get("merge_delay")
     )
     if family and has_code:
-        prefix = f"{module_name(family)}.{_CLASS}{family.name}"
+        prefix = f"{module_name(family)}.{DMC_CLASS}{family.name}"
         named["auto_map"] = {
             "AutoConfig": f"{prefix}Config",
             "AutoModelForCausalLM": f"{prefix}ForCausalLM",
@@ -78,6 +69,11 @@ def source_of(family: Family) -> str:
     """The contents of that module."""
     source = TEMPLATE.read_text(encoding="utf-8")
     return source.replace("Llama", family.name).replace("llama", family.model_type)
+
+
+def _standalone(source: str) -> str:
+    """A file of `checkpoint.remote` that imports the gates from its own folder."""
+    return source.replace(f"from {gates.__name__} import", f"from .{Path(GATES).stem} import")
 
 
 class _FamilyLoader(importlib.abc.InspectLoader):
@@ -116,7 +112,7 @@ def load_as_dmc(folder: str | Path, dmc: DMCConfig, **options: Any) -> Any:
         raise UnsupportedConfig(
             f"{folder}: {architecture} has no DMC code for transformers; {', '.join(SUPPORTED)} have"
         )
-    model_class = getattr(module_of(SUPPORTED[architecture]), _CLASS + architecture)
+    model_class = getattr(module_of(SUPPORTED[architecture]), DMC_CLASS + architecture)
     settings = model_class.config_class.from_dict(
         config | {"dmc": dmc.to_dict(), "model_type": model_class.config_class.model_type}
     )
@@ -125,7 +121,7 @@ def load_as_dmc(folder: str | Path, dmc: DMCConfig, **options: Any) -> Any:
 
 def write_remote_code(
     folder: str | Path,
-    description: "ModelDescription",
+    description: ModelDescription,
     *,
     facts: Mapping[str, str] | None = None,
 ) -> None:
@@ -145,10 +141,12 @@ def write_remote_code(
     config = dmc_config(json.loads(file.read_text()))
     file.write_text(json.dumps(config, indent=2) + "\n")
     if "auto_map" in config:
-        family = SUPPORTED[config["architectures"][0].removeprefix(_CLASS)]
+        family = SUPPORTED[config["architectures"][0].removeprefix(DMC_CLASS)]
         for name in SHARED:
-            shutil.copyfile(SOURCES / name, folder / name)
+            source = (SOURCES / name).read_text(encoding="utf-8")
+            (folder / name).write_text(_standalone(source), encoding="utf-8")
         (folder / f"{module_name(family)}.py").write_text(source_of(family), encoding="utf-8")
+        shutil.copyfile(gates.__file__, folder / GATES)
     card = folder / "README.md"
     if not card.exists():
         card.write_text(model_card(description, config, facts=facts))

@@ -180,23 +180,31 @@ def logistic_noise(
             num_tokens, num_kv_heads_total, generator=generator, device=device, dtype=torch.float32
         )
         rows.append(uniform[:, heads])
-    uniform = torch.stack(rows, dim=1)
+    return logistic(torch.stack(rows, dim=1))
+
+
+def logistic(uniform: Tensor) -> Tensor:
+    """Logistic(0, 1) noise, the difference of two Gumbel(0, 1) draws, from uniform float32 in [0, 1)."""
     eps = torch.finfo(torch.float32).tiny
     return torch.log(uniform.clamp_min(eps)) - torch.log1p(-uniform.clamp_max(1 - 2**-24))
 
 
-def first_token_mask(alpha_logit_TBG: Tensor, starts_TB: Tensor | None = None) -> Tensor:
+def first_token_mask(
+    alpha_logit_TBG: Tensor, starts_TB: Tensor | None = None, *, continues: bool = False
+) -> Tensor:
     """Bool (T, B or 1, 1), true where a merge is impossible because nothing stands before the token.
 
     Args:
         starts_TB: bool, true at the first token of every document of a packed sequence; None: a
-            sequence is one document. The first token always counts.
+            sequence is one document.
+        continues: the tokens continue a cached sequence; False: the first token is a document's first.
     """
     if starts_TB is None:
         mask = torch.zeros(alpha_logit_TBG.shape[0], 1, 1, dtype=torch.bool)
     else:
         mask = starts_TB[..., None].clone()
-    mask[:1] = True
+    if not continues:
+        mask[:1] = True
     return mask.to(alpha_logit_TBG.device)
 
 
@@ -231,10 +239,15 @@ def soft_gate(
 
 
 def hard_gate(
-    alpha_logit_TBG: Tensor, *, starts_TB: Tensor | None = None
+    alpha_logit_TBG: Tensor, *, starts_TB: Tensor | None = None, continues: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Evaluation's gate in the form of `soft_gate`: alpha is 0 or 1, log_keep 0 or -inf."""
-    is_merge = hard_decisions(alpha_logit_TBG) & ~first_token_mask(alpha_logit_TBG, starts_TB)
+    """Evaluation's gate in the form of `soft_gate`: alpha is 0 or 1, log_keep 0 or -inf.
+
+    Args:
+        starts_TB, continues: see `first_token_mask`.
+    """
+    first = first_token_mask(alpha_logit_TBG, starts_TB, continues=continues)
+    is_merge = hard_decisions(alpha_logit_TBG) & ~first
     alpha = is_merge.to(alpha_logit_TBG.dtype)
     log_keep = torch.zeros_like(alpha).masked_fill(is_merge, float("-inf"))
     return alpha, log_keep, alpha

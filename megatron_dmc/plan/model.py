@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.field_checks import read_json_object
+from megatron_dmc.checkpoint.hf_config import from_hf_config, from_hf_folder
 from megatron_dmc.checkpoint.hub import local_path
 from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.plan.presets import PRESETS
@@ -60,10 +61,10 @@ def find_model(name: str, *, revision: str | None = None) -> PlannedModel:
         return PlannedModel(**PRESETS[name], name=name)
     path = local_path(name, revision=revision, with_weights=False)
     if path.is_dir():
-        description = ModelDescription.from_hf_folder(path)
+        description = from_hf_folder(path)
     elif path.is_file():
         config = read_json_object(path)
-        description = ModelDescription.from_hf_config(config)
+        description = from_hf_config(config)
     else:
         raise UnsupportedConfig(
             f"--model {name}: neither a folder, a config.json, nor one of {', '.join(PRESETS)}"

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_dmc.checkpoint.convert import convert
 from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.hf_config import from_hf_folder
 from megatron_dmc.checkpoint.hf_folder import write_folder
 from megatron_dmc.checkpoint.integrity import MANIFEST
 from megatron_dmc.checkpoint.load import full_forward, load_model, transformer_config
@@ -174,7 +175,7 @@ def test_bfloat16_keeps_its_bits_and_dtype_converts(tmp_path):
 
 
 def test_sharded_folder(llama, tmp_path):
-    description = ModelDescription.from_hf_folder(llama)
+    description = from_hf_folder(llama)
     loaded = load_model(llama)
     (tmp_path / "sharded").mkdir()
     write_folder(tmp_path / "sharded", loaded.model.state_dict(), description, shard_bytes=100_000)
@@ -194,7 +195,7 @@ def test_dmc_settings_travel(llama, tmp_path):
     assert load_model(tmp_path / "megatron").model.config.dmc == dmc
     assert load_model(tmp_path / "megatron", dmc=None).description.dmc is None
     convert("megatron", "hf", tmp_path / "megatron", tmp_path / "back")
-    assert ModelDescription.from_hf_folder(tmp_path / "back").dmc == dmc
+    assert from_hf_folder(tmp_path / "back").dmc == dmc
 
 
 # Megatron's own code
@@ -257,14 +258,14 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.hf_config import from_hf_folder
 from megatron_dmc.checkpoint.megatron_args import to_megatron_args
 from megatron_dmc.checkpoint.torch_dist_write import SynchronousSave
 from megatron_dmc.checkpoint.load import transformer_config
 
 folder = Path(sys.argv[1])
 dist.init_process_group("gloo")
-d = ModelDescription.from_hf_folder(folder / "llama")
+d = from_hf_folder(folder / "llama")
 metadata = {"singleton_local_shards": False}
 for tp, pp in [(2, 1), (1, 2)]:
     parallel_state.initialize_model_parallel(tp, pp)
@@ -309,7 +310,7 @@ def test_megatron_flags_are_accepted_and_say_the_same(llama):
 
     from megatron.training.arguments import add_megatron_arguments
 
-    description = ModelDescription.from_hf_folder(llama)
+    description = from_hf_folder(llama)
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_megatron_arguments(parser)
     args = parser.parse_args(megatron_flags(description))
@@ -333,7 +334,7 @@ def test_tokenizer_travels(llama, tmp_path, sentencepiece_model, caplog):
         assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
         assert tokenizer.decode(tokenizer.encode(SENTENCES[0])) == SENTENCES[0]
 
-    small = replace(ModelDescription.from_hf_folder(llama), vocab_size=30)
+    small = replace(from_hf_folder(llama), vocab_size=30)
     check_vocab(load_tokenizer(llama), small)
     assert "40 token ids, the model's vocabulary 30" in caplog.text
 
@@ -484,9 +485,9 @@ def test_unsupported_configurations(llama, values, named):
 
 def test_both_spellings_of_rope(llama):
     edit_config(llama, rope_parameters=None, rope_theta=123456.0)
-    assert ModelDescription.from_hf_folder(llama).rotary_base == 123456
+    assert from_hf_folder(llama).rotary_base == 123456
     edit_config(llama, rope_parameters={"rope_theta": 500000.0, "rope_type": "default"})
-    assert ModelDescription.from_hf_folder(llama).rotary_base == 500000
+    assert from_hf_folder(llama).rotary_base == 500000
 
 
 @pytest.mark.parametrize(
@@ -501,7 +502,7 @@ def test_both_spellings_of_rope(llama):
     ],
 )
 def test_unsupported_megatron_models(llama, name, value, flag):
-    args = Namespace(**vars(to_megatron_args(ModelDescription.from_hf_folder(llama))))
+    args = Namespace(**vars(to_megatron_args(from_hf_folder(llama))))
     setattr(args, name, value)
     with pytest.raises(UnsupportedConfig, match=flag):
         from_megatron_args(args)

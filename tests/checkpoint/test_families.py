@@ -16,8 +16,8 @@ from transformers import (
 
 from megatron_dmc import LLM, SamplingParams
 from megatron_dmc.checkpoint.convert import convert
-from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.families import FAMILIES
+from megatron_dmc.checkpoint.hf_config import from_hf_config
 from megatron_dmc.checkpoint.load import full_forward, load_model, rotary_embedding
 from megatron_dmc.checkpoint.megatron_args import (
     from_megatron_args,
@@ -87,7 +87,7 @@ def test_scaled_rope_is_not_plain_rope(tmp_path):
 @pytest.mark.parametrize("size", [2, 4])
 def test_shards_join(case, size):
     """Tensor-parallel shards of every tensor, put together, are the tensor."""
-    d = ModelDescription.from_hf_config(CASES[case].to_dict() | {"architectures": None})
+    d = from_hf_config(CASES[case].to_dict() | {"architectures": None})
     for name, shape in megatron_shapes(d).items():
         whole = torch.arange(torch.Size(shape).numel()).float().view(shape)
         out = torch.empty_like(whole)
@@ -150,7 +150,7 @@ def test_megatron_flags_say_the_same(tmp_path):
     from megatron.training.arguments import add_megatron_arguments
 
     for config in CASES.values():
-        d = ModelDescription.from_hf_config(config.to_dict() | {"architectures": None})
+        d = from_hf_config(config.to_dict() | {"architectures": None})
         parser = argparse.ArgumentParser(allow_abbrev=False)
         add_megatron_arguments(parser)
         again = from_megatron_args(parser.parse_args(megatron_flags(d)))
@@ -191,7 +191,7 @@ def test_refused_before_anything_is_written(case, values, named, tmp_path):
 )
 def test_a_window_without_effect_is_no_window(case, values):
     config = CASES[case].to_dict() | {"architectures": None, "layer_types": None} | values
-    assert ModelDescription.from_hf_config(config).model_type == CASES[case].model_type
+    assert from_hf_config(config).model_type == CASES[case].model_type
 
 
 def test_absent_keys_mean_what_transformers_takes():
@@ -207,7 +207,7 @@ def test_absent_keys_mean_what_transformers_takes():
         if config.model_type in ("mistral", "mixtral", "qwen3_moe", "qwen2", "qwen3"):
             short["num_key_value_heads"] = full["num_key_value_heads"] = 2
         full["architectures"] = None
-        assert ModelDescription.from_hf_config(short) == ModelDescription.from_hf_config(full)
+        assert from_hf_config(short) == from_hf_config(full)
 
 
 def test_tensors_are_read_in_blocks(tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_dmc import LLM, SamplingParams
 from megatron_dmc.checkpoint.convert import convert, open_checkpoint
-from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.gqa import pool_kv_heads
+from megatron_dmc.checkpoint.hf_config import from_hf_folder
 from megatron_dmc.checkpoint.load import full_forward, load_model
 from megatron_dmc.checkpoint.weights import StateSource
 from megatron_dmc.cli import main as cli
@@ -65,7 +65,7 @@ def test_it_runs_in_the_engine_and_trains(tmp_path):
                str(tmp_path / "gqa")]  # fmt: skip
     assert cli.main(command) == 0
     convert(None, "hf", tmp_path / "gqa", tmp_path / "back")
-    assert ModelDescription.from_hf_folder(tmp_path / "back").num_query_groups == 2
+    assert from_hf_folder(tmp_path / "back").num_query_groups == 2
     loaded = load_model(tmp_path / "gqa")
     prompt = tokens()[0, :20]
     output = LLM(loaded, max_model_len=64, device="cpu").generate(

@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from megatron_dmc import LLM, SamplingParams
 from megatron_dmc.checkpoint.convert import convert
 from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.hf_config import from_hf_folder, plain_config
 from megatron_dmc.checkpoint.load import full_forward, load_model
 from megatron_dmc.checkpoint.remote.cache_dmc import DMCCache
-from megatron_dmc.checkpoint.remote_code import dmc_config, plain_config, write_remote_code
+from megatron_dmc.checkpoint.remote_code import dmc_config, write_remote_code
 from megatron_dmc.checkpoint.tokenizer import HuggingFaceTokenizer
 from megatron_dmc.config import DMCConfig
 
@@ -120,9 +121,7 @@ def test_folder_says_what_it_is(exported):
     assert config["architectures"] == ["DMCLlamaForCausalLM"]
     assert dmc_config(plain_config(config)) == config
     assert plain_config(config)["architectures"] == ["LlamaForCausalLM"]
-    assert ModelDescription.from_hf_folder(folder).dmc == DMCConfig.from_dict(
-        settings(merge_window=3)
-    )
+    assert from_hf_folder(folder).dmc == DMCConfig.from_dict(settings(merge_window=3))
     card = (folder / "README.md").read_text()
     for text in (
         "finetune: constant target CR",

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_dmc import LLM, SamplingParams
-from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.hf_config import from_hf_folder
 from megatron_dmc.checkpoint.remote_code import load_as_dmc
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.errors import UnsupportedConfig
@@ -58,7 +58,7 @@ def test_retrofit(tmp_path, data, lora_rank, lr):
     assert stages["retrofit"][0]["measured_cr"] < 1.6
     assert all(h["measured_cr"] > 1.9 for h in stages["finetune"][-4:])
 
-    description = ModelDescription.from_hf_folder(out)
+    description = from_hf_folder(out)
     assert description.dmc is not None
     assert (description.dmc.stage, description.dmc.noise_scale) == ("finetune", 0.0)
     assert description.dtype == torch.bfloat16

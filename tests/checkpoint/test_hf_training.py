@@ -1,6 +1,6 @@
 """Exported models are trained as Megatron's are: the same equations, loss and gradients."""
 
-import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from hf_models import VOCAB, model_of, save_with_code, tokens
 
 import megatron_dmc.ops
 from megatron_dmc.checkpoint.load import full_forward, load_model
-from megatron_dmc.checkpoint.remote import modeling_dmc, ops_dmc
+from megatron_dmc.checkpoint.remote import attention_dmc, configuration_dmc, ops_dmc
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.ops import gates
 from megatron_dmc.training.loss import compression_loss
@@ -18,14 +18,14 @@ from megatron_dmc.training.loss import compression_loss
 
 def test_settings_are_those_of_the_package():
     package = DMCConfig().to_dict()
-    others = {*modeling_dmc.NOT_HERE, "eviction_delay"}
-    assert {k: v for k, v in package.items() if k not in others} == modeling_dmc.DEFAULTS
-    assert {k: package[k] for k in modeling_dmc.NOT_HERE} == modeling_dmc.NOT_HERE
+    others = {*configuration_dmc.NOT_HERE, "eviction_delay"}
+    assert {k: v for k, v in package.items() if k not in others} == configuration_dmc.DEFAULTS
+    assert {k: package[k] for k in configuration_dmc.NOT_HERE} == configuration_dmc.NOT_HERE
     for refused in ({"policy": "evict"}, {"pool_after_rope": True}, {"hinge": "token"},
                     {"importance": "random"}):  # fmt: skip
         ((name, value),) = refused.items()
         with pytest.raises(ValueError, match=f"dmc {name} {value!r}"):
-            modeling_dmc.complete_settings(refused)
+            configuration_dmc.complete_settings(refused)
 
 
 def random_case(num_tokens=37, num_heads=4):
@@ -47,31 +47,12 @@ def assert_all_close(ours, theirs, atol=1e-11):
         torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
-def test_gates_are_the_packages():
-    q, k, _ = random_case()
-    first = torch.zeros(37, 2, dtype=torch.bool)
-    first[0] = first[9, 1] = True
-    noise = gates.logistic_noise(37, 2, seed=1, step=2, samples=[0, 1], layer=0).double()
-    assert ops_dmc.BORROWED_CHANNEL == gates.BORROWED_CHANNEL
-    logit = ops_dmc.decision_logit(k, alpha_offset=0.2)
-    expected_logit = gates.decision_logit(k, alpha_offset=0.2)
-    assert torch.equal(logit, expected_logit)
-    omega = ops_dmc.importance(q, 2, alpha_offset=0.2)
-    assert torch.equal(omega, gates.importance(q, 2, alpha_offset=0.2))
-    ours = ops_dmc.soft_gate(logit, noise, first, temperature=0.1)
-    theirs = gates.soft_gate(expected_logit, noise, temperature=0.1, starts_TB=first)
-    assert_all_close(ours, theirs, atol=0)
-    assert_all_close(gradients(ours, [k]), gradients(theirs, [k]), atol=1e-12)
-    ours = ops_dmc.hard_gate(logit, first)
-    assert_all_close(ours, gates.hard_gate(expected_logit, starts_TB=first), atol=0)
-
-
-def test_noise_is_logistic():
-    torch.manual_seed(0)
-    noise = ops_dmc.logistic_noise((200_000,), torch.device("cpu"))
-    for x in (-3.0, -1.0, 0.0, 0.5, 2.0):
-        below = float((noise < x).float().mean())
-        assert below == pytest.approx(1 / (1 + math.exp(-x)), abs=0.01)
+def test_gates_are_the_packages_file(tmp_path):
+    save_with_code(model_of(), tmp_path)
+    exported = (tmp_path / "gates_dmc.py").read_bytes()
+    assert exported == Path(gates.__file__).read_bytes()
+    assert "from .gates_dmc import" in (tmp_path / "attention_dmc.py").read_text()
+    assert not any("from megatron_dmc" in f.read_text() for f in tmp_path.glob("*.py"))
 
 
 @pytest.mark.parametrize("merge_window", [0, 1, 5, 64])
@@ -148,7 +129,7 @@ def test_training_is_that_of_megatrons_model(tmp_path, importance):
 def test_compression_loss_is_the_packages_and_part_of_the_loss():
     model = model_of(loss_weight=1.5, noise_scale=0.0).train()
     ids = tokens(3, 40)
-    state = modeling_dmc.ForwardState()
+    state = attention_dmc.ForwardState()
     model.model(ids, dmc_state=state)
     merges_B = torch.stack(list(state.merges_B.values())).sum(0)
     rate_B = merges_B / (3 * 2 * 39)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_dmc.checkpoint.convert import convert, open_checkpoint
-from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.hf_config import from_hf_config
 from megatron_dmc.checkpoint.load import build_model
 from megatron_dmc.cli import main as cli
 from megatron_dmc.errors import CheckpointError, DMCError, UnsupportedConfig
@@ -45,7 +45,7 @@ def good(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("good") / "good"
     folder.mkdir()
-    description = ModelDescription.from_hf_config(GOOD)
+    description = from_hf_config(GOOD)
     write_folder(folder, build_model(description).state_dict(), description)
     (folder / "config.json").write_text(json.dumps(GOOD))
     return folder

@@ -18,6 +18,7 @@ from megatron.core.enums import ModelType
 from megatron_dmc import LLM, SamplingParams
 from megatron_dmc.checkpoint.convert import convert
 from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.hf_config import from_hf_folder
 from megatron_dmc.checkpoint.load import LoadedModel, build_model, full_forward, load_model
 from megatron_dmc.cli import main as cli
 from megatron_dmc.config import DMCConfig
@@ -187,7 +188,7 @@ def test_released_settings_come_from_the_arguments(flags, expected, tmp_path):
     dmc = convert("dmc-release", "hf", path, tmp_path / "hf").dmc
     assert dmc is not None
     assert dmc == DMCConfig(**RELEASED.to_dict() | expected)
-    assert ModelDescription.from_hf_folder(tmp_path / "hf").dmc == dmc
+    assert from_hf_folder(tmp_path / "hf").dmc == dmc
 
 
 def test_released_checkpoint_that_does_not_say_its_target(tmp_path):

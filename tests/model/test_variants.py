@@ -10,8 +10,7 @@ import torch
 from random_models import VOCAB, random_model, retrofitted
 
 from megatron_dmc import LLM
-from megatron_dmc.checkpoint.description import ModelDescription
-from megatron_dmc.checkpoint.hf_config import hf_config
+from megatron_dmc.checkpoint.hf_config import from_hf_folder, to_hf_config
 from megatron_dmc.checkpoint.remote_code import write_remote_code
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.errors import UnsupportedConfig
@@ -134,13 +133,13 @@ def test_pooling_after_rope_is_refused_in_the_engine():
 
 def test_an_exported_folder_of_it_has_no_code(tmp_path):
     description = random_model(dmc=retrofitted(pool_after_rope=True)).description
-    (tmp_path / "config.json").write_text(json.dumps(hf_config(description)))
+    (tmp_path / "config.json").write_text(json.dumps(to_hf_config(description)))
     write_remote_code(tmp_path, description)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "config.json"]
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == "dmc_llama" and "auto_map" not in config
     assert "its engine does not run it" in (tmp_path / "README.md").read_text()
-    assert ModelDescription.from_hf_folder(tmp_path).dmc == description.dmc
+    assert from_hf_folder(tmp_path).dmc == description.dmc
 
 
 def test_settings_of_older_checkpoints_load():

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_dmc.checkpoint.hf_config import to_hf_config
 from megatron_dmc.checkpoint.megatron_args import megatron_flags
 from megatron_dmc.cli.main import main as cli
 from megatron_dmc.cli.plan import best_first, make_plans
@@ -338,7 +339,7 @@ def test_flags_fix_the_layout(capsys):
 
 
 def test_hugging_face_folder(tmp_path, capsys):
-    config = find_model("llama3-8b").to_hf_config()
+    config = to_hf_config(find_model("llama3-8b"))
     (tmp_path / "config.json").write_text(json.dumps(config))
     for path in (tmp_path, tmp_path / "config.json"):
         assert cli(["plan", "--model", str(path), "--gpus", "8", "--json"]) == 0

@@ -1,12 +1,14 @@
-"""Dynamic Memory Compression (DMC) for models of transformers: attention, loss, padding, generation.
+"""Dynamic Memory Compression (DMC) for models of transformers: decoder, loss, padding, generation.
 
-The method is in `ops_dmc.py`, the compressed cache in `cache_dmc.py`. The three need torch and
-transformers alone; the families (`modeling_dmc_llama.py` and so on) are thin classes on top.
+The gates are in `gates_dmc.py`, merge and attention in `ops_dmc.py`, the layer around them in
+`attention_dmc.py`, the compressed cache in `cache_dmc.py`, the settings in `configuration_dmc.py`.
+They need torch and transformers alone; the families (`modeling_dmc_llama.py` and so on) are thin
+classes on top.
 
-Dimension letters: T tokens, B batch, N query heads, G key/value heads, D head dim.
+Dimension letters: T tokens, B batch.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,118 +16,11 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from megatron_dmc.ops.gates import BORROWED_CHANNEL
+
+from .attention_dmc import ForwardState
 from .cache_dmc import DMCCache
-from .ops_dmc import (
-    BORROWED_CHANNEL,
-    attend,
-    decision_logit,
-    hard_gate,
-    importance,
-    logistic_noise,
-    means,
-    merge,
-    rotate,
-    soft_gate,
-)
-
-DEFAULTS: dict[str, Any] = {
-    "stage": "off",  # off, zero-out, retrofit, finetune; tokens merge in the last two
-    "target_cr": 4.0,  # tokens / cache entries to reach
-    "ramp_steps": None,  # of the training run; not used here
-    "cr_schedule": "linear",  # likewise
-    "zero_out_steps": None,  # likewise
-    "zero_out_fraction": 0.8,  # likewise
-    "alpha_offset": 5.0,  # a zeroed channel means: append
-    "temperature": 0.1,  # of the relaxed decisions in training
-    "noise_scale": 1.0,  # factor on their noise
-    "importance": "learned",  # constant: an entry is the plain mean of its tokens
-    "shared_decisions": False,  # the heads of a layer decide together
-    "merge_window": 0,  # only the latest tokens of a segment count; 0: all
-    "hinge": "sequence",  # where the compression loss stops at 0: per row, by their mean, nowhere
-    "loss_weight": 1.0,  # of the compression loss relative to the language-model loss
-}
-CHOICES = {
-    "stage": ("off", "zero-out", "retrofit", "finetune"),
-    "importance": ("learned", "constant"),
-    "hinge": ("sequence", "batch", "none"),
-}
-NOT_HERE = {"policy": "merge", "pool_after_rope": False, "merge_delay": 0}
-"""Settings that this code knows only one value of."""
-
-
-def complete_settings(dmc: dict[str, Any] | None) -> dict[str, Any]:
-    """The `dmc` of a config.json with defaults filled in.
-
-    Raises:
-        ValueError: a setting or its value is unknown, or this code has no form of it.
-    """
-    for name, only in NOT_HERE.items():
-        value = (dmc or {}).get(name, only)
-        if value != only:
-            raise ValueError(
-                f"dmc {name} {value!r}: this code knows only {only!r}; use megatron-dmc"
-            )
-    unknown = set(dmc or {}) - set(DEFAULTS) - set(NOT_HERE) - {"eviction_delay"}
-    if unknown:
-        raise ValueError(
-            f"config.json: unknown dmc settings {sorted(unknown)}; known: {', '.join(DEFAULTS)}"
-        )
-    settings = DEFAULTS | (dmc or {})
-    for name, choices in CHOICES.items():
-        if settings[name] not in choices:
-            raise ValueError(f"dmc {name} {settings[name]!r}: choose one of {', '.join(choices)}")
-    return settings
-
-
-# Loss
-
-
-@dataclass
-class ForwardState:
-    """State shared by the layers of one forward, and the merges that they report."""
-
-    first_TB: Tensor | None = None
-    """Bool: nothing stands before the token, so it cannot merge."""
-    real_TB: Tensor | None = None
-    """Bool: False for padding, which stands behind a row's tokens. None: no padding."""
-    document_TB: Tensor | None = None
-    """Number of the token's document in its row. None: a row is one document."""
-    zero_out_scale: float = 0.0
-    """Factor on the borrowed channels in the zero-out stage."""
-    with_gradient: bool = False
-    merges_B: dict[int, Tensor] = field(default_factory=dict)
-    """By layer: merged tokens, summed over tokens and KV heads, with the gates' gradient."""
-
-    def on(self, device: torch.device) -> "ForwardState":
-        """The same with its tensors on a layer's device; reports go to one place."""
-        if self.first_TB is None or self.first_TB.device == device:
-            return self
-        moved: dict[str, Any] = {
-            name: None if (tensor := getattr(self, name)) is None else tensor.to(device)
-            for name in ("first_TB", "real_TB", "document_TB")
-        }
-        return replace(self, **moved)
-
-    def report(self, layer: int, alpha_hat_TBG: Tensor) -> None:
-        """A layer's straight-through state. A recomputed layer reports the same again."""
-        if self.with_gradient and not torch.is_grad_enabled():
-            raise ValueError(
-                "DMC: re-entrant gradient checkpointing hides the decisions from the compression "
-                "loss; use gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
-        if self.real_TB is not None:
-            alpha_hat_TBG = alpha_hat_TBG * self.real_TB[..., None]
-        self.merges_B[layer] = alpha_hat_TBG.sum(dim=(0, 2))
-
-    def summary(self, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """merge_rate_B (over all layers, heads and tokens but the first), tokens, entries."""
-        assert self.first_TB is not None
-        real = torch.ones_like(self.first_TB) if self.real_TB is None else self.real_TB
-        heads = len(self.merges_B) * num_kv_heads
-        merges_B = torch.stack([m.to(self.first_TB.device) for m in self.merges_B.values()]).sum(0)
-        could_B = (real & ~self.first_TB).sum(0) * heads
-        tokens = real.sum() * heads
-        return merges_B / could_B.clamp_min(1), tokens, tokens - merges_B.detach().sum()
+from .configuration_dmc import complete_settings
 
 
 @dataclass
@@ -135,117 +30,7 @@ class DMCOutput(CausalLMOutputWithPast):
     compression_loss: Tensor | None = None
     """In training: loss_weight x mean over rows of max(0, (1 - 1 / target CR) - merge rate)."""
     measured_cr: Tensor | None = None
-    """Tokens / cache entries of the tokens of this call; in training with the noisy state."""
-
-
-# Model
-
-
-class DMCAttention(nn.Module):
-    """Forward of a DMC attention; before a family's attention class, which makes the projections."""
-
-    config: Any
-    q_proj: Any
-    k_proj: Any
-    v_proj: Any
-    o_proj: Any
-    q_norm: Any
-    k_norm: Any
-    layer_idx: int
-    head_dim: int
-    scaling: float
-    ops: Any = None
-    """Module like `megatron_dmc.ops` that computes merge and attention in training. None: this file."""
-
-    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q_TBND, k_TBGD, v_TBGD of (B, T, H) hidden states, unrotated."""
-        q, k, v = (
-            p(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
-            for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if hasattr(self, "q_norm"):  # Qwen3
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        past_key_values: DMCCache | None = None,
-        dmc_state: ForwardState | None = None,
-        **kwargs,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As the family's attention. `attention_mask` is not looked at: see `DMCModel.forward`."""
-        if dmc_state is None:
-            raise ValueError("DMC attention is called by its own model class only")
-        dmc_state = dmc_state.on(hidden_states.device)
-        q, k, v = self.project(hidden_states)
-        dmc = self.config.dmc
-        if dmc["stage"] in ("retrofit", "finetune"):
-            attended = self._compressed(
-                q, k, v, dmc, position_embeddings, past_key_values, dmc_state
-            )
-        else:
-            attended = self._plain(q, k, v, dmc, position_embeddings, past_key_values, dmc_state)
-        out, weights = attended
-        return self.o_proj(out.transpose(0, 1).flatten(2)), weights
-
-    def _plain(self, q, k, v, dmc, angles, cache, state):
-        if dmc["stage"] == "zero-out":
-            scale = q.new_ones(self.head_dim)
-            scale[BORROWED_CHANNEL] = state.zero_out_scale
-            q, k = rotate(q * scale, angles) * scale, rotate(k * scale, angles) * scale
-        else:
-            q, k = rotate(q, angles), rotate(k, angles)
-        visible = None
-        if cache is not None:
-            never = torch.zeros(k.shape[:3], dtype=torch.bool, device=k.device)
-            k, v, visible = cache.layer(self.layer_idx).update(k, v, never, state.real_TB)
-        return self._attend(q, k, v, None, visible, state)
-
-    def _compressed(self, q, k, v, dmc, angles, cache, state):
-        first, offset = state.first_TB, dmc["alpha_offset"]
-        without = torch.ones_like(q[0, 0, 0])
-        without[BORROWED_CHANNEL] = 0
-        if dmc["importance"] == "constant":
-            q = q * without
-        omega = importance(q, k.shape[2], alpha_offset=offset)
-        logit = decision_logit(k, alpha_offset=offset)
-        if dmc["shared_decisions"]:
-            logit = logit.mean(-1, keepdim=True).expand_as(logit)
-        if self.training:
-            noise = None
-            if dmc["noise_scale"]:
-                heads = 1 if dmc["shared_decisions"] else logit.shape[-1]
-                noise = logistic_noise((*logit.shape[:-1], heads), logit.device)
-                noise = noise * dmc["noise_scale"]
-            alpha, log_keep, alpha_hat = soft_gate(
-                logit, noise, first, temperature=dmc["temperature"]
-            )
-        else:
-            alpha, log_keep, alpha_hat = hard_gate(logit, first)
-        state.report(self.layer_idx, alpha_hat)
-        q, k = rotate(q * without, angles) * without, k * without
-        if cache is None:
-            k, v = (self.ops.merge if self.training and self.ops else merge)(
-                k, v, alpha, omega, merge_window=dmc["merge_window"]
-            )
-            return self._attend(q, rotate(k, angles), v, log_keep, None, state)
-        layer = cache.layer(self.layer_idx)
-        sums = layer.continue_segment(k, v, alpha, omega, dmc["merge_window"], state.real_TB)
-        k, v = means(sums, k)
-        k, v, visible = layer.update(rotate(k, angles), v, alpha > 0, state.real_TB)
-        return self._attend(q, k, v, log_keep, visible, state)
-
-    def _attend(self, q, k, v, log_keep, visible, state):
-        if self.training and self.ops and state.document_TB is None and log_keep is not None:
-            out = self.ops.training_attention(q, k, v, log_keep, softmax_scale=self.scaling)
-            return out, None
-        return attend(
-            q, k, v, log_keep, softmax_scale=self.scaling, cached_BGP=visible,
-            document_TB=state.document_TB, implementation=self.config._attn_implementation,
-        )  # fmt: skip
+    """Tokens / cache entries of the tokens of this call; in training with the noisy decisions."""
 
 
 class DMCModel(nn.Module):
@@ -413,7 +198,7 @@ class DMCForCausalLM(nn.Module):
 
     def set_dmc_ops(self, ops: Any) -> None:
         """Compute merge and attention in training with `ops.merge` and `ops.training_attention` (the
-        module `megatron_dmc.ops`: linear memory); None: with this file's."""
+        module `megatron_dmc.ops`: linear memory); None: with `ops_dmc.py`."""
         for layer in self.model.layers:
             layer.self_attn.ops = ops
 

@@ -5,7 +5,9 @@ from typing import Any
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from .modeling_dmc import DMCAttention, DMCForCausalLM, DMCModel, complete_settings
+from .attention_dmc import DMCAttention
+from .configuration_dmc import complete_settings
+from .modeling_dmc import DMCForCausalLM, DMCModel
 
 
 class DMCLlamaConfig(LlamaConfig):

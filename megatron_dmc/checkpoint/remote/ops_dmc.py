@@ -1,9 +1,8 @@
-"""Dynamic Memory Compression (DMC): gates, merge and attention, in plain PyTorch.
+"""Dynamic Memory Compression (DMC): merge and attention, in plain PyTorch.
 
 Nawrot et al., "Dynamic Memory Compression: Retrofitting LLMs for Accelerated Inference", ICML 2024,
 arXiv 2403.09636. Every token has, for each KV head, a decision (append a cache entry, or merge into the
-newest one) and an importance (its weight in the entry), both read from the borrowed channel of
-the unrotated key and queries.
+newest one) and an importance (its weight in the entry): `gates_dmc.py`.
 
 Dimension letters: T tokens, B batch, N query heads, G key/value heads, D head dim, E cache entries,
 P entries cached before these tokens, A = 2 D + 1 components of a segment's sums.
@@ -14,58 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.llama.modeling_llama import rotate_half
 
-BORROWED_CHANNEL = -1
-"""The component of each query and key head that holds a gate's logit instead of content."""
 QUERY_BLOCK = 1024
 """Queries whose scores are computed at a time: bounds the memory of masks in long prompts."""
-
-# Gates
-
-
-def decision_logit(k_TBGD: Tensor, *, alpha_offset: float) -> Tensor:
-    """`alpha_logit_t = k_t[d] - alpha_offset`, in float32 at least."""
-    return _wide(k_TBGD[..., BORROWED_CHANNEL]) - alpha_offset
-
-
-def importance(q_TBND: Tensor, num_kv_heads: int, *, alpha_offset: float) -> Tensor:
-    """`omega_t = sigmoid(mean over the group of q_t[d] + alpha_offset) + eps`."""
-    logit = _wide(q_TBND[..., BORROWED_CHANNEL]).unflatten(-1, (num_kv_heads, -1)).mean(-1)
-    return torch.sigmoid(logit + alpha_offset) + torch.finfo(q_TBND.dtype).eps
-
-
-def logistic_noise(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """The difference of two Gumbel(0, 1) draws from torch's generator, float32."""
-    uniform = torch.rand(shape, device=device)
-    eps = torch.finfo(torch.float32).tiny
-    return torch.log(uniform.clamp_min(eps)) - torch.log1p(-uniform.clamp_max(1 - 2**-24))
-
-
-def soft_gate(
-    alpha_logit_TBG: Tensor, noise_TBG: Tensor | None, first_TB: Tensor, *, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Training: `alpha = sigmoid((alpha_logit + noise) / tau)`, `log(1 - alpha)`, and the hard
-    decision with alpha's gradient (straight-through). All are 0 where `first_TB`."""
-    noisy = alpha_logit_TBG if noise_TBG is None else alpha_logit_TBG + noise_TBG
-    first = first_TB[..., None]
-    alpha = torch.sigmoid(noisy / temperature).masked_fill(first, 0.0)
-    log_keep = F.logsigmoid(-noisy / temperature).masked_fill(first, 0.0)
-    hard = ((noisy.float() > 0) & ~first).to(alpha.dtype)
-    return alpha, log_keep, hard + (alpha - alpha.detach())
-
-
-def hard_gate(alpha_logit_TBG: Tensor, first_TB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Inference: alpha is 0 or 1, `log(1 - alpha)` 0 or -inf. Compared in float32."""
-    is_merge = (alpha_logit_TBG.float() > 0) & ~first_TB[..., None]
-    alpha = is_merge.to(alpha_logit_TBG.dtype)
-    log_keep = torch.zeros_like(alpha).masked_fill(is_merge, float("-inf"))
-    return alpha, log_keep, alpha
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-# Merge and attention
 
 
 def weigh(k_TBGD: Tensor, v_TBGD: Tensor, omega_TBG: Tensor) -> Tensor:
@@ -185,7 +134,8 @@ def attend(
         keys, values = k[:, :, : num_past + stop], v[:, :, : num_past + stop]
         if implementation == "eager":
             scores = softmax_scale * q[:, :, start:stop] @ keys.transpose(2, 3) + bias
-            weights = _wide(scores).softmax(-1).to(q.dtype)
+            wide = torch.promote_types(q.dtype, torch.float32)
+            weights = scores.to(wide).softmax(-1).to(q.dtype)
             outs.append(weights @ values)
             all_weights.append(F.pad(weights, (0, num_tokens - stop)))
         else:
