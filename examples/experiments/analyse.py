@@ -8,6 +8,7 @@ ANALYSIS/RUN/MEASURE.json. Measures:
     base       perplexity of the base model in all windows, as run.py measures the arms
     cache      CR by the entries that are there, at the windows' end and over time
     eviction   H2O, TOVA and window on the base model and on the arm "continued", at two kinds of budget
+    eviction-512   the same on the base model in windows of 512, at equal memory over time
     kinds      perplexity and CR by kind of text and class of token
     gates      perplexity with hard decisions and with training's relaxed ones
     sample     a text with its decisions
@@ -148,22 +149,34 @@ def cache(run: Run, bench: Bench) -> dict[str, Any]:
     return measurements.cache(bench.model(run), bench.windows(run.length))
 
 
-def eviction(run: Run, bench: Bench, done: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _eviction(
+    run: Run, bench: Bench, done: dict[str, Any], length: int, equations: tuple[str, ...]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """One policy and budget at a time; `done` holds what an earlier call measured."""
     import measurements
     from eviction import final_budget, mean_budget
 
-    length = run.length
+    budgets = {"mean": mean_budget, "final": final_budget}
     if "none" not in done:
         yield "none", measurements.cache(bench.model(run), bench.windows(length))
-    for equation, budget_of in (("mean", mean_budget), ("final", final_budget)):
+    for equation in equations:
         for cr in CRS:
             for policy in POLICIES:
                 key = f"{policy} {equation} {cr}"
                 if key not in done:
                     yield key, {"policy": policy, "equal": equation, "cr": cr} | measurements.eviction(
-                        bench.model(run), bench.windows(length), policy, budget_of(length, cr)
+                        bench.model(run), bench.windows(length), policy, budgets[equation](length, cr)
                     )  # fmt: skip
+
+
+def eviction(run: Run, bench: Bench, done: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    return _eviction(run, bench, done, run.length, ("mean", "final"))
+
+
+def eviction_512(
+    run: Run, bench: Bench, done: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    return _eviction(run, bench, done, 512, ("mean",))
 
 
 def kinds(run: Run, bench: Bench) -> dict[str, Any]:
@@ -261,11 +274,12 @@ MEASURES: dict[str, tuple[Callable, Callable[[Run], bool], tuple[str, ...]]] = {
     "kinds": (kinds, _compared, ("kind_windows",)),
     "copying": (copying, _compared, ("copies", "kind_windows")),
     "eviction": (eviction, _plain, ("windows",)),
+    "eviction-512": (eviction_512, lambda run: run.arm is None, ("windows",)),
     "copying-evicted": (copying_evicted, _plain, ("copies", "kind_windows")),
     "tasks": (tasks, _compared, ("limit",)),
 }
 """Name: what it calls, the runs it is for, the settings that its figures depend on."""
-IN_PARTS = ("eviction", "copying-evicted")
+IN_PARTS = ("eviction", "eviction-512", "copying-evicted")
 
 
 def measure(name: str, run: Run, bench: Bench) -> None:

@@ -7,12 +7,15 @@ from matplotlib.figure import Figure
 
 from megatron_dmc.plotting import BLUE, GREEN, GRID, INK, MUTED, ORANGE
 
-SKY, PINK, GOLD = "#56b4e9", "#cc79a7", "#e69f00"
+SKY, PINK, GOLD, NAVY, TEAL = "#56b4e9", "#cc79a7", "#e69f00", "#17375e", "#7fbf7b"
 FAMILIES = {
     "DMC": (["dmc-2x", "dmc-4x", "dmc-8x"], BLUE, "o"),
+    "DMC, delay 4": ([f"delay-4-dmc-{x}x" for x in (2, 4, 8, 16)], NAVY, "p"),
+    "DMC, delay 16": ([f"delay-16-dmc-{x}x" for x in (2, 4, 8, 16)], NAVY, "*"),
     "DMC-C": (["dmc-c-4x"], SKY, "D"),
     "GQA": (["gqa-2x", "gqa-4x"], ORANGE, "s"),
-    "DMS": (["dms-4x", "dms-8x"], GREEN, "^"),
+    "DMS, delay 4": ([f"delay-4-dms-{x}x" for x in (2, 4, 8, 16)], TEAL, "<"),
+    "DMS, delay 16": (["delay-16-dms-2x", "dms-4x", "dms-8x", "delay-16-dms-16x"], GREEN, "^"),
 }
 """Trained methods: arms in order of their CR, colour, marker."""
 EVICTIONS = {

@@ -26,12 +26,12 @@ from megatron_dmc.plotting import (
 )
 
 from drawing import COLORS, DASHES, EVICTIONS, FAMILIES, Missing, grid, panels
-from results import (
+from result_data import (
     Data,
     arm_order,
+    cache_crs,
     control_of,
     deviation,
-    fewer_heads,
     group,
     load,
     mean,
@@ -43,66 +43,64 @@ from token_plots import copying, heads, kinds, sample, tokens
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _cr_axis(ax: Axes, highest: float) -> None:
-    ax.set_xscale("log", base=2)
-    ticks = [cr for cr in (1, 2, 3, 4, 6, 8, 12, 16) if cr <= 1.3 * highest]
-    ax.xaxis.set_major_locator(FixedLocator(ticks))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}x"))
-
-
-def _family_points(data: Data, arms: list[str], which: str) -> list[tuple[float, float, float]]:
-    """(CR, perplexity / continued's, its deviation) of the arms that have run."""
-    control = mean(values(data, "continued", 256, "perplexity"))
+def _family_points(data: Data, arms: list[str], length: int) -> list[tuple[float, float, float]]:
+    """(CR over time, perplexity / continued's, its deviation) of the arms that have run."""
+    control = mean(values(data, "continued", length, "perplexity"))
     points = []
     for arm in arms:
-        perplexities = values(data, arm, 256, "perplexity")
-        if not perplexities or control is None:
-            continue
-        factor = fewer_heads(data, arm)
-        cr = mean(factor * found[which] for found in measured(data, arm, "cache"))
-        if cr is None and data["arms"][arm]["arm"].get("policy") == "evict":
-            continue  # its decisions say less than its cache holds
-        cr = cr or mean(values(data, arm, 256, "cr"))
-        assert cr is not None
-        points.append((cr, mean(perplexities) / control, deviation(perplexities) / control))
+        perplexities, crs = values(data, arm, length, "perplexity"), cache_crs(data, arm, length)
+        if perplexities and crs and control is not None:
+            points.append(
+                (mean(crs), mean(perplexities) / control, deviation(perplexities) / control)
+            )
     return points
 
 
+def _evicted_points(data: Data, policy: str, length: int) -> list[tuple[float, float]]:
+    """(CR over time, perplexity / that of the same model with its whole cache), means over seeds."""
+    found = measured(data, "continued", "eviction") if length == 256 else (
+        measured(data, "base", f"eviction-{length}")
+    )  # fmt: skip
+    rows: dict[float, list[float]] = {}
+    for result in found:
+        for row in result.values():
+            if row.get("policy") == policy:
+                relative = row["perplexity"] / result["none"]["perplexity"]
+                rows.setdefault(row["mean_cr"], []).append(relative)
+    return [(cr, statistics.mean(rows[cr])) for cr in sorted(rows)]
+
+
 def quality(data: Data) -> Figure:
-    """Perplexity against CR, over time and at the end."""
-    if not any(_family_points(data, arms, "mean_cr") for arms, *_ in FAMILIES.values()):
+    """Perplexity against the memory of the cache, summed over a window's tokens."""
+    if not any(_family_points(data, arms, 256) for arms, *_ in FAMILIES.values()):
         raise Missing("no compressed arm to compare with `continued`")
-    figure, axes = panels(10, 4.4, 2, sharey=True)
-    titles = {"mean_cr": "CR over time: tokens / entries, both summed over the window",
-              "final_cr": "CR at the window's end"}  # fmt: skip
-    for ax, (which, title) in zip(axes, titles.items(), strict=True):
-        highest = 8.0
+    figure, axes = panels(11, 4.8, 2, sharey=True)
+    for ax, length in zip(axes, (256, 512), strict=True):
         for label, (arms, color, marker) in FAMILIES.items():
-            if points := _family_points(data, arms, which):
+            if points := _family_points(data, arms, length):
                 x, y, error = zip(*points, strict=True)
-                ax.errorbar(x, y, error, label=label, color=color, marker=marker, ms=6, lw=1.6,
-                            capsize=3)  # fmt: skip
-                highest = max(highest, *x)
-        for result in measured(data, "continued", "eviction")[:1]:
-            plain = result["none"]["perplexity"]
-            for policy, (label, color, marker) in EVICTIONS.items():
-                rows = sorted((r for r in result.values() if r.get("policy") == policy),
-                              key=lambda r: r["budget"], reverse=True)  # fmt: skip
-                ax.plot([r[which] for r in rows], [r["perplexity"] / plain for r in rows],
-                        label=f"{label}, untrained", color=color, marker=marker, ms=6, lw=1.2,
-                        ls=(0, (3, 2)))  # fmt: skip
-                highest = max([highest, *(r[which] for r in rows)])
+                ax.errorbar([100 / cr for cr in x], y, error, label=label, color=color,
+                            marker=marker, ms=7, lw=1.6, capsize=3)  # fmt: skip
+        for policy, (label, color, marker) in EVICTIONS.items():
+            if evicted := _evicted_points(data, policy, length):
+                x, y = zip(*evicted, strict=True)
+                ax.plot([100 / cr for cr in x], y, label=f"{label}, untrained", color=color,
+                        marker=marker, ms=6, lw=1.2, ls=(0, (3, 2)))  # fmt: skip
         ax.axhline(1, color=INK, lw=1.2, label="uncompressed, trained on")
-        base = mean(r["perplexity"] for r in measured(data, "base", "cache"))
-        control = mean(r["perplexity"] for r in measured(data, "continued", "cache"))
+        base = mean(r[str(length)]["perplexity"] for r in measured(data, "base", "base"))
+        control = mean(values(data, "continued", length, "perplexity"))
         if base and control:
             ax.axhline(base / control, color=MUTED, lw=1.2, ls=(0, (1, 2)), label="base model")
-        _cr_axis(ax, highest)
-        ax.set_xlim(0.93, 1.1 * highest)
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_locator(FixedLocator([6.25, 12.5, 25, 50, 100]))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g} %"))
+        ax.invert_xaxis()
         grid(ax)
-        ax.set_xlabel(title)
+        ax.set_title(f"windows of {length} tokens")
+        ax.set_xlabel("cache bytes over time / uncompressed (CR 4 is 25 %)")
     axes[0].set_ylabel("held-out perplexity / uncompressed model's")
+    axes[0].set_ylim(0.985, 1.2)  # the untrained policies' far ends would flatten everything else
     axes[0].legend(fontsize=9)
     return figure
 

@@ -28,7 +28,8 @@ from megatron_dmc.cli.main import main as cli
 from megatron_dmc.quiet import silence_optional_packages
 
 import demo
-import results
+import result_data
+import result_tables
 
 type Arm = dict[str, Any]
 
@@ -230,11 +231,11 @@ def run_side_by_side(
 
 def table(output: Path) -> str:
     """Markdown: of each group, mean and spread over seeds of the arms that have run."""
-    data = results.collect(output, output / "analysis")
+    data = result_data.collect(output, output / "analysis")
     if not data["arms"]:
         sys.exit(f"{output}: no arm has been run there")
     groups = dict.fromkeys(entry["arm"]["group"] for entry in data["arms"].values())
-    return "\n\n".join(f"### {name}\n\n{results.group_table(data, name)}" for name in groups)
+    return "\n\n".join(f"### {name}\n\n{result_tables.group_table(data, name)}" for name in groups)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from megatron_dmc.plotting import BLUE, HEAT, INK, MUTED, heat_text_colour, hide_spines
 
 from drawing import COLORS, DASHES, EVICTIONS, FAMILIES, Missing, grid, panels
-from results import Data, deviation, mean, measured
+from result_data import Data, deviation, mean, measured
 
 WARM = LinearSegmentedColormap.from_list("merge", ["#ffffff", "#f6c89f", "#d9772b"])
 

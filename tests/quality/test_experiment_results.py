@@ -25,7 +25,8 @@ import plots
 import analyse
 import eviction
 import measurements
-import results
+import result_data
+import result_tables
 import texts
 import token_classes
 
@@ -278,12 +279,13 @@ def test_nothing_is_measured_twice_and_parts_are_kept(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         analyse.measure("eviction", run, bench)
     assert (
-        "eviction" not in results.collect(tmp_path / "none", tmp_path)["measured"]["dmc-4x-seed1"]
+        "eviction"
+        not in result_data.collect(tmp_path / "none", tmp_path)["measured"]["dmc-4x-seed1"]
     )
     for _ in range(2):
         analyse.measure("eviction", run, bench)
     assert calls[3:] == ["a", "b", "b", "c"]
-    found = results.collect(tmp_path / "none", tmp_path)["measured"]["dmc-4x-seed1"]
+    found = result_data.collect(tmp_path / "none", tmp_path)["measured"]["dmc-4x-seed1"]
     assert list(found["eviction"]) == ["a", "b", "c"] and found["whole"] == {"value": 1}
 
 
@@ -332,34 +334,75 @@ def runs_on_disk(folder: Path) -> None:
 
 def test_file_and_tables_of_a_folder(tmp_path):
     runs_on_disk(tmp_path)
-    data = results.collect(tmp_path, tmp_path / "analysis")
-    results.save(data, tmp_path / "metrics.json")
-    data = results.load(tmp_path / "metrics.json")
+    data = result_data.collect(tmp_path, tmp_path / "analysis")
+    result_data.save(data, tmp_path / "metrics.json")
+    data = result_data.load(tmp_path / "metrics.json")
     assert set(data["arms"]["dmc-4x"]["runs"]) == {"1", "2"}
     assert "eviction" not in data["measured"].get("base", {}), "an unfinished measurement"
     assert len(data["arms"]["dmc-4x"]["runs"]["1"]["heads"]) == 4
     assert (tmp_path / "metrics.json").stat().st_size < 20_000
-    table = results.group_table(data, "quality").splitlines()
-    assert table[0] == "| arm | seeds | CR at 256 | perplexity at 256 | / continued |"
-    assert "| gqa-4x | 2 | 4.00 ± 0.00 | 5.750 ± 0.354 | 1.000 |" in table
-    assert "| dmc-4x | 2 | 4.00 ± 0.00 | 6.050 ± 0.354 | 1.052 |" in table
+    table = result_tables.group_table(data, "quality").splitlines()
+    assert (
+        table[0]
+        == "| arm | seeds | CR at 256 | cache CR at 256 | perplexity at 256 | / continued |"
+    )
+    assert "| gqa-4x | 2 | 4.00 ± 0.00 | 4.00 ± 0.00 | 5.750 ± 0.354 | 1.000 |" in table
+    assert "| dmc-4x | 2 | 4.00 ± 0.00 | 4.00 ± 0.00 | 6.050 ± 0.354 | 1.052 |" in table
     assert "ablation" not in " ".join(table)
-    rows = results.group_table(data, "ablation").splitlines()
+    rows = result_tables.group_table(data, "ablation").splitlines()
     assert rows[0].endswith("/ ablation-control |") and len(rows) == 4
-    lines = results.baselines_table(data).splitlines()
+    lines = result_tables.baselines_table(data).splitlines()
     assert "| continued | tova, 34 entries | 4.04 | 7.53 | 6.600 | 1.200 |" in lines
     assert "| dmc-4x | trained | 3.90 | 3.90 | 5.900 | 1.073 |" in lines
-    assert set(results.tables(data)) == {"quality", "ablation", "baselines"}
+    assert set(result_tables.tables(data)) == {"quality", "ablation", "baselines"}
+
+
+def test_a_folder_adds_to_a_file(tmp_path):
+    runs_on_disk(tmp_path)
+    data = result_data.collect(tmp_path, tmp_path / "analysis")
+    known = json.loads(json.dumps(data))
+    del known["arms"]["dmc-4x"]["runs"]["2"], known["arms"]["gqa-4x"]
+    known["measured"].pop("dmc-4x-seed1")
+    result_data.add(known, data)
+    assert known == data | {"arms": known["arms"], "measured": known["measured"]}
+    assert {n: set(e["runs"]) for n, e in known["arms"].items()} == {
+        n: set(e["runs"]) for n, e in data["arms"].items()
+    }
+    assert known["measured"]["dmc-4x-seed1"] == data["measured"]["dmc-4x-seed1"]
+    known["arms"]["dmc-4x"]["arm"]["target_cr"] = 2.0
+    with pytest.raises(SystemExit, match="dmc-4x: the file's runs had other settings"):
+        result_data.add(known, data)
+
+
+def test_cache_cr_of_an_arm_with_a_delay():
+    at_256 = {"256": {"perplexity": 5.0, "cr": 4.0, "cache_cr": 3.0}}
+    old = {"256": {"perplexity": 5.0, "cr": 4.0}, "512": {"perplexity": 5.0, "cr": 4.0}}
+    dms = {"group": "quality", "kind": "dmc", "policy": "evict", "merge_window": 0}
+    data = {
+        "arms": {
+            "new": {"arm": {"group": "quality", "kind": "dmc"}, "runs": {"1": {"lengths": at_256}}},
+            "dmc": {"arm": {"group": "quality", "kind": "dmc"}, "runs": {"1": {"lengths": old}}},
+            "dms": {"arm": dms, "runs": {"1": {"lengths": old}}},
+        },
+        "measured": {"dms-seed1": {"cache": {"mean_cr": 2.9}}},
+    }
+    assert result_data.cache_crs(data, "new", 256) == [3.0]
+    assert result_data.cache_crs(data, "dmc", 512) == [4.0], "no delay: the decisions are the cache"
+    assert result_data.cache_crs(data, "dms", 256) == [2.9]
+    assert result_data.cache_crs(data, "dms", 512) == [], "not measured"
+    rows = result_tables.group_table(data | {"num_kv_heads": 8}, "quality").splitlines()
+    assert rows[0].startswith("| arm | seeds | CR at 256 | cache CR at 256 | perplexity at 256 |")
+    assert any(row.startswith("| dms | 1 | 4.00 | 2.90 | 5.000 |") for row in rows)
 
 
 def test_figures_are_drawn_or_named(tmp_path):
     runs_on_disk(tmp_path)
-    data = results.collect(tmp_path, tmp_path / "analysis")
+    data = result_data.collect(tmp_path, tmp_path / "analysis")
     skipped = plots.draw(data, tmp_path / "pictures", ["quality", "ablations", "sample", "length"])
     drawn = {file.name: file.read_text() for file in (tmp_path / "pictures").iterdir()}
     assert set(drawn) == {"results-quality.svg", "results-ablations.svg"}
     assert [line.split(":")[0] for line in skipped] == ["sample", "length"]
-    for text in ("DMC", "GQA", "TOVA, untrained", "CR at the window", "perplexity / uncompressed"):
+    for text in ("DMC", "GQA", "TOVA, untrained", "windows of 512", "perplexity / uncompressed"):
         assert text in drawn["results-quality.svg"], text
     assert "window-0" in drawn["results-ablations.svg"]
     again = tmp_path / "again"
