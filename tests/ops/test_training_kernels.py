@@ -43,15 +43,15 @@ def cases_to_compile():
 @pytest.mark.parametrize("full_size", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_kernels_compile_without_a_gpu(full_size):
     """For an A100 and an H100; in full size with their registers and spills in the test's output."""
-    from megatron_dmc.ops.triton import merge as kernels
+    from megatron_dmc.ops.triton import merge, merge_kernels
 
     for capability, dtype, name, direction in cases_to_compile():
         if not full_size and (capability, dtype) not in ((80, "fp32"), (90, "bf16")):
             continue
         window = 12 if name == "windowed" else 0
-        tiling = kernels.Tiling(32 if window else 16, 16, num_warps=2, num_stages=2)
+        tiling = merge.Tiling(32 if window else 16, 16, num_warps=2, num_stages=2)
         if full_size:
-            tiling = kernels.default_tiling(
+            tiling = merge.default_tiling(
                 128, window, backward=direction == "backward", capability=capability // 10
             )
         constants = dict(
@@ -63,7 +63,7 @@ def test_kernels_compile_without_a_gpu(full_size):
             constants["STAGES"] = tiling.num_stages
             if direction == "forward":
                 constants["SAVE"] = True
-        kernel = getattr(kernels, f"{name}_{direction}_kernel")
+        kernel = getattr(merge_kernels, f"{name}_{direction}_kernel")
         compiled = compile_for(kernel, capability, dtype, tiling.num_warps, **constants)
         assert len(compiled.asm["cubin"]) > 0
         if full_size:
