@@ -1,5 +1,6 @@
 """Tensor parallel engines over gloo: the tokens and entries of one process, and a rank that dies."""
 
+import functools
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,40 +18,53 @@ from megatron_dmc.checkpoint.load import build_model
 from megatron_dmc.cli.main import main
 from megatron_dmc.errors import UnsupportedConfig
 
+DMC = {
+    "": retrofitted(),
+    "delay": retrofitted(merge_delay=4),
+    "dms": retrofitted(policy="evict", eviction_delay=3),
+}
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A model of four KV heads in a folder, and what one process does with it."""
-    folder = tmp_path_factory.mktemp("tp")
-    loaded = random_model(4, dmc=retrofitted(), dtype=torch.float32)
-    write_folder(folder, loaded.model.state_dict(), loaded.description)
+    """A model of four KV heads in a folder, and what one process does with it, by the key of `DMC`."""
+
+    @functools.cache
+    def of(variant):
+        folder = tmp_path_factory.mktemp("tp")
+        loaded = random_model(4, dmc=DMC[variant], dtype=torch.float32)
+        write_folder(folder, loaded.model.state_dict(), loaded.description)
+        return folder, {name: alone(folder, name) for name in ("auto", "int8")}
+
+    return of
+
+
+def alone(folder, kv_cache_dtype):
     params = [
         SamplingParams(temperature=0, max_tokens=12)
         if i % 2
         else SamplingParams(max_tokens=12, seed=i)
         for i in range(6)
     ]
-    alone = {}
-    for kv_cache_dtype in ("auto", "int8"):
-        llm = LLM(
-            str(folder), dtype="float64", block_size=4, max_model_len=64, max_num_seqs=4,
-            kv_cache_dtype=kv_cache_dtype, device="cpu",
-        )  # fmt: skip
-        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts()], params, use_tqdm=False)
-        alone[kv_cache_dtype] = ([o.outputs[0].token_ids for o in outputs], llm.stats())
-    return folder, alone
+    llm = LLM(
+        str(folder), dtype="float64", block_size=4, max_model_len=64, max_num_seqs=4,
+        kv_cache_dtype=kv_cache_dtype, device="cpu",
+    )  # fmt: skip
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts()], params, use_tqdm=False)
+    return [o.outputs[0].token_ids for o in outputs], llm.stats()
 
 
 def check(saved, size, mode, **kwargs):
-    folder, alone = saved
-    tokens, stats = alone["int8" if "int8" in mode else "auto"]
+    mode, _, variant = mode.partition("/")
+    folder, of_one_process = saved(variant)
+    tokens, stats = of_one_process["int8" if "int8" in mode else "auto"]
     result, codes, text = launch(folder, size, mode, **kwargs)
     assert set(codes) == {0}, text
     assert result["tokens"] == tokens
     assert result["in_use"] == 0 and result["alive"] == []
     if mode == "cached":
         # the same prompts a second time: all ranks keep and drop the same prefixes
-        assert result["hits"] > 0 < result["reclaimed"]
+        assert result["hits"] > 0 and (variant or result["reclaimed"] > 0)
     else:
         assert result["entries"] == stats.entries_LG
     if mode in ("short", "own"):
@@ -64,6 +78,9 @@ def check(saved, size, mode, **kwargs):
         pytest.param(2, "plenty", marks=pytest.mark.exhaustive),
         (2, "short-int8"),
         (2, "cached"),
+        (2, "cached/delay"),
+        (2, "short/delay"),
+        (2, "short/dms"),
         (4, "short"),
     ],
 )
@@ -81,9 +98,9 @@ def test_processes_of_its_own_do_the_same(saved, size):
 @pytest.mark.dist
 def test_a_request_that_fails_on_rank_0_ends_on_all(saved):
     """The other rank does not see the failure; both continue with one schedule."""
-    result, codes, text = launch(saved[0], 2, "failed")
+    result, codes, text = launch(saved("")[0], 2, "failed")
     assert set(codes) == {0}, text
-    tokens, _ = saved[1]["auto"]
+    tokens, _ = saved("")[1]["auto"]
     assert result["errors"].pop(2).endswith("KeyError: 'injected'") and not any(result["errors"])
     assert result["tokens"].pop(2) == tokens[2][:3]
     assert result["tokens"] == tokens[:2] + tokens[3:] and result["in_use"] == 0
@@ -91,7 +108,7 @@ def test_a_request_that_fails_on_rank_0_ends_on_all(saved):
 
 @pytest.mark.dist
 def test_a_killed_rank_ends_the_engine_at_once(saved):
-    result, codes, text = launch(saved[0], 2, "killed")
+    result, codes, text = launch(saved("")[0], 2, "killed")
     assert codes == [0, -9], text
     assert "rank 1 does not respond" in result["error"], text
     assert result["seconds"] < 30
@@ -99,7 +116,7 @@ def test_a_killed_rank_ends_the_engine_at_once(saved):
 
 @pytest.mark.dist
 def test_a_stopped_rank_is_noticed_after_the_timeout(saved):
-    result, codes, text = launch(saved[0], 2, "stopped", launcher=False)
+    result, codes, text = launch(saved("")[0], 2, "stopped", launcher=False)
     assert codes == [0], text
     assert "rank 1 does not respond" in result["error"], text
     assert TIMEOUT_S < result["seconds"] < TIMEOUT_S + 15

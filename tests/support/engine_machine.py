@@ -2,7 +2,8 @@
 
 After every step the pages are counted: free + held = total, every page has the owners that name it, and
 the page that a head writes to has one. Every finished request's tokens are those of running it alone;
-an aborted one's are their beginning. Some engines run decode steps as if captured.
+an aborted one's are their beginning. Some engines run decode steps as if captured. Models merge at once or after
+a delay, or evict (`MODELS`).
 
 `python tests/support/engine_machine.py --examples 300 --steps 100` runs it longer than the tests do.
 """
@@ -36,6 +37,15 @@ KINDS = [
 ]
 """(prompt, max_tokens, seed or greedy)."""
 
+MODELS = {
+    "w=0": dmc_config(),
+    "w=1": dmc_config(merge_delay=1),
+    "w=16": dmc_config(merge_delay=16),
+    "dms": dmc_config(policy="evict", eviction_delay=3),
+}
+SHARES_PREFIXES = ("w=0", "w=16")
+"""A ring of whole pages can be cached."""
+
 totals = {"steps": 0, "finished": 0, "preempted": 0, "hits": 0, "replays": 0}
 
 
@@ -47,8 +57,8 @@ def params_of(kind):
 
 
 @cache
-def alone(kind):
-    engine = make_engine(dmc_config(), max_num_batched_tokens=64)
+def alone(model, kind):
+    engine = make_engine(MODELS[model], max_num_batched_tokens=64)
     engine.add_request("x", KINDS[kind][0], params_of(kind))
     return drain(engine)["x"].outputs[0].token_ids
 
@@ -70,14 +80,16 @@ class EngineMachine(RuleBasedStateMachine):
         budget=st.sampled_from([1, 5, 16, 40]),
         prefixes=st.booleans(),
         policy=st.sampled_from(["fcfs", "priority"]),
+        model=st.sampled_from(list(MODELS)),
     )
-    def make(self, num_pages, budget, prefixes, policy):
+    def make(self, num_pages, budget, prefixes, policy, model):
+        self.model = model
         self.engine = make_engine(
-            dmc_config(), num_pages=num_pages, max_num_batched_tokens=budget, max_num_seqs=3,
-            enable_prefix_caching=prefixes, prefix_block_size=4, scheduling_policy=policy,
-            priority_reach=2,
+            MODELS[model], num_pages=num_pages, max_num_batched_tokens=budget, max_num_seqs=3,
+            enable_prefix_caching=prefixes and model in SHARES_PREFIXES, prefix_block_size=4,
+            scheduling_policy=policy, priority_reach=2,
         )  # fmt: skip
-        if num_pages % 2:
+        if num_pages % 2 and self.engine.context.store.is_capturable:
             self.engine.runner.capture([1, 2], run_again, progress=False)
         self.priorities = policy == "priority"
         self.kinds: dict[str, int] = {}
@@ -100,7 +112,7 @@ class EngineMachine(RuleBasedStateMachine):
             outputs = self.engine.step()
             totals["steps"] += 1
             for output in outputs:
-                want = alone(self.kinds[output.request_id])
+                want = alone(self.model, self.kinds[output.request_id])
                 got = output.outputs[0].token_ids
                 assert got == want[: len(got)]
                 if output.finished:
@@ -115,7 +127,7 @@ class EngineMachine(RuleBasedStateMachine):
             request_id = data.draw(st.sampled_from(sorted(self.kinds)))
             output = self.engine.abort_request(request_id)
             got = output.outputs[0].token_ids
-            assert got == alone(self.kinds.pop(request_id))[: len(got)]
+            assert got == alone(self.model, self.kinds.pop(request_id))[: len(got)]
 
     @rule()
     def preempt(self):

@@ -14,7 +14,6 @@ from layout_worker import run_job
 BOUND = 1e-6
 
 MHA_WINDOW = ["--kv-heads=4", "--merge-window=3"]
-DELAY = ["--merge-delay=3"]
 TIED = ["--tied"]
 BF16 = ["--bf16"]
 TEACHER = ["--teacher=other"]
@@ -37,9 +36,10 @@ LAYOUTS: dict[str, tuple[int, list[str], list[str]]] = {
     "cp2-per-token-loss": (2, ["--cp=2", "--per-token-loss"], []),
     "cp2-evict": (2, ["--cp=2"], ["--evict"]),
     "tp2-sp-evict-packed": (2, ["--tp=2", "--sp"], ["--evict", "--packed"]),
-    "cp2-merge-delay-recompute": (2, ["--cp=2", "--recompute=selective"], DELAY),
-    "tp2-sp-merge-delay-packed": (2, ["--tp=2", "--sp"], [*DELAY, "--packed"]),
-    "pp2-merge-delay": (2, ["--pp=2"], [*DELAY, *MHA_WINDOW]),
+    "cp2-merge-delay-recompute": (2, ["--cp=2", "--recompute=selective"], ["--merge-delay=16"]),
+    "tp2-sp-merge-delay-packed": (
+        2, ["--tp=2", "--sp"], ["--merge-delay=1", "--packed"]),
+    "pp2-merge-delay": (2, ["--pp=2"], ["--merge-delay=3", *MHA_WINDOW]),
     "cp2-packed": (2, ["--cp=2"], ["--packed"]),
     "cp2-packed-after-rope-constant-importance": (
         2, ["--cp=2"], ["--packed", "--pool-after-rope", "--importance=constant"]),
