@@ -155,9 +155,9 @@ def _cuda(op: str) -> Any:
 
 
 def _cpu(op: str) -> Any:
-    from megatron_dmc.ops.cpu import decode, pages
+    from megatron_dmc.ops.cpu import decode, linear, pages
 
-    return {"decode": decode, "pages": pages}[op]
+    return {"decode": decode, "linear": linear, "pages": pages}[op]
 
 
 def _triton(op: str) -> Any:
@@ -188,3 +188,6 @@ MERGE = Op("merge", triton=TRITON, torch=PYTORCH)
 
 DIAGONAL = Op("diagonal", triton=TRITON, torch=PYTORCH)
 """`ops.training.diagonal`: (q)."""
+
+LINEAR = Op("linear", cpu=CPU, torch=PYTORCH)
+"""Products of weights in inference, `model.linear`: (weight)."""

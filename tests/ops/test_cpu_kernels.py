@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_tools import run_cases
+from random_models import random_model
 
+from megatron_dmc import LLM, SamplingParams
 from megatron_dmc.ops import cpu
-from megatron_dmc.ops.backends import DECODE
+from megatron_dmc.ops.backends import DECODE, LINEAR
+from megatron_dmc.ops.cpu import linear
 from megatron_dmc.ops.paged import decode
 from megatron_dmc.ops.testing import decode_case
 
@@ -125,3 +128,70 @@ def test_extension_is_built(tmp_path):
     use = f"import torch; torch.ops.load_library({str(built)!r}); print(torch.ops.megatron_dmc_cpu.instruction_set())"
     result = subprocess.run([sys.executable, "-c", use], check=True, capture_output=True, text=True)
     assert result.stdout.strip() in ("avx2", "avx512", "avx512_bf16", "default", "")
+
+
+@needs_extension
+@pytest.mark.parametrize("shape", [(4, 32), (20, 96), (64, 4096)])
+def test_linear_sums_in_float32_whatever_is_next_to_a_row(shape):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator).bfloat16()
+    # rows that lie apart, more than a block of them for the widest
+    x = torch.randn(53, 2 * shape[1], generator=generator).bfloat16()[:, : shape[1]]
+    out = linear.linear(x, weight)
+    exact = x.double() @ weight.double().T
+    error = (out.double() - exact).abs()
+    assert bool((error <= exact.abs() / 256 + 1e-5 * shape[1]).all()), "half a unit of bfloat16"
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(linear.linear(x[None, 17:19], weight)[0], out[17:19])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_extension
+def test_linear_layers_of_an_engine_use_the_kernel(monkeypatch):
+    """Of a model in bfloat16, where the CPU does not multiply it; logits stay near those of PyTorch."""
+    calls = []
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+
+    def counted(x, weight, product=linear.linear):
+        calls.append(tuple(weight.shape))
+        return product(x, weight)
+
+    monkeypatch.setattr(linear, "linear", counted)
+    logits = {}
+    for backend in ("torch", "cpu"):
+        monkeypatch.setenv("DMC_LINEAR_BACKEND", "torch" if backend == "torch" else "")
+        loaded = random_model(2)
+        loaded.model.to(torch.bfloat16)
+        llm = LLM(loaded, device="cpu")
+        params = SamplingParams(temperature=0, max_tokens=4, logprobs=5)
+        prompt = {"prompt_token_ids": list(range(1, 20))}
+        (output,) = llm.generate([prompt], params, use_tqdm=False)
+        logits[backend] = output.outputs[0].logprobs[0]
+        assert bool(calls) == (backend == "cpu")
+    # of the MLP the first projection alone: the second has 48 inputs
+    assert len(set(calls)) == 4, "the projections, and the logits"
+    for token, found in logits["cpu"].items():
+        assert abs(found.logprob - logits["torch"][token].logprob) < 0.05
+    with torch.enable_grad():
+        calls.clear()
+        layer = llm.engine.runner.model.decoder.layers[0].mlp.linear_fc1
+        layer(torch.zeros(1, 1, layer.weight.shape[1], dtype=torch.bfloat16))
+    assert not calls, "gradients are PyTorch's"
+
+
+def test_linear_kernel_says_what_it_leaves_to_pytorch(monkeypatch):
+    weight = torch.zeros(8, 64, dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(linear, "absence", lambda: "")
+    for given, reason in (
+        (weight, "multiplies bfloat16 natively"),
+        (weight.float(), "dtype torch.float32; only bfloat16"),
+    ):
+        assert LINEAR.choose(given) == "torch"
+        with pytest.raises(ValueError, match=reason):
+            LINEAR.choose(given, backend="cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert "multiples of 4 x 32" in linear.refusal(weight[:, :40])

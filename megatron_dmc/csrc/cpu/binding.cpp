@@ -117,6 +117,23 @@ void paged_decode_attention(const Tensor& q, const Tensor& k_pages, const Tensor
   });
 }
 
+void linear(const Tensor& x, const Tensor& weight, const Tensor& out) {
+  check_shape(weight, "weight", {kAny, kAny});
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  check_shape(x, "x", {kAny, inputs});
+  check_shape(out, "out", {x.size(0), outputs});
+  for (const auto& [tensor, name] : {std::pair{&x, "x"}, {&weight, "weight"}, {&out, "out"}})
+    check_dtype(*tensor, name, ScalarType::BFloat16);
+  check_last_dense(x, "x");
+  TORCH_CHECK_VALUE(weight.is_contiguous() && out.is_contiguous(), "weight and out must be contiguous");
+  TORCH_CHECK_VALUE(inputs % dmc::cpu::kDimStep == 0 && outputs % 4 == 0, "weight is ", outputs, " x ", inputs,
+                    "; the kernel takes multiples of 4 outputs and ", dmc::cpu::kDimStep, " inputs");
+  check_devices({{"x", x}, {"weight", weight}, {"out", out}});
+  TORCH_CHECK_VALUE(choice().kernels, "the CPU kernels are built for AVX2 and later; this machine has none of it");
+  choice().kernels->linear({data<dmc::bf16>(x), data<dmc::bf16>(weight), data<dmc::bf16>(out), x.size(0),
+                            inputs, outputs, x.stride(0)});
+}
+
 void release_pages(const Tensor& ids, const Tensor& free_ids, const Tensor& free_state,
                    const Tensor& extra_owners) {
   check_shape(ids, "page_ids", {kAny, kAny});
@@ -156,12 +173,14 @@ TORCH_LIBRARY(megatron_dmc_cpu, m) {
   m.def(
       "release_pages(Tensor(a!) page_ids, Tensor(b!) free_page_ids, Tensor(c!) free_state, "
       "Tensor(d!) num_extra_owners) -> ()");
+  m.def("linear(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
   m.def("instruction_set() -> str");
 }
 
 TORCH_LIBRARY_IMPL(megatron_dmc_cpu, CompositeExplicitAutograd, m) {
   m.impl("decode_append", &decode_append);
   m.impl("paged_decode_attention", &paged_decode_attention);
+  m.impl("linear", &linear);
   m.impl("release_pages", &release_pages);
   m.impl("instruction_set", &instruction_set);
 }

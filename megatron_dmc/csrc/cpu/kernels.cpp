@@ -2,12 +2,13 @@
 #include "cpu/append.h"
 #include "cpu/attention.h"
 #include "cpu/kernels.h"
+#include "cpu/linear.h"
 
 #define DMC_NAME_(capability) kernels_##capability
 #define DMC_NAME(capability) DMC_NAME_(capability)
 
 namespace dmc::cpu {
 
-const Kernels DMC_NAME(CPU_CAPABILITY) = {{&append, &attend}, {&append, &attend}};
+const Kernels DMC_NAME(CPU_CAPABILITY) = {{&append, &attend}, {&append, &attend}, &linear};
 
 }  // namespace dmc::cpu

@@ -19,6 +19,14 @@ struct AttentionParams {
   float scale;
 };
 
+// Rows of x may lie apart, and `out` is dense. K is a multiple of kDimStep, N of 4.
+struct LinearParams {
+  const bf16* x_MK;
+  const bf16* w_NK;
+  bf16* out_MN;
+  int64_t num_rows, num_inputs, num_outputs, x_stride;
+};
+
 template <class T>
 struct KernelsOf {
   void (*append)(const AppendParams<T>&);
@@ -28,6 +36,7 @@ struct KernelsOf {
 struct Kernels {
   KernelsOf<float> of_float;
   KernelsOf<bf16> of_bf16;
+  void (*linear)(const LinearParams&);
 };
 
 // Limits.

@@ -21,7 +21,7 @@ __all__ = ["decode_append", "paged_decode_attention", "plan", "refusal"]
 @functools.cache
 def operators():
     """`torch.ops.megatron_dmc_cpu`, with versions without data for torch.compile: operators return nothing."""
-    for name in ("decode_append", "paged_decode_attention", "release_pages"):
+    for name in ("decode_append", "linear", "paged_decode_attention", "release_pages"):
         torch.library.register_fake(f"megatron_dmc_cpu::{name}", lambda *args, **kwargs: None)
     return torch.ops.megatron_dmc_cpu
 
