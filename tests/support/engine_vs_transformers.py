@@ -80,7 +80,7 @@ def compare(count, max_tokens, model="base", **options):
 
 
 def with_full_forward(model, prompts, completions):
-    """What a full forward says to every token of the completions: they are right if it is the same."""
+    """The full forward's tokens in place of each completion's: a right completion has the same."""
     results = []
     for prompt, completion in zip(prompts, completions, strict=True):
         logits = full_forward(model, torch.tensor([[*prompt, *completion]]))[0]
