@@ -195,3 +195,9 @@ def test_linear_kernel_says_what_it_leaves_to_pytorch(monkeypatch):
             LINEAR.choose(given, backend="cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     assert "multiples of 4 x 32" in linear.refusal(weight[:, :40])
+
+
+@needs_extension
+def test_an_extension_older_than_the_package_is_not_used(monkeypatch):
+    monkeypatch.setattr(cpu, "OPERATORS", (*cpu.OPERATORS, "of_a_later_release"))
+    assert "older than the package: build it again" in cpu.absence.__wrapped__()

@@ -5,6 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
+OPERATORS = ("decode_append", "linear", "paged_decode_attention", "release_pages")
 DIM_STEP, MAX_DIM = 32, 256
 """Head dimensions are multiples of the first, up to the second."""
 MIN_PAGE_SIZE = 8
@@ -21,6 +22,8 @@ def absence() -> str:
         if error.name == "megatron_dmc._cpu":
             return "the extension for CPUs is not built (pip install --no-build-isolation, with a compiler)"
         return f"the extension for CPUs does not load ({error})"
+    if any(not hasattr(torch.ops.megatron_dmc_cpu, name) for name in OPERATORS):
+        return "the extension for CPUs is older than the package: build it again (pip install --no-build-isolation)"
     from megatron_dmc.ops.cpu.decode import operators
 
     if not operators().instruction_set():

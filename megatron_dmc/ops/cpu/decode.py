@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.cpu import refusal
+from megatron_dmc.ops.cpu import OPERATORS, refusal
 from megatron_dmc.ops.paged.decode import Angles, Gates
 from megatron_dmc.ops.paged.kv_pages import parts_of
 from megatron_dmc.ops.paged.layer_cache import LayerCache
@@ -21,7 +21,7 @@ __all__ = ["decode_append", "paged_decode_attention", "plan", "refusal"]
 @functools.cache
 def operators():
     """`torch.ops.megatron_dmc_cpu`, with versions without data for torch.compile: operators return nothing."""
-    for name in ("decode_append", "linear", "paged_decode_attention", "release_pages"):
+    for name in OPERATORS:
         torch.library.register_fake(f"megatron_dmc_cpu::{name}", lambda *args, **kwargs: None)
     return torch.ops.megatron_dmc_cpu
 
