@@ -1,4 +1,4 @@
-"""What docs/results.md's tables and figures are made of: one file, its contents and how to look them up."""
+"""The file of figures behind docs/results.md: its contents, and how to look them up."""
 
 import json
 import statistics
@@ -68,7 +68,7 @@ def add(data: Data, new: Data) -> None:
     for name, entry in new["arms"].items():
         known = data["arms"].setdefault(name, {"arm": entry["arm"], "runs": {}})
         if known["arm"] != entry["arm"]:
-            sys.exit(f"{name}: the file's runs had other settings than those in the folder")
+            sys.exit(f"{name}: the settings of the file differ from those of the folder")
         known["runs"] |= entry["runs"]
     for name, results in new["measured"].items():
         data["measured"].setdefault(name, {}).update(results)

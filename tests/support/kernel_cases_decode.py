@@ -4,6 +4,7 @@ Dimension letters as in `ops.paged.decode`.
 """
 
 import functools
+import inspect
 import os
 from dataclasses import replace
 
@@ -15,21 +16,19 @@ from megatron_dmc.ops import backends
 from megatron_dmc.ops.paged import decode as cache_ops
 from megatron_dmc.ops.testing import decode_case
 from megatron_dmc.ops.testing.yardstick import errors_within_twice_the_yardstick
-from megatron_dmc.ops.triton import decode
 
 BACKEND = os.environ.get("DMC_TESTED_BACKEND", "triton")
 # the interpreter cuts bfloat16 off instead of rounding it
 HALF = torch.float16 if DEVICE == "cpu" and BACKEND == "triton" else torch.bfloat16
-kernels = decode
-if BACKEND == "cuda":
-    from megatron_dmc.ops.cuda import decode as kernels
-if BACKEND == "cpu":
-    from megatron_dmc.ops.cpu import decode as kernels
 if BACKEND == "host":
-    import host_kernels as kernels
+    import host_kernels
 
     for op in (backends.DECODE, backends.PAGES, backends.PREFILL):
-        op.backends["host"] = backends.Backend(lambda op: kernels)
+        op.backends["host"] = backends.Backend(lambda op: host_kernels)
+kernels = backends.DECODE.kernels(BACKEND)
+HAS_WORKERS = kernels is not None and (
+    "num_workers" in inspect.signature(kernels.paged_decode_attention).parameters
+)
 LARGE = os.environ.get("DMC_LARGE_CASES") == "1"
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 NAN = float("nan")
@@ -102,7 +101,7 @@ def test_attention_equals_the_specification(case):
     decode_case.check_attention(attend, q, cache, rows, softmax_scale=3 * dim**-0.5)
 
 
-@pytest.mark.skipif(BACKEND == "cpu", reason="threads there; test_cpu_kernels.py")
+@pytest.mark.skipif(not HAS_WORKERS, reason="this back end does not divide the work so")
 @pytest.mark.parametrize("num_workers", [1, 5, 64])
 def test_any_number_of_workers_gives_the_same(num_workers):
     cache = decode_case.random_cache(
