@@ -370,7 +370,7 @@ def test_a_folder_adds_to_a_file(tmp_path):
     }
     assert known["measured"]["dmc-4x-seed1"] == data["measured"]["dmc-4x-seed1"]
     known["arms"]["dmc-4x"]["arm"]["target_cr"] = 2.0
-    with pytest.raises(SystemExit, match="dmc-4x: the file's runs had other settings"):
+    with pytest.raises(SystemExit, match="dmc-4x: the settings of the file differ"):
         result_data.add(known, data)
 
 
