@@ -7,25 +7,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_dmc.engine.async_llm import AsyncLLM, RequestStream
+    from megatron_dmc.engine.async_llm import AsyncLLM
+    from megatron_dmc.engine.clients import EngineProcess
     from megatron_dmc.engine.config import EngineConfig
     from megatron_dmc.engine.engine import LLMEngine
     from megatron_dmc.engine.llm import LLM
     from megatron_dmc.engine.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from megatron_dmc.engine.sampling_params import SamplingParams
     from megatron_dmc.engine.stats import EngineStats
+    from megatron_dmc.engine.stream import RequestStream
 
 _MODULES = {
     "LLM": "llm",
     "AsyncLLM": "async_llm",
     "CompletionOutput": "request",
     "EngineConfig": "config",
+    "EngineProcess": "clients",
     "EngineStats": "stats",
     "LLMEngine": "engine",
     "Logprob": "request",
     "RequestMetrics": "request",
     "RequestOutput": "request",
-    "RequestStream": "async_llm",
+    "RequestStream": "stream",
     "SamplingParams": "sampling_params",
 }
 
@@ -34,6 +37,7 @@ __all__ = [
     "AsyncLLM",
     "CompletionOutput",
     "EngineConfig",
+    "EngineProcess",
     "EngineStats",
     "LLMEngine",
     "Logprob",

@@ -13,7 +13,7 @@ from starlette.responses import Response, StreamingResponse
 
 from megatron_dmc.engine import RequestOutput, RequestStream, SamplingParams
 from megatron_dmc.server import text
-from megatron_dmc.server.errors import ApiError, JsonResponse, as_api_error, to_json
+from megatron_dmc.server.errors import ApiError, JsonResponse, as_api_error, chunk_json, to_json
 from megatron_dmc.server.protocol import ChatCompletionRequest, CompletionRequest
 from megatron_dmc.server.service import Service, disconnected, new_id
 
@@ -93,8 +93,8 @@ class _Answer(ABC):
     async def whole(self, streams: Sequence[RequestStream]) -> Response:
         """Wait for all choices."""
         last: dict[int, RequestOutput] = {}
-        async for index, output in self.service.outputs(streams):
-            last[index] = output
+        async for outputs in self.service.outputs(streams, only_last=True):
+            last.update(outputs)
 
         def response() -> Response:
             choices = [self.choice(index, last[index]) for index in range(len(streams))]
@@ -103,18 +103,25 @@ class _Answer(ABC):
         # serialising log-probabilities of many tokens takes seconds
         return await asyncio.to_thread(response) if self.has_logprobs else response()
 
-    async def events(self, streams: Sequence[RequestStream]) -> AsyncGenerator[str, None]:
+    async def events(self, streams: Sequence[RequestStream]) -> AsyncGenerator[bytes, None]:
         """Server-sent events: chunks, the usage if requested, and [DONE]."""
         last: dict[int, RequestOutput] = {}
-        rest: dict[str, Any] = {"usage": None} if self.includes_usage else {}
+        # only the choice differs from chunk to chunk
+        head = b"data: " + to_json(self.document([], chunk=True)).encode().removesuffix(b"]}")
+        tail = b'],"usage":null}' if self.includes_usage else b"]}"
         outputs = self.service.outputs(streams)
         try:
-            async for index, output in outputs:
-                last[index] = output
-                if self.continuous_usage:
-                    rest = {"usage": self.usage({index: output})}
-                for choice in self.deltas(index, output):
-                    yield _event(self.document([choice], chunk=True) | rest)
+            async for found in outputs:
+                last.update(found)
+                events = b""
+                for index, output in found:
+                    if self.continuous_usage:
+                        usage = chunk_json(self.usage({index: output}))
+                        tail = b'],"usage":%b}' % usage
+                    for choice in self.deltas(index, output):
+                        events += head + chunk_json(choice) + tail + b"\n\n"
+                if events:
+                    yield events
             if self.includes_usage:
                 figures = {"usage": self.usage(last)}
                 yield _event(self.document([], chunk=True) | figures)
@@ -122,7 +129,7 @@ class _Answer(ABC):
             yield _event(as_api_error(e).body())
         finally:
             await outputs.aclose()
-        yield "data: [DONE]\n\n"
+        yield b"data: [DONE]\n\n"
 
 
 class _TextAnswer(_Answer):
@@ -141,7 +148,7 @@ class _TextAnswer(_Answer):
     async def jobs(self) -> list[tuple[dict, SamplingParams]]:
         jobs = []
         body, llm = self.body, self.service.llm
-        defaults = llm.engine.default_sampling_params
+        defaults = llm.info.default_sampling_params
         max_tokens = body.max_tokens if body.max_tokens is not None else DEFAULT_MAX_TOKENS
         max_tokens = min(max_tokens, defaults.get("max_tokens", max_tokens))
         for prompt in body.prompts:
@@ -154,7 +161,7 @@ class _TextAnswer(_Answer):
             token_ids = await llm.tokenize(given, self.id)
             self.service.check_room(len(token_ids), body.max_tokens)
             self.num_prompt_tokens += len(token_ids)
-            tokenizer = llm.engine.tokenizer
+            tokenizer = llm.info.tokenizer
             if self.echo:
                 if isinstance(prompt, str):
                     shown = prompt
@@ -257,7 +264,7 @@ class _ChatAnswer(_Answer):
             add_special_tokens=body.add_special_tokens,
         )
         self.service.check_room(len(token_ids), body.most_tokens)
-        defaults = self.service.llm.engine.default_sampling_params
+        defaults = self.service.llm.info.default_sampling_params
         limits = [body.most_tokens, defaults.get("max_tokens")]
         max_tokens = min((limit for limit in limits if limit is not None), default=None)
         self.num_prompt_tokens = len(token_ids)
@@ -379,5 +386,5 @@ class _EventStream(StreamingResponse):
             self._places.close()
 
 
-def _event(document: dict[str, Any]) -> str:
-    return f"data: {to_json(document)}\n\n"
+def _event(document: dict[str, Any]) -> bytes:
+    return f"data: {to_json(document)}\n\n".encode()

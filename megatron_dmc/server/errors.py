@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import pydantic_core
 from fastapi import FastAPI, Request
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -59,6 +60,12 @@ class JsonResponse(Response):
 def to_json(content: Any) -> str:
     """A compact document; refuses NaN, which is not JSON."""
     return json.dumps(content, allow_nan=False, separators=(",", ":"))
+
+
+def chunk_json(content: Any) -> bytes:
+    """A compact document of texts from a tokenizer or a parsed request, which are valid Unicode: several times
+    as fast as `to_json`."""
+    return pydantic_core.to_json(content)
 
 
 def as_api_error(error: Exception) -> ApiError:

@@ -19,19 +19,19 @@ def snapshot(service: Service, stats: EngineStats, now: float) -> dict[str, Any]
     unfinished = service.llm.unfinished()
     requests = []
     for stream in unfinished[:MAX_REQUESTS_SHOWN]:
-        output = stream.latest
+        metrics = stream.metrics
         requests.append(
             {
                 "id": stream.request_id,
                 "age_seconds": time.monotonic() - stream.arrival_time,
-                "prompt_tokens": None if output is None else len(output.prompt_token_ids),
-                "generated_tokens": 0 if output is None else output.outputs[0].num_tokens,
-                "pages": 0 if output is None else output.metrics.num_pages,
-                "preemptions": 0 if output is None else output.metrics.num_preemptions,
-                "measured_cr": None if output is None else output.cr,
+                "prompt_tokens": len(stream.prompt_token_ids),
+                "generated_tokens": stream.num_tokens,
+                "pages": 0 if metrics is None else metrics.num_pages,
+                "preemptions": 0 if metrics is None else metrics.num_preemptions,
+                "measured_cr": None if metrics is None else metrics.measured_cr,
             }
         )
-    config = service.llm.engine.config
+    config = service.llm.info.config
     return {
         "version": __version__,
         "models": list(service.model_names),

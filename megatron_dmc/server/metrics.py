@@ -5,17 +5,14 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from megatron_dmc.engine import EngineStats, RequestOutput
+from megatron_dmc.engine import EngineStats, RequestStream
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKENS = (1, 10, 50, 100, 250, 500, 1000, 2500, 5000, 10000, 25000, 50000, 100000)
 
 
 class Metrics:
-    """Metrics of requests, updated by every step's outputs, and of the engine, read at each scrape.
-
-    The engine's thread calls `observe`, the server's `render`; prometheus_client locks.
-    """
+    """Metrics of requests, updated with every step, and of the engine, read at each scrape."""
 
     def __init__(self, model_name: str):
         self._registry = CollectorRegistry()
@@ -55,30 +52,31 @@ class Metrics:
         )
         self.prompt_length = self._histogram("request_prompt_tokens", "Prompt tokens.", _TOKENS)
         self.length = self._histogram("request_generation_tokens", "Tokens generated.", _TOKENS)
-        self._last_token: dict[str, float] = {}
+        self._last_token: dict[int, float] = {}
         self._totals: dict[str, int] = {}
 
-    def observe(self, outputs: Sequence[RequestOutput]) -> None:
-        """Record the outputs of a step or an abort."""
-        now = time.monotonic()
-        for output in outputs:
-            metrics, completion = output.metrics, output.outputs[0]
-            if completion.finish_reason not in ("abort", "error"):
-                before = self._last_token.get(output.request_id)
-                if before is not None:
-                    self.itl.observe(now - before)
-                elif metrics.first_token_time is not None:
-                    self.ttft.observe(metrics.first_token_time - metrics.arrival_time)
-                self._last_token[output.request_id] = now
-            if output.finished:
-                self._last_token.pop(output.request_id, None)
-                self._success.labels(self._model_name, completion.finish_reason).inc()
-                self.latency.observe(now - metrics.arrival_time)
-                self.prompt_length.observe(len(output.prompt_token_ids))
-                self.length.observe(completion.num_tokens)
-                num_gaps = completion.num_tokens - 1
-                if metrics.first_token_time is not None and num_gaps > 0:
-                    self.tpot.observe((now - metrics.first_token_time) / num_gaps)
+    def observe(self, stream: RequestStream, num_new: int) -> None:
+        """Record a change of a request: `num_new` tokens, or its end."""
+        now, metrics = time.monotonic(), stream.metrics
+        assert metrics is not None
+        if num_new and stream.finish_reason not in ("abort", "error"):
+            before = self._last_token.get(stream.key)
+            if before is None:
+                before = metrics.first_token_time or now
+                self.ttft.observe(before - metrics.arrival_time)
+                num_new -= 1
+            for _ in range(num_new):
+                self.itl.observe((now - before) / num_new)
+            self._last_token[stream.key] = now
+        if stream.finished:
+            self._last_token.pop(stream.key, None)
+            self._success.labels(self._model_name, stream.finish_reason).inc()
+            self.latency.observe(now - metrics.arrival_time)
+            self.prompt_length.observe(len(stream.prompt_token_ids))
+            self.length.observe(stream.num_tokens)
+            num_gaps = stream.num_tokens - 1
+            if metrics.first_token_time is not None and num_gaps > 0:
+                self.tpot.observe((now - metrics.first_token_time) / num_gaps)
 
     def render(self, stats: EngineStats) -> bytes:
         """The text that Prometheus scrapes."""

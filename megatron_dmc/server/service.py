@@ -1,6 +1,7 @@
 """Start, merge and stop engine requests for both kinds of completions."""
 
 import asyncio
+import functools
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Iterable, Sequence
@@ -27,13 +28,13 @@ class Service:
     started: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
-        self.texts = TokenTexts(self.llm.engine.tokenizer)
-        self._longest_token = getattr(self.llm.engine.tokenizer, "longest_token_bytes", None)
+        self.texts = TokenTexts(self.llm.info.tokenizer)
+        self._longest_token = getattr(self.llm.info.tokenizer, "longest_token_bytes", None)
         self._closing: asyncio.Future | None = None
 
     @property
     def max_model_len(self) -> int:
-        return self.llm.engine.max_model_len
+        return self.llm.info.max_model_len
 
     # Shutdown.
 
@@ -150,34 +151,51 @@ class Service:
                 self.llm.abort_soon(stream.request_id)
 
     async def outputs(
-        self, streams: Sequence[RequestStream]
-    ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        """(index of the stream, output) as they come; leaving early aborts all."""
-        waiting: dict[asyncio.Future, int] = {}
+        self, streams: Sequence[RequestStream], *, only_last: bool = False
+    ) -> AsyncGenerator[list[tuple[int, RequestOutput]], None]:
+        """(index of the stream, output) of all that have come; leaving early aborts all.
 
-        def read(index: int) -> None:
-            waiting[asyncio.ensure_future(anext(streams[index]))] = index
+        Args:
+            only_last: leave out the outputs before the last of a stream.
+        """
+        has_come = asyncio.Event()
+        for stream in streams:
+            stream.on_output = functools.partial(_wake, has_come, stream, only_last)
 
+        def wake(_: asyncio.Future) -> None:
+            has_come.set()
+
+        closing = self.closing
+        closing.add_done_callback(wake)
+        has_come.set()
+        left = dict(enumerate(streams))
         try:
-            for index in range(len(streams)):
-                read(index)
-            while waiting:
-                done, _ = await asyncio.wait(
-                    {*waiting, self.closing}, return_when=asyncio.FIRST_COMPLETED
-                )
-                for task in done:
-                    if task is self.closing:
-                        raise _shut_down()
-                    index = waiting.pop(task)
-                    output = task.result()
-                    if not output.finished:
-                        read(index)
-                    yield index, output
+            while left:
+                await has_come.wait()
+                has_come.clear()
+                if closing.done():
+                    raise _shut_down()
+                found = []
+                for index, stream in list(left.items()):
+                    if only_last and not stream.finished:
+                        continue
+                    output = stream.read()
+                    if output is not None:
+                        found.append((index, output))
+                        if output.finished:
+                            del left[index]
+                        elif stream.finished:
+                            has_come.set()  # an error follows
+                if found:
+                    yield found
         finally:
-            for task in waiting:
-                if not task.cancel() and not task.cancelled():
-                    task.exception()  # it failed too; retrieve its exception, or asyncio logs it
+            closing.remove_done_callback(wake)
             self.stop(streams)
+
+
+def _wake(has_come: asyncio.Event, stream: RequestStream, only_last: bool) -> None:
+    if stream.finished or not only_last:
+        has_come.set()
 
 
 def new_id(prefix: str) -> str:

@@ -83,7 +83,7 @@ def test_refusal_abort_and_cancellation_free_the_pages():
         await idle()
         # cancelling the task
         task = asyncio.create_task(collect(llm, PROMPTS[1], long, "cancelled"))
-        while not any(s.latest for s in llm.unfinished()):
+        while not any(s.num_tokens for s in llm.unfinished()):
             await asyncio.sleep(0.01)
         with pytest.raises(InvalidRequest, match="id is in use"):
             await collect(llm, PROMPTS[1], long, "cancelled")
@@ -103,7 +103,7 @@ def test_refusal_abort_and_cancellation_free_the_pages():
         assert await collect(llm, PROMPTS[3], SamplingParams(max_tokens=3))
 
     asyncio.run(main())
-    llm.engine.context.pool.check_integrity()
+    llm.client.engine.context.pool.check_integrity()
     llm.shutdown()
 
 
@@ -128,7 +128,7 @@ def test_a_slow_reader_stalls_nobody_and_costs_no_memory():
 def test_failure_and_shutdown_end_every_stream(caplog):
     llm = make()
     params = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
-    run, steps = llm.engine.runner.run, []
+    run, steps = llm.client.engine.runner.run, []
 
     def failing(*args):
         steps.append(1)
@@ -136,7 +136,7 @@ def test_failure_and_shutdown_end_every_stream(caplog):
             raise RuntimeError("CUDA error: device lost")
         return run(*args)
 
-    llm.engine.runner.run = failing
+    llm.client.engine.runner.run = failing
 
     async def main():
         both = await asyncio.gather(

@@ -176,7 +176,7 @@ def test_a_fault_while_a_request_is_added_leaves_nothing(monkeypatch):
 
 def test_streams_of_a_failed_request_raise_and_others_go_on(monkeypatch):
     engine = make()
-    llm = AsyncLLM(engine, observer=lambda outputs: 1 / 0)  # a failing observer has no effect
+    llm = AsyncLLM(engine, observer=lambda *_: 1 / 0)  # a failing observer has no effect
 
     async def collect(name):
         outputs = [o async for o in llm.generate(PROMPTS[name], params_of(name), name)]

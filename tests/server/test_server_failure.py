@@ -106,11 +106,23 @@ def test_an_exception_in_the_engine(tmp_path):
         fails_as_it_should(server, fault.touch, "illegal memory access")
 
 
-def children(server):
+def children(server, module="megatron_dmc.engine.parallel.children"):
     return [
-        p for p in psutil.Process(server.process.pid).children()
-        if "megatron_dmc.engine.parallel.children" in p.cmdline()
-    ]  # fmt: skip
+        p
+        for p in psutil.Process(server.process.pid).children(recursive=True)
+        if module in p.cmdline()
+    ]
+
+
+def test_an_engine_process_that_is_killed(tmp_path):
+    with ServerProcess(tmp_path, "--dtype", "float32", "--num-pages", "4096") as server:
+        (engine,) = children(server, "megatron_dmc.engine.clients")
+        fails_as_it_should(server, engine.kill, "was killed by SIGKILL")
+    with ServerProcess(tmp_path, "--dtype", "float32", "--num-pages", "4096") as server:
+        (engine,) = children(server, "megatron_dmc.engine.clients")
+        server.kill()
+        psutil.wait_procs([engine], timeout=SECONDS)
+        assert not engine.is_running(), "it does not outlive the server"
 
 
 def expected(max_tokens):
@@ -135,11 +147,12 @@ def test_a_follower_that_is_killed(tmp_path):
             assert json.load(answer)["choices"][0]["text"] == expected(12)
         followers = children(server)
         assert len(followers) == 1
-        for process in (psutil.Process(server.process.pid), *followers):
+        engine = children(server, "megatron_dmc.engine.clients")
+        for process in (psutil.Process(server.process.pid), *engine, *followers):
             listening = [
                 c.laddr for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN
             ]
-            assert listening, "the server and each rank listen"
+            assert listening, "the server, the engine and each rank listen"
             assert all(address.ip in ("127.0.0.1", "::1") for address in listening), listening
         fails_as_it_should(server, followers[0].kill, "rank 1 (process")
         assert not any(p.is_running() for p in followers)

@@ -18,8 +18,7 @@ from faults import Poisoned, Spread, raising
 from tiny_gpt import V, dmc_config, make_engine
 
 from megatron_dmc import AsyncLLM
-from megatron_dmc.engine import detokenizer
-from megatron_dmc.engine.output_processor import OutputProcessor
+from megatron_dmc.engine import RequestStream, detokenizer
 from megatron_dmc.engine.sampler import Sampler
 from megatron_dmc.server import text as text_module
 from megatron_dmc.server.app import build_app
@@ -147,14 +146,13 @@ def test_a_failed_request_is_told_and_the_others_go_on(served, monkeypatch, name
     target, attribute, is_meant = {
         "sampling": (Sampler, "_seed_of", lambda self, request: request.params.seed == 1),
         "detokenizing": (detokenizer, "find_stop", lambda text, old, stops: stops == ["~~"]),
-        "output": (OutputProcessor, "text", lambda self, request: request.params.seed == 1),
+        "output": (RequestStream, "output", lambda self: self.params.seed == 1),
         "log-probability texts": (text_module, "for_completions", lambda *a: 4 in a),
     }[name]
+    in_each_step = name in ("sampling", "detokenizing")
     broken = raising(
-        getattr(target, attribute), is_meant, KeyError("injected"), after=2 * (not stream)
+        getattr(target, attribute), is_meant, KeyError("injected"), after=2 * in_each_step
     )
-    if name == "log-probability texts":
-        broken = raising(getattr(target, attribute), is_meant, KeyError("injected"))
     monkeypatch.setattr(target, attribute, broken)
     ((status, answer),) = with_a_neighbour(served, (SAMPLED | {"stream": stream, "stop": ["~~"]},))
     if stream:
@@ -254,5 +252,5 @@ def test_nothing_is_kept_of_requests_that_ended(served):
         and not engine.output_processor._texts
         and not engine.sampler._rules._states
     )
-    assert not served.llm._streams and not served.llm._commands
+    assert not served.llm._streams and not served.llm._calls and not served.llm.client._loop._sent
     assert not served.metrics._last_token

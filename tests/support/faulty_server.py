@@ -4,9 +4,10 @@ import os
 import sys
 
 from megatron_dmc.cli.main import main
+from megatron_dmc.engine import build
 from megatron_dmc.engine.runner import ModelRunner
 
-run = ModelRunner.run
+build_engine, run = build.build_engine, ModelRunner.run
 
 
 def faulty(self, *args):
@@ -15,6 +16,13 @@ def faulty(self, *args):
     return run(self, *args)
 
 
-if __name__ == "__main__":
+def build_faulty_engine(*args):
     ModelRunner.run = faulty
+    return build_engine(*args)
+
+
+if __name__ == "__main__":
+    import faulty_server  # by the name that the engine's process knows
+
+    build.build_engine = faulty_server.build_faulty_engine
     sys.exit(main())

@@ -87,7 +87,7 @@ class ChildRanks:
         for rank, process in enumerate(self.processes, start=1):
             code = process.poll()
             if code is not None:
-                return f"rank {rank} (process {process.pid}) {_ending(code)}"
+                return f"rank {rank} (process {process.pid}) {ending(code)}"
         return None
 
     def join(self, seconds: float = 10.0) -> None:
@@ -117,7 +117,7 @@ def _kill(processes: list[subprocess.Popen], variables: list[str]) -> None:
             process.stdin.close()
 
 
-def _ending(code: int) -> str:
+def ending(code: int) -> str:
     if code >= 0:
         return f"ended with exit code {code}"
     try:
