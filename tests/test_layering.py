@@ -41,6 +41,7 @@ LEVELS = {
 SAME_LEVEL = {
     ("config", "errors"),
     ("bench", "plan"),
+    ("bench", "server"),
 }
 """(importer, imported): the only imports within a level. Add none that closes a circle."""
 
@@ -295,7 +296,7 @@ THEIRS = '''
     megatron.core.transformer.spec_utils megatron.core.transformer.transformer_block
     megatron.core.transformer.transformer_config megatron.core.transformer.transformer_layer
 '''.split()
-OPTIONAL = {"fastapi", "uvicorn", "prometheus_client", "lm_eval", "flash_attn",
+OPTIONAL = {"fastapi", "uvicorn", "uvloop", "httptools", "prometheus_client", "lm_eval", "flash_attn",
             "transformer_engine", "matplotlib", "jinja2", "triton"}
 
 def public(owner):

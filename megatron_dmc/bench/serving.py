@@ -47,6 +47,24 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", help="also write the JSON here")
 
 
+def add_server(parser: argparse.ArgumentParser) -> None:
+    """Flags of `bench server`."""
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="PATH", help="folder, or id of the Hub"
+    )
+    parser.add_argument("--streams", type=int, default=64, help="completions at a time")
+    parser.add_argument(
+        "--requests", type=int, default=4, help="of each stream, one after the other"
+    )
+    parser.add_argument("--output-len", type=int, default=256, help="tokens of a completion")
+    parser.add_argument(
+        "--step-ms",
+        type=float,
+        default=10,
+        help="from one step of the engine to the next, at least",
+    )
+
+
 def add_throughput(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench throughput`."""
     parser.add_argument(

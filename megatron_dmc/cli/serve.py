@@ -10,7 +10,14 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from megatron_dmc.engine.flags import add_engine_arguments, is_follower, make_llm, model_path
+from megatron_dmc.engine.flags import (
+    add_engine_arguments,
+    engine_settings,
+    is_follower,
+    make_llm,
+    model_path,
+    tokenizer_path,
+)
 from megatron_dmc.errors import DMCError
 
 if TYPE_CHECKING:
@@ -19,8 +26,6 @@ if TYPE_CHECKING:
     from megatron_dmc.server.service import Service
 
 API_KEY_VARIABLE = "MEGATRON_DMC_API_KEY"
-BACKLOG = 2048
-"""Length of the listening socket's queue."""
 CLOSING_S = 5.0
 """Time after --shutdown-timeout for the last error responses and for connections to close."""
 FAILURE_NOTICE_S = 2.0
@@ -87,9 +92,9 @@ def run(args: argparse.Namespace) -> int:
     if is_follower(args):
         make_llm(args).follow()
         return 0
-    import uvicorn
-
-    from megatron_dmc.server.connections import bounded, connections_within_file_limit
+    from megatron_dmc.server.connections import connections_within_file_limit
+    from megatron_dmc.server.http import make_server
+    from megatron_dmc.server.http import run as run_loop
 
     max_connections = connections_within_file_limit(args.max_connections)
     if max_connections < args.max_connections:
@@ -102,30 +107,25 @@ def run(args: argparse.Namespace) -> int:
     with listener:
         print(f"loading {model_path(args)}", file=sys.stderr, flush=True)
         app, service = make_app(args)
-        llm, engine = service.llm, service.llm.engine
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app, log_level=args.uvicorn_log_level, lifespan="off",
-                access_log=not args.disable_uvicorn_access_log,
-                http=bounded(
-                    client_timeout_s=args.client_timeout, max_connections=max_connections
-                ),
-                ws="none", backlog=min(BACKLOG, max_connections),
-                timeout_graceful_shutdown=int(args.shutdown_timeout + CLOSING_S),
-            )
+        llm, info = service.llm, service.llm.info
+        server = make_server(
+            app, client_timeout_s=args.client_timeout, max_connections=max_connections,
+            shutdown_timeout_s=int(args.shutdown_timeout + CLOSING_S),
+            log_level=args.uvicorn_log_level, access_log=not args.disable_uvicorn_access_log,
         )  # fmt: skip
-        pool = engine.context.pool
+        config = info.config
+        assert config.num_pages is not None
         print(
-            f"serving {', '.join(service.model_names)} at {_address(listener)}: {pool.num_pages} pages "
-            f"of {pool.page_size} slots ({pool.num_pages * pool.page_bytes:,} bytes), at most "
-            f"{engine.config.max_num_seqs} requests of {engine.max_model_len} tokens at a time",
+            f"serving {', '.join(service.model_names)} at {_address(listener)}: {config.num_pages} pages "
+            f"of {config.block_size} slots ({config.num_pages * info.page_bytes:,} bytes), at most "
+            f"{config.max_num_seqs} requests of {info.max_model_len} tokens at a time",
             file=sys.stderr,
             flush=True,
         )
         # uvicorn re-raises the signals that ended it; they have been handled by then
         before = {s: signal.signal(s, _ignore) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
-            engine_failed = asyncio.run(_serve(server, listener, service, args.shutdown_timeout))
+            engine_failed = run_loop(_serve(server, listener, service, args.shutdown_timeout))
         finally:
             llm.shutdown(timeout=10)
             for number, handler in before.items():
@@ -144,8 +144,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     try:
         import fastapi  # noqa: F401
+        import httptools  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
+        import uvloop  # noqa: F401
     except ModuleNotFoundError as e:
         raise DMCError(f"{e.name} is not installed: pip install 'megatron-dmc[serve]'") from e
     for name in ("max_concurrent_requests", "max_request_bytes", "max_connections"):
@@ -159,14 +161,15 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def make_app(args: argparse.Namespace) -> "tuple[FastAPI, Service]":
-    """Load the model; the application over it, and what it serves. For servers that bring their own HTTP
-    front (examples/replicas).
+    """Load the model in a process of its own; the application over it, and what it serves. For servers that
+    bring their own HTTP front (examples/replicas).
 
     Raises:
         DMCError: a flag has an invalid value.
     """
     from megatron_dmc.checkpoint.chat_template import load_chat_template
-    from megatron_dmc.engine import AsyncLLM
+    from megatron_dmc.engine import AsyncLLM, EngineConfig, EngineProcess
+    from megatron_dmc.engine.build import build_engine
     from megatron_dmc.server.app import build_app
     from megatron_dmc.server.limits import Concurrency
     from megatron_dmc.server.metrics import Metrics
@@ -174,10 +177,15 @@ def make_app(args: argparse.Namespace) -> "tuple[FastAPI, Service]":
 
     path = model_path(args)
     names = args.served_model_name or [path]
-    engine = make_llm(args).engine
-    template = load_chat_template(engine.tokenizer, args.chat_template)
     metrics = Metrics(names[0])
+    config = EngineConfig.from_settings(engine_settings(args))
+    engine = EngineProcess(build_engine, path, tokenizer_path(args), config)
     llm = AsyncLLM(engine, observer=metrics.observe)
+    try:
+        template = load_chat_template(llm.info.tokenizer, args.chat_template)
+    except BaseException:
+        llm.shutdown(timeout=10)
+        raise
     service = Service(llm, names, Concurrency(args.max_concurrent_requests), template)
     api_keys = [*args.api_key, *filter(None, [os.environ.get(API_KEY_VARIABLE)])]
     app = build_app(service, metrics, api_keys=api_keys, max_body_bytes=args.max_request_bytes)
@@ -214,9 +222,10 @@ def _ignore(*_: Any) -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     """Bind before the model is loaded, so that a port in use is reported at once."""
+    from megatron_dmc.server.http import listen
+
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        return listen(host, port)
     except (OSError, OverflowError) as e:
         raise DMCError(f"--host {host} --port {port}: {e}; choose another") from e
 

@@ -5,8 +5,7 @@ import json
 import resource
 from typing import Any
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from megatron_dmc.server.errors import ApiError
 
@@ -14,7 +13,11 @@ _OWN_FILES = 256
 """Open files other than connections: the model's, the engine's, sockets that are being accepted."""
 
 
-class BoundedProtocol(H11Protocol):
+_MAX_HEAD_BYTES = 2**16
+"""Most bytes of a request before its body; the parser has no limit."""
+
+
+class BoundedProtocol(HttpToolsProtocol):
     """A connection. `bounded` sets the limits.
 
     A request, headers and body, must arrive within `client_timeout_s` of its first byte (the first request:
@@ -30,6 +33,10 @@ class BoundedProtocol(H11Protocol):
     _write_timer: asyncio.TimerHandle | None = None
     _waiting_since: float | None = None
     """Whether the connection waits for its client: there is no request, or an incomplete one."""
+    _is_arriving = False
+    """Whether a request has begun and is incomplete."""
+    _head_bytes: int | None = None
+    """Received of its headers, while they are incomplete."""
 
     def connection_made(self, transport: Any) -> None:
         """Make room for the connection, or refuse it."""
@@ -52,9 +59,29 @@ class BoundedProtocol(H11Protocol):
         self.resume_writing()
         super().connection_lost(exc)
 
+    def on_message_begin(self) -> None:
+        """A request arrives."""
+        super().on_message_begin()
+        self._is_arriving, self._head_bytes = True, 0
+
+    def on_headers_complete(self) -> None:
+        """The rest is its body."""
+        self._head_bytes = None
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """It has arrived."""
+        self._is_arriving = False
+        super().on_message_complete()
+        self.cycle.more_body = False  # even if its answer has been sent
+
     def data_received(self, data: bytes) -> None:
         """Receive data, and check whether a request is complete."""
         super().data_received(data)
+        if self._head_bytes is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > _MAX_HEAD_BYTES:
+                self._refuse(431, f"the headers are longer than {_MAX_HEAD_BYTES} bytes")
         self._watch()
 
     def on_response_complete(self) -> None:
@@ -76,14 +103,15 @@ class BoundedProtocol(H11Protocol):
         super().resume_writing()
 
     def _watch(self) -> None:
-        state = self.conn.their_state
-        if self.transport.is_closing() or state not in (h11.IDLE, h11.SEND_BODY):
+        cycle = self.cycle
+        is_answering = cycle is not None and not cycle.response_complete and not cycle.more_body
+        if self.transport.is_closing() or is_answering or self.pipeline:
             self._stop_request_timer()
             self._waiting_since = None
             return
         if self._waiting_since is None:
             self._waiting_since = self.loop.time()
-        if state is h11.IDLE and self.cycle is not None and not self.conn.trailing_data[0]:
+        if cycle is not None and not self._is_arriving:
             self._stop_request_timer()  # between requests uvicorn's own deadline applies
             if self.timeout_keep_alive_task is None:
                 self.timeout_keep_alive_task = self.loop.call_later(
@@ -106,26 +134,19 @@ class BoundedProtocol(H11Protocol):
         self._waiting_since = None
         if self.transport.is_closing():
             return
-        answering = self.cycle is not None and not self.cycle.response_complete
-        if not (answering and self.cycle.response_started) and self.conn.our_state in (
-            h11.IDLE,
-            h11.SEND_RESPONSE,
-        ):
+        cycle = self.cycle
+        is_open = cycle is not None and not cycle.response_complete
+        has_answer = cycle is not None and (cycle.response_started if is_open else cycle.more_body)
+        if not has_answer:
             body = json.dumps(ApiError(status, message).body()).encode()
-            headers = [
-                ("content-type", "application/json"),
-                ("content-length", str(len(body))),
-                ("connection", "close"),
-            ]
-            for event in (
-                h11.Response(status_code=status, headers=headers),
-                h11.Data(data=body),
-                h11.EndOfMessage(),
-            ):
-                self.transport.write(self.conn.send(event))
-        if answering:
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+            head = (
+                "content-type: application/json\r\n"
+                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            )
+            self.transport.write(STATUS_LINE[status] + head.encode() + body)
+        if is_open:
+            cycle.disconnected = True
+            cycle.message_event.set()
         self.transport.close()
 
 

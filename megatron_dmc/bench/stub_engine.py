@@ -1,0 +1,89 @@
+"""An engine without a model, for benchmarks of the server."""
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+from megatron_dmc.checkpoint.tokenizer import load_tokenizer
+from megatron_dmc.engine.config import EngineConfig
+from megatron_dmc.engine.input_processor import InputProcessor
+from megatron_dmc.engine.output_processor import OutputProcessor, output_of
+from megatron_dmc.engine.request import Request, RequestOutput, RequestStatus
+from megatron_dmc.engine.sampler import SampledToken
+from megatron_dmc.engine.sampling_params import SamplingParams
+
+_TEXT = "    def append(self, token_id: int) -> None:\n        self.tokens.append(token_id)\n\n"
+_MAX_MODEL_LEN = 2**20
+
+
+class StubEngine:
+    """Gives every request the next token of a text in each step. It has the interface of `LLMEngine` that
+    `EngineLoop` uses.
+
+    Args:
+        tokenizer: its folder.
+        step_s: seconds from one step to the next, at least.
+    """
+
+    parallel = None
+
+    def __init__(self, tokenizer: str, step_s: float):
+        self.tokenizer, self._step_s = load_tokenizer(tokenizer), step_s
+        self.config = EngineConfig(num_pages=1, max_model_len=_MAX_MODEL_LEN)
+        self.max_model_len = _MAX_MODEL_LEN
+        self.description = SimpleNamespace(vocab_size=self.tokenizer.vocab_size)
+        self.context = SimpleNamespace(pool=SimpleNamespace(page_bytes=1))
+        self.default_sampling_params: dict[str, Any] = {}
+        self._input = InputProcessor(
+            self.tokenizer, vocab_size=self.tokenizer.vocab_size, max_model_len=_MAX_MODEL_LEN,
+            default_sampling_params={}, records_decisions=False,
+        )  # fmt: skip
+        self._output = OutputProcessor(self.tokenizer, None, frozenset())
+        self._token_ids = self.tokenizer.encode(_TEXT)
+        self._requests: dict[str, Request] = {}
+        self._due = 0.0
+
+    def add_request(
+        self, request_id: str, prompt: Any, params: SamplingParams | None, *, priority: int = 0
+    ) -> None:
+        """See `LLMEngine.add_request`."""
+        request = self._input.request(request_id, 0, prompt, params, priority)
+        self._output.add(request)
+        self._requests[request_id] = request
+
+    def abort_request(self, request_id: str) -> RequestOutput | None:
+        """See `LLMEngine.abort_request`."""
+        request = self._requests.get(request_id)
+        return None if request is None else self._finish(request, "abort")
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """See `LLMEngine.has_unfinished_requests`."""
+        return bool(self._requests)
+
+    def step(self) -> list[RequestOutput]:
+        """See `LLMEngine.step`."""
+        time.sleep(max(0.0, self._due - time.monotonic()))
+        self._due = time.monotonic() + self._step_s
+        outputs = []
+        for request in list(self._requests.values()):
+            token_id = self._token_ids[len(request.output_token_ids) % len(self._token_ids)]
+            ending = self._output.append(request, SampledToken(token_id, None, None))
+            if ending is None:
+                outputs.append(output_of(request, self._output.text(request)))
+            else:
+                outputs.append(self._finish(request, ending.finish_reason))
+        return outputs
+
+    def check_health(self) -> None:
+        """See `LLMEngine.check_health`."""
+
+    def close(self) -> None:
+        """See `LLMEngine.close`."""
+
+    def _finish(self, request: Request, reason: str) -> RequestOutput:
+        request.status, request.finish_reason = RequestStatus.FINISHED, reason
+        output = output_of(request, self._output.text(request))
+        self._output.forget(request)
+        del self._requests[request.request_id]
+        return output
