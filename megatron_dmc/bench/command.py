@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_dmc.bench import serving, suite_plan, window
 from megatron_dmc.bench.output import Result, finish
+from megatron_dmc.bench.peers import command as peers
 from megatron_dmc.engine.flags import add_settings
 from megatron_dmc.errors import DMCError
 
@@ -96,6 +97,9 @@ BENCHMARKS = (
     Benchmark("latency", "offline",
               "seconds of one batch through the engine, from prompts to last tokens; lists make a sweep",
               serving.add_latency),
+    Benchmark("peers", "peers.command",
+              "this engine next to transformers, vLLM for CPUs and llama.cpp on one model",
+              peers.add_arguments),
     Benchmark("suite", "suite", "all tables of docs/performance.md, into a folder",
               suite_plan.add_arguments),
     Benchmark("window", "window",

@@ -1,0 +1,49 @@
+"""This engine; a CR other than 1 is imposed (`bench.imposed`)."""
+
+import argparse
+import importlib.metadata
+from collections.abc import Iterator
+from typing import Any
+
+import cases
+import torch
+
+from megatron_dmc.bench import serving
+from megatron_dmc.bench.model_under_test import Case, ModelUnderTest
+from megatron_dmc.engine import SamplingParams
+
+
+def measure(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    torch.set_num_threads(asked["threads"])
+    all_cases = asked["cases"]
+    longest = max(c["context"] + c["new_tokens"] for c in all_cases)
+    parser = argparse.ArgumentParser(conflict_handler="resolve")
+    serving.add_throughput(parser)
+    args = parser.parse_args([asked["model"], "--dtype", asked["dtype"], "--device", "cpu"])
+    tested = ModelUnderTest(args, longest)
+
+    def run(case: dict[str, Any], name: str) -> dict[str, Any]:
+        point = Case(case["cr"], case["batch"], case["context"], case["new_tokens"])
+        args.num_pages = None
+        tested.share_pages([point])
+        engine = tested.engine(point)[0].engine
+        params = SamplingParams(
+            temperature=0, max_tokens=case["new_tokens"], ignore_eos=True, detokenize=False
+        )
+        requests = cases.prompts(case, min(cases.VOCAB, tested.description.vocab_size))
+        progress = cases.Progress(case)
+        for number, ids in enumerate(requests):
+            engine.add_request(f"{name}-{number}", {"prompt_token_ids": ids}, params)
+        while engine.has_unfinished_requests:
+            progress.step(output.request_id for output in engine.step())
+        return progress.row()
+
+    run(all_cases[0] | {"context": 8, "new_tokens": 2}, "warm-up")
+    for number, case in enumerate(all_cases):
+        yield (
+            case | run(case, str(number)) | {"version": importlib.metadata.version("megatron-dmc")}
+        )
+
+
+if __name__ == "__main__":
+    cases.answer(measure)

