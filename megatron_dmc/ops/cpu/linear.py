@@ -11,7 +11,7 @@ OUTPUT_STEP = 4
 
 
 def refusal(weight: Tensor) -> str:
-    """Why the kernel does not multiply by this weight (outputs, inputs); "" if it does."""
+    """The reason why the kernel does not multiply by this weight (outputs, inputs); "" if it does."""
     if reason := absence():
         return reason
     if weight.device.type != "cpu":
