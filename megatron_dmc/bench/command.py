@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_dmc.bench import serving, suite_plan, window
+from megatron_dmc.bench import serving, suite_experiments, window
 from megatron_dmc.bench.output import Result, finish
 from megatron_dmc.bench.peers import command as peers
 from megatron_dmc.engine.flags import add_settings
@@ -101,7 +101,7 @@ BENCHMARKS = (
               "this engine next to transformers, vLLM for CPUs and llama.cpp on one model",
               peers.add_arguments),
     Benchmark("suite", "suite", "all tables of docs/performance.md, into a folder",
-              suite_plan.add_arguments),
+              suite_experiments.add_arguments),
     Benchmark("window", "window",
               "kernels and engine, checked and measured on one GPU within ten minutes",
               window.add_arguments),

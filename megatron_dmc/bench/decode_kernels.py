@@ -26,6 +26,7 @@ from tqdm import tqdm
 from megatron_dmc.bench import libraries
 from megatron_dmc.bench.measure import (
     Settings,
+    against_copy,
     as_row,
     captured,
     copy_bandwidth,
@@ -177,17 +178,9 @@ def measure(
     ):
         timing = measure_time(
             captured(function, settings), settings.device, repeats=settings.repeats
-        )
+        ).share(num_layers)
         row = as_row(timing, op=op, variant=backend, **columns, layers=num_layers, errors=errors)
-        for key in ("median_ms", "p10_ms", "p90_ms"):
-            row[key] /= num_layers
-        achieved = size / (row["median_ms"] / 1e3)
-        row |= {
-            "bytes_needed": size,
-            "bytes_per_second": achieved,
-            "fraction_of_copy": achieved / bandwidth,
-        }
-        result.append(row)
+        result.append(row | against_copy(size, timing.median_ms, bandwidth))
     for cache in caches:
         assert cache.free_pages is not None
         cache.free_pages.taken()  # raises if a head was left out: then less than a step was timed
@@ -254,18 +247,9 @@ def run(args: argparse.Namespace) -> Result:
     rate = matrix_product_rate(settings)
     prefilled: list[dict[str, Any]] = []
     if cache_dtype == settings.dtype:  # 8-bit pages are prefilled by PyTorch
-        prefilled = list(
-            prefill_rows(
-                settings,
-                prompts,
-                prefill_crs,
-                heads,
-                dim,
-                groups,
-                prefill_backends(chosen),
-                rate,
-            )
-        )
+        prefilled = list(prefill_rows(
+            settings, prompts, prefill_crs, heads, dim, groups, prefill_backends(chosen), rate
+        ))  # fmt: skip
     result = document(
         "kernels", settings, copy_bytes_per_second=bandwidth, product_per_second=rate,
         lengths=settings.lengths, prompts=prompts, page_size=PAGE_SIZE, spread=SPREAD,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_dmc.bench.measure import Settings, as_row, captured, measure_time
+from megatron_dmc.bench.measure import Settings, against_copy, as_row, captured, measure_time
 from megatron_dmc.bench.output import Row
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops.paged.layer_cache import LayerCache
@@ -216,11 +216,8 @@ def measure(
             reason = f"{type(e).__name__}: {e}".splitlines()[0]
             rows.append({**head, "skipped": f"failed: {reason}"})
             continue
-        achieved = bytes_needed / (row["median_ms"] / 1e3)
-        rows.append({
-            **head, **row, "layers": num_layers, "bytes_needed": bytes_needed,
-            "bytes_per_second": achieved, "fraction_of_copy": achieved / bandwidth,
-        })  # fmt: skip
+        moved = against_copy(bytes_needed, row["median_ms"], bandwidth)
+        rows.append({**head, **row, "layers": num_layers, **moved})
     return rows
 
 
@@ -254,9 +251,7 @@ def _measure_one(
             layer()
 
     timing = measure_time(captured(attend, settings), settings.device, repeats=settings.repeats)
-    row = as_row(timing, errors={"attention": error})
-    for key in ("median_ms", "p10_ms", "p90_ms"):
-        row[key] /= num_layers
+    row = as_row(timing.share(num_layers), errors={"attention": error})
     plans = [getattr(layer, "plan_ms", math.nan) for layer in layers]
     if not math.isnan(plans[0]):
         row["plan_ms"] = plans[-1]

@@ -68,6 +68,10 @@ class Timing:
     p10_ms: float
     p90_ms: float
 
+    def share(self, count: int) -> "Timing":
+        """One of `count` equal parts of the run."""
+        return Timing(self.median_ms / count, self.p10_ms / count, self.p90_ms / count)
+
 
 def measure_time(
     function: Callable[[], object], device: torch.device, *, repeats: int, warmup: int = 3
@@ -170,6 +174,16 @@ def document(name: str, settings: Settings, **content: Any) -> Row:
         "arguments": sys.argv[1:],
         "note": None if gpu else "small shapes on a CPU: they say nothing about a GPU",
         **content,
+    }
+
+
+def against_copy(num_bytes: int, median_ms: float, bandwidth: float) -> Row:
+    """Columns of what must move `num_bytes`: the bytes per second, and the part of a copy's."""
+    achieved = num_bytes / (median_ms / 1e3)
+    return {
+        "bytes_needed": num_bytes,
+        "bytes_per_second": achieved,
+        "fraction_of_copy": achieved / bandwidth,
     }
 
 

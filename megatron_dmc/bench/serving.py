@@ -127,12 +127,7 @@ def _add_sweep(parser: argparse.ArgumentParser, num_in: int, num_out: int) -> No
     group.add_argument(
         "--compare", choices=["transformers"], help="then run another engine on the same requests"
     )
-    _add_prompts(parser, "--input-len", "--output-len", num_in, num_out)
-    for flag, default in (("--input-len", num_in), ("--output-len", num_out)):
-        parser.add_argument(
-            flag, type=_list_of(int), default=[default], metavar="T,...",
-            help=f"tokens of a prompt, or to generate (default: {default})",
-        )  # fmt: skip
+    _add_prompts(parser, "--input-len", "--output-len", num_in, num_out, lists=True)
     group.add_argument("--csv", metavar="FILE", help="also write the rows here")
     group.add_argument(
         "--output", metavar="FOLDER", help="also write JSON, CSV and plots into this folder"
@@ -153,14 +148,19 @@ def _list_of(kind: type, *, auto: bool = False) -> Callable[[str], list[Any]]:
 
 
 def _add_prompts(
-    parser: argparse.ArgumentParser, in_flag: str, out_flag: str, num_in: int, num_out: int
-) -> None:
-    parser.add_argument(
-        in_flag, dest="input_len", type=int, default=num_in, help="tokens of a prompt"
-    )
-    parser.add_argument(
-        out_flag, dest="output_len", type=int, default=num_out, help="tokens to generate"
-    )
+    parser: argparse.ArgumentParser, in_flag: str, out_flag: str, num_in: int, num_out: int,
+    *, lists: bool = False,
+) -> None:  # fmt: skip
+    """Flags of `prompts`; with `lists` of both lengths several, for a sweep."""
+    for flag, dest, number, text in (
+        (in_flag, "input_len", num_in, "tokens of a prompt"),
+        (out_flag, "output_len", num_out, "tokens to generate"),
+    ):
+        parser.add_argument(
+            flag, dest=dest, help=f"{text} (default: {number})",
+            type=_list_of(int) if lists else int, default=[number] if lists else number,
+            metavar="T,..." if lists else "T",
+        )  # fmt: skip
     parser.add_argument(
         "--dataset-path", metavar="FILE",
         help='JSON lines with "prompt" and perhaps "output_tokens"; default: random token ids, which '

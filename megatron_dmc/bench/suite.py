@@ -15,7 +15,7 @@ import torch
 
 from megatron_dmc.bench.measure import Settings, document, release_memory
 from megatron_dmc.bench.output import Curves, Result, Row, markdown, write_csv
-from megatron_dmc.bench.suite_plan import EXPERIMENTS, Experiment
+from megatron_dmc.bench.suite_experiments import EXPERIMENTS, Experiment
 from megatron_dmc.errors import DMCError
 
 _ENGINE = {

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from megatron_dmc import ops
 from megatron_dmc.bench.measure import (
     Settings,
+    against_copy,
     as_row,
     copy_bandwidth,
     document,
@@ -186,14 +187,8 @@ def bench_merge(
             errors = check(names, op, spec(window), inputs, [1] * 4, [0, 1])
             columns = {"op": "merge", "variant": name, "shape_TBGD": shape, "merge_window": window}
             for row in measure_both_ways(op, inputs, [0, 1], settings, columns):
-                achieved = needed[row["direction"]] / (row["median_ms"] / 1e3)
-                yield {
-                    **row,
-                    "errors": errors,
-                    "bytes_needed": needed[row["direction"]],
-                    "bytes_per_second": achieved,
-                    "fraction_of_copy": achieved / bandwidth,
-                }
+                moved = against_copy(needed[row["direction"]], row["median_ms"], bandwidth)
+                yield {**row, "errors": errors, **moved}
             bar.update()
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from megatron_dmc import __version__
 from megatron_dmc.bench.output import Result, Row, finish, markdown
-from megatron_dmc.bench.window_plan import STAGES, Stage
+from megatron_dmc.bench.window_outline import STAGES, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 RESERVE = 5.0
@@ -153,9 +153,11 @@ class Window:
     def _explain(self, stage: str, reason: str) -> None:
         """Rows for the cases that a stage has named and not reached, or for a stage that broke off."""
         rows = [row for row in self.rows() if row["stage"] == stage]
-        seen = {row["case"] for row in rows if row["outcome"] != "planned"}
-        planned = dict.fromkeys(x for r in rows if r["outcome"] == "planned" for x in r["cases"])
-        missing = [case for case in planned if case not in seen]
+        seen = {row["case"] for row in rows if row["outcome"] != "announced"}
+        announced = dict.fromkeys(
+            x for r in rows if r["outcome"] == "announced" for x in r["cases"]
+        )
+        missing = [case for case in announced if case not in seen]
         for case in missing:
             self.add(stage, case, "failed", reason=reason or "the stage left it out")
         if not missing and (reason or not rows):
@@ -211,7 +213,7 @@ class Window:
         (self.folder / "table.md").write_text("\n".join(self._table()) + "\n")
 
     def _table(self) -> Iterator[str]:
-        rows = [row for row in self.rows() if row["outcome"] != "planned"]
+        rows = [row for row in self.rows() if row["outcome"] != "announced"]
         where = "a CPU at toy size: nothing here says anything about a GPU" if self.cpu else "a GPU"
         machine = next((row for row in rows if row["case"] == "machine"), {})
         yield f"# The window on {machine.get('value') or where}\n"
@@ -235,7 +237,7 @@ class Window:
 
     def document(self) -> Row:
         """The last line."""
-        rows = [row for row in self.rows() if row["outcome"] != "planned"]
+        rows = [row for row in self.rows() if row["outcome"] != "announced"]
         failed = [row for row in rows if row["outcome"] not in NEUTRAL]
         machine: Row = next((row for row in rows if row["case"] == "machine"), {})
         outcomes = sorted({row["outcome"] for row in rows})

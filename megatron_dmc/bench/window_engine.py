@@ -7,7 +7,6 @@ the others; merge decisions are imposed. On a CPU a model of two layers.
 import functools
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,9 +29,9 @@ from megatron_dmc.bench.imposed import ImposedDecisions, spread_weights
 from megatron_dmc.bench.measure import Settings, release_memory
 from megatron_dmc.bench.model_under_test import random_model, requests_that_fit
 from megatron_dmc.bench.output import Row
+from megatron_dmc.bench.suite_experiments import E1_MUST_REACH, E7_MUST_REACH
 from megatron_dmc.bench.window_kernels import ceiling, settings_of
-from megatron_dmc.bench.window_stages import Case, Stage
-from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.bench.window_stages import Case, Child
 from megatron_dmc.checkpoint.load import LoadedModel
 from megatron_dmc.engine import LLMEngine, SamplingParams
 from megatron_dmc.engine.context import PagedContext
@@ -40,18 +39,16 @@ from megatron_dmc.engine.graphs import Captured
 from megatron_dmc.engine.sizes import pages_in_memory
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops.paged.kv_pages import entry_bytes
-from megatron_dmc.plan.model import find_model
 
-MUST_REACH = {2.0: 1.9, 4.0: 3.7, 8.0: 7.0}
-"""E1's ratios; E2: this part of the roofline at CR 1, and E7 this ratio to dense attention."""
-E2_MUST_REACH, E7_MUST_REACH = 0.8, 0.95
+E2_MUST_REACH = 0.8
+"""Part of the roofline at CR 1."""
 WARMUP, STEPS = 12, 48
 
 
 class WindowModel:
     """The model of a stage, made when its first case asks for it."""
 
-    def __init__(self, stage: Stage, num_layers: int | None = None):
+    def __init__(self, stage: Child, num_layers: int | None = None):
         self.stage = stage
         self.settings: Settings = settings_of(stage, STEPS)
         self.warmup, self.steps = (1, 3) if stage.cpu else (WARMUP, STEPS)
@@ -59,17 +56,9 @@ class WindowModel:
 
     @functools.cached_property
     def loaded(self) -> LoadedModel:
-        if self.stage.cpu:
-            description = ModelDescription(
-                num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4,
-                num_query_groups=4, kv_channels=16, vocab_size=256, max_position_embeddings=512,
-                dtype=self.settings.dtype,
-            )  # fmt: skip
-        else:
-            preset = find_model("llama2-7b")
-            description = replace(
-                preset, dtype=self.settings.dtype, num_layers=self._num_layers or preset.num_layers
-            )
+        num_layers = self._num_layers or (2 if self.stage.cpu else 32)
+        length = 512 if self.stage.cpu else 4096
+        description = training.describe(self.settings, num_layers=num_layers, length=length)
         return random_model(description, self.settings.device)
 
     @functools.cached_property
@@ -128,7 +117,7 @@ class WindowModel:
 # --- E1, E2 ---------------------------------------------------------------------------------------
 
 
-def throughput(stage: Stage) -> None:
+def throughput(stage: Child) -> None:
     """2k + 2k tokens, as many requests as the cache holds at their ends, timed in the middle."""
     model = WindowModel(stage)
     longest, context = (96, 80) if stage.cpu else (4096, 3072)
@@ -144,7 +133,7 @@ def throughput(stage: Stage) -> None:
             row |= {"must_reach": f"{E2_MUST_REACH:.0%} of the roofline"}
         elif plain:
             row["ratio"] = row["tokens_per_second"] / plain["tokens_per_second"]
-            row["must_reach"] = MUST_REACH[cr]
+            row["must_reach"] = E1_MUST_REACH[cr]
         yield row
 
     stage.run([
@@ -156,7 +145,7 @@ def throughput(stage: Stage) -> None:
 # --- E3, E7 ---------------------------------------------------------------------------------------
 
 
-def latency(stage: Stage) -> None:
+def latency(stage: Child) -> None:
     """Equal batches at 4k tokens of context, and dense attention in the same engine."""
     model = WindowModel(stage)
     context, batches = (60, (1, 2)) if stage.cpu else (4000, (1, 8))
@@ -205,7 +194,7 @@ def _run_again(work: Callable[[], Tensor]) -> Captured:
     return Captured(lambda: output.copy_(work()), output)
 
 
-def engine_checks(stage: Stage) -> None:
+def engine_checks(stage: Child) -> None:
     """A model of two layers: captured steps against eager ones, from prefill on; a step under sync-debug."""
     model = WindowModel(stage, num_layers=2)
     num_prompt, num_new = (12, 6) if stage.cpu else (100, 24)
@@ -306,7 +295,7 @@ def _add_requests(
 # --- K3, profile ----------------------------------------------------------------------------------
 
 
-def train_step(stage: Stage) -> None:
+def train_step(stage: Child) -> None:
     """K3: forward, loss, backward and AdamW of one layer's model."""
     settings = settings_of(stage, 10)
     length = 32 if stage.cpu else 4096
@@ -316,7 +305,7 @@ def train_step(stage: Stage) -> None:
     stage.run([Case(f"T={length}", run)])
 
 
-def profile(stage: Stage) -> None:
+def profile(stage: Child) -> None:
     """Time of a replayed step by kernel; on a CPU by operator."""
     model = WindowModel(stage)
     context, batch, shown = (60, 2, 5) if stage.cpu else (2048, 64, 25)

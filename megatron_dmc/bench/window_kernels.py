@@ -19,7 +19,7 @@ from megatron_dmc.bench.output import Row
 from megatron_dmc.bench.prefill_kernels import prefill_backends, prefill_rows
 from megatron_dmc.bench.train_kernels import bench_attention, bench_merge
 from megatron_dmc.bench.window import ROOT, read_rows
-from megatron_dmc.bench.window_stages import Case, Stage
+from megatron_dmc.bench.window_stages import Case, Child
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import cuda
 from megatron_dmc.ops.paged.kv_pages import parse_kv_cache_dtype
@@ -29,7 +29,7 @@ TRITON_FILES = ("decode", "pages", "prefill", "merge", "diagonal")
 CUDA_FILES = ("decode", "pages", "prefill")
 
 
-def settings_of(stage: Stage, repeats: int) -> Settings:
+def settings_of(stage: Child, repeats: int) -> Settings:
     """bfloat16 on the GPU; on a CPU float32, and two runs."""
     if stage.cpu:
         return Settings(torch.device("cpu"), torch.float32, (), 2, None)
@@ -41,7 +41,7 @@ def settings_of(stage: Stage, repeats: int) -> Settings:
 # --- the machine ----------------------------------------------------------------------------------
 
 
-def ceilings(stage: Stage) -> None:
+def ceilings(stage: Child) -> None:
     """The machine, its CUDA extension, and two ceilings: a plain copy and a large matrix product."""
     settings = settings_of(stage, 20)
 
@@ -79,7 +79,7 @@ def ceilings(stage: Stage) -> None:
     ])  # fmt: skip
 
 
-def ceiling(stage: Stage, case: str, settings: Settings) -> float:
+def ceiling(stage: Child, case: str, settings: Settings) -> float:
     """Bytes of a copy, or operations of a product, per second: the first stage's, or measured now."""
     for row in read_rows(stage.path):
         if row["stage"] == "ceilings" and row["case"] == case and row["outcome"] == "ok":
@@ -104,17 +104,17 @@ def imports(name: str) -> bool:
 class Reporter:
     """pytest's plugin: a row for every case when it has run."""
 
-    def __init__(self, stage: Stage):
+    def __init__(self, stage: Child):
         self.stage = stage
-        self.planned: set[str] = set()
+        self.announced: set[str] = set()
 
-    def _plan(self, names: list[str]) -> None:
-        if new := [name for name in names if name not in self.planned]:
-            self.planned.update(new)
-            self.stage.plan(new)
+    def _announce(self, names: list[str]) -> None:
+        if new := [name for name in names if name not in self.announced]:
+            self.announced.update(new)
+            self.stage.announce(new)
 
     def pytest_collection_finish(self, session: Any) -> None:
-        self._plan([item.nodeid for item in session.items])
+        self._announce([item.nodeid for item in session.items])
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
@@ -141,7 +141,7 @@ class Reporter:
         self.stage.row(report.nodeid, outcome, duration_s=round(report.duration, 3), **reason)
 
 
-def _run_cases(stage: Stage, files: tuple[str, ...], *arguments: str) -> None:
+def _run_cases(stage: Child, files: tuple[str, ...], *arguments: str) -> None:
     """pytest in this process, so that rows come one by one; without the tests' own set-up, which wants more
     packages than a bare machine has."""
     if not TESTS.is_dir():
@@ -151,7 +151,7 @@ def _run_cases(stage: Stage, files: tuple[str, ...], *arguments: str) -> None:
     import pytest
 
     def collected(self: Reporter, node: Any, ids: list[str]) -> None:
-        self._plan(ids)
+        self._announce(ids)
 
     # pytest-xdist's, where it is there: the cases are collected in its processes
     hook = pytest.hookimpl(optionalhook=True)(collected)
@@ -170,7 +170,7 @@ def _run_cases(stage: Stage, files: tuple[str, ...], *arguments: str) -> None:
         raise DMCError(f"pytest ended with {status!r}")
 
 
-def cuda_cases(stage: Stage) -> None:
+def cuda_cases(stage: Child) -> None:
     """All cases of the extension, one after the other; nothing is compiled. On a CPU some of PyTorch's."""
     if stage.cpu:
         os.environ["DMC_TESTED_BACKEND"] = "torch"
@@ -185,7 +185,7 @@ def cuda_cases(stage: Stage) -> None:
     _run_cases(stage, CUDA_FILES)
 
 
-def triton_cases(stage: Stage) -> None:
+def triton_cases(stage: Child) -> None:
     """The small set, compiled in eight processes where pytest-xdist is there."""
     if stage.cpu:
         _run_cases(stage, ("decode", "pages", "merge"), "-k", "taken_pages or workers or gradient")
@@ -208,7 +208,7 @@ LARGE_POOL = (256, 1.0, 1, False)
 """256 x 32 heads x 4096 tokens x 128 channels: twice 2^31 elements of keys, and as many of values."""
 
 
-def decode_kernels(stage: Stage) -> None:
+def decode_kernels(stage: Child) -> None:
     """A dozen shapes, other libraries, 8-bit pages, and a large pool in two orders of its pages."""
     settings = settings_of(stage, 20)
     heads, dim, tokens = (4, 64, 64) if stage.cpu else (32, 128, 4096)
@@ -271,7 +271,7 @@ def decode_kernels(stage: Stage) -> None:
 # --- K1, K2, K6 -----------------------------------------------------------------------------------
 
 
-def train_kernels(stage: Stage) -> None:
+def train_kernels(stage: Child) -> None:
     """K1 and K2: merge, and training attention against the stock kernel."""
     settings = settings_of(stage, 20)
     bandwidth = ceiling(stage, "copy", settings)
@@ -291,7 +291,7 @@ def train_kernels(stage: Stage) -> None:
     ])  # fmt: skip
 
 
-def prefill_kernels(stage: Stage) -> None:
+def prefill_kernels(stage: Child) -> None:
     """K6: attention and the whole op, without DMC and at CR 4, in every back end."""
     settings = settings_of(stage, 10)
     heads, dim = (4, 64) if stage.cpu else (32, 128)

@@ -11,6 +11,7 @@ class Stage:
         limit: seconds after which it is killed.
         columns: of its table: keys of the rows, and their titles.
         waits: for the CUDA extension's build.
+        module: under `megatron_dmc.bench`, with the stage as a function of its name.
     """
 
     name: str
@@ -18,6 +19,7 @@ class Stage:
     limit: float
     columns: dict[str, str]
     waits: bool = True
+    module: str = "window_kernels"
 
 
 _KERNEL = {
@@ -29,6 +31,9 @@ _ENGINE = {
     "step_ms": "ms a step", "p10_ms": "p10", "p90_ms": "p90", "tokens_per_second": "tokens/s",
     "fraction_of_roofline": "of the roofline", "ratio": "ratio", "must_reach": "must reach",
 }  # fmt: skip
+ENGINE = "window_engine"
+"""The module of the stages that run the model, for which megatron-core must be installed."""
+
 STAGES = (
     Stage(
         "ceilings", "The machine and its ceilings", 60,
@@ -51,18 +56,20 @@ STAGES = (
     ),
     Stage(
         "engine-checks", "Captured decode steps equal eager ones; no hidden waits", 70,
-        {"case": "case", "tokens": "tokens compared", "error": "error"},
+        {"case": "case", "tokens": "tokens compared", "error": "error"}, module=ENGINE,
     ),
-    Stage("throughput", "E1 and E2: decode throughput, Llama-2-7B's shape, largest batch", 110, _ENGINE),
-    Stage("latency", "E3 and E7: a step at equal batch; paging against dense attention", 90, _ENGINE),
+    Stage("throughput", "E1 and E2: decode throughput, Llama-2-7B's shape, largest batch", 110, _ENGINE,
+          module=ENGINE),
+    Stage("latency", "E3 and E7: a step at equal batch; paging against dense attention", 90, _ENGINE,
+          module=ENGINE),
     Stage(
         "train-step", "K3: one layer, one training step", 45,
         {"case": "case", "part": "part", "dmc": "DMC", "median_ms": "ms",
          "time_over_plain": "over no DMC", "memory_over_plain": "memory over no DMC"},
-        waits=False,
+        waits=False, module=ENGINE,
     ),
     Stage(
         "profile", "Kernels of one replayed decode step", 60,
-        {"name": "kernel", "calls": "calls", "us": "µs", "fraction": "of the step's kernels"},
+        {"name": "kernel", "calls": "calls", "us": "µs", "fraction": "of the step's kernels"}, module=ENGINE,
     ),
 )  # fmt: skip

@@ -14,27 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_dmc.bench import window_outline
 from megatron_dmc.bench.output import Row
 from megatron_dmc.bench.window import append_row
 
 logger = logging.getLogger(__name__)
 
-KERNELS = "megatron_dmc.bench.window_kernels"
-ENGINE = "megatron_dmc.bench.window_engine"
-STAGES = {
-    "ceilings": KERNELS,
-    "cuda-cases": KERNELS,
-    "triton-cases": KERNELS,
-    "decode-kernels": KERNELS,
-    "train-kernels": KERNELS,
-    "prefill-kernels": KERNELS,
-    "engine-checks": ENGINE,
-    "throughput": ENGINE,
-    "latency": ENGINE,
-    "train-step": ENGINE,
-    "profile": ENGINE,
-}
-"""The module that has each stage, as a function of its name."""
+MODULES = {stage.name: stage.module for stage in window_outline.STAGES}
 
 
 @dataclass(frozen=True)
@@ -50,8 +36,8 @@ class Case:
 
 
 @dataclass
-class Stage:
-    """Context that a stage's function receives.
+class Child:
+    """The process of a stage, as its function sees it.
 
     Attributes:
         path: of the rows.
@@ -70,9 +56,9 @@ class Stage:
         columns["at_s"] = round(time.monotonic() - self.began, 2)
         append_row(self.path, self.name, case, outcome, **columns)
 
-    def plan(self, cases: Iterable[str]) -> None:
+    def announce(self, cases: Iterable[str]) -> None:
         """Name the cases: those without a row at the end have failed."""
-        append_row(self.path, self.name, "plan", "planned", cases=list(cases))
+        append_row(self.path, self.name, "cases", "announced", cases=list(cases))
 
     @property
     def is_late(self) -> bool:
@@ -82,7 +68,7 @@ class Stage:
         """Run the cases in order."""
         from megatron_dmc.bench.measure import release_memory
 
-        self.plan(case.name for case in cases)
+        self.announce(case.name for case in cases)
         for case in cases:
             if self.is_late:
                 self.row(case.name, "skipped", reason="out of budget")
@@ -105,14 +91,14 @@ def one_line(error: BaseException) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run one stage."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("stage", choices=list(STAGES))
+    parser.add_argument("stage", choices=list(MODULES))
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--limit", type=float, required=True)
     parser.add_argument("--cpu", action="store_true")
     args = parser.parse_args(argv)
-    stage = Stage(args.stage, args.rows, time.monotonic() + args.limit, args.cpu)
-    module = STAGES[args.stage]
-    if module == ENGINE:
+    stage = Child(args.stage, args.rows, time.monotonic() + args.limit, args.cpu)
+    module = MODULES[args.stage]
+    if module == window_outline.ENGINE:
         try:
             importlib.import_module("megatron.core")
         except ImportError as error:
@@ -124,7 +110,9 @@ def main(argv: list[str] | None = None) -> int:
         # before anything imports Triton or asks for a GPU
         os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     try:
-        getattr(importlib.import_module(module), args.stage.replace("-", "_"))(stage)
+        getattr(
+            importlib.import_module(f"megatron_dmc.bench.{module}"), args.stage.replace("-", "_")
+        )(stage)
     except Exception as error:
         logger.exception("stage %s", args.stage)
         stage.row("all cases", "failed", reason=one_line(error))

@@ -16,7 +16,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from megatron_dmc.bench import window
-from megatron_dmc.bench.window_stages import Stage as Child
+from megatron_dmc.bench.window_stages import Child
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_ON_A_BARE_MACHINE = (
@@ -43,7 +43,7 @@ def bare(tmp_path_factory):
 
 def rows_of(folder):
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["outcome"] != "planned"]
+    return [row for row in rows if row["outcome"] != "announced"]
 
 
 def script(folder, *flags):
@@ -117,9 +117,9 @@ def test_a_window_cut_off_half_way_leaves_its_rows(bare, tmp_path):
 
 BEHAVIOUR = {
     "works": "row('a'); row('b')",
-    "crashes": "plan('a', 'b', 'c'); row('a'); os.abort()",
-    "hangs": "plan('a', 'b'); row('a'); time.sleep(60)",
-    "garbage": "plan('a', 'b'); row('a'); print('{' * 9)\n"
+    "crashes": "announce('a', 'b', 'c'); row('a'); os.abort()",
+    "hangs": "announce('a', 'b'); row('a'); time.sleep(60)",
+    "garbage": "announce('a', 'b'); row('a'); print('{' * 9)\n"
     "open(path, 'ab').write(b'\\xff{\"stage\": \"gar')",
     "silent": "pass",
     "exits": "row('a'); sys.exit(3)",
@@ -131,7 +131,7 @@ from pathlib import Path
 from megatron_dmc.bench.window import append_row
 path, stage = Path(sys.argv[1]), sys.argv[2]
 row = lambda case: append_row(path, stage, case, 'ok')
-plan = lambda *cases: append_row(path, stage, 'plan', 'planned', cases=cases)
+announce = lambda *cases: append_row(path, stage, 'cases', 'announced', cases=cases)
 """
 
 
@@ -155,7 +155,7 @@ def test_a_stage_that_fails_takes_no_other_rows_along(monkeypatch, tmp_path, cap
     rows = window.read_rows(tmp_path / "rows.jsonl")
     found = {
         (row["stage"], row["case"]): (row["outcome"], row.get("reason", "")) for row in rows
-        if row["outcome"] != "planned"
+        if row["outcome"] != "announced"
     }  # fmt: skip
     good = {key for key, (outcome, _) in found.items() if outcome == "ok"}
     assert good == {
@@ -178,7 +178,7 @@ def test_a_stage_that_fails_takes_no_other_rows_along(monkeypatch, tmp_path, cap
 
 @pytest.mark.alone
 def test_what_no_longer_fits_the_budget_is_a_row(monkeypatch, tmp_path):
-    behaviour = {"first": "row('a')", "slow": "plan('a'); time.sleep(60)", "late": "row('a')"}
+    behaviour = {"first": "row('a')", "slow": "announce('a'); time.sleep(60)", "late": "row('a')"}
     began = time.monotonic()
     run_stages(monkeypatch, tmp_path, behaviour, limit=50, budget=4.0)
     assert time.monotonic() - began < 6
