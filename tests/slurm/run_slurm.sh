@@ -105,9 +105,10 @@ sinfo
 "$python" - "$model" "$work/flags" >>"$work/prepare.log" 2>&1 <<'PYTHON' || fail "preparing failed"
 import sys
 from pathlib import Path
-from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.hf_config import from_hf_folder
+from megatron_dmc.checkpoint.megatron_args import megatron_flags
 
-flags = ModelDescription.from_hf_folder(sys.argv[1]).megatron_flags()
+flags = megatron_flags(from_hf_folder(sys.argv[1]))
 # No --use-distributed-optimizer: without Transformer Engine or Apex it cannot resume.
 flags += ["--seq-length", "64"]
 flags += ["--micro-batch-size", "1", "--global-batch-size", "4"]

@@ -27,9 +27,10 @@ export FLAGS_FILE=$work/flags
 "$python" - "$model" "$FLAGS_FILE" <<'PYTHON' >>"$work/data.log" 2>&1 || fail "preparing failed"
 import sys
 from pathlib import Path
-from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.hf_config import from_hf_folder
+from megatron_dmc.checkpoint.megatron_args import megatron_flags
 
-flags = ModelDescription.from_hf_folder(sys.argv[1]).megatron_flags()
+flags = megatron_flags(from_hf_folder(sys.argv[1]))
 flags += ["--seq-length", "64", "--micro-batch-size", "1", "--global-batch-size", "4"]
 Path(sys.argv[2]).write_text("\n".join(flags) + "\n")
 PYTHON
