@@ -15,7 +15,7 @@ from megatron_dmc.engine.chunk import Chunk
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.graphs import Capture, CudaGraphs, DecodeGraphs
 from megatron_dmc.errors import UnsupportedConfig
-from megatron_dmc.model.linear import use_linear_kernels
+from megatron_dmc.model.inference import use_inference_kernels
 from megatron_dmc.ops.tensors import take_rows, to_device
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class ModelRunner:
         gather: Callable[[Tensor], Tensor] | None = None,
     ):
         self.model, self.context = model.eval(), context
-        use_linear_kernels(self.model)
+        use_inference_kernels(self.model)
         self.vocab_size, self.device = vocab_size, torch.device(device)
         self._gather = gather
         self._graphs: DecodeGraphs | None = None

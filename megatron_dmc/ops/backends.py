@@ -155,9 +155,9 @@ def _cuda(op: str) -> Any:
 
 
 def _cpu(op: str) -> Any:
-    from megatron_dmc.ops.cpu import decode, linear, pages
+    from megatron_dmc.ops.cpu import decode, linear, norm, pages
 
-    return {"decode": decode, "linear": linear, "pages": pages}[op]
+    return {"decode": decode, "linear": linear, "norm": norm, "pages": pages}[op]
 
 
 def _triton(op: str) -> Any:
@@ -190,4 +190,7 @@ DIAGONAL = Op("diagonal", triton=TRITON, torch=PYTORCH)
 """`ops.training.diagonal`: (q)."""
 
 LINEAR = Op("linear", cpu=CPU, torch=PYTORCH)
-"""Products of weights in inference, `model.linear`: (weight)."""
+"""Products of weights in inference, `model.inference`: (weight)."""
+
+NORM = Op("norm", cpu=CPU, torch=PYTORCH)
+"""RMSNorm in inference, `model.inference`: (weight)."""

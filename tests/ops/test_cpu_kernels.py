@@ -15,7 +15,7 @@ from random_models import random_model
 from megatron_dmc import LLM, SamplingParams
 from megatron_dmc.ops import cpu
 from megatron_dmc.ops.backends import DECODE, LINEAR
-from megatron_dmc.ops.cpu import linear
+from megatron_dmc.ops.cpu import linear, norm
 from megatron_dmc.ops.paged import decode
 from megatron_dmc.ops.testing import decode_case
 
@@ -177,8 +177,10 @@ def test_linear_layers_of_an_engine_use_the_kernel(monkeypatch):
         assert abs(found.logprob - logits["torch"][token].logprob) < 0.05
     with torch.enable_grad():
         calls.clear()
-        layer = llm.engine.runner.model.decoder.layers[0].mlp.linear_fc1
-        layer(torch.zeros(1, 1, layer.weight.shape[1], dtype=torch.bfloat16))
+        layer = llm.engine.runner.model.decoder.layers[0]
+        x = torch.zeros(1, 1, layer.mlp.linear_fc1.weight.shape[1], dtype=torch.bfloat16)
+        layer.mlp.linear_fc1(x.requires_grad_())
+        assert layer.input_layernorm(x).requires_grad
     assert not calls, "gradients are PyTorch's"
 
 
@@ -201,3 +203,18 @@ def test_linear_kernel_says_what_it_leaves_to_pytorch(monkeypatch):
 def test_an_extension_older_than_the_package_is_not_used(monkeypatch):
     monkeypatch.setattr(cpu, "OPERATORS", (*cpu.OPERATORS, "of_a_later_release"))
     assert "older than the package: build it again" in cpu.absence.__wrapped__()
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [1, 48, 576])
+def test_rms_norm_against_float64(dtype, channels):
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(channels, generator=generator).to(dtype)
+    x = 3.0 * torch.randn(2, 70, 2 * channels, generator=generator).to(dtype)[..., :channels]
+    out = norm.rms_norm(x, weight, 1e-5)
+    exact = torch.nn.functional.rms_norm(x.double(), (channels,), weight.double(), 1e-5)
+    assert out.dtype == dtype and out.shape == x.shape
+    torch.testing.assert_close(
+        out.double(), exact, rtol=1e-5 if dtype == torch.float32 else 1 / 256, atol=0
+    )

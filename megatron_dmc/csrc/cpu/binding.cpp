@@ -134,6 +134,25 @@ void linear(const Tensor& x, const Tensor& weight, const Tensor& out) {
                             inputs, outputs, x.stride(0)});
 }
 
+void rms_norm(const Tensor& x, const Tensor& weight, const Tensor& out, double eps) {
+  const ScalarType dtype = x.scalar_type();
+  check_shape(x, "x", {kAny, kAny});
+  check_shape(weight, "weight", {x.size(1)});
+  check_shape(out, "out", {x.size(0), x.size(1)});
+  TORCH_CHECK_VALUE(dtype == ScalarType::BFloat16 || dtype == ScalarType::Float, "dtype ", dtype,
+                    "; the kernels take bfloat16 and float32");
+  check_dtype(weight, "weight", dtype);
+  check_dtype(out, "out", dtype);
+  check_last_dense(x, "x");
+  TORCH_CHECK_VALUE(weight.is_contiguous() && out.is_contiguous(), "weight and out must be contiguous");
+  check_devices({{"x", x}, {"weight", weight}, {"out", out}});
+  launch_for(x, [&](auto type) {
+    using T = decltype(type);
+    kernels_of<T>().rms_norm({data<T>(x), data<T>(weight), data<T>(out), x.size(0), x.size(1), x.stride(0),
+                              float(eps)});
+  });
+}
+
 void release_pages(const Tensor& ids, const Tensor& free_ids, const Tensor& free_state,
                    const Tensor& extra_owners) {
   check_shape(ids, "page_ids", {kAny, kAny});
@@ -173,6 +192,7 @@ TORCH_LIBRARY(megatron_dmc_cpu, m) {
   m.def(
       "release_pages(Tensor(a!) page_ids, Tensor(b!) free_page_ids, Tensor(c!) free_state, "
       "Tensor(d!) num_extra_owners) -> ()");
+  m.def("rms_norm(Tensor x, Tensor weight, Tensor(a!) out, float eps) -> ()");
   m.def("linear(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
   m.def("instruction_set() -> str");
 }
@@ -181,6 +201,7 @@ TORCH_LIBRARY_IMPL(megatron_dmc_cpu, CompositeExplicitAutograd, m) {
   m.impl("decode_append", &decode_append);
   m.impl("paged_decode_attention", &paged_decode_attention);
   m.impl("linear", &linear);
+  m.impl("rms_norm", &rms_norm);
   m.impl("release_pages", &release_pages);
   m.impl("instruction_set", &instruction_set);
 }

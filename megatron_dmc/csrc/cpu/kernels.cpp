@@ -3,12 +3,13 @@
 #include "cpu/attention.h"
 #include "cpu/kernels.h"
 #include "cpu/linear.h"
+#include "cpu/norm.h"
 
 #define DMC_NAME_(capability) kernels_##capability
 #define DMC_NAME(capability) DMC_NAME_(capability)
 
 namespace dmc::cpu {
 
-const Kernels DMC_NAME(CPU_CAPABILITY) = {{&append, &attend}, {&append, &attend}, &linear};
+const Kernels DMC_NAME(CPU_CAPABILITY) = {{&append, &attend, &rms_norm}, {&append, &attend, &rms_norm}, &linear};
 
 }  // namespace dmc::cpu

@@ -27,10 +27,21 @@ struct LinearParams {
   int64_t num_rows, num_inputs, num_outputs, x_stride;
 };
 
+// Rows of x may lie apart, and `out` is dense.
+template <class T>
+struct NormParams {
+  const T* x_MC;
+  const T* weight_C;
+  T* out_MC;
+  int64_t num_rows, num_channels, x_stride;
+  float eps;
+};
+
 template <class T>
 struct KernelsOf {
   void (*append)(const AppendParams<T>&);
   void (*attend)(const AttentionParams<T>&);
+  void (*rms_norm)(const NormParams<T>&);
 };
 
 struct Kernels {

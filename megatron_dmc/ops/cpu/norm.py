@@ -1,0 +1,30 @@
+"""RMSNorm on CPUs, a back end of `ops.backends.NORM`: one pass, where PyTorch makes ten operators of it."""
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.ops.cpu import absence
+from megatron_dmc.ops.cpu.decode import operators
+
+
+def refusal(weight: Tensor) -> str:
+    """The reason why the kernel does not take this weight; "" if it does."""
+    if reason := absence():
+        return reason
+    if weight.device.type != "cpu":
+        return "only tensors on the CPU"
+    if weight.dtype not in (torch.bfloat16, torch.float32):
+        return f"dtype {weight.dtype}"
+    return ""
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32.
+
+    Args:
+        x: (..., C); weight: (C); the same dtype, bfloat16 or float32.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    out = torch.empty(rows.shape, dtype=x.dtype)
+    operators().rms_norm.default(rows, weight, out, eps)
+    return out.view(x.shape)
