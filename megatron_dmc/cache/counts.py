@@ -5,6 +5,9 @@ that was captured from the row, or that the row was started from. Shared pages c
 of every head between one boundary and the next, and a run is held or released as a whole. So the counts of
 runs and entries determine the number of free pages, and the host never reads a page id.
 
+Entries are counted one or more steps late. Until then a step's tokens are in flight: the pages that they take if
+nothing merges are promised, and not free.
+
 Dimension letters: K tensor-parallel ranks, L layers, R rows, B some of them, G key/value heads.
 """
 
@@ -34,11 +37,12 @@ class Run:
 
 
 class PageCounts:
-    """Entries of every head, and pages held and free, on all ranks.
+    """Entries of every head, and pages held, promised and free, on all ranks.
 
     Attributes:
-        entries_KLRG: int64.
-        limit_R: entries that a head of the row never exceeds, int64; set it while the row is empty.
+        entries_KLRG: int64, those counted.
+        in_flight_R: tokens of each row in flight, int64.
+        limit_R: entries that a head of the row never exceeds, int64.
         runs: of each row, from its first token on.
         num_unfinished: pages of cached prefixes that are being captured in this step, on every rank;
             they cannot be reclaimed yet.
@@ -53,8 +57,11 @@ class PageCounts:
         self.num_unfinished = 0
         self._entries_KR = np.zeros((num_ranks, num_rows), dtype=np.int64)
         self._pages_KR = np.zeros_like(self._entries_KR)
-        # heads without room for another entry: all of an empty row's
-        self._full_KR = (self.entries_KLRG % page_size == 0).sum(axis=(1, 3))
+        self.in_flight_R = np.zeros(num_rows, dtype=np.int64)
+        self._promised_KR = np.zeros_like(self._entries_KR)
+        # pages that no, one and two more tokens take at worst; an empty row's heads have no page
+        self._worst_3KR = np.zeros((3, num_ranks, num_rows), dtype=np.int64)
+        self.set_entries(np.arange(num_rows), self.entries_KLRG)
         self._duplicates_K = np.zeros(num_ranks, dtype=np.int64)
         self._only_prefixes_K = np.zeros_like(self._duplicates_K)
 
@@ -63,6 +70,11 @@ class PageCounts:
         """Pages that rows hold, each counted once."""
         held: np.ndarray = self._pages_KR.sum(1) - self._duplicates_K
         return held
+
+    @property
+    def duplicates_K(self) -> np.ndarray:
+        """Pages of rows that other rows count too."""
+        return self._duplicates_K
 
     @property
     def only_prefixes_K(self) -> np.ndarray:
@@ -76,8 +88,9 @@ class PageCounts:
 
     @property
     def available_K(self) -> np.ndarray:
-        """Free pages after reclaiming all cached prefixes."""
-        return self.num_pages - self.num_unfinished - self.held_by_rows_K
+        """Free pages after reclaiming all cached prefixes, where the tokens in flight took all that they may."""
+        promised_K = self._promised_KR.sum(1)
+        return self.num_pages - self.num_unfinished - self.held_by_rows_K - promised_K
 
     def num_entries(self, row: int) -> int:
         """Of all ranks' layers and heads."""
@@ -92,22 +105,53 @@ class PageCounts:
         return int(self._pages_KR[:, row].sum())
 
     def pages_needed_K(self, row: int, num_new_tokens: int) -> np.ndarray:
-        """Worst-case number of pages that a row takes for more tokens: nothing merges."""
-        if num_new_tokens == 1:
-            return self._full_KR[:, row]
-        entries = self.entries_KLRG[:, :, row]
-        most = np.minimum(entries + num_new_tokens, self.limit_R[row])
-        missing = self.pages_of(most) - self.pages_of(entries)
-        needed: np.ndarray = missing.sum(axis=(1, 2))
+        """Pages that a row takes at worst for more tokens than those in flight: nothing merges."""
+        total = int(self.in_flight_R[row]) + num_new_tokens
+        needed: np.ndarray = self._worst_K(row, total) - self._promised_KR[:, row]
         return needed
+
+    def open(self, row: int, limit: int) -> None:
+        """Prepare an empty row whose heads never exceed `limit` entries."""
+        self.limit_R[row] = limit
+        self.set_entries(np.array([row]), self.entries_KLRG[:, :, [row]])
+
+    def promise(self, rows_B: np.ndarray, num_new_B: np.ndarray) -> None:
+        """Put more tokens of these rows in flight."""
+        self.in_flight_R[rows_B] += num_new_B
+        self._promise_again(rows_B)
+
+    def land(self, rows_B: np.ndarray, num_new_B: np.ndarray, entries_KLBG: np.ndarray) -> None:
+        """Count the entries of these rows after their earliest tokens in flight, of these numbers."""
+        self.set_entries(rows_B, entries_KLBG)
+        self.in_flight_R[rows_B] -= num_new_B
+        self._promise_again(rows_B)
 
     def set_entries(self, rows_B: np.ndarray, entries_KLBG: np.ndarray) -> None:
         """Set the entries of these rows, and thereby their pages."""
         self.entries_KLRG[:, :, rows_B] = entries_KLBG
         self._entries_KR[:, rows_B] = entries_KLBG.sum(axis=(1, 3))
         self._pages_KR[:, rows_B] = self.pages_of(entries_KLBG).sum(axis=(1, 3))
-        is_full = (entries_KLBG % self.page_size == 0) & (entries_KLBG < self.limit_R[rows_B, None])
-        self._full_KR[:, rows_B] = is_full.sum(axis=(1, 3))
+        for num_new in (1, 2):
+            last = entries_KLBG + (num_new - 1)
+            is_new = (last % self.page_size == 0) & (last < self.limit_R[rows_B, None])
+            before_KB = self._worst_3KR[num_new - 1][:, rows_B]
+            self._worst_3KR[num_new][:, rows_B] = before_KB + is_new.sum(axis=(1, 3))
+
+    def _worst_K(self, row: int, num_new_tokens: int) -> np.ndarray:
+        """Pages that a row takes at worst for tokens beyond the entries counted."""
+        if num_new_tokens < len(self._worst_3KR):
+            return self._worst_3KR[num_new_tokens][:, row]
+        entries = self.entries_KLRG[:, :, row]
+        most = np.minimum(entries + num_new_tokens, self.limit_R[row])
+        worst: np.ndarray = (self.pages_of(most) - self.pages_of(entries)).sum(axis=(1, 2))
+        return worst
+
+    def _promise_again(self, rows_B: np.ndarray) -> None:
+        flying_B = self.in_flight_R[rows_B]
+        few_B = np.minimum(flying_B, len(self._worst_3KR) - 1)
+        self._promised_KR[:, rows_B] = self._worst_3KR[few_B, :, rows_B].T
+        for row in rows_B[flying_B > few_B]:
+            self._promised_KR[:, row] = self._worst_K(row, int(self.in_flight_R[row]))
 
     def hold_tails(self, count: int) -> None:
         """Add pages owned by cached prefixes, on every rank (negative: remove)."""
@@ -141,6 +185,7 @@ class PageCounts:
         for run in self.runs[row]:
             self._change(run, rows=-1)
         self.runs[row] = []
+        self.in_flight_R[row] = self._promised_KR[:, row] = 0
         entries = self.entries_KLRG[:, :, [row]]
         self.set_entries(np.array([row]), np.zeros_like(entries))
 

@@ -109,8 +109,11 @@ class PrefixCache:
         return len(self._snapshots)
 
     def find(self, keys: Sequence[bytes]) -> Snapshot | None:
-        """The longest cached prefix among these keys (shortest first)."""
-        return next((self._snapshots[k] for k in reversed(keys) if k in self._snapshots), None)
+        """The longest cached prefix among these keys (shortest first). Waits for the step that captured it."""
+        found = next((self._snapshots[k] for k in reversed(keys) if k in self._snapshots), None)
+        if found is not None and found.entries_KLG is None:
+            self._tables.update_counts()
+        return found
 
     def cost(self, snapshot: Snapshot) -> int:
         """Free pages consumed, on the tightest rank, by starting a row from this snapshot."""
@@ -197,7 +200,7 @@ class PrefixCache:
             full_KLG = (entries_KLG - 1) // pool.page_size - self._num_ring_pages
             snapshot.runs = tables.counts.add_run(snapshot.row, full_KLG)
 
-        return CopiedCounts(snapshot.num_entries_LG, tell)
+        return CopiedCounts(snapshot.row, snapshot.num_entries_LG, tell)
 
     def clear(self) -> None:
         """Drop every snapshot."""
@@ -212,11 +215,11 @@ class PrefixCache:
             parts += [snapshot.page_ids_LGM.flatten(), snapshot.own_ids_LGX.flatten()]
         return torch.cat(parts)
 
-    def _make_room(self, num_pages_K: np.ndarray) -> None:
-        """Reclaim the least recently used snapshots until `num_pages_K` pages are free."""
+    def _make_room(self, num_pages: int) -> None:
+        """Reclaim the least recently used snapshots until `num_pages` pages are free on every rank."""
         counts = self._tables.counts
         for key in list(self._snapshots):
-            if bool((counts.free_K >= num_pages_K).all()):
+            if bool((counts.free_K >= num_pages).all()):
                 return
             if key != self._pinned:
                 self._drop(key)
@@ -225,6 +228,8 @@ class PrefixCache:
     def _drop(self, key: bytes) -> None:
         pool, counts = self._tables.pool, self._tables.counts
         snapshot = self._snapshots.pop(key)
+        if snapshot.entries_KLG is None:
+            self._tables.update_counts()
         assert snapshot.page_ids_LGM is not None
         counts.drop_prefix(snapshot.runs)
         counts.hold_tails(-self._num_own)

@@ -5,6 +5,7 @@ P pages, S slots per page, D head dim, U weighted tokens kept for an open segmen
 A = 2 D + 1 components of an accumulator, B some of the rows, K tensor-parallel ranks.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -54,19 +55,36 @@ class OpenSegments:
 class CopiedCounts:
     """An object whose entry counts are copied to the host with the rows' counts."""
 
+    row: int
+    """Whose entries they are the first of."""
     num_entries_LG: Tensor
     """On the device, int64."""
     tell: Callable[[np.ndarray], None]
     """Called with all ranks' counts, (K, L, G)."""
 
 
+@dataclass(eq=False)
+class _Flight:
+    """A step whose counts are on their way to the host."""
+
+    rows_B: np.ndarray
+    is_open_B: np.ndarray
+    """False for a row that was closed since."""
+    num_new_B: np.ndarray
+    """Tokens of each row."""
+    late: list[CopiedCounts]
+    tell_growth: Callable[[np.ndarray, np.ndarray], None] | None
+    num_pages_shared: int
+    """Pages that only cached prefixes hold, less those that several rows count."""
+    copy: AsyncCopy
+
+
 class BlockTables:
     """Block tables and entry counts of the running requests, over one `PagePool`.
 
     The device allocates: appending takes pages from the pool's stack for entries without one, and advances
-    the counts. The host has only counts. `end_step` starts to copy them, and the first query that needs
-    them waits for that copy: the host's only wait in a step. Between steps every head holds exactly the
-    pages of its entries.
+    the counts. The host has only counts. `end_step` starts to copy them, and `update_counts` waits for that copy;
+    until then the worst case holds. Between steps every head holds exactly the pages of its entries.
 
     With tensor parallelism every rank has its own heads and pages. `exchange` gives each rank all
     ranks' counts, and a scheduler's queries return the values of the tightest rank.
@@ -74,8 +92,9 @@ class BlockTables:
     Attributes:
         page_ids_LRGM: int32, -1 where no page is held.
         num_entries_LRG: int64.
-        make_room: called with a number of pages for each rank if fewer may be free; reclaims
-            cached prefixes until that number is free.
+        counts: entries and pages as of the last step that was counted, and the worst case of those after it.
+        make_room: called with a number of pages if fewer may be free; reclaims cached prefixes until that
+            number is free on every rank.
     """
 
     def __init__(
@@ -97,15 +116,12 @@ class BlockTables:
         shape = (num_layers, num_rows, num_kv_heads)
         self.page_ids_LRGM = torch.full((*shape, width), -1, dtype=torch.int32, device=device)
         self.num_entries_LRG = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.make_room: Callable[[np.ndarray], None] | None = None
-        self._counts = PageCounts(pool.num_pages, pool.page_size, (num_ranks, *shape))
+        self.make_room: Callable[[int], None] | None = None
+        self.counts = PageCounts(pool.num_pages, pool.page_size, (num_ranks, *shape))
         self._exchange = exchange
         self._free_rows = list(range(num_rows - 1, -1, -1))
-        self._promised_K = np.zeros(num_ranks, dtype=np.int64)
-        self._rows_B = np.zeros(0, dtype=np.int64)
-        self._late: list[CopiedCounts] = []
-        self._tell_growth: Callable[[np.ndarray], None] | None = None
-        self._copy: AsyncCopy | None = None
+        self._num_new_B = np.zeros(0, dtype=np.int64)
+        self._flights: deque[_Flight] = deque()
 
     def layer(self, layer_index: int, segments: OpenSegments | None = None) -> LayerCache:
         """One layer's storage for the ops. Copies nothing.
@@ -121,12 +137,6 @@ class BlockTables:
             None if segments is None else segments.state_LRGUA[layer_index],
             self.pool.free_pages,
         )
-
-    @property
-    def counts(self) -> PageCounts:
-        """Counts of entries and pages after the last step; waits for it."""
-        self.update_counts()
-        return self._counts
 
     @property
     def num_free_rows(self) -> int:
@@ -155,7 +165,7 @@ class BlockTables:
         """
         assert self._free_rows, "no free row"
         row = self._free_rows.pop()
-        self._counts.limit_R[row] = most_entries
+        self.counts.open(row, most_entries)
         return row
 
     def entries(self, row: int) -> np.ndarray:
@@ -163,8 +173,8 @@ class BlockTables:
         return np.concatenate(list(self.counts.entries_KLRG[:, :, row]), axis=-1)
 
     def pages_needed(self, row: int, num_new_tokens: int) -> int:
-        """Worst-case number of pages that a row takes on the tightest rank for more tokens: nothing
-        merges."""
+        """Worst-case number of pages that a row takes on the tightest rank for more tokens than those in
+        flight: nothing merges."""
         return int(self.counts.pages_needed_K(row, num_new_tokens).max())
 
     def begin_step(self, rows: Sequence[int], num_new_tokens: Sequence[int]) -> None:
@@ -175,81 +185,95 @@ class BlockTables:
             OutOfPages: if the cache is short; nothing changes.
         """
         counts = self.counts
-        needed_K = np.zeros_like(self._promised_K)
+        needed_K = np.zeros_like(counts.available_K)
         for row, num_new in zip(rows, num_new_tokens, strict=True):
             needed_K += counts.pages_needed_K(row, num_new)
-        short = needed_K > counts.available_K
+        available_K = counts.available_K
+        short = needed_K > available_K
         if short.any():
             raise OutOfPages(
-                f"{needed_K[short][0]} pages wanted, {counts.available_K[short][0]} of "
+                f"{needed_K[short][0]} pages wanted, {available_K[short][0]} of "
                 f"{counts.num_pages} free; give the cache more memory (num_pages, "
                 "kv_cache_memory_bytes) or run fewer sequences (max_num_seqs)"
             )
-        self._promised_K = needed_K
+        self._num_new_B = np.asarray(num_new_tokens, dtype=np.int64)
+        counts.promise(np.asarray(rows, dtype=np.int64), self._num_new_B)
         self.take_room(0)
 
     def may_take(self, count: int) -> bool:
         """Whether `count` pages are available beyond the reservation, reclaiming cached prefixes if needed."""
-        return bool((self.counts.available_K - self._promised_K >= count).all())
+        return bool((self.counts.available_K >= count).all())
 
     def take_room(self, count: int) -> None:
         """Reclaim prefixes until `count` pages beyond the reservation are free. Requires `may_take(count)`."""
         if self.make_room is not None:
-            self.make_room(self._promised_K + count)
-        assert bool((self.counts.free_K - self._promised_K >= count).all()), (
-            "prefixes were not reclaimed"
-        )
+            self.make_room(count)
+        assert bool((self.counts.free_K >= count).all()), "prefixes were not reclaimed"
 
     def end_step(
         self,
         rows: Sequence[int],
         late: Sequence[CopiedCounts] = (),
-        tell_growth: Callable[[np.ndarray], None] | None = None,
+        tell_growth: Callable[[np.ndarray, np.ndarray], None] | None = None,
     ) -> None:
         """All layers have appended: start to copy the counts of these rows, and others, to the host.
 
         Args:
-            tell_growth: called with the entries that these rows got on this rank, (L, B, G).
+            tell_growth: called with the entries that these rows got on this rank, (L, B, G), and with
+                the rows that are still open, bool (B,); the other rows' numbers mean nothing.
         """
-        assert self._copy is None, "the last step's counts were not read"
-        self._promised_K = np.zeros_like(self._promised_K)
-        self._rows_B, self._late = np.asarray(rows, dtype=np.int64), list(late)
-        self._tell_growth = tell_growth
-        self._copy = AsyncCopy(
-            [self.pool.free_pages.state, self.num_entries_LRG]
-            + [one.num_entries_LG for one in self._late]
-        )
+        counts, rank = self.counts, self.rank
+        num_new_B = self._num_new_B if len(self._num_new_B) else np.zeros(len(rows), dtype=np.int64)
+        self._num_new_B = num_new_B[:0]
+        shared = int(counts.only_prefixes_K[rank] - counts.duplicates_K[rank])
+        tensors = [self.pool.free_pages.state, self.num_entries_LRG]
+        tensors += [one.num_entries_LG for one in late]
+        self._flights.append(
+            _Flight(
+                np.asarray(rows, dtype=np.int64), np.ones(len(rows), dtype=bool), num_new_B,
+                list(late), tell_growth, shared, AsyncCopy(tensors),
+            )
+        )  # fmt: skip
 
-    def update_counts(self) -> None:
-        """Update the counts from the last step. With tensor parallelism all ranks do so at the same point.
+    def update_counts(self, keep: int = 0) -> None:
+        """Wait for the steps in flight, and update the counts from them. With tensor parallelism all ranks
+        do so at the same point.
+
+        Args:
+            keep: leave this number of newest steps in flight.
 
         Raises:
             AssertionError: a head found no page, or the number of free pages is wrong.
         """
-        if self._copy is None:
-            return
-        state, entries_LRG, *others = self._copy.read()
-        self._copy = None
+        while len(self._flights) > keep:
+            self._land(self._flights.popleft())
+
+    def _land(self, flight: _Flight) -> None:
+        state, entries_LRG, *others = flight.copy.read()
         assert not state[1], "a head found no page although the step's pages were reserved"
+        free = self.pool.num_pages - int(state[0])
+        held = int(self.counts.pages_of(entries_LRG).sum()) + flight.num_pages_shared
+        expected = self.pool.num_pages - held
+        assert free == expected, f"{free} pages are free, by the counts {expected}"
         counts_LBG = np.concatenate(
-            [entries_LRG[:, self._rows_B]] + [x[:, None] for x in others], axis=1
+            [entries_LRG[:, flight.rows_B]] + [x[:, None] for x in others], axis=1
         )
         exchange = self._exchange
         counts_KLBG = counts_LBG[None] if exchange is None else exchange(counts_LBG)
-        num_rows = len(self._rows_B)
-        if self._tell_growth is not None:
-            before_LBG = self._counts.entries_KLRG[self.rank][:, self._rows_B]
-            self._tell_growth(counts_LBG[:, :num_rows] - before_LBG)
-        self._counts.set_entries(self._rows_B, counts_KLBG[:, :, :num_rows])
-        for i, one in enumerate(self._late):
+        num_rows, is_open_B = len(flight.rows_B), flight.is_open_B
+        if flight.tell_growth is not None:
+            before_LBG = self.counts.entries_KLRG[self.rank][:, flight.rows_B]
+            flight.tell_growth(counts_LBG[:, :num_rows] - before_LBG, is_open_B)
+        self.counts.land(
+            flight.rows_B[is_open_B], flight.num_new_B[is_open_B],
+            counts_KLBG[:, :, :num_rows][:, :, is_open_B],
+        )  # fmt: skip
+        for i, one in enumerate(flight.late):
             one.tell(counts_KLBG[:, :, num_rows + i])
-        free = self.pool.num_pages - int(state[0])
-        expected = int(self._counts.free_K[self.rank])
-        assert free == expected, f"{free} pages are free, by the counts {expected}"
 
     def fill_row(self, row: int, num_entries_LG: Tensor) -> None:
         """Give an empty row a number of entries and their pages, with undefined contents. For benchmarks."""
-        needed = self._counts.pages_of(num_entries_LG.cpu().numpy()).sum()
+        needed = self.counts.pages_of(num_entries_LG.cpu().numpy()).sum()
         assert self.may_take(int(needed)), f"{needed} pages are not free"
         self.num_entries_LRG[:, row] = num_entries_LG.to(self.num_entries_LRG)
         for layer_index in range(self.num_layers):
@@ -289,6 +313,10 @@ class BlockTables:
     def close_row(self, row: int) -> None:
         """Release a row and all its pages."""
         assert row not in self._free_rows, f"row {row} is closed already"
+        if any(one.row == row for flight in self._flights for one in flight.late):
+            self.update_counts()  # what the row shares with a cached prefix has to be known
+        for flight in self._flights:
+            flight.is_open_B &= flight.rows_B != row
         self.counts.close(row)
         self.pool.release(self.page_ids_LRGM[:, row].view(self.num_layers, -1))
         self.num_entries_LRG[:, row] = 0
@@ -305,6 +333,7 @@ class BlockTables:
         Raises:
             AssertionError: if one does not hold.
         """
+        self.update_counts()
         counts, table = self.counts, self.page_ids_LRGM
         named = table.flatten()
         if prefix_pages is not None:

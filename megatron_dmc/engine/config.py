@@ -85,6 +85,10 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     """Tokens computed in a step. Longer prompts are computed in chunks."""
 
+    async_scheduling: bool | None = None
+    """Launch a step before the last one's tokens are read: the host's work is hidden behind the device's.
+    Default: on a GPU in one process."""
+
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     """Order of requests: first come, first served, or "priority", where a lower `priority` goes first."""
 
@@ -153,6 +157,11 @@ class EngineConfig:
         if self.distributed_timeout_seconds <= 0:
             raise UnsupportedConfig(
                 f"distributed_timeout_seconds={self.distributed_timeout_seconds}: use a positive number"
+            )
+        if self.async_scheduling and self.tensor_parallel_size > 1:
+            raise UnsupportedConfig(
+                f"async_scheduling=True with tensor_parallel_size={self.tensor_parallel_size}: the ranks wait "
+                "for one another after every step; leave it at its default, or use one process"
             )
         self._check_capture_sizes()
         self._check_budget()

@@ -143,6 +143,10 @@ class PagedContext(BaseInferenceContext):
         assert request.row is not None
         return self.tables.pages_needed(request.row, num_new_tokens)
 
+    def num_cached_tokens(self, request: Request) -> int:
+        assert request.row is not None
+        return request.num_computed_tokens - int(self.tables.counts.in_flight_R[request.row])
+
     def num_entries(self, request: Request) -> int:
         assert request.row is not None
         return self.tables.counts.most_entries(request.row)
@@ -255,6 +259,10 @@ class PagedContext(BaseInferenceContext):
                 due[at] = snapshot
         return due
 
+    def takes_snapshot(self, chunk: Chunk) -> bool:
+        """Whether a cached prefix may end with the chunk's last token."""
+        return self.prefixes is not None and chunk.end % self.prefixes.block_size == 0
+
     def set_decode(self, rows_B: Tensor, positions_B: Tensor) -> None:
         """The requests with one token in this run of the model, the first ones of the packed tokens.
 
@@ -304,6 +312,7 @@ class PagedContext(BaseInferenceContext):
         self.tables.end_step([c.row for c in self._chunks], late, compare)
         self._chunks = []
 
-    def update_counts(self) -> None:
-        """Wait for the last step's counters and apply them; on all ranks at one point."""
-        self.tables.update_counts()
+    def update_counts(self, keep: int = 0) -> None:
+        """Wait for the counters of the steps in flight, except for the `keep` newest, and apply them; on all
+        ranks at one point."""
+        self.tables.update_counts(keep)

@@ -3,24 +3,25 @@
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_dmc.checkpoint.tokenizer import as_tokenizer
+from megatron_dmc.engine.batch import Batch
 from megatron_dmc.engine.chunk import Chunk
 from megatron_dmc.engine.config import EngineConfig
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.input_processor import InputProcessor
-from megatron_dmc.engine.isolation import ends_engine, own_work
+from megatron_dmc.engine.isolation import own_work
+from megatron_dmc.engine.logit_rules import reads_last_token
 from megatron_dmc.engine.output_processor import OutputProcessor, output_of
 from megatron_dmc.engine.parallel.group import TensorParallel
 from megatron_dmc.engine.request import Request, RequestOutput
 from megatron_dmc.engine.rule import check_combinations, compression_rule
 from megatron_dmc.engine.runner import ModelRunner, device_of_weights
-from megatron_dmc.engine.sampler import SampledToken, Sampler
+from megatron_dmc.engine.sampler import SampledToken, Sampler, Sampling
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.engine.scheduler import Scheduler
 from megatron_dmc.engine.sizes import resolve_sizes
@@ -30,19 +31,6 @@ from megatron_dmc.ops.paged.kv_pages import parse_kv_cache_dtype
 from megatron_dmc.ops.tensors import take_rows
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Batch:
-    """A step's work on the device, from its launch to its outputs."""
-
-    chunks: list[Chunk]
-    sizes: list[int]
-    """Tokens of each chunk."""
-    logit_offsets: list[list[int]]
-    """Positions in each chunk whose logits are wanted."""
-    logits_XV: Tensor
-    """Their logits, all chunks' in order."""
 
 
 class LLMEngine:
@@ -84,6 +72,9 @@ class LLMEngine:
         rule = compression_rule(description.dmc, config.enable_dmc)
         check_combinations(config, rule)
         self.config, self.description, self.parallel = config, description, parallel
+        self._is_async = config.async_scheduling
+        if self._is_async is None:
+            self._is_async = device.type == "cuda" and parallel is None
         self.tokenizer = tokenizer = as_tokenizer(tokenizer)
         self.default_sampling_params = default_sampling_params or {}
         counts = config.count_flipped_decisions
@@ -114,6 +105,7 @@ class LLMEngine:
             vocab_size=description.vocab_size,
             device=device,
             gather=None if parallel is None else parallel.gather_logits,
+            reads_sampled=self._is_async,
         )
         if device.type == "cuda" and not config.enforce_eager:
             self.runner.capture_on_gpu(
@@ -151,6 +143,8 @@ class LLMEngine:
         )
         self._requests: dict[str, Request] = {}
         self._num_added = 0
+        self._in_flight: Batch | None = None
+        self._began = self._carried_seconds = 0.0
 
     # Requests.
 
@@ -213,103 +207,123 @@ class LLMEngine:
     # A step.
 
     def step(self) -> list[RequestOutput]:
-        """Compute one batch: schedule, run, sample, postprocess, collect.
+        """Compute one batch: schedule and launch it, then read, append and report.
+
+        With asynchronous scheduling the tokens read are those of the batch that was launched by the call
+        before, while the device computes the new one. A token that turns out to follow the end of its
+        request is dropped.
 
         Returns:
             outputs of every request that got a token or ended. A request whose own work fails ends with
             finish_reason "error"; the others continue.
         """
-        began = time.perf_counter()
+        self._began = time.perf_counter() - self._carried_seconds
         schedule = self.scheduler.schedule()
-        if not schedule.chunks:
-            assert not self.has_unfinished_requests or schedule.preempted, (
-                "nothing can be scheduled"
-            )
-            return []
-        batch = self._run(schedule.chunks)
-        results = self._sample(batch)
-        changed = self._postprocess(results)
-        outputs = self._collect(changed)
-        self._stats.step_finished(batch.sizes, time.perf_counter() - began)
+        chunks, landing = schedule.chunks, self._in_flight
+        assert chunks or landing or schedule.preempted or not self.has_unfinished_requests, (
+            "nothing can be scheduled"
+        )
+        outputs: list[RequestOutput] = []
+        if landing is not None and not self._may_launch(chunks):
+            outputs, landing = self._land(landing), None
+            chunks = [chunk for chunk in chunks if not chunk.request.is_finished]
+        launched = self._launch(chunks) if chunks else None
+        if not self._is_async:
+            landing, launched = launched, None
+        if landing is not None:
+            outputs = self._land(landing, num_behind=0 if launched is None else 1)
+        self._in_flight = launched
+        self._carried_seconds = time.perf_counter() - self._began
         return outputs
 
-    def _run(self, chunks: list[Chunk]) -> Batch:
-        """Enqueue the model's work on the device."""
+    def _may_launch(self, chunks: list[Chunk]) -> bool:
+        """Whether the host need not know the tokens of the batch in flight before this one. It has to for
+        rules that read the completion, for the key of a cached prefix that ends with such a token, and
+        where a preempted request computes it with others."""
+        return bool(chunks) and not any(
+            chunk.num_tokens > 1
+            or reads_last_token(chunk.request)
+            or self.context.takes_snapshot(chunk)
+            for chunk in chunks
+            if chunk.request.num_pending_tokens
+        )
+
+    def _launch(self, chunks: list[Chunk]) -> Batch:
+        """Enqueue the work of the model and the sampler on the device."""
         self._stats.step_scheduled(chunks)
-        sizes = [chunk.num_tokens for chunk in chunks]
         offsets = [chunk.logit_offsets for chunk in chunks]
-        return Batch(chunks, sizes, offsets, self.runner.run(chunks, offsets))
-
-    def _sample(self, batch: Batch) -> list[tuple[Request, SampledToken | RequestFailed]]:
-        """Wait for the device. A token for each request whose known tokens are all computed, and an error
-        for each one that failed before it got that far."""
-        sampling: list[Request] = []
+        logits_XV = self.runner.run(chunks, offsets)
+        batch = Batch([chunk.num_tokens for chunk in chunks])
         sample_rows: list[int] = []
-        failed: list[tuple[Request, SampledToken | RequestFailed]] = []
         row = 0
-        for chunk, offsets in zip(batch.chunks, batch.logit_offsets, strict=True):
-            request = chunk.request
-            rows = list(range(row, row + len(offsets)))
-            row += len(offsets)
-            sample_row = rows.pop() if chunk.samples else None
-            try:
-                if rows:
-                    with own_work(request.request_id):
-                        logits = take_rows(batch.logits_XV, rows)
-                        start = chunk.start + offsets[0]
-                        self.output_processor.add_prompt_logprobs(request, start, logits)
-                if sample_row is not None:
-                    sampling.append(request)
-                    sample_rows.append(sample_row)
-            except RequestFailed as error:
-                failed.append((request, error))
+        for chunk, of_chunk in zip(chunks, offsets, strict=True):
+            request, rows = chunk.request, range(row, row + len(of_chunk))
+            row += len(of_chunk)
+            if chunk.samples:
+                batch.sampling.append(request)
+                sample_rows.append(rows[-1])
+                rows = rows[:-1]
+            if rows:
+                logits, start = take_rows(logits_XV, rows), chunk.start + of_chunk[0]
+                batch.begin_prompt_logprobs(self.output_processor, request, start, logits)
             request.num_computed_tokens = chunk.end
-        tokens = []
-        if sampling:
-            tokens = self._sample_tokens(take_rows(batch.logits_XV, sample_rows), sampling)
-        # the device is done: reading the entry counts does not wait
-        self.context.update_counts()
+        if batch.sampling:
+            batch.sampled = self._sample(take_rows(logits_XV, sample_rows), batch.sampling)
+        for request in batch.sampling:
+            request.num_pending_tokens += 1
+        if self._is_async:
+            for part in batch.sampled:
+                if isinstance(part, Sampling):
+                    self.runner.keep_sampled(part.token_ids_B, part.requests)
+        return batch
+
+    def _sample(self, logits_BV: Tensor, requests: list[Request]) -> list[Sampling | RequestFailed]:
+        return self.sampler.sample_all(logits_BV, requests)
+
+    def _read(self, sampled: list[Sampling | RequestFailed]) -> list[SampledToken | RequestFailed]:
+        """Wait for the tokens: the only wait for the device in a step."""
+        tokens: list[SampledToken | RequestFailed] = []
+        for part in sampled:
+            tokens += [part] if isinstance(part, RequestFailed) else part.read()
+        return tokens
+
+    def _land(self, batch: Batch, *, num_behind: int = 0) -> list[RequestOutput]:
+        """Read a batch's tokens, append them, and end the requests that are done or have failed.
+
+        Args:
+            num_behind: batches launched after it.
+        """
+        tokens = self._read(batch.sampled) if batch.sampling else []
+        # the device is done with this batch: its entry counts are there
+        self.context.update_counts(keep=num_behind)
         self._stats.step_computed()
-        return [*zip(sampling, tokens, strict=True), *failed]
-
-    def _sample_tokens(
-        self, logits_BV: Tensor, requests: list[Request]
-    ) -> list[SampledToken | RequestFailed]:
-        """Sample for all requests together. If that raises, sample for each alone, to find the one at fault;
-        a row's token does not depend on the others."""
-        try:
-            return self.sampler.sample(logits_BV, requests)
-        except BaseException as error:
-            if ends_engine(error):
-                raise
-        sampled: list[SampledToken | RequestFailed] = []
-        for b, request in enumerate(requests):
+        failed = batch.record_prompt_logprobs()
+        changed: list[Request] = []
+        for request, token in zip(batch.sampling, tokens, strict=True):
+            request.num_pending_tokens -= 1
+            if request.is_finished or request in failed:
+                continue
+            changed.append(request)
             try:
-                with own_work(request.request_id):
-                    sampled += self.sampler.sample(logits_BV[b : b + 1], [request])
+                self._append(request, token)
             except RequestFailed as error:
-                sampled.append(error)
-        return sampled
-
-    def _postprocess(
-        self, results: list[tuple[Request, SampledToken | RequestFailed]]
-    ) -> list[Request]:
-        """Append the tokens, and end the requests that are done or have failed. Returns all of them."""
-        failed: list[tuple[Request, RequestFailed]] = []
-        for request, token in results:
-            try:
-                if isinstance(token, RequestFailed):
-                    raise token
-                self._stats.token_generated()
-                with own_work(request.request_id):
-                    ending = self.output_processor.append(request, token)
-                if ending is not None:
-                    self._finish(request, *ending)
-            except RequestFailed as error:
-                failed.append((request, error))
-        for request, failure in failed:
+                failed[request] = error
+        for request, failure in failed.items():
             self._fail(request, failure)
-        return [request for request, _ in results]
+        outputs = self._collect(list(dict.fromkeys([*changed, *failed])))
+        now = time.perf_counter()
+        self._stats.step_finished(batch.sizes, now - self._began)
+        self._began = now
+        return outputs
+
+    def _append(self, request: Request, token: SampledToken | RequestFailed) -> None:
+        if isinstance(token, RequestFailed):
+            raise token
+        self._stats.token_generated()
+        with own_work(request.request_id):
+            ending = self.output_processor.append(request, token)
+        if ending is not None:
+            self._finish(request, *ending)
 
     def _collect(self, changed: list[Request]) -> list[RequestOutput]:
         outputs = []
@@ -358,10 +372,12 @@ class LLMEngine:
         return self._stats.collect()
 
     def lengths(self, request_id: str) -> list[list[int]] | None:
-        """Entries of each layer's KV heads of a running request; None if it does not run."""
+        """Entries of each layer's KV heads of a running request; None if it does not run. Waits for the
+        device."""
         request = self._requests.get(request_id)
         if request is None or request.row is None:
             return None
+        self.context.update_counts()
         return self.context.tables.entries(request.row).tolist()
 
     def check_integrity(self) -> None:

@@ -63,17 +63,18 @@ class FlipCounter:
         """Add one layer's decisions about the step's prefilled tokens, layer after layer."""
         self._is_merge_L.append(is_merge_TG)
 
-    def end_step(self, chunks: "Sequence[Chunk]") -> Callable[[np.ndarray], None]:
+    def end_step(self, chunks: "Sequence[Chunk]") -> Callable[[np.ndarray, np.ndarray], None]:
         """End a step in which all layers decided about these chunks.
 
         Returns:
-            a function that compares, given the entries that the chunks' rows gained, int64 (L, B, G): a
-            head that a single token did not lengthen has merged it.
+            a function that compares, given the entries that the chunks' rows gained, int64 (L, B, G), and
+            the rows that were not closed since, bool (B,): a head that a single token did not lengthen has
+            merged it.
         """
         prefilled = AsyncCopy([torch.stack(self._is_merge_L)]) if self._is_merge_L else None
         self._is_merge_L = []
 
-        def compare(growth_LBG: np.ndarray) -> None:
+        def compare(growth_LBG: np.ndarray, is_open_B: np.ndarray) -> None:
             is_merge_LTG = None if prefilled is None else prefilled.read()[0]
             first = 0
             for b, chunk in enumerate(chunks):
@@ -83,7 +84,7 @@ class FlipCounter:
                     assert is_merge_LTG is not None
                     decided = is_merge_LTG[:, first : first + chunk.num_tokens]
                     first += chunk.num_tokens
-                if chunk.request.decisions is not None:
+                if is_open_B[b] and chunk.request.decisions is not None:
                     repeated, flipped = chunk.request.decisions.add(chunk.start, decided)
                     self.num_repeated += repeated
                     self.num_flipped += flipped

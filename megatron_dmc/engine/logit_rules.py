@@ -28,8 +28,6 @@ class _State:
     """Count of each token in the completion."""
     is_known_V: Tensor | None
     """Tokens that prompt or completion has."""
-    num_counted: int = 0
-    """Tokens of the completion that are in the counts."""
 
 
 class LogitRules:
@@ -93,24 +91,32 @@ class LogitRules:
         """Drop the state of a finished request."""
         self._states.pop(request.number, None)
 
+    def counts(self, requests: Sequence[Request]) -> bool:
+        """Whether a rule of one of these depends on how often a token came."""
+        return any(request.params.has_penalties for request in requests)
+
+    def count(self, token_ids_B: Tensor, requests: Sequence[Request]) -> None:
+        """Count each request's new token, on the device."""
+        for b, request in enumerate(requests):
+            state = self._states.get(request.number)
+            if state is not None and state.counts_V is not None:
+                ids = token_ids_B[b : b + 1]
+                ones = torch.ones_like(ids, dtype=state.counts_V.dtype)
+                state.counts_V.index_add_(0, ids, ones)
+                _given(state.is_known_V).index_fill_(0, ids, True)
+
     def _state(self, request: Request, like_V: Tensor) -> _State:
         """The request's state, with the completion so far counted."""
         state = self._states.get(request.number)
         if state is None:
             state = self._states[request.number] = _begin(request, like_V)
-        new = request.output_token_ids[state.num_counted :]
-        if new and state.counts_V is not None:
-            ids = to_device(new, like_V.device)
-            state.counts_V.index_add_(0, ids, torch.ones_like(ids, dtype=like_V.dtype))
-            _given(state.is_known_V).index_fill_(0, ids, True)
-            state.num_counted = len(request.output_token_ids)
         return state
 
     def _forbidden(self, request: Request) -> set[int]:
         """Tokens that may not come next."""
         params, output = request.params, request.output_token_ids
         tokens: set[int] = set()
-        if len(output) < params.min_tokens:
+        if request.num_output_tokens < params.min_tokens:
             tokens.update(params.stop_token_ids)
             if not params.ignore_eos:
                 tokens.update(self._eos_ids)
@@ -170,6 +176,11 @@ def bad_words_token_ids(
             if ids not in found:
                 found.append(ids)
     return found
+
+
+def reads_last_token(request: Request) -> bool:
+    """Whether the host has to know all of the completion to apply the request's rules."""
+    return any(len(ids) > 1 for ids in request.bad_words_token_ids)
 
 
 def check_token_ids(request_id: str, params: SamplingParams, vocab_size: int) -> None:

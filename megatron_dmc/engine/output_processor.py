@@ -2,14 +2,14 @@
 
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from torch import Tensor
 
 from megatron_dmc.checkpoint.tokenizer import Tokenizer
 from megatron_dmc.engine.detokenizer import CompletionText
-from megatron_dmc.engine.request import CompletionOutput, Request, RequestOutput
+from megatron_dmc.engine.request import CompletionOutput, Logprob, Request, RequestOutput
 from megatron_dmc.engine.sampler import SampledToken, token_logprobs
 from megatron_dmc.errors import RequestFailed
 
@@ -55,7 +55,7 @@ class OutputProcessor:
             request.cumulative_logprob += token.logprob
         is_eos = token.token_id in self._eos_ids and not request.params.ignore_eos
         is_stop_token = token.token_id in request.params.stop_token_ids
-        is_full = request.num_tokens >= request.max_total_tokens
+        is_full = request.num_known_tokens >= request.max_total_tokens
         text = self._texts.get(request.request_id)
         if text is not None:
             number, ends = len(request.output_token_ids), is_eos or is_stop_token
@@ -68,12 +68,24 @@ class OutputProcessor:
             return Ending("stop", token.token_id)
         return Ending("length", None) if is_full else None
 
-    def add_prompt_logprobs(self, request: Request, start: int, logits_XV: Tensor) -> None:
-        """Record the log-probabilities of prompt tokens; row x of the logits predicts token `start + x + 1`."""
+    def begin_prompt_logprobs(
+        self, request: Request, start: int, logits_XV: Tensor
+    ) -> Callable[[], None]:
+        """Start to copy the log-probabilities of prompt tokens; row x of the logits predicts token
+        `start + x + 1`.
+
+        Returns:
+            a function that waits for them and records them.
+        """
         count = request.params.prompt_logprobs
         assert count is not None
         following = request.prompt_token_ids[start + 1 : start + 1 + len(logits_XV)]
-        rows = token_logprobs(logits_XV, following, [count] * len(following))
+        read = token_logprobs(logits_XV, following, [count] * len(following))
+        return lambda: self._add_prompt_logprobs(request, start, read())
+
+    def _add_prompt_logprobs(
+        self, request: Request, start: int, rows: list[dict[int, Logprob]]
+    ) -> None:
         if any(math.isnan(p.logprob) for row in rows for p in row.values()):
             raise RequestFailed(
                 f"request {request.request_id}: the model's logits of the prompt are not finite (NaN or "

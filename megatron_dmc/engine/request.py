@@ -51,7 +51,7 @@ class RequestMetrics:
 class Request:
     """The state of a request; everything else is derived.
 
-    Invariant: `num_computed_tokens` tokens of `token_ids` are in the cache.
+    Invariant: `num_computed_tokens` tokens are in the cache, or will be when the device has done what it was given.
     """
 
     request_id: str
@@ -76,6 +76,8 @@ class Request:
     bad_words_token_ids: list[list[int]] = field(default_factory=list)
     """Token sequences that are never generated."""
     output_token_ids: list[int] = field(default_factory=list)
+    num_pending_tokens: int = 0
+    """Tokens of the completion that are sampled on the device and not yet in `output_token_ids`."""
     num_computed_tokens: int = 0
     status: RequestStatus = RequestStatus.WAITING
     row: int | None = None
@@ -94,9 +96,24 @@ class Request:
         return len(self.prompt_token_ids)
 
     @property
+    def num_output_tokens(self) -> int:
+        """Tokens of the completion, pending ones included."""
+        return len(self.output_token_ids) + self.num_pending_tokens
+
+    @property
     def num_tokens(self) -> int:
-        """Tokens known so far, computed or not."""
+        """Tokens so far, computed or not, pending ones included."""
+        return len(self.prompt_token_ids) + self.num_output_tokens
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Tokens that the host knows."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def is_complete(self) -> bool:
+        """True where the last token that it may have is sampled."""
+        return self.num_tokens >= self.max_total_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
@@ -112,7 +129,7 @@ class Request:
         return self.status is RequestStatus.FINISHED
 
     def tokens_between(self, start: int, end: int) -> list[int]:
-        """Token ids at positions [start, end)."""
+        """Token ids at positions [start, end), without pending ones."""
         num_prompt = len(self.prompt_token_ids)
         generated = slice(max(start - num_prompt, 0), max(end - num_prompt, 0))
         return self.prompt_token_ids[start:end] + self.output_token_ids[generated]

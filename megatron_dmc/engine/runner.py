@@ -14,11 +14,15 @@ from torch import Tensor
 from megatron_dmc.engine.chunk import Chunk
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.graphs import Capture, CudaGraphs, DecodeGraphs
+from megatron_dmc.engine.request import Request
 from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.model.inference import use_inference_kernels
 from megatron_dmc.ops.tensors import take_rows, to_device
 
 logger = logging.getLogger(__name__)
+
+_SAMPLED = -1
+"""In place of a token id: the one in `ModelRunner.sampled_R`."""
 
 
 def _logits_of_rows(
@@ -63,6 +67,11 @@ class ModelRunner:
         context: its cache.
         vocab_size: token ids that exist; the model's own vocabulary may be padded.
         gather: tensor parallelism: from this rank's part of the logits to all of them.
+        reads_sampled: single tokens may be `sampled_R`'s.
+
+    Attributes:
+        sampled_R: the token sampled last for each row of the cache, int64: a step's input where the host does
+            not know it yet.
     """
 
     def __init__(
@@ -73,12 +82,15 @@ class ModelRunner:
         vocab_size: int,
         device: torch.device | str,
         gather: Callable[[Tensor], Tensor] | None = None,
+        reads_sampled: bool = False,
     ):
         self.model, self.context = model.eval(), context
         use_inference_kernels(self.model)
         self.vocab_size, self.device = vocab_size, torch.device(device)
-        self._gather = gather
+        self._gather, self._reads_sampled = gather, reads_sampled
         self._graphs: DecodeGraphs | None = None
+        num_rows = context.tables.num_entries_LRG.shape[1]
+        self.sampled_R = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
 
     @torch.no_grad()
     def capture(self, sizes: Sequence[int], capture: Capture, *, progress: bool = True) -> None:
@@ -121,7 +133,10 @@ class ModelRunner:
         first: dict[int, int] = {}
         for chunk in packed:
             first[chunk.request.number] = len(token_ids)
-            token_ids += chunk.request.tokens_between(chunk.start, chunk.end)
+            known = chunk.request.tokens_between(chunk.start, chunk.end)
+            token_ids += known
+            if len(known) < chunk.num_tokens:
+                token_ids.append(_SAMPLED)
             positions += range(chunk.start, chunk.end)
         decode_rows = [c.row for c in packed if c.num_tokens == 1]
         logit_rows = [
@@ -142,12 +157,20 @@ class ModelRunner:
             logits_XV = self._gather(logits_XV)
         return logits_XV[:, : self.vocab_size]
 
+    def keep_sampled(self, token_ids_B: Tensor, requests: Sequence[Request]) -> None:
+        """Make these tokens, int64 on the device, the ones that the requests' next step computes."""
+        rows_B = to_device([r.row for r in requests], self.device)
+        self.sampled_R.index_copy_(0, rows_B, token_ids_B)
+
     def _forward(
         self, token_ids_T: Tensor, positions_T: Tensor, rows_B: Tensor, logit_rows_X: Tensor | None
     ) -> Tensor:
         """This rank's logits_XV. Nothing here waits for the device, and where T is B no shape depends on
         a length."""
         self.context.set_decode(rows_B, positions_T[: rows_B.shape[0]])
+        if self._reads_sampled:
+            ids_B = token_ids_T[: rows_B.shape[0]]
+            ids_B.copy_(torch.where(ids_B == _SAMPLED, self.sampled_R[rows_B], ids_B))
         logits = self.model(
             input_ids=token_ids_T[None],
             position_ids=positions_T[None],

@@ -3,8 +3,9 @@
 Dimension letters: B requests, V vocabulary.
 """
 
+import functools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from megatron_dmc.cache import AsyncCopy
 from megatron_dmc.engine.counter_rng import uniforms
+from megatron_dmc.engine.isolation import ends_engine, own_work
 from megatron_dmc.engine.logit_rules import LogitRules
 from megatron_dmc.engine.request import Logprob, Request
 from megatron_dmc.errors import RequestFailed
@@ -35,19 +37,22 @@ class SampledToken:
 
 def _not_finite(request: Request) -> RequestFailed:
     return RequestFailed(
-        f"request {request.request_id}: the model's logits after {request.num_tokens} tokens are not "
+        f"request {request.request_id}: the model's logits after {request.num_known_tokens} tokens are not "
         "finite (NaN or infinity); a larger dtype may help"
     )
 
 
 def token_logprobs(
     logits_BV: Tensor, token_ids: Sequence[int], counts: Sequence[int]
-) -> list[dict[int, Logprob]]:
-    """Log-probabilities of the given tokens and of the `counts[b]` most likely ones. Waits for the device
-    once."""
+) -> Callable[[], list[dict[int, Logprob]]]:
+    """Start to copy the log-probabilities of the given tokens and of the `counts[b]` most likely ones.
+
+    Returns:
+        a function that waits for them.
+    """
     ids_B = to_device(token_ids, logits_BV.device)
-    found = AsyncCopy(_likeliest(logits_BV, ids_B, max(counts))).read()
-    return _rows_of_logprobs(token_ids, counts, *found)
+    late = AsyncCopy(_likeliest(logits_BV, ids_B, max(counts)))
+    return lambda: _rows_of_logprobs(token_ids, counts, *late.read())
 
 
 def _likeliest(logits_BV: Tensor, token_ids_B: Tensor, most: int) -> tuple[Tensor, ...]:
@@ -107,6 +112,63 @@ def truncate(scores_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tenso
     return torch.empty_like(scores_BV).scatter_(1, ids_BV, sorted_BV)
 
 
+class Sampling:
+    """Sampled tokens on their way to the host.
+
+    Attributes:
+        requests: whose tokens they are.
+    """
+
+    def __init__(self, requests: Sequence[Request], chosen_B: Tensor, logits_BV: Tensor):
+        """Start to copy them, with the log-probabilities that are asked for.
+
+        Args:
+            chosen_B: token ids, or `_NO_TOKEN`.
+            logits_BV: the model's.
+        """
+        self.requests = list(requests)
+        self._chosen_B = chosen_B
+        self._asked = [b for b, r in enumerate(requests) if r.params.logprobs is not None]
+        self._counts = [requests[b].params.logprobs or 0 for b in self._asked]
+        late = [chosen_B]
+        if self._asked:
+            late += _likeliest(
+                take_rows(logits_BV, self._asked), take_rows(self.token_ids_B, self._asked),
+                max(self._counts),
+            )  # fmt: skip
+        self._late = AsyncCopy(late)
+
+    @functools.cached_property
+    def token_ids_B(self) -> Tensor:
+        """The tokens on the device, int64; 0 for a request that has none."""
+        return self._chosen_B.clamp(min=0)
+
+    def read(self) -> list[SampledToken | RequestFailed]:
+        """One token for each request; an error for one whose logits have NaN or +inf, or nothing above -inf.
+        The host's one wait of a step."""
+        token_ids_B, *found = self._late.read()
+        token_ids = token_ids_B.tolist()
+        sampled: list[SampledToken | RequestFailed] = [
+            SampledToken(token_id, None, None) if token_id != _NO_TOKEN else _not_finite(request)
+            for token_id, request in zip(token_ids, self.requests, strict=True)
+        ]
+        for i, b in enumerate(self._asked):
+            if token_ids[b] != _NO_TOKEN:
+                sampled[b] = self._with_logprobs(b, token_ids[b], i, found)
+        return sampled
+
+    def _with_logprobs(
+        self, b: int, token_id: int, i: int, found: list[np.ndarray]
+    ) -> SampledToken | RequestFailed:
+        own = [x[i : i + 1] for x in found]
+        try:
+            with own_work(self.requests[b].request_id):
+                (row,) = _rows_of_logprobs([token_id], [self._counts[i]], *own)
+        except RequestFailed as error:
+            return error
+        return SampledToken(token_id, row[token_id].logprob, row)
+
+
 class Sampler:
     """A request's numbers depend on its seed and on the position in its completion: its tokens do not
     depend on the batch, nor on a preemption.
@@ -121,11 +183,8 @@ class Sampler:
         self.seed = seed
         self._rules = LogitRules(eos_ids)
 
-    def sample(
-        self, logits_BV: Tensor, requests: Sequence[Request]
-    ) -> list[SampledToken | RequestFailed]:
-        """One token for each request; an error for one whose logits have NaN or +inf, or nothing above
-        -inf.
+    def sample(self, logits_BV: Tensor, requests: Sequence[Request]) -> Sampling:
+        """One token for each request. Waits for nothing.
 
         Args:
             logits_BV: any floating dtype; the vocabulary without padding. Not changed.
@@ -139,25 +198,28 @@ class Sampler:
             chosen_B[index] = self._draw(scores_BV[index], [requests[b] for b in drawn])
         # NaN is the largest of a row that has one, and not below infinity
         chosen_B = chosen_B.masked_fill(~(most_B.abs() < math.inf), _NO_TOKEN)
-        asked = [b for b, request in enumerate(requests) if request.params.logprobs is not None]
-        counts = [requests[b].params.logprobs or 0 for b in asked]
-        late = [chosen_B]
-        if asked:
-            late += _likeliest(
-                take_rows(logits_BV, asked), take_rows(chosen_B, asked).clamp(min=0), max(counts)
-            )
-        # the host's one wait of a step
-        token_ids_B, *found = AsyncCopy(late).read()
-        token_ids = token_ids_B.tolist()
-        sampled: list[SampledToken | RequestFailed] = [
-            SampledToken(token_id, None, None) if token_id != _NO_TOKEN else _not_finite(request)
-            for token_id, request in zip(token_ids, requests, strict=True)
-        ]
-        if asked:
-            rows = _rows_of_logprobs([token_ids[b] for b in asked], counts, *found)
-            for b, row in zip(asked, rows, strict=True):
-                if token_ids[b] != _NO_TOKEN:
-                    sampled[b] = SampledToken(token_ids[b], row[token_ids[b]].logprob, row)
+        sampling = Sampling(requests, chosen_B, logits_BV)
+        if self._rules.counts(requests):
+            self._rules.count(sampling.token_ids_B, requests)
+        return sampling
+
+    def sample_all(
+        self, logits_BV: Tensor, requests: list[Request]
+    ) -> list[Sampling | RequestFailed]:
+        """Sample for all requests together. If that raises, sample for each alone, to find the one at fault;
+        a row's token does not depend on the others."""
+        try:
+            return [self.sample(logits_BV, requests)]
+        except BaseException as error:
+            if ends_engine(error):
+                raise
+        sampled: list[Sampling | RequestFailed] = []
+        for b, request in enumerate(requests):
+            try:
+                with own_work(request.request_id):
+                    sampled.append(self.sample(logits_BV[b : b + 1], [request]))
+            except RequestFailed as error:
+                sampled.append(error)
         return sampled
 
     def forget(self, request: Request) -> None:
@@ -167,9 +229,7 @@ class Sampler:
     def _draw(self, scores_BV: Tensor, requests: Sequence[Request]) -> Tensor:
         """Token ids by inverse transform sampling, all rows at once."""
         device, params = scores_BV.device, [request.params for request in requests]
-        numbers_B2 = to_device(
-            [[self._seed_of(r), len(r.output_token_ids)] for r in requests], device
-        )
+        numbers_B2 = to_device([[self._seed_of(r), r.num_output_tokens] for r in requests], device)
         values_B4 = to_device(
             [[p.temperature, p.top_k, p.top_p, p.min_p] for p in params],
             device, dtype=torch.float64,

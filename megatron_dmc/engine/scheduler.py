@@ -8,7 +8,8 @@ Requests have an order, fixed when they arrive: their number, and with prioritie
   running ones never is.
 - Only finitely many requests can come to stand before a given one. With the refusal of what can never
   fit, every request finishes, whatever its priority.
-- The pages that a step may need at worst are free when it is scheduled: it can finish.
+- The pages that a step may need at worst are free when it is scheduled: it can finish. Where too few are
+  because of what the steps in flight may take, the scheduler waits for these before it preempts.
 
 Admission is by expectation: known tokens and one page's worth more per head, at the CR measured so
 far. Where heads merge less than expected, pages run short and the last in the order is preempted.
@@ -46,14 +47,24 @@ class PageAccount(Protocol):
     """KV heads over all layers: each has its own pages. With tensor parallelism: of one rank."""
 
     @property
-    def num_free_pages(self) -> int: ...
+    def num_free_pages(self) -> int:
+        """Pages that are free whatever the steps in flight take."""
+        ...
 
     def pages_needed(self, request: Request, num_new_tokens: int) -> int:
         """Pages that the request lacks, at worst, for `num_new_tokens` more tokens."""
         ...
 
+    def num_cached_tokens(self, request: Request) -> int:
+        """Computed tokens of a running request whose entries are counted."""
+        ...
+
     def num_entries(self, request: Request) -> int:
-        """Entries of a running request, over all layers and heads (of the rank that has most)."""
+        """Entries of these, over all layers and heads (of the rank that has most)."""
+        ...
+
+    def update_counts(self) -> None:
+        """Wait for the steps in flight, and count their entries."""
         ...
 
     def worst_case_pages(self, request: Request, num_tokens: int) -> int:
@@ -171,7 +182,9 @@ class Scheduler:
     def measured_cr(self) -> float:
         """Tokens / entries of all requests that ran; 1 before there are any."""
         heads = self.account.num_heads_total
-        tokens = self._released_tokens + heads * sum(r.num_computed_tokens for r in self.running)
+        tokens = self._released_tokens + heads * sum(
+            map(self.account.num_cached_tokens, self.running)
+        )
         entries = self._released_entries + sum(map(self.account.num_entries, self.running))
         return tokens / entries if entries else 1.0
 
@@ -184,8 +197,11 @@ class Scheduler:
         """
         page_size, heads = self.account.page_size, self.account.num_heads_total
         cr = measured_cr
-        if request.num_computed_tokens >= 2 * page_size:
-            cr = request.num_computed_tokens * heads / self.account.num_entries(request)
+        if (
+            request.row is not None
+            and (own := self.account.num_cached_tokens(request)) >= 2 * page_size
+        ):
+            cr = own * heads / self.account.num_entries(request)
         known = min(request.num_tokens + page_size, request.max_cached_tokens)
         tokens = max(known - num_cached, 0)
         # each head's last page is half full on average
@@ -223,11 +239,16 @@ class Scheduler:
     def _continue(self, schedule: Schedule) -> int:
         """Chunks for the running requests, preempting where needed. Returns pages left free."""
         budget = self.max_num_batched_tokens
+        if sum(self.account.pages_needed(r, 1) for r in self.running) > self.account.num_free_pages:
+            self.account.update_counts()
         free = self.account.num_free_pages
         promised: list[int] = []
         position = 0
         while position < len(self.running) and budget > 0:
             request = self.running[position]
+            if request.is_complete:
+                position += 1
+                continue
             needed = self.account.pages_needed(request, 1)
             while needed > free and self.running[-1] is not request:
                 # those behind `position` hold no promise of this step yet
@@ -301,6 +322,7 @@ class Scheduler:
         return request
 
     def _release(self, request: Request) -> None:
-        self._released_tokens += request.num_computed_tokens * self.account.num_heads_total
+        tokens = self.account.num_cached_tokens(request)
+        self._released_tokens += tokens * self.account.num_heads_total
         self._released_entries += self.account.num_entries(request)
         self.account.release(request)

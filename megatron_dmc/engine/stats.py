@@ -173,7 +173,7 @@ class StatsCollector:
         """Count a request that is about to leave the scheduler."""
         self.update_metrics(request)
         if request.row is not None:
-            self._finished_tokens += request.num_computed_tokens
+            self._finished_tokens += self._context.num_cached_tokens(request)
             self._finished_entries_LG += self._entries_LG(request)
         self._num_finished += 1
 
@@ -182,7 +182,8 @@ class StatsCollector:
         if request.row is None:
             return
         counts, metrics = self._context.tables.counts, request.metrics
-        metrics.num_cached_tokens = request.num_computed_tokens * self._finished_entries_LG.size
+        tokens = self._context.num_cached_tokens(request)
+        metrics.num_cached_tokens = tokens * self._finished_entries_LG.size
         metrics.num_entries = counts.num_entries(request.row)
         metrics.num_pages = counts.num_pages_of(request.row)
 
@@ -191,14 +192,15 @@ class StatsCollector:
         return self._context.tables.entries(request.row)
 
     def collect(self) -> EngineStats:
-        """The figures so far."""
+        """The figures so far. Waits for the device."""
         context, scheduler = self._context, self._scheduler
+        context.update_counts()
         running_LG = np.zeros_like(self._finished_entries_LG)
         tokens = self._finished_tokens
         crs = {}
         for request in scheduler.running:
             self.update_metrics(request)
-            tokens += request.num_computed_tokens
+            tokens += context.num_cached_tokens(request)
             running_LG += self._entries_LG(request)
             if request.metrics.measured_cr is not None:
                 crs[request.request_id] = request.metrics.measured_cr

@@ -98,24 +98,31 @@ def test_the_guard_catches(name, monkeypatch):
             WAITS[name](x)
 
 
+@pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.parametrize("captured", [False, True])
-def test_a_decode_step_waits_for_the_sampled_tokens_alone(captured, monkeypatch):
-    """The engine's whole step: scheduling, model, sampler, page accounting."""
+def test_a_decode_step_waits_for_the_sampled_tokens_alone(captured, is_async, monkeypatch):
+    """The engine's whole step: scheduling, model, sampler, page accounting. An asynchronous one has launched the
+    next before that."""
     model, description = small_model()
     with fake_gpu(monkeypatch) as called:
-        engine = engine_on_fake_gpu(model, description)
+        engine = engine_on_fake_gpu(model, description, async_scheduling=is_async)
         if captured:
             engine.runner.capture([8], Recorder(), progress=False)
         for i, params in enumerate(EVERYTHING):
             # prompts of one token: the first step decodes as the others do
             engine.add_request(str(i), [i + 2], SamplingParams(max_tokens=9, **params))
+        if is_async:
+            assert engine.step() == [] and MadeUpCopy.read_shapes == []
+        read = MadeUpCopy.read
+        monkeypatch.setattr(MadeUpCopy, "read", lambda self: called.append("read") or read(self))
         for _ in range(3):
             called.clear()
             MadeUpCopy.read_shapes.clear()
             with NoWaiting():
                 outputs = engine.step()
             assert len(outputs) == len(EVERYTHING)
-            assert called == ["plan"] + ["decode_append", "paged_decode_attention"] * 3
+            launched = ["plan"] + ["decode_append", "paged_decode_attention"] * 3
+            assert called == [*launched, "read", "read"]
             # tokens; log-probabilities of two requests; then the counts, of which nothing is left to do
             tokens, counts = MadeUpCopy.read_shapes
             assert tokens == [(7,), (2,), (2,), (2, 2), (2, 2)]

@@ -187,10 +187,10 @@ def test_extreme_logits_and_parameters(dtype):
     )
     requests = [
         SimpleNamespace(number=b, params=params, prompt_token_ids=[1], output_token_ids=[2] * b,
-                        bad_words_token_ids=[])
+                        num_output_tokens=b, bad_words_token_ids=[])
         for b in range(3)
     ]  # fmt: skip
-    tokens = [s.token_id for s in Sampler().sample(logits, requests)]
+    tokens = [s.token_id for s in Sampler().sample(logits, requests).read()]
     assert all(0 <= t < 4 for t in tokens) and tokens[1] != 0
 
 

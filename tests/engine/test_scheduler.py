@@ -31,6 +31,12 @@ class CountingAccount:
         entries = self.entries[request.request_id]
         return self.pages_of([n + num_new_tokens for n in entries]) - self.pages_of(entries)
 
+    def num_cached_tokens(self, request):
+        return request.num_computed_tokens
+
+    def update_counts(self):
+        """No step is in flight."""
+
     def num_entries(self, request):
         return sum(self.entries[request.request_id])
 

@@ -89,15 +89,14 @@ class MadeUpCopy:
 
 
 class MadeUpCounts(MadeUpCopy):
-    """`MadeUpCopy` for block tables."""
+    """`MadeUpCopy` for block tables: what a step's rows have once its tokens are appended."""
 
-    def read(self):
-        state, entries_LRG = super().read()
-        tables, counts = self.tables, self.tables._counts
-        entries_LRG[:] = counts.entries_KLRG[0]
-        entries_LRG[:, tables._rows_B] += 1
+    def __init__(self, tensors):
+        super().__init__(tensors)
+        state, entries_LRG = self._arrays
+        counts = self.tables.counts
+        entries_LRG[:] = counts.entries_KLRG[0] + counts.in_flight_R[:, None]
         state[0] = counts.pages_of(entries_LRG).sum()
-        return self._arrays
 
 
 @contextlib.contextmanager
@@ -153,11 +152,16 @@ def move_to_fake_gpu(model):
                 setattr(module, name, fake(value))
 
 
-def engine_on_fake_gpu(model, description, **options):
+def engine_on_fake_gpu(model, description, *, async_scheduling=False, **options):
     """Within `fake_gpu`: an engine around the model, which is moved there."""
     move_to_fake_gpu(model)
     config = EngineConfig(
-        max_model_len=128, num_pages=256, block_size=16, max_num_seqs=8, enforce_eager=True
+        max_model_len=128,
+        num_pages=256,
+        block_size=16,
+        max_num_seqs=8,
+        enforce_eager=True,
+        async_scheduling=async_scheduling,
     )
     engine = LLMEngine(model, description, None, config, dtype=torch.bfloat16, eos_id=1, **options)
     MadeUpCopy.tables = engine.context.tables

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_dmc.engine.engine import LLMEngine
 from megatron_dmc.engine.parallel.group import Command, TensorParallel
 from megatron_dmc.engine.request import Request, RequestOutput
-from megatron_dmc.engine.sampler import SampledToken
+from megatron_dmc.engine.sampler import SampledToken, Sampling
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.errors import EngineDead, RequestFailed
 
@@ -109,11 +109,13 @@ class TensorParallelEngine(LLMEngine):
             self._finish(request, "error", None)
             self._forget(request)
 
-    def _sample_tokens(
-        self, logits_BV: Tensor, requests: list[Request]
-    ) -> list[SampledToken | RequestFailed]:
-        sample = super()._sample_tokens
-        return self.parallel.from_first(lambda: sample(logits_BV, requests))
+    def _sample(self, logits_BV: Tensor, requests: list[Request]) -> list[Sampling | RequestFailed]:
+        """On ranks other than 0 nothing is sampled."""
+        return super()._sample(logits_BV, requests) if self._leads else []
+
+    def _read(self, sampled: list[Sampling | RequestFailed]) -> list[SampledToken | RequestFailed]:
+        read = super()._read
+        return self.parallel.from_first(lambda: read(sampled))
 
     def _fail(self, request: Request, error: RequestFailed) -> None:
         super()._fail(request, error)
