@@ -2,9 +2,10 @@
 
 Regime: a server process and its engine's process, as `megatron-dmc serve` runs them, on a stub that gives every
 request a token in each step, and this process as the client: `--streams` connections, each with one streamed
-completion after the other. Metric: CPU time (user and system) of both processes over the chunks that arrived.
-It does not depend on how busy the machine is, unlike tokens per second. The server's capacity is that of its
-busier process, on a core of its own. The last line printed is one JSON document.
+completion after the other. A step begins when the client has the tokens of the one before, so that every token is
+a chunk. Metric: CPU time (user and system) of each process over the chunks; other load makes it longer, through
+the caches, but much less than it makes tokens per second fewer. The server's capacity is that of its busier
+process, on a core of its own. The last line printed is one JSON document.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import selectors
 import signal
 import socket
 import sys
+import tempfile
 import time
 from multiprocessing.connection import Connection
 from typing import Any
@@ -23,6 +25,7 @@ import psutil
 
 from megatron_dmc import __version__
 from megatron_dmc.bench.output import Result
+from megatron_dmc.bench.stub_engine import Progress
 from megatron_dmc.errors import DMCError
 
 _NEEDED = 6
@@ -43,19 +46,27 @@ def run(args: argparse.Namespace) -> Result:
     for name in ("streams", "requests", "output_len"):
         if getattr(args, name) < 1:
             raise DMCError(f"--{name.replace('_', '-')} {getattr(args, name)}: use 1 or more")
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(bytes(8))
+        file.flush()
+        return _run(args, file.name)
+
+
+def _run(args: argparse.Namespace, progress: str) -> Result:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     server = context.Process(
-        target=_serve, args=(theirs, args.tokenizer, args.step_ms / 1e3), daemon=False
+        target=_serve, args=(theirs, args.tokenizer, args.step_ms / 1e3, progress)
     )
     server.start()
     theirs.close()
+    client = _Client(Progress(progress), args.streams)
     try:
         port, engine_pid = _port(ours)
         processes = [psutil.Process(pid) for pid in (server.pid, engine_pid)]
-        _load(port, args.streams, 1, min(args.output_len, 16))  # warm up
+        client.load(port, 1, min(args.output_len, 16))  # warm up
         before = [_cpu_seconds(process) for process in processes]
-        chunks, seconds = _load(port, args.streams, args.requests, args.output_len)
+        chunks, seconds = client.load(port, args.requests, args.output_len)
         used = [_cpu_seconds(process) - b for process, b in zip(processes, before, strict=True)]
     finally:
         server.terminate()
@@ -72,7 +83,7 @@ def _document(
         "benchmark": "server",
         "version": __version__,
         "arguments": sys.argv[1:],
-        "note": "an engine without a model; CPU time does not depend on other load",
+        "note": "an engine without a model",
         "streams": args.streams,
         "step_ms": args.step_ms,
         "num_cores": os.cpu_count(),
@@ -117,7 +128,7 @@ def _port(pipe: Connection) -> tuple[int, int]:
 # The server's process.
 
 
-def _serve(pipe: Connection, tokenizer: str, step_s: float) -> None:
+def _serve(pipe: Connection, tokenizer: str, step_s: float, progress: str) -> None:
     from megatron_dmc.bench.stub_engine import StubEngine
     from megatron_dmc.engine import AsyncLLM, EngineProcess
     from megatron_dmc.quiet import silence_optional_packages
@@ -131,7 +142,7 @@ def _serve(pipe: Connection, tokenizer: str, step_s: float) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn handles it, and raises it again
     metrics = Metrics("stub")
     try:
-        engine = EngineProcess(StubEngine, tokenizer, step_s)
+        engine = EngineProcess(StubEngine, tokenizer, step_s, progress)
     except DMCError as error:
         pipe.send(error)
         return
@@ -164,7 +175,6 @@ class _Stream:
     def ask(self) -> bool:
         """Send the next request; False if there is none."""
         if self._left == 0:
-            self.socket.close()
             return False
         self._left -= 1
         self._end = b""
@@ -182,8 +192,36 @@ class _Stream:
         return found.count(b"data: ") - ended, ended
 
 
-def _load(port: int, num_streams: int, num_requests: int, num_tokens: int) -> tuple[int, float]:
-    """(chunks, seconds) of the load: `num_requests` on each of the connections, one after the other."""
+class _Client:
+    """A load of streamed completions.
+
+    Args:
+        progress: counts the chunks.
+    """
+
+    def __init__(self, progress: Progress, num_streams: int):
+        self._progress, self._num_streams = progress, num_streams
+
+    def load(self, port: int, num_requests: int, num_tokens: int) -> tuple[int, float]:
+        """(chunks, seconds) of `num_requests` on each of the connections, one after the other."""
+        request = _request(num_tokens)
+        before, began = self._progress.count, time.perf_counter()
+        with selectors.DefaultSelector() as selector:
+            for _ in range(self._num_streams):
+                stream = _Stream(port, request, num_requests)
+                stream.ask()
+                selector.register(stream.socket, selectors.EVENT_READ, stream)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    count, ended = key.data.read()
+                    self._progress.count += count
+                    if ended and not key.data.ask():
+                        selector.unregister(key.fileobj)
+                        key.data.socket.close()
+        return self._progress.count - before, time.perf_counter() - began
+
+
+def _request(num_tokens: int) -> bytes:
     body = json.dumps(
         {"prompt": "import os\n", "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
     )
@@ -191,22 +229,4 @@ def _load(port: int, num_streams: int, num_requests: int, num_tokens: int) -> tu
         "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     )
-    request = (head + body).encode()
-    chunks, began = 0, time.perf_counter()
-    with selectors.DefaultSelector() as selector:
-        for _ in range(num_streams):
-            stream = _Stream(port, request, num_requests)
-            stream.ask()
-            selector.register(stream.socket, selectors.EVENT_READ, stream)
-        open_streams = num_streams
-        while open_streams:
-            for key, _ in selector.select():
-                count, ended = key.data.read()
-                chunks += count
-                if ended:
-                    selector.unregister(key.fileobj)
-                    if key.data.ask():
-                        selector.register(key.fileobj, selectors.EVENT_READ, key.data)
-                    else:
-                        open_streams -= 1
-    return chunks, time.perf_counter() - began
+    return (head + body).encode()

@@ -60,8 +60,8 @@ def add_server(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step-ms",
         type=float,
-        default=10,
-        help="from one step of the engine to the next, at least",
+        default=200,
+        help="from one step of the engine to the next, if the client is late",
     )
 
 

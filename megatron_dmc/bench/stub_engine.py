@@ -1,5 +1,6 @@
 """An engine without a model, for benchmarks of the server."""
 
+import mmap
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -14,21 +15,46 @@ from megatron_dmc.engine.sampling_params import SamplingParams
 
 _TEXT = "    def append(self, token_id: int) -> None:\n        self.tokens.append(token_id)\n\n"
 _MAX_MODEL_LEN = 2**20
+_POLL_S = 0.0005
+
+
+class Progress:
+    """A number that two processes share.
+
+    Args:
+        file: of at least eight bytes.
+    """
+
+    def __init__(self, file: str):
+        with open(file, "r+b") as opened:
+            self._memory = mmap.mmap(opened.fileno(), 8)
+
+    @property
+    def count(self) -> int:
+        """The number."""
+        return int.from_bytes(self._memory[:8], "little")
+
+    @count.setter
+    def count(self, count: int) -> None:
+        self._memory[:8] = count.to_bytes(8, "little")
 
 
 class StubEngine:
     """Gives every request the next token of a text in each step. It has the interface of `LLMEngine` that
     `EngineLoop` uses.
 
+    A step begins when the client has the tokens of the one before, or `step_s` after it.
+
     Args:
         tokenizer: its folder.
-        step_s: seconds from one step to the next, at least.
+        progress: of the client.
     """
 
     parallel = None
 
-    def __init__(self, tokenizer: str, step_s: float):
+    def __init__(self, tokenizer: str, step_s: float, progress: str):
         self.tokenizer, self._step_s = load_tokenizer(tokenizer), step_s
+        self._progress, self._num_sent = Progress(progress), 0
         self.config = EngineConfig(num_pages=1, max_model_len=_MAX_MODEL_LEN)
         self.max_model_len = _MAX_MODEL_LEN
         self.description = SimpleNamespace(vocab_size=self.tokenizer.vocab_size)
@@ -63,8 +89,10 @@ class StubEngine:
 
     def step(self) -> list[RequestOutput]:
         """See `LLMEngine.step`."""
-        time.sleep(max(0.0, self._due - time.monotonic()))
+        while self._progress.count < self._num_sent and time.monotonic() < self._due:
+            time.sleep(_POLL_S)
         self._due = time.monotonic() + self._step_s
+        self._num_sent = self._progress.count + len(self._requests)
         outputs = []
         for request in list(self._requests.values()):
             token_id = self._token_ids[len(request.output_token_ids) % len(self._token_ids)]

@@ -141,6 +141,7 @@ class HuggingFaceTokenizer:
         )
         # settles padding and truncation: from then on encoding changes nothing, in no thread
         self.inner.encode("")
+        self._decodes_plainly = _decodes_plainly(self.inner)
         vocab = self.inner.get_vocab()
         self.vocab_size: int = max(vocab.values()) + 1
         self.longest_token_bytes: int | None = max(len(piece.encode()) for piece in vocab)
@@ -157,6 +158,10 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """See `Tokenizer.decode`. Spaces stay as they are, so that a text only grows at its end."""
+        if self._decodes_plainly:  # what transformers' own method comes to, at a third of its time
+            return self.inner.backend_tokenizer.decode(
+                list(ids), skip_special_tokens=skip_special_tokens
+            )
         text = self.inner.decode(
             list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
@@ -259,6 +264,14 @@ def _read_with_transformers(folder: Path, trust_remote_code: bool) -> Any:
                 "--trust-remote-code (trust_remote_code=True)"
             )
         raise CheckpointError(f"{folder}: no tokenizer can be read from it ({reason})") from e
+
+
+def _decodes_plainly(inner: Any) -> bool:
+    """Whether a tokenizer of transformers decodes with the tokenizers library alone."""
+    from transformers import PreTrainedTokenizerFast as Fast
+
+    kind = type(inner)
+    return issubclass(kind, Fast) and (kind.decode, kind._decode) == (Fast.decode, Fast._decode)
 
 
 def _adds_special_tokens(config_file: Path) -> tuple[bool, bool]:

@@ -167,19 +167,22 @@ def make_app(args: argparse.Namespace) -> "tuple[FastAPI, Service]":
     Raises:
         DMCError: a flag has an invalid value.
     """
+    from megatron_dmc.engine.config import EngineConfig
+    from megatron_dmc.engine.process import EngineProcess, build_engine
+
+    path = model_path(args)
+    config = EngineConfig.from_settings(engine_settings(args))
+    engine = EngineProcess(build_engine, path, tokenizer_path(args), config)
+
     from megatron_dmc.checkpoint.chat_template import load_chat_template
-    from megatron_dmc.engine import AsyncLLM, EngineConfig, EngineProcess
-    from megatron_dmc.engine.build import build_engine
+    from megatron_dmc.engine import AsyncLLM
     from megatron_dmc.server.app import build_app
     from megatron_dmc.server.limits import Concurrency
     from megatron_dmc.server.metrics import Metrics
     from megatron_dmc.server.service import Service
 
-    path = model_path(args)
     names = args.served_model_name or [path]
     metrics = Metrics(names[0])
-    config = EngineConfig.from_settings(engine_settings(args))
-    engine = EngineProcess(build_engine, path, tokenizer_path(args), config)
     llm = AsyncLLM(engine, observer=metrics.observe)
     try:
         template = load_chat_template(llm.info.tokenizer, args.chat_template)

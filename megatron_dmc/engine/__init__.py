@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_dmc.engine.async_llm import AsyncLLM
-    from megatron_dmc.engine.clients import EngineProcess
     from megatron_dmc.engine.config import EngineConfig
     from megatron_dmc.engine.engine import LLMEngine
     from megatron_dmc.engine.llm import LLM
+    from megatron_dmc.engine.process import EngineProcess
     from megatron_dmc.engine.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from megatron_dmc.engine.sampling_params import SamplingParams
     from megatron_dmc.engine.stats import EngineStats
@@ -22,7 +22,7 @@ _MODULES = {
     "AsyncLLM": "async_llm",
     "CompletionOutput": "request",
     "EngineConfig": "config",
-    "EngineProcess": "clients",
+    "EngineProcess": "process",
     "EngineStats": "stats",
     "LLMEngine": "engine",
     "Logprob": "request",

@@ -16,12 +16,13 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_dmc.engine.build import build_engine
-from megatron_dmc.engine.clients import EngineClient, EngineProcess, EngineThread
+from megatron_dmc.engine.clients import EngineClient, EngineThread
 from megatron_dmc.engine.config import EngineConfig
 from megatron_dmc.engine.detokenizer import CompletionText
 from megatron_dmc.engine.engine import LLMEngine
 from megatron_dmc.engine.isolation import own_work
 from megatron_dmc.engine.loop import Call, Change, EngineInfo, Message, Reply, StepOutputs
+from megatron_dmc.engine.process import EngineProcess
 from megatron_dmc.engine.prompts import read_cache_salt, read_prompt
 from megatron_dmc.engine.request import RequestOutput
 from megatron_dmc.engine.sampling_params import SamplingParams
@@ -280,7 +281,7 @@ class AsyncLLM:
         for stream, change in items:
             if stream.finished:
                 continue  # it has ended here, and the engine did not know yet
-            num_before = stream.num_tokens
+            num_before = len(stream.token_ids)
             is_to_abort = stream.add(change)
             if stream.finished:
                 self._streams.pop(stream.key, None)
@@ -288,7 +289,7 @@ class AsyncLLM:
                 self.abort_soon(stream.request_id)
             if self._observer is not None:
                 try:
-                    self._observer(stream, stream.num_tokens - num_before)
+                    self._observer(stream, len(stream.token_ids) - num_before)
                 except Exception:
                     logger.exception("the observer failed; no request is affected")
 

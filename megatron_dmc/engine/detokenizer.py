@@ -1,6 +1,7 @@
 """Incremental detokenization."""
 
 from collections.abc import Collection, Sequence
+from functools import partial
 
 from megatron_dmc.checkpoint.tokenizer import Tokenizer
 from megatron_dmc.engine.sampling_params import SamplingParams
@@ -33,7 +34,7 @@ class IncrementalDetokenizer:
         *,
         skip_special_tokens: bool = True,
     ):
-        self._tokenizer = tokenizer
+        self._decode = partial(tokenizer.decode, skip_special_tokens=False)
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._token_ids = context_of(prompt_token_ids, self._skipped)
         # the last tokens, and the part of their text that is in `text` or precedes it
@@ -56,7 +57,7 @@ class IncrementalDetokenizer:
 
     def find_skipped_stop(self, token_id: int, stops: Sequence[str]) -> tuple[int, str] | None:
         """`find_stop` for a skipped special token, whose name may be a stop text."""
-        name = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        name = self._decode([token_id])
         return (len(self.text), name) if name in stops else None
 
     def flush(self) -> None:
@@ -67,9 +68,6 @@ class IncrementalDetokenizer:
 
     def _undelivered(self) -> str:
         return self._decode(self._token_ids)[len(self._before) :]
-
-    def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=False) if token_ids else ""
 
     def _deliver(self, new: str) -> None:
         self.text += new

@@ -27,20 +27,36 @@ def ends_engine(error: BaseException) -> bool:
     return isinstance(error, _ENDS_ENGINE) or "CUDA error" in str(error)
 
 
+def failure_of(request_id: str, error: BaseException) -> RequestFailed:
+    """The end of a request whose own work raised `error`, panics of Rust libraries included.
+
+    Raises:
+        BaseException: the error itself, where it ends the engine.
+    """
+    if isinstance(error, RequestFailed):
+        return error
+    if ends_engine(error):
+        raise error
+    failure = RequestFailed(f"request {request_id}: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
+
+
 @contextmanager
 def own_work(request_id: str) -> Iterator[None]:
     """One request's own work.
 
     Raises:
         InvalidRequest: unchanged.
-        RequestFailed: for every other exception, panics of Rust libraries included.
+        RequestFailed: for every other exception: see `failure_of`.
         BaseException: unchanged, where it ends the engine.
     """
     try:
         yield
-    except (InvalidRequest, RequestFailed):
+    except InvalidRequest:
         raise
     except BaseException as error:
-        if ends_engine(error):
+        failure = failure_of(request_id, error)
+        if failure is error:
             raise
-        raise RequestFailed(f"request {request_id}: {type(error).__name__}: {error}") from error
+        raise failure from error

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 from megatron_dmc.engine.detokenizer import CompletionText
-from megatron_dmc.engine.isolation import own_work
+from megatron_dmc.engine.isolation import failure_of
 from megatron_dmc.engine.loop import Change, More
 from megatron_dmc.engine.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from megatron_dmc.engine.sampling_params import SamplingParams
@@ -23,8 +23,9 @@ class RequestStream:
 
     Attributes:
         key: the request's name in messages.
-        num_tokens: generated so far.
+        token_ids, logprobs, prompt_logprobs: so far.
         metrics: None before the first output.
+        finish_reason, stop_reason: see `CompletionOutput`.
         arrival_time: `time.monotonic()` seconds.
         on_output: called in the loop when there is an output, or an error, to read.
     """
@@ -50,16 +51,19 @@ class RequestStream:
         self._ready = asyncio.Event()
         self.on_output: Callable[[], None] = self._ready.set
         self._text = text
-        self._token_ids: list[int] = []
-        self._logprobs: list[dict[int, Logprob]] = []
-        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        self.token_ids: list[int] = []
+        self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         self._cumulative_logprob: float | None = None
         self._error: Exception | None = None
         self._has_unread = self._ended = False
 
     @property
-    def num_tokens(self) -> int:
-        return len(self._token_ids)
+    def text(self) -> str:
+        """The text so far that can no longer change."""
+        if self._text is None:
+            return ""
+        return self._text.visible(is_finished=self.finish_reason is not None)
 
     @property
     def finished(self) -> bool:
@@ -80,31 +84,34 @@ class RequestStream:
         return output
 
     def read(self) -> RequestOutput | None:
-        """The newest output; None if it has been read.
+        """The newest output; None if it has been read. Raises like `take`."""
+        return self.output() if self.take() else None
+
+    def take(self) -> bool:
+        """Whether there is something that has not been read; then it counts as read.
 
         Raises:
-            RequestFailed, EngineDead: the request has ended so, and every output before has been read.
+            RequestFailed, EngineDead: the request has ended so, and everything before has been read.
         """
-        if not self._has_unread:
-            if self._error is not None and not self._ended:
-                self._ended = True
-                raise self._error
-            return None
-        self._has_unread = False
-        self._ended = self.finish_reason is not None
-        return self.output()
+        if self._has_unread:
+            self._has_unread = False
+            self._ended = self.finish_reason is not None
+            return True
+        if self._error is not None and not self._ended:
+            self._ended = True
+            raise self._error
+        return False
 
     def output(self) -> RequestOutput:
         """The state of the request."""
         assert self.metrics is not None
-        params, text = self.params, self._text
         completion = CompletionOutput(
             index=0,
-            text="" if text is None else text.visible(is_finished=self.finish_reason is not None),
-            num_tokens=len(self._token_ids),
-            request_token_ids=self._token_ids,
+            text=self.text,
+            num_tokens=len(self.token_ids),
+            request_token_ids=self.token_ids,
             cumulative_logprob=self._cumulative_logprob,
-            request_logprobs=None if params.logprobs is None else self._logprobs,
+            request_logprobs=self.logprobs,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )
@@ -112,7 +119,7 @@ class RequestStream:
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
-            prompt_logprobs=self._prompt_logprobs,
+            prompt_logprobs=self.prompt_logprobs,
             outputs=[completion],
             finished=self.finish_reason is not None,
             metrics=self.metrics,
@@ -137,10 +144,9 @@ class RequestStream:
         metrics.num_cached_tokens = change.num_cached_tokens
         metrics.num_entries, metrics.num_pages = change.num_entries, change.num_pages
         try:
-            with own_work(self.request_id):
-                stop_text = self._add_tokens(token_ids, finish_reason)
-        except RequestFailed as error:
-            self.fail(error)
+            stop_text = self._add_tokens(token_ids, finish_reason)
+        except BaseException as error:  # noqa: BLE001 - it ends this request alone
+            self.fail(failure_of(self.request_id, error))
             return finish_reason is None
         if finish_reason == "error":
             assert more is not None
@@ -164,20 +170,21 @@ class RequestStream:
     def _add_more(self, more: More) -> None:
         self.metrics = more.metrics
         self._cumulative_logprob = more.cumulative_logprob
-        self._logprobs += more.logprobs or []
+        if self.logprobs is not None:
+            self.logprobs += more.logprobs or []
         if more.prompt_logprobs is not None:
-            self._prompt_logprobs = more.prompt_logprobs
+            self.prompt_logprobs = more.prompt_logprobs
 
     def _add_tokens(self, token_ids: list[int], finish_reason: str | None) -> str | None:
         """Returns the stop text, if one ends the completion."""
         last = len(token_ids) - 1
         for i, token_id in enumerate(token_ids):
-            self._token_ids.append(token_id)
+            self.token_ids.append(token_id)
             if self._text is None:
                 continue
             stop_text = self._text.append(
                 token_id,
-                len(self._token_ids),
+                len(self.token_ids),
                 ends=i == last and finish_reason == "stop",
                 is_last=i == last and finish_reason == "length",
             )

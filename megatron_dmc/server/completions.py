@@ -3,19 +3,20 @@
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
-from megatron_dmc.engine import RequestOutput, RequestStream, SamplingParams
+from megatron_dmc.engine import RequestStream, SamplingParams
 from megatron_dmc.server import text
 from megatron_dmc.server.errors import ApiError, JsonResponse, as_api_error, chunk_json, to_json
+from megatron_dmc.server.limits import DIRECT_SEND
 from megatron_dmc.server.protocol import ChatCompletionRequest, CompletionRequest
-from megatron_dmc.server.service import Service, disconnected, new_id
+from megatron_dmc.server.service import Changes, Service, disconnected, new_id
 
 DEFAULT_MAX_TOKENS = 16
 """Default `max_tokens` of a text completion, OpenAI's."""
@@ -47,12 +48,12 @@ class _Answer(ABC):
         """Engine requests, one per choice; sets `num_prompt_tokens`."""
 
     @abstractmethod
-    def choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
+    def choice(self, index: int, stream: RequestStream) -> dict[str, Any]:
         """A choice of a complete answer."""
 
     @abstractmethod
-    def deltas(self, index: int, output: RequestOutput) -> list[dict[str, Any]]:
-        """The choices to send for the new part of `output`: one for new tokens even if they have no text
+    def deltas(self, index: int, stream: RequestStream) -> list[dict[str, Any]]:
+        """The choices to send for the new part of `stream`: one for new tokens even if they have no text
         yet, since clients time the first one."""
 
     def document(self, choices: list[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
@@ -65,19 +66,21 @@ class _Answer(ABC):
             "choices": choices,
         }
 
-    def usage(self, last: dict[int, RequestOutput]) -> dict[str, Any]:
+    def usage(self, last: dict[int, RequestStream]) -> dict[str, Any]:
         """Token counts, and the measured CR of the caches: tokens / entries, total over total.
 
         Args:
-            last: the newest output of each choice.
+            last: by choice.
         """
         num_new = num_tokens = num_entries = num_cached = 0
-        for index, output in last.items():
+        for index, stream in last.items():
+            metrics = stream.metrics
+            assert metrics is not None
             if index % self.per_prompt == 0:  # a prompt counts once for all of its choices
-                num_cached += output.metrics.num_cached_prompt_tokens
-            num_new += output.outputs[0].num_tokens if self.keeps_new else 0
-            num_tokens += output.metrics.num_cached_tokens
-            num_entries += output.metrics.num_entries
+                num_cached += metrics.num_cached_prompt_tokens
+            num_new += len(stream.token_ids) if self.keeps_new else 0
+            num_tokens += metrics.num_cached_tokens
+            num_entries += metrics.num_entries
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": num_new,
@@ -92,44 +95,42 @@ class _Answer(ABC):
 
     async def whole(self, streams: Sequence[RequestStream]) -> Response:
         """Wait for all choices."""
-        last: dict[int, RequestOutput] = {}
-        async for outputs in self.service.outputs(streams, only_last=True):
-            last.update(outputs)
+        with Changes(self.service, streams, only_last=True) as changes:
+            while await changes.next():
+                pass
 
         def response() -> Response:
-            choices = [self.choice(index, last[index]) for index in range(len(streams))]
-            return JsonResponse(self.document(choices, chunk=False) | {"usage": self.usage(last)})
+            choices = [self.choice(index, stream) for index, stream in enumerate(streams)]
+            usage = self.usage(dict(enumerate(streams)))
+            return JsonResponse(self.document(choices, chunk=False) | {"usage": usage})
 
         # serialising log-probabilities of many tokens takes seconds
         return await asyncio.to_thread(response) if self.has_logprobs else response()
 
-    async def events(self, streams: Sequence[RequestStream]) -> AsyncGenerator[bytes, None]:
-        """Server-sent events: chunks, the usage if requested, and [DONE]."""
-        last: dict[int, RequestOutput] = {}
+    async def write_events(
+        self, changes: Changes, write: Callable[[bytes], Awaitable[None]]
+    ) -> None:
+        """Write server-sent events: chunks, and the usage if requested."""
+        last: dict[int, RequestStream] = {}
         # only the choice differs from chunk to chunk
         head = b"data: " + to_json(self.document([], chunk=True)).encode().removesuffix(b"]}")
         tail = b'],"usage":null}' if self.includes_usage else b"]}"
-        outputs = self.service.outputs(streams)
         try:
-            async for found in outputs:
-                last.update(found)
+            while changed := await changes.next():
+                last.update(changed)
                 events = b""
-                for index, output in found:
+                for index, stream in changed:
                     if self.continuous_usage:
-                        usage = chunk_json(self.usage({index: output}))
-                        tail = b'],"usage":%b}' % usage
-                    for choice in self.deltas(index, output):
+                        tail = b'],"usage":%b}' % chunk_json(self.usage({index: stream}))
+                    for choice in self.deltas(index, stream):
                         events += head + chunk_json(choice) + tail + b"\n\n"
                 if events:
-                    yield events
+                    await write(events)
             if self.includes_usage:
                 figures = {"usage": self.usage(last)}
-                yield _event(self.document([], chunk=True) | figures)
+                await write(_event(self.document([], chunk=True) | figures))
         except Exception as e:  # noqa: BLE001 - the answer has started: the error is sent in the stream
-            yield _event(as_api_error(e).body())
-        finally:
-            await outputs.aclose()
-        yield b"data: [DONE]\n\n"
+            await write(_event(as_api_error(e).body()))
 
 
 class _TextAnswer(_Answer):
@@ -181,57 +182,54 @@ class _TextAnswer(_Answer):
             jobs += [(asked, params) for params in every]
         return jobs
 
-    def choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
-        return self._choice(index, output, 0, 0)
+    def choice(self, index: int, stream: RequestStream) -> dict[str, Any]:
+        return self._choice(index, stream, stream.text, 0)
 
-    def deltas(self, index: int, output: RequestOutput) -> list[dict[str, Any]]:
+    def deltas(self, index: int, stream: RequestStream) -> list[dict[str, Any]]:
         num_chars, num_tokens = self._sent[index]
-        completion = output.outputs[0]
-        if completion.num_tokens == num_tokens and not output.finished:
+        so_far, num_known = stream.text, len(stream.token_ids)
+        if num_known == num_tokens and not stream.finished:
             return []
-        choice = self._choice(index, output, num_chars, num_tokens)
-        self._sent[index] = (len(completion.text), completion.num_tokens)
+        choice = self._choice(index, stream, so_far[num_chars:], num_tokens)
+        self._sent[index] = (len(so_far), num_known)
         return [choice]
 
     def _choice(
-        self, index: int, output: RequestOutput, num_chars: int, num_tokens: int
+        self, index: int, stream: RequestStream, new: str, num_tokens: int
     ) -> dict[str, Any]:
-        """The completion from character and token offsets on; at offset 0 with the prompt, if it is
+        """The completion from token `num_tokens` on, whose text is `new`; at 0 with the prompt, if it is
         echoed."""
-        completion = output.outputs[0]
-        begins = num_chars == num_tokens == 0
-        prompt = self._prompt_texts[index // self.per_prompt] if self.echo else ""
-        new = completion.text[num_chars:] if self.keeps_new else ""
+        begins = self.echo and num_tokens == 0
+        prompt = self._prompt_texts[index // self.per_prompt] if begins else ""
         return {
             "index": index,
-            "text": prompt + new if begins else new,
-            "logprobs": self._logprobs(index, output, num_tokens, prompt if begins else ""),
-            "finish_reason": completion.finish_reason,
-            "stop_reason": completion.stop_reason,
+            "text": prompt + new if self.keeps_new else prompt,
+            "logprobs": self._logprobs(index, stream, num_tokens, prompt),
+            "finish_reason": stream.finish_reason,
+            "stop_reason": stream.stop_reason,
         }
 
     def _logprobs(
-        self, index: int, output: RequestOutput, num_tokens: int, prompt: str
+        self, index: int, stream: RequestStream, num_tokens: int, prompt: str
     ) -> dict[str, Any] | None:
         """Log-probabilities of the tokens from `num_tokens` on; at offset 0, with echo, of the prompt too."""
         count = self.body.logprobs
-        completion = output.outputs[0]
-        if count is None or completion.logprobs is None:
+        if count is None or stream.logprobs is None:
             return None
         skip, texts = self.body.skip_special_tokens, self.service.texts
         if num_tokens == 0:
             self._pieces[index] = text.TokenPieces(
-                texts, skip_special_tokens=skip, prompt_token_ids=output.prompt_token_ids,
+                texts, skip_special_tokens=skip, prompt_token_ids=stream.prompt_token_ids,
                 num_chars=len(prompt),
             )  # fmt: skip
         kept = slice(num_tokens, None if self.keeps_new else 0)
         found = text.for_completions(
-            self._pieces[index], completion.token_ids[kept], completion.logprobs[kept], count
+            self._pieces[index], stream.token_ids[kept], stream.logprobs[kept], count
         )
         if self.echo and num_tokens == 0:
             pieces = text.TokenPieces(texts, skip_special_tokens=skip, known=prompt)
-            rows = output.prompt_logprobs or []
-            of_prompt = text.for_completions(pieces, output.prompt_token_ids, rows, count)
+            rows = stream.prompt_logprobs or []
+            of_prompt = text.for_completions(pieces, stream.prompt_token_ids, rows, count)
             found = {name: of_prompt[name] + found[name] for name in found}
         return found
 
@@ -273,12 +271,12 @@ class _ChatAnswer(_Answer):
         asked = {"prompt_token_ids": token_ids, "cache_salt": body.cache_salt}
         return [(asked, params) for params in every]
 
-    def choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
-        message = {"role": "assistant", "content": output.outputs[0].text, "refusal": None}
-        return self._choice(index, output, "message", message, 0)
+    def choice(self, index: int, stream: RequestStream) -> dict[str, Any]:
+        message = {"role": "assistant", "content": stream.text, "refusal": None}
+        return self._choice(index, stream, "message", message, 0)
 
-    def deltas(self, index: int, output: RequestOutput) -> list[dict[str, Any]]:
-        completion = output.outputs[0]
+    def deltas(self, index: int, stream: RequestStream) -> list[dict[str, Any]]:
+        so_far, num_known = stream.text, len(stream.token_ids)
         choices = []
         if self._sent[index] is None:
             first = {"role": "assistant", "content": ""}
@@ -286,39 +284,39 @@ class _ChatAnswer(_Answer):
                 {"index": index, "delta": first, "logprobs": None, "finish_reason": None}
             )
         num_chars, num_tokens = self._sent[index] or (0, 0)
-        new = completion.text[num_chars:]
-        if completion.num_tokens > num_tokens or output.finished:
-            delta = {"content": new} if new or completion.num_tokens > num_tokens else {}
-            choices.append(self._choice(index, output, "delta", delta, num_tokens))
-        self._sent[index] = (len(completion.text), completion.num_tokens)
+        new = so_far[num_chars:]
+        if num_known > num_tokens or stream.finished:
+            delta = {"content": new} if new or num_known > num_tokens else {}
+            choices.append(self._choice(index, stream, "delta", delta, num_tokens))
+        self._sent[index] = (len(so_far), num_known)
         return choices
 
     def _choice(
-        self, index: int, output: RequestOutput, name: str, content: dict, num_tokens: int
+        self, index: int, stream: RequestStream, name: str, content: dict, num_tokens: int
     ) -> dict[str, Any]:
-        completion = output.outputs[0]
-        rows = completion.logprobs
-        if num_tokens == 0:
-            self._pieces[index] = text.TokenPieces(
-                self.service.texts,
-                skip_special_tokens=self.body.skip_special_tokens,
-                prompt_token_ids=output.prompt_token_ids,
-            )
         return {
             "index": index,
             name: content,
-            "logprobs": None
-            if rows is None
-            else text.for_chat(
-                self.service.texts,
-                self._pieces[index],
-                completion.token_ids[num_tokens:],
-                rows[num_tokens:],
-                self.body.top_logprobs or 0,
-            ),
-            "finish_reason": completion.finish_reason,
-            "stop_reason": completion.stop_reason,
+            "logprobs": self._logprobs(index, stream, num_tokens),
+            "finish_reason": stream.finish_reason,
+            "stop_reason": stream.stop_reason,
         }
+
+    def _logprobs(
+        self, index: int, stream: RequestStream, num_tokens: int
+    ) -> dict[str, Any] | None:
+        """Log-probabilities of the tokens from `num_tokens` on."""
+        if stream.logprobs is None:
+            return None
+        texts = self.service.texts
+        if num_tokens == 0:
+            self._pieces[index] = text.TokenPieces(
+                texts, skip_special_tokens=self.body.skip_special_tokens,
+                prompt_token_ids=stream.prompt_token_ids,
+            )  # fmt: skip
+        rows, token_ids = stream.logprobs[num_tokens:], stream.token_ids[num_tokens:]
+        count = self.body.top_logprobs or 0
+        return text.for_chat(texts, self._pieces[index], token_ids, rows, count)
 
 
 async def answer(
@@ -347,7 +345,7 @@ async def answer(
             _ChatAnswer if isinstance(body, ChatCompletionRequest) else _TextAnswer
         )
         pending = make(service, body)
-        leaving = asyncio.ensure_future(disconnected(request))
+        leaving = asyncio.ensure_future(disconnected(request.receive))
         try:
             if not body.stream:
                 return await service.until_closing(_whole(pending), leaving) or _nobody()
@@ -368,21 +366,33 @@ def _nobody() -> Response:
     return Response(status_code=499)
 
 
-class _EventStream(StreamingResponse):
+class _EventStream(Response):
     """Ends the engine's requests in any case, even if the response never started."""
 
-    media_type = "text/event-stream"
-
     def __init__(self, pending: _Answer, streams: list[RequestStream], places: ExitStack):
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(pending.events(streams), headers=headers)
-        self._streams, self._service, self._places = streams, pending.service, places
+        self.status_code, self.background = 200, None
+        self.raw_headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),
+        ]
+        self._pending, self._streams, self._places = pending, streams, places
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        direct = scope.get(DIRECT_SEND, send)
+
+        async def write(data: bytes) -> None:
+            await direct({"type": "http.response.body", "body": data, "more_body": True})
+
+        leaving = asyncio.ensure_future(disconnected(receive))
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         try:
-            await super().__call__(scope, receive, send)
+            with Changes(self._pending.service, self._streams, end=leaving) as changes:
+                await send(start)
+                await self._pending.write_events(changes, write)
+            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
         finally:
-            self._service.stop(self._streams)
+            leaving.cancel()
             self._places.close()
 
 

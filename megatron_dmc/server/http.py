@@ -1,6 +1,7 @@
 """The HTTP/1.1 server under the application: uvicorn with uvloop, httptools and our limits on connections."""
 
 import asyncio
+import gc
 import socket
 from collections.abc import Coroutine
 from typing import Any
@@ -44,5 +45,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run[Result](main: Coroutine[Any, Any, Result]) -> Result:
-    """`asyncio.run` on the event loop that is made for this."""
+    """`asyncio.run` on uvloop. The garbage collector leaves out the objects that exist now, those of the imported
+    libraries."""
+    gc.collect()
+    gc.freeze()
     return asyncio.run(main, loop_factory=uvloop.new_event_loop)

@@ -18,6 +18,10 @@ _DRAINED_BODIES = 16
 sending would miss the answer. Beyond it the connection is closed."""
 
 
+DIRECT_SEND = "megatron_dmc.send"
+"""Key of a scope: the server's own `send`, for the middle of a long body, which no middleware looks at."""
+
+
 class _BodyTooLarge(Exception):
     """Raised when the application continues to read."""
 
@@ -39,6 +43,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope[DIRECT_SEND] = send
         headers = dict(scope["headers"])
         size, ended = 0, not (self._declared_size(headers) or b"transfer-encoding" in headers)
 

@@ -25,7 +25,7 @@ def snapshot(service: Service, stats: EngineStats, now: float) -> dict[str, Any]
                 "id": stream.request_id,
                 "age_seconds": time.monotonic() - stream.arrival_time,
                 "prompt_tokens": len(stream.prompt_token_ids),
-                "generated_tokens": stream.num_tokens,
+                "generated_tokens": len(stream.token_ids),
                 "pages": 0 if metrics is None else metrics.num_pages,
                 "preemptions": 0 if metrics is None else metrics.num_preemptions,
                 "measured_cr": None if metrics is None else metrics.measured_cr,

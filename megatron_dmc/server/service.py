@@ -4,15 +4,14 @@ import asyncio
 import functools
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass, field
-
-from fastapi import Request
+from typing import Any, Self
 
 from megatron_dmc.checkpoint.chat_template import ChatTemplate
-from megatron_dmc.engine import AsyncLLM, RequestOutput, RequestStream, SamplingParams
+from megatron_dmc.engine import AsyncLLM, RequestStream, SamplingParams
 from megatron_dmc.server.errors import ApiError
-from megatron_dmc.server.limits import Concurrency
+from megatron_dmc.server.limits import Concurrency, Receive
 from megatron_dmc.server.text import TokenTexts
 
 
@@ -150,52 +149,83 @@ class Service:
             if not stream.finished:
                 self.llm.abort_soon(stream.request_id)
 
-    async def outputs(
-        self, streams: Sequence[RequestStream], *, only_last: bool = False
-    ) -> AsyncGenerator[list[tuple[int, RequestOutput]], None]:
-        """(index of the stream, output) of all that have come; leaving early aborts all.
 
-        Args:
-            only_last: leave out the outputs before the last of a stream.
+class Changes:
+    """The changes of an answer's streams, in batches, until all have ended. Leaving the context aborts those
+    that still run.
+
+    Args:
+        end: set when the client has left.
+        only_last: leave out changes before the last of a stream.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        streams: Sequence[RequestStream],
+        *,
+        end: asyncio.Future | None = None,
+        only_last: bool = False,
+    ):
+        self._service, self._streams = service, streams
+        self._left = dict(enumerate(streams))
+        self._only_last = only_last
+        self._loop = asyncio.get_running_loop()
+        self._closing = service.closing
+        self._end = self._loop.create_future() if end is None else end
+        self._has_come = self._loop.create_future()
+
+    def __enter__(self) -> Self:
+        for stream in self._streams:
+            stream.on_output = self._wake
+            if self._only_last:
+                stream.on_output = functools.partial(self._wake_if_finished, stream)
+        for end in (self._closing, self._end):
+            end.add_done_callback(self._wake)
+        self._wake()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for end in (self._closing, self._end):
+            end.remove_done_callback(self._wake)
+        self._service.stop(self._streams)
+
+    async def next(self) -> list[tuple[int, RequestStream]]:
+        """The streams that have changed, with their indices; empty at the end.
+
+        Raises:
+            ApiError: 503, the server closes.
+            RequestFailed, EngineDead: of a stream.
         """
-        has_come = asyncio.Event()
-        for stream in streams:
-            stream.on_output = functools.partial(_wake, has_come, stream, only_last)
+        while self._left:
+            await self._has_come
+            self._has_come = self._loop.create_future()
+            if self._closing.done():
+                raise _shut_down()
+            if self._end.done():
+                break
+            changed = [(i, stream) for i, stream in self._left.items() if self._take(stream)]
+            for index, stream in changed:
+                if stream.finish_reason is not None:
+                    del self._left[index]
+            if changed:
+                return changed
+        return []
 
-        def wake(_: asyncio.Future) -> None:
-            has_come.set()
+    def _take(self, stream: RequestStream) -> bool:
+        if (self._only_last and not stream.finished) or not stream.take():
+            return False
+        if stream.finished and stream.finish_reason is None:
+            self._wake()  # an error follows
+        return True
 
-        closing = self.closing
-        closing.add_done_callback(wake)
-        has_come.set()
-        left = dict(enumerate(streams))
-        try:
-            while left:
-                await has_come.wait()
-                has_come.clear()
-                if closing.done():
-                    raise _shut_down()
-                found = []
-                for index, stream in list(left.items()):
-                    if only_last and not stream.finished:
-                        continue
-                    output = stream.read()
-                    if output is not None:
-                        found.append((index, output))
-                        if output.finished:
-                            del left[index]
-                        elif stream.finished:
-                            has_come.set()  # an error follows
-                if found:
-                    yield found
-        finally:
-            closing.remove_done_callback(wake)
-            self.stop(streams)
+    def _wake_if_finished(self, stream: RequestStream) -> None:
+        if stream.finished:
+            self._wake()
 
-
-def _wake(has_come: asyncio.Event, stream: RequestStream, only_last: bool) -> None:
-    if stream.finished or not only_last:
-        has_come.set()
+    def _wake(self, _: Any = None) -> None:
+        if not self._has_come.done():
+            self._has_come.set_result(None)
 
 
 def new_id(prefix: str) -> str:
@@ -203,9 +233,9 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
-async def disconnected(request: Request) -> None:
+async def disconnected(receive: Receive) -> None:
     """Return when the client has disconnected. Its body must have been read."""
-    while (await request.receive())["type"] != "http.disconnect":
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 

@@ -37,6 +37,18 @@ def test_throughput_and_latency(capsys, tmp_path):
     assert min(result["latencies"]) <= result["percentiles"]["50"] <= max(result["latencies"])
 
 
+def test_server(capsys):
+    """Every token is a chunk, and both processes are measured."""
+    result = run(
+        capsys, "server", "--tokenizer", str(MODEL), "--streams", "4", "--requests", "2",
+        "--output-len", "8", "--step-ms", "10000",
+    )  # fmt: skip
+    assert result["chunks"] == result["tokens"] == 64
+    assert result["front_us_per_chunk"] > 0 and result["seconds"] > 0
+    assert main(["bench", "server", "--tokenizer", "nowhere", "--streams", "0"]) == 2
+    assert "--streams 0" in capsys.readouterr().err
+
+
 def test_serve(capsys, tmp_path):
     model = compressing_model(tmp_path / "model")
     with ServerProcess(tmp_path, "--dtype", "float32", "--api-key", "k", model=model) as server:

@@ -83,7 +83,7 @@ def test_refusal_abort_and_cancellation_free_the_pages():
         await idle()
         # cancelling the task
         task = asyncio.create_task(collect(llm, PROMPTS[1], long, "cancelled"))
-        while not any(s.num_tokens for s in llm.unfinished()):
+        while not any(s.token_ids for s in llm.unfinished()):
             await asyncio.sleep(0.01)
         with pytest.raises(InvalidRequest, match="id is in use"):
             await collect(llm, PROMPTS[1], long, "cancelled")

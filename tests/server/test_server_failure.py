@@ -116,10 +116,10 @@ def children(server, module="megatron_dmc.engine.parallel.children"):
 
 def test_an_engine_process_that_is_killed(tmp_path):
     with ServerProcess(tmp_path, "--dtype", "float32", "--num-pages", "4096") as server:
-        (engine,) = children(server, "megatron_dmc.engine.clients")
+        (engine,) = children(server, "megatron_dmc.engine.process")
         fails_as_it_should(server, engine.kill, "was killed by SIGKILL")
     with ServerProcess(tmp_path, "--dtype", "float32", "--num-pages", "4096") as server:
-        (engine,) = children(server, "megatron_dmc.engine.clients")
+        (engine,) = children(server, "megatron_dmc.engine.process")
         server.kill()
         psutil.wait_procs([engine], timeout=SECONDS)
         assert not engine.is_running(), "it does not outlive the server"
@@ -147,7 +147,7 @@ def test_a_follower_that_is_killed(tmp_path):
             assert json.load(answer)["choices"][0]["text"] == expected(12)
         followers = children(server)
         assert len(followers) == 1
-        engine = children(server, "megatron_dmc.engine.clients")
+        engine = children(server, "megatron_dmc.engine.process")
         for process in (psutil.Process(server.process.pid), *engine, *followers):
             listening = [
                 c.laddr for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN

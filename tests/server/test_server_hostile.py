@@ -206,6 +206,15 @@ def test_half_requests_end_and_keep_nobody_out(server):
     assert "Traceback" not in server.log.read_text()
 
 
+def test_endless_headers_are_cut_off(server):
+    connection = connect(server, HEAD)
+    with contextlib.suppress(OSError):
+        for _ in range(100):
+            connection.sendall(b"X-Long: " + b"a" * 1000 + b"\r\n")
+            time.sleep(0.001)
+    assert b" 431 " in rest(connection).split(b"\r\n")[0]
+
+
 def test_a_second_request_has_a_deadline_too(server):
     whole = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
     connection = connect(server, whole + whole[:20])

@@ -146,7 +146,7 @@ def test_a_failed_request_is_told_and_the_others_go_on(served, monkeypatch, name
     target, attribute, is_meant = {
         "sampling": (Sampler, "_seed_of", lambda self, request: request.params.seed == 1),
         "detokenizing": (detokenizer, "find_stop", lambda text, old, stops: stops == ["~~"]),
-        "output": (RequestStream, "output", lambda self: self.params.seed == 1),
+        "output": (RequestStream, "take", lambda self: self.params.seed == 1),
         "log-probability texts": (text_module, "for_completions", lambda *a: 4 in a),
     }[name]
     in_each_step = name in ("sampling", "detokenizing")

@@ -4,10 +4,11 @@ import os
 import sys
 
 from megatron_dmc.cli.main import main
-from megatron_dmc.engine import build
+from megatron_dmc.engine import process
+from megatron_dmc.engine.build import build_engine
 from megatron_dmc.engine.runner import ModelRunner
 
-build_engine, run = build.build_engine, ModelRunner.run
+run = ModelRunner.run
 
 
 def faulty(self, *args):
@@ -24,5 +25,5 @@ def build_faulty_engine(*args):
 if __name__ == "__main__":
     import faulty_server  # by the name that the engine's process knows
 
-    build.build_engine = faulty_server.build_faulty_engine
+    process.build_engine = faulty_server.build_faulty_engine
     sys.exit(main())
