@@ -31,7 +31,8 @@ SUPPORTED = {family.architecture: family for family in FAMILIES if family.remote
 """Families that transformers can run with DMC, by architecture."""
 
 SHARED = (
-    "modeling_dmc.py", "attention_dmc.py", "configuration_dmc.py", "ops_dmc.py", "cache_dmc.py",
+    "modeling_dmc.py", "attention_dmc.py", "configuration_dmc.py", "ops_dmc.py", "delay_dmc.py",
+    "cache_dmc.py",
 )  # fmt: skip
 """Files of `checkpoint.remote` that every exported folder has."""
 GATES = "gates_dmc.py"
@@ -48,10 +49,7 @@ def dmc_config(config: dict[str, Any]) -> dict[str, Any]:
     }
     family = SUPPORTED.get(architecture)
     dmc = config.get("dmc", {})
-    has_code = dmc.get("policy", "merge") == "merge" and not (
-        dmc.get("pool_after_rope") or dmc.get("merge_delay")
-    )
-    if family and has_code:
+    if family and not dmc.get("pool_after_rope"):
         prefix = f"{module_name(family)}.{DMC_CLASS}{family.name}"
         named["auto_map"] = {
             "AutoConfig": f"{prefix}Config",

@@ -18,10 +18,10 @@ from megatron_dmc.training.loss import compression_loss
 
 def test_settings_are_those_of_the_package():
     package = DMCConfig().to_dict()
-    others = {*configuration_dmc.NOT_HERE, "eviction_delay"}
-    assert {k: v for k, v in package.items() if k not in others} == configuration_dmc.DEFAULTS
+    here = {k: v for k, v in package.items() if k not in configuration_dmc.NOT_HERE}
+    assert here == configuration_dmc.DEFAULTS
     assert {k: package[k] for k in configuration_dmc.NOT_HERE} == configuration_dmc.NOT_HERE
-    for refused in ({"policy": "evict"}, {"pool_after_rope": True}, {"hinge": "token"},
+    for refused in ({"policy": "drop"}, {"pool_after_rope": True}, {"hinge": "token"},
                     {"importance": "random"}):  # fmt: skip
         ((name, value),) = refused.items()
         with pytest.raises(ValueError, match=f"dmc {name} {value!r}"):
@@ -88,10 +88,20 @@ def test_attention_is_the_packages(implementation, block, monkeypatch):
     assert (weights is None) == (implementation == "sdpa")
 
 
-@pytest.mark.parametrize("merge_window", [0, 3])
-@pytest.mark.parametrize("shared", [False, True])
-def test_loss_and_gradients_are_those_of_the_packages_ops(merge_window, shared):
-    model = model_of(merge_window=merge_window, shared_decisions=shared).train()
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"merge_window": 3},
+        {"shared_decisions": True},
+        {"merge_window": 3, "shared_decisions": True},
+        {"merge_delay": 4},
+        {"policy": "evict", "eviction_delay": 3},
+    ],
+    ids=str,
+)
+def test_loss_and_gradients_are_those_of_the_packages_ops(changes):
+    model = model_of(**changes).train()
     ids = tokens(2, 40)
     results = []
     for ops in (None, megatron_dmc.ops):

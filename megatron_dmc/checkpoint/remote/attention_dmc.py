@@ -21,6 +21,7 @@ from megatron_dmc.ops.gates import (
 )
 
 from .cache_dmc import DMCCache
+from .delay_dmc import attend_delayed, keeps_next
 from .ops_dmc import attend, means, merge, rotate
 
 
@@ -156,6 +157,12 @@ class DMCAttention(nn.Module):
             alpha, log_keep, alpha_hat = hard_gate(logit, starts_TB=first, continues=True)
         state.report(self.layer_idx, alpha_hat)
         q, k = rotate(q * without, angles) * without, k * without
+        evicts = dmc["policy"] == "evict"
+        n = dmc["eviction_delay"] + 1 if evicts else dmc["merge_delay"]
+        if n and cache is None:
+            return self._delayed(q, k, v, alpha, log_keep, omega, n, angles, state)
+        if n:
+            return self._delayed_in_cache(q, k, v, alpha, omega, n, angles, cache, state)
         if cache is None:
             k, v = (self.ops.merge if self.training and self.ops else merge)(
                 k, v, alpha, omega, merge_window=dmc["merge_window"]
@@ -166,6 +173,60 @@ class DMCAttention(nn.Module):
         k, v = means(sums, k)
         k, v, visible = layer.update(rotate(k, angles), v, alpha > 0, state.real_TB)
         return self._attend(q, k, v, log_keep, visible, state)
+
+    def _delayed(self, q, k, v, alpha, log_keep, omega, n, angles, state):
+        """Decisions that take effect n tokens later, of whole sequences."""
+        dmc = self.config.dmc
+        evicts = dmc["policy"] == "evict"
+        ops = self.ops if self.training and state.document_TB is None else None
+        near = rotate(k, angles), v
+        if evicts and ops:
+            delay, scale = dmc["eviction_delay"], self.scaling
+            return ops.eviction_attention(
+                q, *near, log_keep, delay=delay, softmax_scale=scale
+            ), None
+        far = near
+        if not evicts:
+            merged_k, merged_v = (ops.merge if ops else merge)(
+                k, v, alpha, omega, merge_window=dmc["merge_window"]
+            )
+            far = rotate(merged_k, angles), merged_v
+            if ops:
+                out = ops.delayed_attention(
+                    q, *near, *far, log_keep, merge_delay=n, softmax_scale=self.scaling
+                )
+                return out, None
+        return attend_delayed(
+            q, near, far, log_keep, n=n, evicts=evicts, softmax_scale=self.scaling,
+            document_TB=state.document_TB, implementation=self.config._attn_implementation,
+        )  # fmt: skip
+
+    def _delayed_in_cache(self, q, k, v, alpha, omega, n, angles, cache, state):
+        """The same behind a cache: tokens that leave its ring merge, are appended, or are gone."""
+        dmc = self.config.dmc
+        evicts, layer = dmc["policy"] == "evict", cache.layer(self.layer_idx)
+        new = [k, v, alpha, omega, *(x.transpose(0, 1).expand(-1, k.shape[1], -1) for x in angles)]
+        line = layer.pass_ring(n, new, state.real_TB)
+        k, v, alpha, omega, *turns = line.values
+        turns = turns[0].transpose(0, 1), turns[1].transpose(0, 1)
+        log_keep = torch.zeros_like(alpha).masked_fill(alpha > 0, float("-inf"))
+        near, late = (rotate(k, turns), v), slice(q.shape[0])
+        if evicts:
+            stays = line.late_TB[..., None] & (keeps_next(log_keep, q.shape[0]) == 0)
+            never = torch.zeros_like(stays)
+            *far, visible = layer.update(near[0][late], v[late], never, stays)
+        else:
+            sums = layer.continue_segment(
+                k[late], v[late], alpha[late], omega[late], dmc["merge_window"], line.late_TB
+            )
+            merged_k, merged_v = means(sums, k)
+            merged_k = rotate(merged_k, tuple(x[:, late] for x in turns))
+            *far, visible = layer.update(merged_k, merged_v, alpha[late] > 0, line.late_TB)
+        return attend_delayed(
+            q, near, tuple(far), log_keep, n=n, evicts=evicts, softmax_scale=self.scaling,
+            before_B=line.before_B, cached_BGP=visible,
+            implementation=self.config._attn_implementation,
+        )  # fmt: skip
 
     def _attend(self, q, k, v, log_keep, visible, state):
         if self.training and self.ops and state.document_TB is None and log_keep is not None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .delay_dmc import Line, Ring
 from .ops_dmc import merge_sums, weigh
 
 
@@ -26,6 +27,19 @@ class DMCLayer(CacheLayerMixin):
     def __init__(self):
         super().__init__()
         self.num_tokens = 0
+        self.ring: Ring | None = None
+
+    def pass_ring(self, n: int, new: list[Tensor], real_TB: Tensor | None) -> Line:
+        """Put new tokens into the ring of the last n; see `Ring.pass_through`."""
+        if self.ring is None:
+            self.ring = Ring(n)
+        return self.ring.pass_through(new, real_TB)
+
+    def num_slots_BG(self) -> Tensor:
+        """Entries and raw tokens."""
+        if self.ring is None or self.ring.count_B is None:
+            return self.num_entries_BG
+        return self.num_entries_BG + self.ring.count_B[:, None]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Empty, for (T, B, G, D) keys and values."""
@@ -85,7 +99,7 @@ class DMCLayer(CacheLayerMixin):
 
         Args:
             k_TBGD, v_TBGD: rotated merged keys, merged values.
-            real_TB: see `ForwardState`.
+            real_TB: see `ForwardState`. (T, B, G): False for what is not cached in a head.
 
         Returns:
             keys and values (E, B, G, D), the entries that were cached before and then the new states;
@@ -100,16 +114,22 @@ class DMCLayer(CacheLayerMixin):
         slots = self.slot_BGE.long().permute(2, 0, 1).clamp_min(0)
         k, v = torch.cat([self.keys[slots], k_TBGD]), torch.cat([self.values[slots], v_TBGD])
 
-        real = torch.ones_like(merges) if real_TB is None else real_TB.T[:, None].expand_as(merges)
+        if real_TB is None:
+            real = torch.ones_like(merges)
+        elif real_TB.dim() == 2:
+            real = real_TB.T[:, None].expand_as(merges)
+        else:
+            real = real_TB.permute(1, 2, 0)
         appends = real & ~merges
         self.num_entries_BG = before + appends.sum(-1)
         self._reserve(before)
         # the last state of a segment stays: its successor appends, is padding, or is not there
         stays = real & F.pad(~real[..., 1:] | appends[..., 1:], (0, 1), value=True)
-        entry_BGT = (before[..., None] - 1 + appends.cumsum(-1)).clamp_min(0)
-        target = self.slot_BGE.gather(-1, entry_BGT)[stays].long()
-        self.keys[target] = k_TBGD.detach().permute(1, 2, 0, 3)[stays]
-        self.values[target] = v_TBGD.detach().permute(1, 2, 0, 3)[stays]
+        if stays.any():
+            entry_BGT = (before[..., None] - 1 + appends.cumsum(-1)).clamp_min(0)
+            target = self.slot_BGE.gather(-1, entry_BGT)[stays].long()
+            self.keys[target] = k_TBGD.detach().permute(1, 2, 0, 3)[stays]
+            self.values[target] = v_TBGD.detach().permute(1, 2, 0, 3)[stays]
         self.num_tokens += k_TBGD.shape[0]
         return k, v, visible
 
@@ -153,6 +173,7 @@ class DMCLayer(CacheLayerMixin):
         """Forget everything."""
         self.is_initialized = False
         self.num_tokens = 0
+        self.ring = None
         self.keys = self.values = torch.empty(0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -169,6 +190,8 @@ class DMCLayer(CacheLayerMixin):
         self.slot_BGE[exists] = torch.arange(self.num_used, dtype=torch.int32, device=self.device)
         if self.segment_UBGA is not None:
             self.segment_UBGA = self.segment_UBGA[:, indices]
+        if self.ring is not None:
+            self.ring.select(indices)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select the rows of the continued beams."""
@@ -181,8 +204,9 @@ class DMCLayer(CacheLayerMixin):
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def num_bytes(self) -> int:
-        """Bytes of everything that is kept: entries, slots, counts and open segments."""
+        """Bytes of everything that is kept: entries, slots, counts, open segments and raw tokens."""
         kept = [self.keys, self.values, self.slot_BGE, self.num_entries_BG, self.segment_UBGA]
+        kept += [] if self.ring is None else self.ring.values or []
         return sum(t.numel() * t.element_size() for t in kept if t is not None)
 
 
@@ -217,8 +241,8 @@ class DMCCache(Cache):
         return torch.as_tensor(self.num_real_B, device=device)
 
     def num_entries(self) -> int:
-        """Entries over all layers, rows and KV heads."""
-        return sum(int(layer.num_entries_BG.sum()) for layer in self.layers)
+        """Entries, and raw tokens of a delay, over all layers, rows and KV heads."""
+        return sum(int(layer.num_slots_BG().sum()) for layer in self.layers)
 
     def compression_ratio(self) -> float:
         """Tokens / entries: what an uncompressed cache would hold (without padding) by what this does."""

@@ -14,16 +14,20 @@ DEFAULTS: dict[str, Any] = {
     "noise_scale": 1.0,  # factor on their noise
     "importance": "learned",  # constant: an entry is the plain mean of its tokens
     "shared_decisions": False,  # the heads of a layer decide together
+    "policy": "merge",  # evict: the token before leaves the cache instead (DMS)
+    "eviction_delay": 256,  # how many later tokens still see an evicted one
     "merge_window": 0,  # only the latest tokens of a segment count; 0: all
+    "merge_delay": 0,  # newest tokens that stay raw: a decision takes effect this many tokens later
     "hinge": "sequence",  # where the compression loss stops at 0: per row, by their mean, nowhere
     "loss_weight": 1.0,  # of the compression loss relative to the language-model loss
 }
 CHOICES = {
     "stage": ("off", "zero-out", "retrofit", "finetune"),
     "importance": ("learned", "constant"),
+    "policy": ("merge", "evict"),
     "hinge": ("sequence", "batch", "none"),
 }
-NOT_HERE = {"policy": "merge", "pool_after_rope": False, "merge_delay": 0}
+NOT_HERE = {"pool_after_rope": False}
 """Settings that this code knows only one value of."""
 
 
@@ -39,7 +43,7 @@ def complete_settings(dmc: dict[str, Any] | None) -> dict[str, Any]:
             raise ValueError(
                 f"dmc {name} {value!r}: this code knows only {only!r}; use megatron-dmc"
             )
-    unknown = set(dmc or {}) - set(DEFAULTS) - set(NOT_HERE) - {"eviction_delay"}
+    unknown = set(dmc or {}) - set(DEFAULTS) - set(NOT_HERE)
     if unknown:
         raise ValueError(
             f"config.json: unknown dmc settings {sorted(unknown)}; known: {', '.join(DEFAULTS)}"
