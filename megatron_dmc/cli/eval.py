@@ -106,6 +106,8 @@ def _evaluate(
     """Add one requested task or group to `results`, with the CR of its own requests."""
     from lm_eval import simple_evaluate
 
+    from megatron_dmc.engine.stats import decided_cr
+
     before = model.llm.stats()
     fewshot = args.num_fewshot if args.num_fewshot is not None else SUITE_FEWSHOT.get(name)
     output: dict[str, Any] | None = simple_evaluate(
@@ -124,13 +126,14 @@ def _evaluate(
         results[key].update(output.get(key) or {})
     for task in [name] if name in output["results"] else output["results"]:
         results["results"][task]["measured_cr"] = tokens / entries if entries else None
+        results["results"][task]["decided_cr"] = decided_cr(after, before)
 
 
 def table(results: dict[str, Any]) -> str:
-    """Task, metric, value, standard error, measured CR; a group's members below it."""
-    rows = [("task", "shots", "metric", "value", "stderr", "measured CR")]
+    """Task, metric, value, standard error, CR of the cache and by the decisions; a group's members below it."""
+    rows = [("task", "shots", "metric", "value", "stderr", "measured CR", "decided CR")]
     for task, metrics in results["results"].items():
-        cr = metrics.get("measured_cr")
+        crs = [metrics.get(name) for name in ("measured_cr", "decided_cr")]
         for key, value in metrics.items():
             metric, _, filtered = key.partition(",")
             is_metric = isinstance(value, int | float) and filtered and "stderr" not in metric
@@ -140,7 +143,8 @@ def table(results: dict[str, Any]) -> str:
             rows.append((
                 task, str(results["n-shot"].get(task, "")),
                 metric if filtered == "none" else f"{metric} ({filtered})", f"{value:.4f}",
-                f"{error:.4f}" if isinstance(error, float) else "", "" if cr is None else f"{cr:.3f}",
+                f"{error:.4f}" if isinstance(error, float) else "",
+                *("" if cr is None else f"{cr:.3f}" for cr in crs),
             ))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]

@@ -16,7 +16,7 @@ from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.plan.arguments import LINK_EFFICIENCY, SIZES
 from megatron_dmc.plan.assumptions import GPUS, Assumptions
 from megatron_dmc.plan.layout import Job, Layout, valid_layouts
-from megatron_dmc.plan.memory import Memory, estimate_memory
+from megatron_dmc.plan.memory import Memory, cache_size, estimate_memory
 from megatron_dmc.plan.model import PlannedModel, find_model
 from megatron_dmc.plan.timing import Schedule, StepTime, estimate_step, retrofit_schedule
 
@@ -47,7 +47,10 @@ def parse_bytes(text: str, flag: str) -> float:
 def run(args: argparse.Namespace) -> int:
     """Run `megatron-dmc plan`."""
     model = find_model(args.model, revision=args.revision)
-    job = Job(args.gpus, args.gpus_per_node, args.seq_length, args.global_batch_size)
+    job = Job(
+        args.gpus, args.gpus_per_node, args.seq_length, args.global_batch_size,
+        args.dmc_merge_delay,
+    )  # fmt: skip
     gpu = GPUS[args.gpu]
     capacity = (
         parse_bytes(args.gpu_memory, "--gpu-memory") if args.gpu_memory else gpu.memory_gb * GB
@@ -195,6 +198,7 @@ def as_document(
             **asdict(schedule),
             "steps": schedule.steps,
         },
+        "cache": asdict(cache_size(model, job, args.dmc_target_cr)),
         "num_fitting": len(fitting),
         "best": {**one(fitting[0]), "flags": fitting[0].layout.flags(job)},
         "layouts": [one(plan) for plan in fitting[: args.top]],
@@ -278,6 +282,13 @@ def print_plans(
         f"{gpu_hours(best, job, schedule):,.0f} GPU-hours. The paper's rule: {args.steps_per_cr:,} "
         "steps of\n1024 x 4096 tokens for each unit of CR above 1 (--steps-per-cr), after 250 and "
         "before 2,000.\n"
+    )
+    cache = cache_size(model, job, args.dmc_target_cr)
+    raw = f", the newest {job.merge_delay} tokens raw" if job.merge_delay else ""
+    say(
+        f"A cache of {job.seq_length} tokens in bfloat16: {_gb(cache.plain_bytes)} GB, compressed "
+        f"{cache.end_bytes / GB:.2f} GB{raw}.\nDecided CR {cache.decided_cr:g}; cache CR, over the "
+        f"sequence, {cache.cache_cr:.2f}.\n"
     )
     say(
         f"Best: {describe(best.layout)}\n(pipeline rank {best.memory.stage} is the fullest, with "

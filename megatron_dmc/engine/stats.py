@@ -37,7 +37,7 @@ class EngineStats:
     seq_tokens: int
     """Tokens in the cache: each counts once, not once per head."""
     entries_LG: list[list[int]] = field(repr=False)
-    """Entries of each layer's KV heads, over the same requests."""
+    """Entries of each layer's KV heads, over the same requests; raw tokens of a delay are in it."""
     cr_of_running: dict[str, float] = field(default_factory=dict, repr=False)
     """Measured CR of each running request."""
     entry_bytes: int = 0
@@ -68,6 +68,8 @@ class EngineStats:
     """Decisions made again after a preemption, where flipped ones are counted."""
     num_flipped_decisions: int = 0
     """Of these, decisions that differ from the first ones."""
+    num_raw_tokens: int = 0
+    """Of `seq_tokens`, those whose decision is not yet in effect (merge delay, DMS)."""
 
     @property
     def num_entries(self) -> int:
@@ -78,6 +80,11 @@ class EngineStats:
         """Total tokens / total entries."""
         num_heads = sum(map(len, self.entries_LG))
         return self.seq_tokens * num_heads / self.num_entries if self.num_entries else None
+
+    @property
+    def decided_cr(self) -> float | None:
+        """The same without raw tokens: by the decisions that are in effect. None if there are none."""
+        return decided_cr(self)
 
     @property
     def measured_cr_LG(self) -> list[list[float | None]]:
@@ -113,6 +120,17 @@ class EngineStats:
         return self.num_prefix_hit_tokens / queried if queried else None
 
 
+def decided_cr(after: EngineStats, before: EngineStats | None = None) -> float | None:
+    """`EngineStats.decided_cr`, of what an engine computed between two moments."""
+    num_heads = sum(map(len, after.entries_LG))
+    tokens = (after.seq_tokens - after.num_raw_tokens) * num_heads
+    entries = after.num_entries - after.num_raw_tokens * num_heads
+    if before is not None:
+        tokens -= (before.seq_tokens - before.num_raw_tokens) * num_heads
+        entries -= before.num_entries - before.num_raw_tokens * num_heads
+    return tokens / entries if entries else None
+
+
 class StatsCollector:
     """Running totals of an engine, and the cache figures of its requests.
 
@@ -135,7 +153,7 @@ class StatsCollector:
         self._num_prefill = self._num_decode = self._num_decode_only = 0
         self._prefill_seconds = self._decode_seconds = 0.0
         self._peak_pages = 0
-        self._finished_tokens = 0
+        self._finished_tokens = self._finished_raw = 0
         self._finished_entries_LG = np.zeros((num_layers, num_kv_heads), dtype=np.int64)
 
     def step_scheduled(self, chunks: Sequence[Chunk]) -> None:
@@ -174,6 +192,7 @@ class StatsCollector:
         self.update_metrics(request)
         if request.row is not None:
             self._finished_tokens += self._context.num_cached_tokens(request)
+            self._finished_raw += self._num_raw(request)
             self._finished_entries_LG += self._entries_LG(request)
         self._num_finished += 1
 
@@ -187,6 +206,9 @@ class StatsCollector:
         metrics.num_entries = counts.num_entries(request.row)
         metrics.num_pages = counts.num_pages_of(request.row)
 
+    def _num_raw(self, request: Request) -> int:
+        return min(self._context.num_cached_tokens(request), self._context.store.num_ring_slots)
+
     def _entries_LG(self, request: Request) -> np.ndarray:
         assert request.row is not None
         return self._context.tables.entries(request.row)
@@ -196,11 +218,12 @@ class StatsCollector:
         context, scheduler = self._context, self._scheduler
         context.update_counts()
         running_LG = np.zeros_like(self._finished_entries_LG)
-        tokens = self._finished_tokens
+        tokens, raw = self._finished_tokens, self._finished_raw
         crs = {}
         for request in scheduler.running:
             self.update_metrics(request)
             tokens += context.num_cached_tokens(request)
+            raw += self._num_raw(request)
             running_LG += self._entries_LG(request)
             if request.metrics.measured_cr is not None:
                 crs[request.request_id] = request.metrics.measured_cr
@@ -218,6 +241,7 @@ class StatsCollector:
             num_prompt_tokens=self._num_prompt,
             busy_seconds=self._prefill_seconds + self._decode_seconds,
             seq_tokens=tokens,
+            num_raw_tokens=raw,
             entries_LG=(self._finished_entries_LG + running_LG).tolist(),
             cr_of_running=crs,
             entry_bytes=pool.page_bytes // pool.page_size,

@@ -33,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dmc-target-cr", type=float, default=4.0, help="compression ratio; default: 4"
     )
+    parser.add_argument(
+        "--dmc-merge-delay", type=int, default=0, metavar="TOKENS",
+        help="newest tokens that stay raw; default: 0",
+    )  # fmt: skip
     parser.add_argument("--top", type=int, default=10, help="layouts to show; default: 10")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead")
 

@@ -31,11 +31,16 @@ class Job:
     global_batch_size: int = 1024
     """Sequences of an optimizer step."""
 
+    merge_delay: int = 0
+    """Newest tokens of a head that stay raw; 0: decisions take effect at once."""
+
     def __post_init__(self) -> None:
         for name in ("gpus", "gpus_per_node", "seq_length", "global_batch_size"):
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")
                 raise UnsupportedConfig(f"{flag} {getattr(self, name)}: it must be at least 1")
+        if self.merge_delay < 0:
+            raise UnsupportedConfig(f"--dmc-merge-delay {self.merge_delay}: use 0 for none")
 
     @property
     def tokens_per_step(self) -> int:

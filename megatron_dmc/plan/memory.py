@@ -69,7 +69,13 @@ def plain_attention_bytes(heads: int, groups: int, dim: int) -> int:
 
 
 def dmc_attention_bytes(
-    heads: int, groups: int, dim: int, *, recompute: bool, context_parallel: int = 1
+    heads: int,
+    groups: int,
+    dim: int,
+    *,
+    recompute: bool,
+    context_parallel: int = 1,
+    delayed: bool = False,
 ) -> int:
     """Saved by `DMCSelfAttention` in the retrofit stage for each of a rank's own tokens, except for
     the RoPE tables.
@@ -77,6 +83,7 @@ def dmc_attention_bytes(
     Args:
         recompute: selective recompute: only what enters the attention is kept, and its output.
         context_parallel: ranks of a sequence; every one merges the keys and values of all of it.
+        delayed: with a merge delay: the raw tokens, and the queries once more.
     """
     projected = 2 * dim * (heads + 2 * groups)
     if recompute:
@@ -87,7 +94,11 @@ def dmc_attention_bytes(
     keys = 2 * dim * groups + 4 * groups * dim  # the kernel's k; v as a view of keys and values
     queries = 2 * dim * heads
     output = 2 * 2 * heads * dim + 2 * 4 * heads  # twice, log-sum-exp, the diagonal's probability
-    return context_parallel * (merge + gates + keys) + queries + output
+    near = 0
+    if delayed:
+        keys += 2 * dim * groups
+        near = queries + projected  # raw values are a view of the projection
+    return context_parallel * (merge + gates + keys) + queries + output + near
 
 
 def layer_activations(
@@ -109,11 +120,13 @@ def layer_activations(
     if dmc:
         recompute = layout.recompute_granularity == "selective"
         per_token = dmc_attention_bytes(
-            heads, groups, dim, recompute=recompute, context_parallel=cp
-        )
+            heads, groups, dim, recompute=recompute, context_parallel=cp,
+            delayed=job.merge_delay > 0,
+        )  # fmt: skip
         saved = per_token * tokens
         if not recompute:
-            saved += 4 * dim * (positions + job.seq_length)  # cosines and sines, of q and of k
+            keys = 2 if job.merge_delay else 1  # merged ones, and raw ones
+            saved += 4 * dim * (positions + keys * job.seq_length)  # cosines and sines, of q and k
         extra = saved - plain * tokens
     if model.qk_layernorm:
         plain += 2 * dim * (heads + groups)
@@ -124,6 +137,35 @@ def layer_activations(
         dmc=extra,
         mlp=6 * model.ffn_hidden_size / tp * tokens,
     )
+
+
+@dataclass
+class CacheSize:
+    """The cache of one sequence at inference, in bfloat16; raw tokens of a merge delay are in it."""
+
+    plain_bytes: float
+    """Uncompressed, with all tokens."""
+    end_bytes: float
+    """With all tokens."""
+    decided_cr: float
+    """Tokens / entries by the decisions: the target."""
+    cache_cr: float
+    """Uncompressed slots / slots in use, each summed over the tokens of the sequence."""
+
+
+def cache_size(model: PlannedModel, job: Job, cr: float) -> CacheSize:
+    """The cache of a sequence of `job.seq_length` tokens. Entries and pages are not rounded up.
+
+    Args:
+        cr: the decided CR, reached in every head and layer alike.
+    """
+    tokens, raw = job.seq_length, min(job.merge_delay, job.seq_length)
+    others = tokens - raw
+    slot = 2 * WEIGHT_BYTES * model.kv_channels * model.num_query_groups * model.num_layers
+    all_slots = tokens * (tokens + 1) / 2
+    # t slots until the ring is full, then those of the ring and the entries behind it
+    used = raw * (raw + 1) / 2 + others * raw + others * (others + 1) / 2 / cr
+    return CacheSize(tokens * slot, (raw + others / cr) * slot, cr, all_slots / used)
 
 
 def chunks_in_flight(layout: Layout, job: Job, stage: int) -> int:

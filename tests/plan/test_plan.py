@@ -19,6 +19,7 @@ from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.plan.assumptions import Assumptions
 from megatron_dmc.plan.layout import Job, Layout, Rules, divisors, valid_layouts
 from megatron_dmc.plan.memory import (
+    cache_size,
     chunks_in_flight,
     dmc_attention_bytes,
     estimate_memory,
@@ -83,9 +84,12 @@ def test_attention_activations_are_what_autograd_keeps(measured):
     for row in measured["saved"]:
         heads, groups, dim = row["heads"], row["groups"], row["dim"]
         recompute = row["recompute"] == "selective"
-        counted = dmc_attention_bytes(heads, groups, dim, recompute=recompute)
+        counted = dmc_attention_bytes(
+            heads, groups, dim, recompute=recompute, delayed=row["delay"] > 0
+        )
         if not recompute:
-            counted += 8 * dim / 2  # RoPE tables: per position, at a batch of 2
+            tables = 3 if row["delay"] else 2  # RoPE's, of 4 bytes; per position, at a batch of 2
+            counted += tables * 4 * dim / 2
         # never less than what is kept, and not much more
         assert row["bytes"] <= counted * 1.001, row
         assert counted <= row["bytes"] * 1.05, row
@@ -311,6 +315,22 @@ def test_table(capsys):
                  "47.2 billion tokens"):  # fmt: skip
         assert text in out, text
     assert max(len(line) for line in out.splitlines()) <= 115
+
+
+def test_cache_of_a_sequence_counts_the_raw_tokens(capsys):
+    """Slot by slot; without a delay the two CRs are one."""
+    assert cli([*PLAN, "--dmc-merge-delay", "16", "--top", "1"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "newest 16 tokens raw" in out and "Decided CR 4; cache CR, over the sequence, 3.91" in out
+    )
+    job, entry = Job(64, seq_length=100, merge_delay=16), 4 * 128 * 8 * 80
+    slots = [min(t, 16) + max(t - 16, 0) / 4 for t in range(1, 101)]
+    size = cache_size(MODEL, job, 4.0)
+    assert size.cache_cr == pytest.approx(sum(range(1, 101)) / sum(slots))
+    assert (size.plain_bytes, size.end_bytes) == (100 * entry, slots[-1] * entry)
+    plain = cache_size(MODEL, Job(64), 4.0)
+    assert plain.cache_cr == plain.decided_cr == plain.plain_bytes / plain.end_bytes == 4
 
 
 def test_json(capsys):

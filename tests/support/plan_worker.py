@@ -76,7 +76,7 @@ def parameters(layout: dict) -> list[int]:
     ]
 
 
-def saved_bytes(heads: int, groups: int, dim: int, recompute: str | None) -> float:
+def saved_bytes(heads: int, groups: int, dim: int, recompute: str | None, delay: int) -> float:
     """Bytes per token that DMC's attention keeps from the projection on, RoPE tables included."""
     tokens, batch, hidden = 256, 2, 64
     config = DMCTransformerConfig(
@@ -85,7 +85,7 @@ def saved_bytes(heads: int, groups: int, dim: int, recompute: str | None) -> flo
         activation_func=torch.nn.functional.silu, add_bias_linear=False, hidden_dropout=0.0,
         attention_dropout=0.0, use_cpu_initialization=True, params_dtype=torch.bfloat16, bf16=True,
         transformer_impl="local", gradient_accumulation_fusion=False,
-        recompute_granularity=recompute, dmc=DMCConfig(stage="retrofit"),
+        recompute_granularity=recompute, dmc=DMCConfig(stage="retrofit", merge_delay=delay),
     )  # fmt: skip
     recorder = DecisionRecorder(1)
     layer = build_module(
@@ -122,10 +122,11 @@ def main():
             "groups": g,
             "dim": d,
             "recompute": r or "none",
-            "bytes": saved_bytes(n, g, d, r),
+            "delay": w,
+            "bytes": saved_bytes(n, g, d, r, w),
         }
         for n, g, d in ((8, 8, 32), (8, 2, 64))
-        for r in (None, "selective")
+        for r, w in ((None, 0), ("selective", 0), (None, 16))
     ]
     stop()
     print(json.dumps({"parameters": counts, "saved": saved}))

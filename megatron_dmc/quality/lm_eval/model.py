@@ -293,8 +293,8 @@ class MegatronDMC(TemplateLM):
     # Figures.
 
     def get_model_info(self) -> dict[str, Any]:
-        """Entries that lm-eval adds to the results: the model, and the measured CR of everything that
-        this engine has computed."""
+        """Entries that lm-eval adds to the results: the model, and the CR of everything that this engine has
+        computed: of the cache, raw tokens of a delay included, and by the decisions."""
         engine, stats = self.llm.engine, self.llm.stats()
         weights = list(engine.runner.model.parameters())
         return {
@@ -304,6 +304,7 @@ class MegatronDMC(TemplateLM):
             "cache_policy": engine.config.cache_policy,
             "cache_budget": engine.config.cache_budget,
             "measured_cr": stats.measured_cr,
+            "decided_cr": stats.decided_cr,
             "measured_cr_per_head": stats.measured_cr_LG,
             "num_cached_tokens": stats.seq_tokens,
             "num_cache_entries": stats.num_entries,
