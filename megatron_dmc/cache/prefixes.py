@@ -5,8 +5,9 @@ never change again: a snapshot shares them with the request, by reference count.
 open entry and the open segment do change: the snapshot has copies, and so has every request started
 from it.
 
-With a merge delay a head's first pages are its ring's. They are written again and again, so they are copied like
-the page with the open entry, and so are the ring's decisions.
+With a delay a head's first pages are its ring's. They are written again and again, so they are copied like
+the page with the open entry, and so are the ring's decisions. Where tokens are evicted, a head may have no entries:
+its last page is then the ring's, and it is copied twice.
 
 Dimension letters: L layers, R rows, G key/value heads, M block-table width, P pages, S slots per page,
 D head dim, U weighted tokens kept for an open segment, A components of an accumulator.
@@ -70,7 +71,8 @@ class Snapshot:
     """Entries on all ranks, once known."""
 
     def own_columns_LGX(self, page_size: int) -> Tensor:
-        """Columns of the block table that `own_ids_LGX` are copies of; those between are shared."""
+        """Columns of the block table that `own_ids_LGX` are copies of; those between are shared. The last two are
+        the same in a head without entries."""
         ring_X = torch.arange(self.own_ids_LGX.shape[-1] - 1, device=self.own_ids_LGX.device)
         last_LG1 = ((self.num_entries_LG - 1) // page_size)[..., None]
         return torch.cat([ring_X.expand(*last_LG1.shape[:2], -1), last_LG1], dim=-1)
@@ -133,11 +135,17 @@ class PrefixCache:
         self._pinned = None
         own_LGX = pool.take(self._num_own).view(snapshot.own_ids_LGX.shape)
         assert snapshot.page_ids_LGM is not None and snapshot.entries_KLG is not None
+        columns_LGX = snapshot.own_columns_LGX(pool.page_size)
+        pool.copy(snapshot.own_ids_LGX, own_LGX)
+        if self._num_ring_pages:
+            is_double_LG = columns_LGX[..., -1] < self._num_ring_pages
+            doubles_LG = torch.where(is_double_LG, own_LGX[..., -1], -1)
+            own_LGX[..., -1] = torch.where(is_double_LG, own_LGX[..., -2], own_LGX[..., -1])
+            pool.release(doubles_LG)
         tables.adopt(
-            row, snapshot.page_ids_LGM, snapshot.own_columns_LGX(pool.page_size), own_LGX,
+            row, snapshot.page_ids_LGM, columns_LGX, own_LGX,
             snapshot.num_entries_LG, snapshot.entries_KLG, snapshot.runs,
         )  # fmt: skip
-        pool.copy(snapshot.own_ids_LGX, own_LGX)
         for of_rows, kept in zip(self._state, snapshot.state, strict=True):
             of_rows[:, row] = kept
 
@@ -198,7 +206,7 @@ class PrefixCache:
         def tell(entries_KLG: np.ndarray) -> None:
             snapshot.entries_KLG = entries_KLG
             full_KLG = (entries_KLG - 1) // pool.page_size - self._num_ring_pages
-            snapshot.runs = tables.counts.add_run(snapshot.row, full_KLG)
+            snapshot.runs = tables.counts.add_run(snapshot.row, full_KLG.clip(min=0))
 
         return CopiedCounts(snapshot.row, snapshot.num_entries_LG, tell)
 

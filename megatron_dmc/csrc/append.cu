@@ -16,7 +16,7 @@ template <class T, class S, int kHeadDim>
 cudaError_t launch(const AppendParams<T>& p, cudaStream_t stream) {
   const int heads = p.num_requests * p.num_kv_heads;
   const int blocks = (heads * kWarp + kThreads - 1) / kThreads;
-  if (p.merge_delay) {
+  if (p.delay) {
     append_kernel<T, S, kHeadDim, true><<<blocks, kThreads, 0, stream>>>(p);
   } else {
     append_kernel<T, S, kHeadDim, false><<<blocks, kThreads, 0, stream>>>(p);

@@ -71,8 +71,9 @@ void decode_append(const OptionalTensor& q, const Tensor& k, const Tensor& v,
   TORCH_CHECK_VALUE(!compress || q || is_merge, "gates need q, or is_merge and omega");
   check_angles(cos, sin, dtype, dim);
   TORCH_CHECK_VALUE(merge_window >= 0, "merge_window=", merge_window, " is negative");
-  TORCH_CHECK_VALUE(!compress || segments, "segments are needed when compressing");
-  if (compress) check_segments(*segments, table.size(0), heads, merge_window, dim);
+  const bool merges = compress && (!late_merge || late_omega);
+  TORCH_CHECK_VALUE(!merges || segments, "segments are needed when merging");
+  if (merges) check_segments(*segments, table.size(0), heads, merge_window, dim);
   TORCH_CHECK_VALUE(free_ids.has_value() == free_state.has_value(),
                     "free_page_ids and free_state go together");
   if (free_ids) {
@@ -83,12 +84,14 @@ void decode_append(const OptionalTensor& q, const Tensor& k, const Tensor& v,
     check_dtype(*free_state, "free_state", ScalarType::Int);
     check_dense(*free_state, "free_state");
   }
-  TORCH_CHECK_VALUE(late_merge.has_value() == late_omega.has_value() && (!late_merge || compress),
-                    "late_merge and late_omega go together, when compressing");
+  TORCH_CHECK_VALUE((late_merge || !late_omega) && (!late_merge || compress),
+                    "late_merge is given when compressing, and late_omega only with it");
   if (late_merge) {
     check_shape(*late_merge, "late_merge", {table.size(0), heads, kAny});
     check_dtype(*late_merge, "late_merge", ScalarType::Bool);
     check_dense(*late_merge, "late_merge");
+  }
+  if (late_omega) {
     check_shape(*late_omega, "late_omega", {table.size(0), heads, late_merge->size(2)});
     check_dtype(*late_omega, "late_omega", ScalarType::Float);
     check_dense(*late_omega, "late_omega");
@@ -124,7 +127,7 @@ void decode_append(const OptionalTensor& q, const Tensor& k, const Tensor& v,
       copy_strides(p.q_out_stride, *q_out);
     }
     copy_angles(p, cos, sin);
-    if (compress) {
+    if (merges) {
       p.segments_RGUA = data<float>(segments);
       p.segments_row_stride = segments->stride(0);
       p.segments_head_stride = segments->stride(1);
@@ -134,7 +137,7 @@ void decode_append(const OptionalTensor& q, const Tensor& k, const Tensor& v,
     p.merge_window = int(merge_window);
     p.late_merge_RGW = data<uint8_t>(late_merge);
     p.late_omega_RGW = data<float>(late_omega);
-    p.merge_delay = late_merge ? int(late_merge->size(2)) : 0;
+    p.delay = late_merge ? int(late_merge->size(2)) : 0;
     p.num_free = free_ids ? int(free_ids->size(0)) : 0;
     p.alpha_offset = float(alpha_offset);
     p.eps = epsilon(dtype);

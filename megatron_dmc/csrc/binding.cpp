@@ -145,7 +145,8 @@ void prefill_write(const Tensor& k, const Tensor& v, const OptionalTensor& is_me
                    const Tensor& entries, const OptionalTensor& segments, const Tensor& chunks,
                    const Tensor& tiles, const Tensor& tile_starts, const OptionalTensor& appends,
                    const Tensor& base, const OptionalTensor& sums, const OptionalTensor& own_k,
-                   const OptionalTensor& own_v, const Tensor& entry, int64_t merge_window) {
+                   const OptionalTensor& own_v, const Tensor& entry, int64_t merge_window,
+                   int64_t first_entry) {
   check_shape(k, "k", {kAny, kAny, kAny});
   const int64_t tokens = k.size(0), heads = k.size(1), dim = k.size(2);
   const ScalarType dtype = k.scalar_type();
@@ -155,6 +156,7 @@ void prefill_write(const Tensor& k, const Tensor& v, const OptionalTensor& is_me
   check_last_dense(k, "k");
   check_last_dense(v, "v");
   TORCH_CHECK_VALUE(merge_window >= 0, "merge_window=", merge_window, " is negative");
+  TORCH_CHECK_VALUE(first_entry >= 0, "first_entry=", first_entry, " is negative");
   const int64_t num_chunks = chunks.size(0), num_tiles = tiles.size(0);
   const bool compress = is_merge.has_value();
   check_ints(chunks, "chunks", {kAny, 3});
@@ -224,6 +226,7 @@ void prefill_write(const Tensor& k, const Tensor& v, const OptionalTensor& is_me
     p.num_tiles = int(num_tiles);
     p.num_kv_heads = int(heads);
     p.merge_window = int(merge_window);
+    p.first_entry = int(first_entry);
     C10_CUDA_CHECK(dmc::launch_prefill_write(p, c10::cuda::getCurrentCUDAStream()));
   });
 }
@@ -231,8 +234,9 @@ void prefill_write(const Tensor& k, const Tensor& v, const OptionalTensor& is_me
 void prefill_attention(const Tensor& q, const OptionalTensor& own_k, const OptionalTensor& own_v,
                        const Tensor& entry, const OptionalTensor& cos, const OptionalTensor& sin,
                        const Tensor& k_pages, const Tensor& v_pages, const Tensor& table,
-                       const Tensor& chunks, const Tensor& tiles, const Tensor& out,
-                       int64_t tile_tokens, double softmax_scale) {
+                       const Tensor& chunks, const Tensor& tiles, const OptionalTensor& near_k,
+                       const OptionalTensor& near_v, const OptionalTensor& far, const Tensor& out,
+                       int64_t delay, int64_t tile_tokens, double softmax_scale) {
   check_shape(q, "q", {kAny, kAny, kAny});
   check_shape(table, "block_table", {kAny, kAny, kAny});
   const int64_t tokens = q.size(0), dim = q.size(2), heads = table.size(1);
@@ -249,26 +253,44 @@ void prefill_attention(const Tensor& q, const OptionalTensor& own_k, const Optio
   check_dtype(out, "out", dtype);
   check_pairs(out, "out");
   TORCH_CHECK_VALUE(own_k.has_value() == own_v.has_value(), "own_k and own_v go together");
+  TORCH_CHECK_VALUE(near_k.has_value() == (delay > 0) && near_v.has_value() == (delay > 0) &&
+                        far.has_value() == (delay > 0),
+                    "near_k, near_v and far are given with a delay and only with it");
+  const int64_t states = near_k ? entry.size(0) : tokens;
+  if (near_k) {
+    for (const OptionalTensor* x : {&near_k, &near_v}) {
+      check_shape(**x, "near_k, near_v", {tokens + delay * chunks.size(0), heads, dim});
+      check_dtype(**x, "near_k, near_v", dtype);
+      check_dense(**x, "near_k, near_v");
+      check_aligned(**x, "near_k, near_v");
+    }
+    check_ints(*far, "far", {chunks.size(0), 2});
+  }
   if (own_k) {
     for (const OptionalTensor* x : {&own_k, &own_v}) {
-      check_shape(**x, "own_k, own_v", {tokens, heads, dim});
+      check_shape(**x, "own_k, own_v", {states, heads, dim});
       check_dtype(**x, "own_k, own_v", dtype);
       check_dense(**x, "own_k, own_v");
       check_aligned(**x, "own_k, own_v");
     }
   }
-  check_ints(entry, "entry", {tokens, heads});
+  check_ints(entry, "entry", {states, heads});
   check_ints(chunks, "chunks", {kAny, 3});
   check_ints(tiles, "tiles", {kAny, 2});
   check_angles(cos, sin, dtype, dim);
   if (cos) check_shape(*cos, "cos", {tokens, kAny});
   check_devices({{"q", q}, {"entry", entry}, {"k_pages", k_pages}, {"v_pages", v_pages},
                  {"block_table", table}, {"chunks", chunks}, {"tiles", tiles}, {"out", out},
-                 {"own_k", own_k}, {"own_v", own_v}, {"cos", cos}, {"sin", sin}});
+                 {"own_k", own_k}, {"own_v", own_v}, {"cos", cos}, {"sin", sin},
+                 {"near_k", near_k}, {"near_v", near_v}, {"far", far}});
 
   launch_for(q, [&](auto type) {
     using T = decltype(type);
     dmc::PrefillAttentionParams<T> p{};
+    p.near_k_YGD = data<T>(near_k);
+    p.near_v_YGD = data<T>(near_v);
+    p.far_B2 = data<int32_t>(far);
+    p.delay = int(delay);
     p.kv = paged(k_pages, v_pages, {}, {}, table, {});
     p.q_TND = data<T>(q);
     p.out_TND = data<T>(out);
@@ -307,11 +329,12 @@ TORCH_LIBRARY(megatron_dmc, m) {
       "Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor block_table, Tensor(c!) num_entries, "
       "Tensor(d!)? segments, Tensor chunks, Tensor tiles, Tensor tile_starts, Tensor(e!)? appends, "
       "Tensor(f!) base, Tensor(g!)? sums, Tensor(h!)? own_k, Tensor(i!)? own_v, Tensor(j!) entry, "
-      "int merge_window) -> ()");
+      "int merge_window, int first_entry) -> ()");
   m.def(
       "prefill_attention(Tensor q, Tensor? own_k, Tensor? own_v, Tensor entry, Tensor? cos, "
       "Tensor? sin, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor chunks, "
-      "Tensor tiles, Tensor(a!) out, int tile_tokens, float softmax_scale) -> ()");
+      "Tensor tiles, Tensor? near_k, Tensor? near_v, Tensor? far, Tensor(a!) out, int delay, "
+      "int tile_tokens, float softmax_scale) -> ()");
   m.def("plan(Tensor num_entries, Tensor rows, Tensor(a!) plan, int ahead) -> ()");
   m.def(
       "paged_decode_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor? k_scales, "

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_dmc.cache.strategies import CompressionRule, store_class
+from megatron_dmc.cache.strategies import CompressionRule
 from megatron_dmc.engine.config import EngineConfig
 from megatron_dmc.errors import UnsupportedConfig
 
@@ -29,13 +29,15 @@ def compression_rule(dmc: Any | None, enable_dmc: bool | None) -> CompressionRul
             "unrotated keys; evaluate it with megatron_dmc.quality.likelihood.evaluate, or run it without "
             "merging (enable_dmc=False)"
         )
+    compresses = merges and enable_dmc is not False
+    evicts = compresses and dmc.policy == "evict"
     return CompressionRule(
         alpha_offset=dmc.alpha_offset,
         shared_decisions=dmc.shared_decisions,
         merge_window=dmc.merge_window,
-        eviction_delay=dmc.eviction_delay if dmc.policy == "evict" else None,
-        merge_delay=dmc.merge_delay if merges and enable_dmc is not False else 0,
-        may_merge=merges and enable_dmc is not False,
+        eviction_delay=dmc.eviction_delay if evicts else None,
+        merge_delay=dmc.merge_delay if compresses else 0,
+        may_merge=compresses,
     )
 
 
@@ -45,18 +47,14 @@ def check_combinations(config: EngineConfig, rule: CompressionRule | None) -> No
     Raises:
         UnsupportedConfig: names the setting and the remedy.
     """
-    if rule is not None and config.enable_prefix_caching:
-        if not store_class(rule).shares_pages:
-            raise UnsupportedConfig(
-                "enable_prefix_caching=True: this model evicts tokens (--dmc-policy evict), and a page whose "
-                "slots are written again cannot be shared; switch it off"
-            )
-        if rule.merge_delay % config.block_size:
-            raise UnsupportedConfig(
-                f"enable_prefix_caching=True: this model merges after {rule.merge_delay} tokens "
-                f"(--dmc-merge-delay), which must fill whole pages of block_size={config.block_size}; use a "
-                "block_size that divides it, or switch prefix caching off"
-            )
+    slots = 0 if rule is None else rule.num_ring_slots
+    if rule is not None and config.enable_prefix_caching and slots % config.block_size:
+        setting = "--dmc-merge-delay" if rule.merges else "--dmc-eviction-delay plus 1"
+        raise UnsupportedConfig(
+            f"enable_prefix_caching=True: the latest {slots} tokens of this model stay raw ({setting}), and "
+            f"must fill whole pages of block_size={config.block_size}; use a block_size that divides it, or "
+            "switch prefix caching off"
+        )
     if config.cache_policy is not None and rule is not None:
         raise UnsupportedConfig(
             f"cache_policy={config.cache_policy!r} with a DMC model: it compresses by itself; use the base "

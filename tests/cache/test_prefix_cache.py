@@ -13,8 +13,10 @@ from megatron_dmc.errors import UnsupportedConfig
 BLOCK = 6
 
 
-def cached_engine(merge_window=0, merge_delay=0, **sizes):
+def cached_engine(merge_window=0, merge_delay=0, evicts=False, **sizes):
     dmc = None if merge_window is None else dmc_config(merge_window, merge_delay=merge_delay)
+    if evicts:
+        dmc = dmc_config(policy="evict", eviction_delay=3)
     return make_engine(dmc, enable_prefix_caching=True, prefix_block_size=BLOCK, **sizes)
 
 
@@ -41,14 +43,14 @@ def run(engine, prompts, *, pause):
     return drain(engine, finished)
 
 
-@pytest.mark.parametrize("merge_window, merge_delay", [(None, 0), (0, 0), (3, 0), (0, 4), (3, 8)])
+@pytest.mark.parametrize("rule", [(None, 0), (0, 0), (3, 0), (0, 4), (3, 8), (0, 0, True)], ids=str)
 @pytest.mark.parametrize(
     "sizes", [{}, {"max_num_batched_tokens": 9}, {"num_pages": 72}], ids=["plenty", "chunks", "few"]
 )
-def test_outputs_are_those_without_a_cache(merge_window, merge_delay, sizes):
+def test_outputs_are_those_without_a_cache(rule, sizes):
     prompts = families(seed=1, count=16)
-    engine = cached_engine(merge_window, merge_delay, **sizes)
-    plain = cached_engine(merge_window, merge_delay)
+    engine = cached_engine(*rule, **sizes)
+    plain = cached_engine(*rule)
     plain.context.prefixes = None
     got, want = run(engine, prompts, pause=3), run(plain, prompts, pause=1)
     for i in want:

@@ -10,7 +10,7 @@ from megatron_dmc.errors import UnsupportedConfig
 MODELS = {
     "merging": (dmc_config(), {}),
     "delayed": (dmc_config(merge_delay=3), {}),
-    "dms": (dmc_config(policy="evict", eviction_delay=3), {}),
+    "delayed/evict": (dmc_config(policy="evict", eviction_delay=3), {}),
     **{name: (None, {"cache_policy": name, "cache_budget": 6}) for name in BY_NAME},
 }
 
@@ -22,7 +22,7 @@ def tokens_of(engine, num_new=6):
 
 
 def test_every_strategy_has_a_model():
-    assert set(MODELS) == {*BY_MODEL, *BY_NAME}
+    assert {name.partition("/")[0] for name in MODELS} == {*BY_MODEL, *BY_NAME}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -30,7 +30,7 @@ def test_no_head_exceeds_the_strategys_bound(name):
     dmc, settings = MODELS[name]
     engine = make_engine(dmc, max_num_batched_tokens=7, **settings)
     store, tables = engine.context.store, engine.context.tables
-    assert type(store) is (BY_MODEL | BY_NAME)[name]
+    assert type(store) is (BY_MODEL | BY_NAME)[name.partition("/")[0]]
     for i, prompt in enumerate(make_prompts(4, seed=3)):
         engine.add_request(str(i), prompt, greedy_params(6))
     while engine.has_unfinished_requests:
@@ -55,6 +55,6 @@ def test_a_new_strategy_is_one_class_and_one_line(monkeypatch):
 def test_rules_name_their_strategy():
     assert CompressionRule(5.0).strategy == "merging"
     assert CompressionRule(5.0, merge_delay=4).strategy == "delayed"
-    assert CompressionRule(5.0, eviction_delay=0).strategy == "dms"
+    assert CompressionRule(5.0, eviction_delay=0).strategy == "delayed"
     with pytest.raises(UnsupportedConfig, match="cache_policy='lru': use one of h2o, tova, window"):
         make_engine(None, cache_policy="lru", cache_budget=4)

@@ -16,7 +16,7 @@ def test_fixed_use_meets_preemption_and_cached_prefixes(num_pages, model):
     """A case that random draws may miss."""
     before = dict(totals)
     machine = EngineMachine()
-    room = 300 if model == "w=16" else 0  # for copies of the rings
+    room = {"w=16": 300, "dms": 40}.get(model, 0)  # for copies of the rings
     machine.make(num_pages=num_pages + room, budget=16, prefixes=True, policy="fcfs", model=model)
     for kind in [*range(len(KINDS)), *range(len(KINDS))]:
         machine.add(kind=kind, level=0)
@@ -28,4 +28,4 @@ def test_fixed_use_meets_preemption_and_cached_prefixes(num_pages, model):
     change = {name: totals[name] - before[name] for name in totals}
     assert change["preempted"] > 0 and change["finished"] > 10
     assert (change["hits"] > 0) == (model in SHARES_PREFIXES)
-    assert (change["replays"] > 0) == (num_pages % 2 == 1 and model != "dms")
+    assert (change["replays"] > 0) == (num_pages % 2 == 1)

@@ -48,6 +48,7 @@ EVERYTHING = [
         ({"shared_decisions": True}, None),
         ({"merge_delay": 3}, None),
         ({"merge_delay": 3, "shared_decisions": True}, torch.int8),
+        ({"eviction_delay": 3}, None),
     ],
     ids=str,
 )

@@ -108,9 +108,10 @@ def test_kernels_compile_without_spills(target, everything, tmp_path):
     prefill = {"tail_kernel", "carry_kernel", "write_kernel", "keep_kernel", "prefill_kernel"}
     decode = {"append_kernel", "attend_kernel", "join_kernel", "plan_kernel", "release_kernel"}
     assert kinds == decode | prefill
-    # append (with and without a delay) and attend for each kind of page; prefill writes the model's dtype
+    # append (with and without a delay) and attend for each kind of page; prefill writes the model's dtype, and
+    # attends with and without a delay
     dtypes, stored = (2, 3) if everything else (1, 2)
-    assert len(found) == dtypes * (stored * (8 + 7) + 4 + 20) + 2
+    assert len(found) == dtypes * (stored * (8 + 7) + 4 + 24) + 2
 
 
 USE_EXTENSION = """
@@ -212,12 +213,12 @@ for got, wanted in (
     (message(put(4, lambda e: e[:2])), "num_entries has shape [2, 2], expected [3, 2]"),
 ):
     assert wanted in got, (wanted, got)
-def prefill_message(change=lambda x: x, own=(), tile_tokens=32, scale=1.0, **options):
+def prefill_message(change=lambda x: x, own=(), delay=0, tile_tokens=32, scale=1.0, **options):
     q, k_pages, v_pages, table, *_ = change(list(tensors("cpu", **options)))
     ints = [torch.zeros(2, n, dtype=torch.int32) for n in (2, 3, 2)]
     try:
         ops.prefill_attention(q, *(own or (None, None)), ints[0], None, None, k_pages, v_pages, table,
-                              *ints[1:], torch.zeros_like(q), tile_tokens, scale)
+                              *ints[1:], None, None, None, torch.zeros_like(q), delay, tile_tokens, scale)
     except ValueError as error:
         return str(error).splitlines()[0]
     raise SystemExit("no error")
@@ -231,6 +232,7 @@ for got, wanted in (
      "tile_tokens=33 with 4 query heads for each key/value head; their product must be 1 to 128"),
     (prefill_message(dim=256), "their product must be 1 to 64"),
     (prefill_message(scale=0.0), "softmax_scale=0; expected above 0"),
+    (prefill_message(delay=4), "near_k, near_v and far are given with a delay and only with it"),
     (prefill_message(own=(wrong, None)), "own_k and own_v go together"),
     (prefill_message(own=(wrong, wrong)), "own_k, own_v has shape [2, 1, 128], expected [2, 2, 128]"),
     (prefill_message(lambda x: put(1, torch.Tensor.char)(put(2, torch.Tensor.char)(x))),

@@ -71,14 +71,14 @@ def release_kernel():
     yield pages.release_kernel, 4, dict(BLOCK=pages.BLOCK)
 
 
-def append_kernel(group, dim, window, stored, delay=0):
+def append_kernel(group, dim, window, stored, delay=0, evicts=False):
     from megatron_dmc.ops.triton import decode_append as kernels
 
     half = dim // 2
     constants = dict(
         D=dim, S=16, U=max(window, 1), R=group, HALF=half, H=1 << (half - 1).bit_length(), Z=1,
         COMPRESS=True, GATES_GIVEN=False, MAY_MERGE=True, WINDOWED=window > 0, ROTATE_Q=True,
-        TAKE_PAGES=True, STORED=stored, DELAY=delay,
+        TAKE_PAGES=True, STORED=stored, DELAY=delay, EVICT=evicts,
     )  # fmt: skip
     yield kernels.append_kernel, 1, constants
 
@@ -96,6 +96,7 @@ def test_kernels_compile_without_a_gpu_and_without_spills(full_size):
         for group, dim, stored in shapes if full_size else ((8, 128, 0), (8, 128, 1)):
             cases = [*append_kernel(group, dim, 0, stored), *attention_kernels(group, dim, stored)]
             cases += append_kernel(group, dim, 0, stored, delay=16)
+            cases += append_kernel(group, dim, 0, stored, delay=17, evicts=True)
             cases += release_kernel()
             if full_size and not stored:
                 cases += append_kernel(group, dim, 12, stored)

@@ -166,6 +166,11 @@ def test_slots_are_those_of_the_entries_and_the_ring():
     merges = decisions_LTG[:, 1 : len(cached) - delay].sum()
     assert output.metrics.num_entries == decisions_LTG[:, :, :].numel() - merges
     assert merges > 0
+    # two ratios: over the slots, and by the decisions that are in effect
+    stats, left = engine.stats(), decisions_LTG[:, : len(cached) - delay].numel()
+    assert stats.num_raw_tokens == delay
+    assert stats.measured_cr == decisions_LTG.numel() / output.metrics.num_entries
+    assert stats.decided_cr == left / (left - int(merges)) > stats.measured_cr
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
@@ -194,6 +199,6 @@ def test_without_merging_nothing_waits():
 
 
 def test_cached_prefixes_need_rings_of_whole_pages():
-    wanted = r"enable_prefix_caching=True.*3 tokens \(--dmc-merge-delay\).*block_size=4"
+    wanted = r"enable_prefix_caching=True.*3 tokens.*\(--dmc-merge-delay\).*block_size=4"
     with pytest.raises(UnsupportedConfig, match=wanted):
         make_engine(dmc_config(merge_delay=3), enable_prefix_caching=True)

@@ -10,10 +10,11 @@ from tiny_gpt import check_idle, dmc_config, drain, greedy_params, make_engine, 
 from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.ops import reference
 from megatron_dmc.ops.gates import zero_borrowed_channel
-from megatron_dmc.ops.paged.decode import paged_decode_attention
-from megatron_dmc.ops.paged.evict import Rings, decode_evict, prefill_evict
-from megatron_dmc.ops.paged.layer_cache import LayerCache
-from megatron_dmc.ops.rope import rotate_by
+from megatron_dmc.ops.paged.chunks import Chunks
+from megatron_dmc.ops.paged.decode import gate_and_append, paged_decode_attention
+from megatron_dmc.ops.paged.delayed import prefill_delayed
+from megatron_dmc.ops.paged.layer_cache import DelayedDecisions, LayerCache
+from megatron_dmc.ops.rope import cosine_and_sine
 from megatron_dmc.ops.training.delayed import eviction_attention
 
 
@@ -102,7 +103,7 @@ def test_memory_is_linear_in_tokens():
 G, N, D, PAGE_SIZE, ROWS, SCALE = 3, 6, 8, 4, 3, 0.4
 
 
-def make_cache(longest):
+def make_cache(longest, delay):
     """One layer's cache of a few requests, all pages given out beforehand, NaN where nothing is."""
     width = -(-longest // PAGE_SIZE)
     pages = torch.randperm(ROWS * G * width, generator=torch.Generator().manual_seed(1))
@@ -112,12 +113,8 @@ def make_cache(longest):
         torch.full(shape, float("nan"), dtype=torch.float64),
         pages.view(ROWS, G, width).int(),
         torch.zeros(ROWS, G, dtype=torch.int64),
+        delayed=DelayedDecisions(torch.ones(ROWS, G, delay + 1, dtype=torch.bool), None),
     )
-
-
-def make_rings(delay):
-    shape = (ROWS, G, delay + 1)
-    return Rings(torch.full(shape, 7, dtype=torch.int32), torch.ones(shape, dtype=torch.bool))
 
 
 def sequence(length, seed):
@@ -150,29 +147,33 @@ def entries_of(evict, delay):
 def test_prefill_in_chunks_then_ragged_decode_equals_dense(delay, chunks):
     lengths = [37, 9, 1]  # the first row in chunks; the others at once
     new = 12
-    cache, rings = make_cache(max(lengths) + new), make_rings(delay)
+    cache = make_cache(max(lengths) + new, delay)
     sequences = [sequence(length + new, seed) for seed, length in enumerate(lengths, start=1)]
-    outs = []
-    for row, (length, (q, k, v, evict, freqs)) in enumerate(zip(lengths, sequences, strict=True)):
+    outs, freqs = [], sequences[0][4]
+    for row, (length, (q, k, v, evict, _)) in enumerate(zip(lengths, sequences, strict=True)):
         parts, at = [], 0
         for size in chunks if row == 0 else [length]:
             span = slice(at, at + size)
             parts.append(
-                prefill_evict(
-                    cache, row, q[span], k[span], v[span], evict[span], freqs[span], at, rings,
+                prefill_delayed(
+                    cache, Chunks.of([row], [size], "cpu", starts=[at]), q[span], k[span], v[span],
+                    (evict[span], torch.ones_like(evict[span]).double()), freqs,
                     softmax_scale=SCALE,
                 )
             )  # fmt: skip
             at += size
         outs.append(parts)
     order = torch.tensor([2, 0, 1])
+    angles = cosine_and_sine(freqs, torch.float64)
     for step in range(new):
         at = torch.tensor([lengths[r] + step for r in order])
-        q, k, v, evict, freqs = (
-            torch.stack([sequences[r][i][lengths[r] + step] for r in order]) for i in range(5)
+        q, k, v, evict = (
+            torch.stack([sequences[r][i][lengths[r] + step] for r in order]) for i in range(4)
         )
-        decode_evict(cache, order, k, v, evict, freqs, at, rings)
-        q = rotate_by(q, freqs, compress=True)
+        q = gate_and_append(
+            cache, order, q, k, v, angles, at, alpha_offset=5.0,
+            gates_BG=(evict, torch.ones_like(evict).double()),
+        )  # fmt: skip
         out = paged_decode_attention(cache, order, q, softmax_scale=SCALE)
         for b, row in enumerate(order):
             outs[row].append(out[b : b + 1])
@@ -215,6 +216,25 @@ def test_entries_are_those_of_the_tokens_that_stayed():
     assert len(cached) / 2 < output.metrics.num_entries / 4 < len(cached)
 
 
-def test_cached_prefixes_are_refused():
-    with pytest.raises(UnsupportedConfig, match="enable_prefix_caching=True.*evicts tokens"):
-        make_engine(dmc_config(policy="evict"), enable_prefix_caching=True)
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+def test_8_bit_pages_with_any_chunks(kv_cache_dtype):
+    """A token stays as it was stored first."""
+    results = []
+    for budget in (1, 7, 64):
+        engine = make_engine(
+            dmc_config(policy="evict", eviction_delay=2), kv_cache_dtype=kv_cache_dtype,
+            max_num_batched_tokens=budget,
+        )  # fmt: skip
+        for i, prompt in enumerate(make_prompts(4, seed=6)):
+            engine.add_request(str(i), prompt, greedy_params(10))
+        outputs = drain(engine)
+        results.append({
+            i: (o.outputs[0].token_ids, o.metrics.num_entries) for i, o in outputs.items()
+        })  # fmt: skip
+    assert results[0] == results[1] == results[2]
+
+
+def test_cached_prefixes_need_rings_of_whole_pages():
+    wanted = r"enable_prefix_caching=True.*3 tokens.*\(--dmc-eviction-delay plus 1\).*block_size=4"
+    with pytest.raises(UnsupportedConfig, match=wanted):
+        make_engine(dmc_config(policy="evict", eviction_delay=2), enable_prefix_caching=True)

@@ -46,13 +46,13 @@ def kernels_to_compile(group, dim, window, capability):
     if attention.INTERPRETED:
         raise RuntimeError("these are the interpreter's sizes")
     queries, entries, num_warps, stages = sizes
-    for delay in (0, 16):
+    for delay, own in ((0, True), (16, True), (17, False)):
         yield (
             attention.attend_kernel,
             num_warps,
             dict(
                 R=group, Q=queries, D=dim, F=max(16, 1 << (dim - 1).bit_length()), S=16, I=entries,
-                HALF=dim // 2, COMPRESS=True, STAGES=stages, DELAY=delay, INTERPRET=False,
+                HALF=dim // 2, COMPRESS=True, OWN=own, STAGES=stages, DELAY=delay, INTERPRET=False,
             ),
         )  # fmt: skip
     tile = write.WINDOWED_TILE if window else write.TILE

@@ -43,7 +43,7 @@ MODELS = {
     "w=16": dmc_config(merge_delay=16),
     "dms": dmc_config(policy="evict", eviction_delay=3),
 }
-SHARES_PREFIXES = ("w=0", "w=16")
+SHARES_PREFIXES = ("w=0", "w=16", "dms")
 """A ring of whole pages can be cached."""
 
 totals = {"steps": 0, "finished": 0, "preempted": 0, "hits": 0, "replays": 0}
@@ -89,7 +89,7 @@ class EngineMachine(RuleBasedStateMachine):
             enable_prefix_caching=prefixes and model in SHARES_PREFIXES, prefix_block_size=4,
             scheduling_policy=policy, priority_reach=2,
         )  # fmt: skip
-        if num_pages % 2 and self.engine.context.store.is_capturable:
+        if num_pages % 2:
             self.engine.runner.capture([1, 2], run_again, progress=False)
         self.priorities = policy == "priority"
         self.kinds: dict[str, int] = {}

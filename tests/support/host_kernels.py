@@ -65,7 +65,7 @@ class AppendParams(ctypes.Structure):
         *fields("free_ids free_state late_merge late_omega", ctypes.c_void_p),
         *fields("q_b q_n k_b k_g v_b v_g o_b o_n cos_x sin_x seg_r seg_g", ctypes.c_int64),
         *fields("num_requests num_kv_heads group half merge_window num_free", ctypes.c_int),
-        *fields("merge_delay", ctypes.c_int),
+        *fields("delay", ctypes.c_int),
         *fields("alpha_offset eps", ctypes.c_float),
         *fields("compress may_merge", ctypes.c_bool),
     ]
@@ -103,7 +103,7 @@ class PrefillParams(ctypes.Structure):
         *fields("k v own_k own_v cos sin is_merge omega chunks tiles starts", ctypes.c_void_p),
         *fields("segments appends base sums entry", ctypes.c_void_p),
         *fields("k_t k_g v_t v_g cos_t sin_t seg_r seg_g", ctypes.c_int64),
-        *fields("num_chunks num_tiles num_kv_heads half merge_window", ctypes.c_int),
+        *fields("num_chunks num_tiles num_kv_heads half merge_window first_entry", ctypes.c_int),
     ]
 
 
@@ -111,8 +111,9 @@ class PrefillAttentionParams(ctypes.Structure):
     _fields_ = [
         ("kv", PagedKV),
         *fields("q out own_k own_v cos sin entry chunks tiles", ctypes.c_void_p),
+        *fields("near_k near_v far", ctypes.c_void_p),
         *fields("q_t q_n o_t o_n cos_t sin_t", ctypes.c_int64),
-        *fields("num_tiles tile_tokens num_kv_heads group half", ctypes.c_int),
+        *fields("num_tiles tile_tokens num_kv_heads group half delay", ctypes.c_int),
         ("scale", ctypes.c_float),
     ]
 
@@ -161,10 +162,10 @@ def decode_append(
         *map(address, (free_ids, free_state, late_merge, late_omega)),
         *(zero if q is None else q.stride()[:2]), *k.stride()[:2], *v.stride()[:2],
         *(zero if out is None else out.stride()[:2]),
-        *(0 if x is None else x.stride(0) for x in (cos, sin)), *segments.stride()[:2],
-        k.shape[0], k.shape[1], 1 if q is None else q.shape[1] // k.shape[1],
+        *(0 if x is None else x.stride(0) for x in (cos, sin)),
+        *(zero if segments is None else segments.stride()[:2]), k.shape[0], k.shape[1], 1 if q is None else q.shape[1] // k.shape[1],
         0 if cos is None else cos.shape[1] // 2, merge_window,
-        0 if free_ids is None else free_ids.numel(), cache.merge_delay, alpha_offset, torch.finfo(k.dtype).eps,
+        0 if free_ids is None else free_ids.numel(), cache.delay, alpha_offset, torch.finfo(k.dtype).eps,
         compress, may_merge,
     )  # fmt: skip
     call("append", params, k.dtype)
@@ -229,14 +230,14 @@ def write_chunks(cache, chunks, k, v, gates, angles, *, merge_window):
             *map(address, (appends, base, sums, entry)), *k.stride()[:2], *v.stride()[:2],
             *(0 if x is None else x.stride(0) for x in (cos, sin)), *segments.stride()[:2],
             len(chunks.rows), num_tiles, k.shape[1], 0 if cos is None else cos.shape[1] // 2,
-            merge_window if compress else 0,
+            merge_window if compress else 0, cache.delay,
         ),
         k.dtype,
     )  # fmt: skip
     return (own_k, own_v, entry) if compress else (None, None, entry)
 
 
-def attend_chunks(cache, chunks, q, states, angles, *, softmax_scale):
+def attend_chunks(cache, chunks, q, states, angles, *, softmax_scale, near=None):
     from megatron_dmc.ops.cuda.prefill import rows_of
 
     (own_k, own_v, entry), (cos, sin) = states, angles
@@ -249,10 +250,11 @@ def attend_chunks(cache, chunks, q, states, angles, *, softmax_scale):
         PrefillAttentionParams(
             paged(cache),
             *map(address, (q, out, own_k, own_v, cos, sin, entry, chunks.table_B3, tiles)),
+            *map(address, near or (None, None, None)),
             *q.stride()[:2], *out.stride()[:2],
             *(0 if x is None else x.stride(0) for x in (cos, sin)), len(tiles), tile_tokens,
             cache.num_kv_heads, group, 0 if cos is None else cos.shape[1] // 2,
-            softmax_scale * 1.4426950408889634,
+            cache.delay, softmax_scale * 1.4426950408889634,
         ),
         q.dtype,
     )  # fmt: skip

@@ -166,8 +166,13 @@ def test_append_equals_the_specification(case):
         )  # fmt: skip
 
 
-# group, head dim, rotary channels, page size, dtype, window, delay, free pages, pages' dtype
+# group, head dim, rotary channels, page size, dtype, window (None: tokens are evicted), delay, free pages, pages' dtype
 DELAYED = [
+    (2, 64, 64, 8, HALF, None, 1, 20, None),
+    (1, 96, 32, 16, HALF, None, 5, 20, None),
+    (4, 64, 64, 8, HALF, None, 8, 20, FP8),
+    (1, 64, 0, 8, HALF, None, 4, 20, INT8),
+    (2, 64, 64, 8, torch.float32, None, 4, 2, None),
     (1, 64, 64, 8, HALF, 0, 1, 20, None),
     (4, 128, 64, 8, HALF, 0, 11, 20, None),
     (2, 96, 0, 8, torch.float32, 3, 4, 1, None),
@@ -180,15 +185,16 @@ DELAYED_LARGE = [
     for stored in (None, FP8, INT8)
     for group, dim, page_size in ((1, 64, 64), (8, 96, 32), (8, 128, 16), (1, 256, 8))
     for dtype in (HALF, torch.float32)
-    for window, delay, num_free in ((0, 16, 30), (12, 3, 30), (0, 1, 2))
+    for window, delay, num_free in ((0, 16, 30), (12, 3, 30), (0, 1, 2), (None, 17, 30))
     if stored is None or dtype == HALF
 ]
 
 
 @pytest.mark.parametrize("case", chosen(DELAYED, DELAYED_LARGE), ids=str)
 def test_append_after_a_delay(case):
-    """Rings that fill, are full, and go round; segments that open behind the ring."""
+    """Rings that fill, are full, and go round; segments or entries that open behind the ring."""
     group, dim, rotary, page_size, dtype, window, delay, num_free, stored = case
+    evicts, window = window is None, window or 0
     state = torch.tensor([
         [0, 0],
         [delay - 1, delay - 1],
@@ -200,7 +206,7 @@ def test_append_after_a_delay(case):
     state[4] += -(-delay // page_size) * page_size
     cache = decode_case.random_cache(
         state, dim=dim, page_size=page_size, dtype=dtype, device=DEVICE, room=1,
-        num_free=num_free, merge_window=window, cache_dtype=stored, merge_delay=delay,
+        num_free=num_free, merge_window=window, cache_dtype=stored, delay=delay, evicts=evicts,
     )  # fmt: skip
     # where pages are short, those of one kind: the order in which rows take pages is not specified
     rows = torch.tensor([2, -1, 0, 1, 3, 4] if num_free > 2 else [3, 4, 2, -1], device=DEVICE)

@@ -9,10 +9,12 @@ from megatron_dmc.engine.graphs import Captured
 
 
 @pytest.mark.skipif(DEVICE != "cpu" or BACKEND != "triton", reason="a float32 model on the CPU")
-@pytest.mark.parametrize("window, delay", [(None, 0), (0, 0), (0, 3)])
-def test_an_engine_on_the_kernels_gives_the_same_tokens(window, delay):
+@pytest.mark.parametrize(
+    "settings", [None, {}, {"merge_delay": 3}, {"policy": "evict", "eviction_delay": 2}], ids=str
+)
+def test_an_engine_on_the_kernels_gives_the_same_tokens(settings):
     """Decode steps through Triton's kernels, padded as for a graph, pages taken by the kernel."""
-    dmc = None if window is None else dmc_config(window, merge_delay=delay)
+    dmc = None if settings is None else dmc_config(**settings)
     results = []
     for backend in ("torch", BACKEND):
         engine = make_engine(dmc, dtype=torch.float32, model=TinyGPT(dmc).float())

@@ -14,6 +14,7 @@ from kernel_cases_merge import DEVICE
 from megatron_dmc.ops.paged import prefill
 from megatron_dmc.ops.paged.chunks import Chunks
 from megatron_dmc.ops.paged.delayed import prefill_delayed
+from megatron_dmc.ops.tensors import accumulator_dtype
 from megatron_dmc.ops.testing import decode_case, prefill_case
 from megatron_dmc.ops.testing.yardstick import errors_within_twice_the_yardstick
 
@@ -117,8 +118,11 @@ def test_a_segment_over_many_tiles(window):
     )  # fmt: skip
 
 
-# group, head dim, page size, dtype, window, delay, rotary
+# group, head dim, page size, dtype, window (None: tokens are evicted), delay, rotary
 DELAYED = [
+    (2, 64, 8, HALF, None, 5, 64),
+    (4, 96, 16, HALF, None, 16, 32),
+    (1, 64, 16, HALF, None, 1, 0),
     (2, 64, 8, HALF, 0, 5, 64),
     (4, 96, 16, HALF, 3, 16, 32),
     (1, 64, 8, torch.float32, 0, 1, 0),
@@ -126,20 +130,20 @@ DELAYED = [
 DELAYED_LARGE = [
     (group, dim, page_size, HALF, window, delay, dim)
     for group, dim, page_size in ((1, 64, 64), (8, 128, 16), (8, 256, 8))
-    for window, delay in ((0, 16), (0, 40), (12, 3))
+    for window, delay in ((0, 16), (0, 40), (12, 3), (None, 17))
 ]
 
 
-@pytest.mark.skipif(BACKEND not in ("triton",), reason="prefill after a delay runs in Triton")
 @pytest.mark.parametrize("case", chosen(DELAYED, DELAYED_LARGE), ids=str)
 def test_prefill_after_a_delay(case):
     """Chunks that end in a ring, that fill it and that go round it; three steps, each behind the last."""
     group, dim, page_size, dtype, window, delay, rotary = case
+    evicts, window = window is None, window or 0
     entries = torch.tensor([[0, 0], [delay, delay + 9], [delay + 3, delay + 1], [delay, delay]])
     entries[0] = delay - 1
     cache = decode_case.random_cache(
         entries, dim=dim, page_size=page_size, dtype=dtype, device=DEVICE, room=20, num_free=200,
-        merge_window=window, merge_delay=delay,
+        merge_window=window, delay=delay, evicts=evicts,
     )  # fmt: skip
     half = torch.rand(200, rotary // 2, generator=torch.Generator().manual_seed(7)) * 6
     freqs = torch.cat([half, half], dim=-1).to(DEVICE) if rotary else None
@@ -158,7 +162,7 @@ def test_prefill_after_a_delay(case):
             outs.append(
                 prefill_delayed(
                     each, chunks, *(x.to(each_dtype) if each is not cache else x for x in qkv),
-                    gates, freqs if freqs is None else freqs.to(each.segments_RGUA.dtype),
+                    gates, freqs if freqs is None else freqs.to(accumulator_dtype(each_dtype)),
                     softmax_scale=2 / math.sqrt(dim), merge_window=window, backend=backend,
                 )
             )  # fmt: skip

@@ -7,14 +7,12 @@ from megatron_dmc.cache.policies import POLICIES
 from megatron_dmc.cache.strategies.base import LayerStore, Step, Storage
 from megatron_dmc.cache.strategies.budget import BudgetStore
 from megatron_dmc.cache.strategies.delayed import DelayedStore
-from megatron_dmc.cache.strategies.dms import DMSStore
 from megatron_dmc.cache.strategies.merging import MergingStore
 from megatron_dmc.cache.strategies.rules import BudgetRule, CompressionRule
 
 BY_MODEL: dict[str, type[LayerStore]] = {
     "merging": MergingStore,
     "delayed": DelayedStore,
-    "dms": DMSStore,
 }
 """Strategies that the model's DMC settings select; a plain model merges nothing."""
 

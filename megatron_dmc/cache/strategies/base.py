@@ -11,8 +11,7 @@ from torch import Tensor
 from megatron_dmc.cache.prefixes import PrefixCache, Snapshot
 from megatron_dmc.cache.strategies.rules import CompressionRule
 from megatron_dmc.cache.tables import BlockTables, OpenSegments
-from megatron_dmc.ops import gates, rope
-from megatron_dmc.ops.paged import decode
+from megatron_dmc.ops import gates
 from megatron_dmc.ops.paged.chunks import Chunks
 from megatron_dmc.ops.paged.decode import Gates
 from megatron_dmc.ops.paged.layer_cache import LayerCache
@@ -128,7 +127,7 @@ class LayerStore(Protocol):
 
 class GatedStore:
     """Strategies in which a token decides by the borrowed channel, and the plain cache: a `LayerStore`
-    that lacks `append` and `prefill`."""
+    that lacks `decode` and `prefill`."""
 
     shares_pages: ClassVar[bool] = True
     is_capturable: ClassVar[bool] = True
@@ -209,31 +208,7 @@ class GatedStore:
         freqs_SF: Tensor | None,
         softmax_scale: float,
     ) -> Tensor:
-        """One token of each request: `append`, then attention over all entries."""
-        freqs_BF = None if freqs_SF is None else freqs_SF[step.positions_B]
-        gates_BG = self.gates(layer_index, 0, q_BND, k_BGD)
-        self.append(step, layer_index, k_BGD, v_BGD, gates_BG, freqs_SF)
-        return decode.paged_decode_attention(
-            self.layer(layer_index), step.rows_B,
-            rope.rotate_by(q_BND, freqs_BF, compress=gates_BG is not None),
-            softmax_scale=softmax_scale, plan_Y=self.plan(step, layer_index, q_BND, k_BGD),
-            backend=self.backend,
-        )  # fmt: skip
-
-    def plan(self, step: Step, layer_index: int, q_BND: Tensor, k_BGD: Tensor) -> Tensor | None:
-        """The layer's part of a plan that serves all layers of a step; None: attention plans by itself."""
-        return None
-
-    def append(
-        self,
-        step: Step,
-        layer_index: int,
-        k_BGD: Tensor,
-        v_BGD: Tensor,
-        gates_BG: Gates | None,
-        freqs_SF: Tensor | None,
-    ) -> None:
-        """Cache one token of each request."""
+        """Cache one token of each request and attend over all entries: out_BND."""
         raise NotImplementedError
 
     def prefill(

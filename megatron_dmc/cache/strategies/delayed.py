@@ -1,4 +1,5 @@
-"""Merging after a delay: the latest tokens of a head stay raw in a ring of slots. docs/method.md, section 9."""
+"""Merging or eviction (DMS) after a delay: the latest tokens of a head stay raw in a ring of slots.
+docs/method.md, sections 8 and 9."""
 
 from dataclasses import replace
 
@@ -17,23 +18,26 @@ from megatron_dmc.ops.tensors import accumulator_dtype
 
 class DelayedStore(MergingStore):
     """In the kernels of merging at once. The rings' slots are written again: a cached prefix has copies of their
-    pages, and of what their tokens decided."""
+    pages, and of the decisions about their tokens."""
 
     def __init__(self, storage: Storage, rule: CompressionRule):
         super().__init__(storage, rule)
-        self.num_ring_slots = rule.merge_delay
+        self.num_ring_slots = rule.num_ring_slots
         entries_LRG = storage.tables.num_entries_LRG
-        shape, device = (*entries_LRG.shape, rule.merge_delay), entries_LRG.device
-        self.decisions = DelayedDecisions(
-            torch.zeros(shape, dtype=torch.bool, device=device),
-            torch.zeros(shape, dtype=accumulator_dtype(storage.dtype), device=device),
-        )
-        self.row_state += [self.decisions.is_merge_XGW, self.decisions.omega_XGW]
+        shape, device = (*entries_LRG.shape, rule.num_ring_slots), entries_LRG.device
+        is_merge = torch.zeros(shape, dtype=torch.bool, device=device)
+        omega = None
+        if rule.merges:
+            omega = torch.zeros(shape, dtype=accumulator_dtype(storage.dtype), device=device)
+        self.decisions = DelayedDecisions(is_merge, omega)
+        self.row_state += [is_merge] if omega is None else [is_merge, omega]
 
     @classmethod
     def state_bytes(cls, rule: CompressionRule | None, head_dim: int) -> int:
         assert rule is not None
-        return segment_bytes(rule, head_dim) + rule.merge_delay * 5  # decision and importance
+        if not rule.merges:
+            return rule.num_ring_slots
+        return segment_bytes(rule, head_dim) + rule.num_ring_slots * 5  # decision and importance
 
     @property
     def grows_by_decision(self) -> bool:

@@ -35,7 +35,8 @@ class MergingStore(GatedStore):
     def __init__(self, storage: Storage, rule: CompressionRule | None):
         super().__init__(storage, rule)
         self.window = 0 if rule is None else rule.merge_window
-        self.segments = None if rule is None else open_segments(storage, rule)
+        merges = rule is not None and rule.merges
+        self.segments = open_segments(storage, rule) if merges else None
         self.row_state = [] if self.segments is None else [self.segments.state_LRGUA]
         self._angles: tuple[Tensor, Angles] | None = None
 
@@ -57,7 +58,7 @@ class MergingStore(GatedStore):
         freqs_SF: Tensor | None,
         softmax_scale: float,
     ) -> Tensor:
-        """As `GatedStore`, in one kernel; the heads' logits have to meet first where they decide together."""
+        """As `GatedStore`: appending in one kernel, except that the logits of heads that decide together meet first."""
         rule, plan = self.rule, self.plan(step, layer_index, q_BND, k_BGD)
         cache, gates_BG = self.layer(layer_index), None
         if self.impose is not None or (rule is not None and rule.shared_decisions):
@@ -91,7 +92,7 @@ class MergingStore(GatedStore):
         )  # fmt: skip
 
     def plan(self, step: Step, layer_index: int, q_BND: Tensor, k_BGD: Tensor) -> Tensor | None:
-        """Made before the step's first token is appended."""
+        """The layer's part of a plan that serves all layers of a step, made before its first token is appended."""
         if step.plans_L is None:
             step.plans_L = decode.plan_decode_attention(
                 self.tables.num_entries_LRG, step.rows_B, like=k_BGD,

@@ -15,19 +15,27 @@ class CompressionRule:
     shared_decisions: bool = False
     """The heads of a layer decide together (DMC-C)."""
     may_merge: bool = True
-    """False: every token is appended (and none evicted), though the borrowed channel still carries no
-    content."""
+    """False: every token is appended, though the borrowed channel still carries no content."""
     eviction_delay: int | None = None
     """Tokens do not merge but leave the cache (DMS), this many tokens later."""
     merge_delay: int = 0
     """A decision takes effect this many tokens later."""
 
     @property
+    def merges(self) -> bool:
+        """False: tokens are evicted."""
+        return self.eviction_delay is None
+
+    @property
+    def num_ring_slots(self) -> int:
+        """Latest tokens of a head that stay raw; 0: decisions take effect at once. A token is evicted by a
+        decision that the token after it makes."""
+        return self.merge_delay if self.eviction_delay is None else self.eviction_delay + 1
+
+    @property
     def strategy(self) -> str:
         """Key of `strategies.BY_MODEL`."""
-        if self.eviction_delay is not None:
-            return "dms"
-        return "delayed" if self.merge_delay else "merging"
+        return "delayed" if self.num_ring_slots else "merging"
 
 
 @dataclass(frozen=True)

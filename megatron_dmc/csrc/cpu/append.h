@@ -60,8 +60,10 @@ struct Append {
     if (row < 0) return {false, 0, kNoPage};
     int64_t& num_entries = *p.kv.num_entries(row, g);
     bool is_merge = false;
-    if (p.compress && num_entries > p.merge_delay) {
-      is_merge = p.merge_delay ? p.late_merge_RGW[late(b, g)] : merges(b, g);
+    // the first entry's token does not merge, but it may be evicted
+    if (p.compress && num_entries >= p.delay + !evicts()) {
+      const bool is_late = p.delay > int(evicts());  // else the new token says it
+      is_merge = is_late ? p.late_merge_RGW[late(b, g) + ring(b)] : merges(b, g);
     }
     const int entry = int(num_entries) - is_merge, column = p.kv.column(entry);
     if (column >= p.kv.table_width) return {is_merge, entry, kNoPage};
@@ -84,25 +86,30 @@ struct Append {
     return p.may_merge && to_float(key(b, g)[borrowed_channel(dim)]) - p.alpha_offset > 0.0f;
   }
 
-  int ring(int b) const { return int(p.positions_B[b] % p.merge_delay); }
-  int64_t late(int b, int g) const {
-    return (p.rows_B[b] * p.num_kv_heads + g) * p.merge_delay + ring(b);
-  }
+  bool evicts() const { return p.delay && !p.late_omega_RGW; }
+  int ring(int b) const { return int(p.positions_B[b] % p.delay); }
+  int64_t late(int b, int g) const { return (p.rows_B[b] * p.num_kv_heads + g) * p.delay; }
 
   // The new token `kv` into its ring, raw, so that turning it back loses nothing. `kv` and `omega` become those of
-  // the token that leaves; false: none does.
+  // the token that leaves; false: none does, or it is evicted or copied as it is stored.
   bool pass_ring(int b, int g, const Place& place, float* kv, float& omega) const {
-    const bool leaves = place.entry + place.is_merge >= p.merge_delay;
+    const bool leaves = place.entry + place.is_merge >= p.delay;
     const int32_t page = p.kv.table(p.rows_B[b], g)[p.kv.column(ring(b))];
     const int64_t slot = p.kv.slot(page, ring(b)), at = late(b, g);
-    float old[2 * kMaxDim], old_omega = p.late_omega_RGW[at];
-    if (leaves) read_entry<T>(p.kv, slot, old);
+    float old[2 * kMaxDim], old_omega = 0.0f;
+    if (evicts()) {
+      if (leaves && !place.is_merge) copy_entry<T>(p.kv, slot, p.kv.slot(place.page_id, place.entry));
+      p.late_merge_RGW[at + (p.positions_B[b] + p.delay - 1) % p.delay] = merges(b, g);
+    } else {
+      if (leaves) read_entry<T>(p.kv, slot, old);
+      old_omega = p.late_omega_RGW[at + ring(b)];
+      p.late_merge_RGW[at + ring(b)] = merges(b, g);
+      p.late_omega_RGW[at + ring(b)] = omega;
+    }
     turn(kv, dim, angles(p.positions_B[b]), false);
     write_entry<T>(p.kv, slot, kv);
-    p.late_merge_RGW[at] = merges(b, g);
-    p.late_omega_RGW[at] = omega;
-    if (!leaves) return false;
-    turn(old, dim, angles(p.positions_B[b] - p.merge_delay), true, -1.0f);
+    if (!leaves || evicts()) return false;
+    turn(old, dim, angles(p.positions_B[b] - p.delay), true, -1.0f);
     std::copy_n(old, 2 * dim, kv);
     omega = old_omega;
     return true;
@@ -132,13 +139,13 @@ struct Append {
     read(key(b, g), kv, dim, p.compress);
     read(v_D, kv + dim, dim, false);
     float weight = p.compress ? omega(b, g) : 1.0f;
-    if (p.merge_delay && !pass_ring(b, g, place, kv, weight)) return;
+    if (p.delay && !pass_ring(b, g, place, kv, weight)) return;
     if (p.compress) {
       float* kept = p.segments_RGUA + p.rows_B[b] * p.segments_row_stride +
                     g * p.segments_head_stride;
       OpenSegment{kept, dim, p.merge_window}.take(kv, weight, place.is_merge);
     }
-    turn(kv, dim, angles(p.positions_B[b] - p.merge_delay), p.compress);
+    turn(kv, dim, angles(p.positions_B[b] - p.delay), p.compress);
     write_entry<T>(p.kv, p.kv.slot(place.page_id, place.entry), kv);
   }
 };

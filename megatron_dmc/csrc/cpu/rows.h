@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "cpu/kernels.h"
 #include "cpu/numbers.h"
@@ -126,6 +127,16 @@ inline void read_entry(const PagedKV& kv, int64_t slot, float* x) {
     case kInt8: return both(int8{});
     default: return both(T{});
   }
+}
+
+// From one slot to another, as it is stored.
+template <class T>
+inline void copy_entry(const PagedKV& kv, int64_t from, int64_t to) {
+  const int64_t bytes = kv.head_dim * (kv.stored == kNumbers ? sizeof(T) : 1);
+  for (void* pages : {kv.k_pages_PSD, kv.v_pages_PSD})
+    std::memcpy(static_cast<char*>(pages) + to * bytes, static_cast<char*>(pages) + from * bytes, bytes);
+  if (kv.stored == kNumbers) return;
+  for (float* scales : {kv.k_scales_PS, kv.v_scales_PS}) scales[to] = scales[from];
 }
 
 }  // namespace CPU_CAPABILITY

@@ -11,7 +11,7 @@ from megatron_dmc.ops.cuda.decode import operators
 from megatron_dmc.ops.paged.chunks import Chunks
 from megatron_dmc.ops.paged.decode import Angles, Gates
 from megatron_dmc.ops.paged.layer_cache import LayerCache
-from megatron_dmc.ops.paged.prefill import ChunkStates
+from megatron_dmc.ops.paged.prefill import ChunkStates, Near
 from megatron_dmc.ops.tensors import dense_channels
 
 TILE = 32
@@ -20,8 +20,6 @@ TILE = 32
 
 def refusal(q_TND: Tensor, cache: LayerCache, merge_window: int) -> str:
     """See `ops.backends`."""
-    if cache.delayed is not None:
-        return "a merge delay"
     return cuda.refusal(q_TND, cache.page_size) or prefill_refusal(cache, merge_window)
 
 
@@ -59,6 +57,7 @@ def write_chunks(
         cache.num_entries_RG, cache.segments_RGUA if compress else None, chunks.table_B3,
         tiles.table_X2, tiles.starts_Y,
         appends, base, sums, own_k, own_v, entry, merge_window if compress else 0,
+        cache.delay,
     )  # fmt: skip
     return own_k, own_v, entry
 
@@ -76,6 +75,7 @@ def attend_chunks(
     angles_TF: Angles,
     *,
     softmax_scale: float,
+    near: Near | None = None,
 ) -> Tensor:
     """As `megatron_dmc.ops.triton.prefill_attention.attend_chunks`; at most `rows_of(D)` query heads for
     each key/value head, and a `softmax_scale` above 0."""
@@ -85,6 +85,7 @@ def attend_chunks(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     operators().prefill_attention(
         q, *states, *angles_TF, cache.k_pages_PSD, cache.v_pages_PSD, cache.block_table_RGM,
-        chunks.table_B3, tiles.table_X2, out, tile_tokens, softmax_scale,
+        chunks.table_B3, tiles.table_X2, *(near or (None, None, None)), out, cache.delay,
+        tile_tokens, softmax_scale,
     )  # fmt: skip
     return out

@@ -79,7 +79,7 @@ def torch_append(
     entries = cache.num_entries_RG[rows_B]
     is_merge = torch.zeros_like(entries, dtype=torch.bool)
     if gates_BG is not None:
-        is_merge = gates_BG[0] & (entries > cache.merge_delay)
+        is_merge = gates_BG[0] & (entries > cache.delay)
     entry = entries - is_merge.to(entries.dtype)
     _take_page_of(cache, rows_B, entry)
     slots = cache.slots(rows_B, entry[..., None])[..., 0]
@@ -120,15 +120,23 @@ def _append_after_delay(
     *,
     merge_window: int,
 ) -> None:
-    """Each new token into its ring, and the token that leaves the ring into its entry; for rows that are not
-    negative."""
+    """Each new token into its ring, and the token that leaves the ring into its entry, unless it is evicted; for
+    rows that are not negative."""
     delayed = cache.delayed
     assert delayed is not None
-    delay, heads = delayed.merge_delay, k_BGD.shape[:2]
+    delay, heads = delayed.delay, k_BGD.shape[:2]
     slot_B, leaves_B = positions_B % delay, positions_B >= delay
     ring_BG = slot_B[:, None].expand(heads)
     fits_BG = torch.ones(heads, dtype=torch.bool, device=k_BGD.device)
-    if bool(leaves_B.any()):
+    # the slots of the tokens that these decisions are about
+    about_B = (positions_B - 1) % delay if cache.evicts else slot_B
+    if cache.evicts and bool(leaves_B.any()):
+        rows, slot = rows_B[leaves_B], slot_B[leaves_B]
+        is_evicted = delayed.is_merge_XGW[rows, :, slot]
+        if delay == 1:  # what the new token says
+            is_evicted = gates_BG[0][leaves_B]
+        fits_BG[leaves_B] = _keep(cache, rows, slot, is_evicted)
+    elif bool(leaves_B.any()):
         rows, slot = rows_B[leaves_B], slot_B[leaves_B]
         cos, sin = angles_of(angles_XF, positions_B[leaves_B] - delay)
         k, v = cache.load_slots(cache.slots(rows, ring_BG[leaves_B, :, None])[..., 0], k_BGD.dtype)
@@ -147,8 +155,27 @@ def _append_after_delay(
         fits_BG & first_B1, positions_B[:, None] + 1, entries_BG
     )
     for of_ring, new_BG in zip((delayed.is_merge_XGW, delayed.omega_XGW), gates_BG, strict=True):
-        old_BG = of_ring[rows_B, :, slot_B]
-        of_ring[rows_B, :, slot_B] = torch.where(fits_BG, new_BG.to(of_ring.dtype), old_BG)
+        if of_ring is not None:
+            old_BG = of_ring[rows_B, :, about_B]
+            of_ring[rows_B, :, about_B] = torch.where(fits_BG, new_BG.to(of_ring.dtype), old_BG)
+
+
+def _keep(cache: LayerCache, rows_B: Tensor, slot_B: Tensor, is_evicted_BG: Tensor) -> Tensor:
+    """The tokens in these slots of the rings as new entries, without those that are evicted.
+
+    Returns:
+        bool (B, G): false for a head that found no page.
+    """
+    entries_BG = cache.num_entries_RG[rows_B]
+    # an evicted token needs no other page than the head's last
+    entry_BG = entries_BG - is_evicted_BG.to(entries_BG.dtype)
+    _take_page_of(cache, rows_B, entry_BG)
+    to_BG = cache.slots(rows_B, entry_BG[..., None])[..., 0]
+    from_BG = cache.slots(rows_B, slot_B[:, None].expand_as(entries_BG)[..., None])[..., 0]
+    cache.copy_slots(from_BG.flatten(), to_BG.masked_fill(is_evicted_BG, -1).flatten())
+    fits_BG = to_BG >= 0
+    cache.num_entries_RG[rows_B] = torch.where(fits_BG, entry_BG + 1, entries_BG)
+    return fits_BG
 
 
 def angles_of(angles_XF: Angles, rows_X: Tensor) -> Angles:
@@ -217,7 +244,7 @@ def gate_and_append(
     of the queries. On a GPU one kernel, and nothing that the host has to wait for.
 
     Mutates `cache` as `decode_append` does; with a delay also the new token's slot of the ring and its decision:
-    the token that leaves the ring there is the one that merges or is appended.
+    the token that leaves the ring there is the one that merges or is appended, or is evicted.
 
     Args:
         rows_B: int64, distinct; -1 for padding of a fixed batch: nothing of it is written.

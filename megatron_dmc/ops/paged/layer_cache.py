@@ -21,24 +21,32 @@ Rows = int | slice | Tensor
 
 @dataclass(frozen=True)
 class DelayedDecisions:
-    """The decisions of the tokens in the rings, made when they came; undefined where no token lies.
-    docs/method.md, section 9.
+    """The decisions about the tokens in the rings; undefined where no token lies or none is made yet.
+    docs/method.md, sections 8 and 9.
 
     Attributes:
-        is_merge_XGW: bool.
-        omega_XGW: importances, float32 (float64).
+        is_merge_XGW: bool: the slot's token merges when it leaves the ring, or is evicted (DMS).
+        omega_XGW: importances, float32 (float64). None: tokens are evicted, by what the token after each says.
     """
 
     is_merge_XGW: Tensor
-    omega_XGW: Tensor
+    omega_XGW: Tensor | None
 
     @property
-    def merge_delay(self) -> int:
-        """w, the number of slots of a ring."""
+    def delay(self) -> int:
+        """W, the number of slots of a ring: the merge delay; one more than the eviction delay."""
         return self.is_merge_XGW.shape[-1]
 
     def __getitem__(self, index) -> "DelayedDecisions":
-        return DelayedDecisions(self.is_merge_XGW[index], self.omega_XGW[index])
+        omega = self.omega_XGW
+        return DelayedDecisions(self.is_merge_XGW[index], None if omega is None else omega[index])
+
+    def clone(self, acc: torch.dtype) -> "DelayedDecisions":
+        """A copy with importances in `acc`."""
+        omega = self.omega_XGW
+        return DelayedDecisions(
+            self.is_merge_XGW.clone(), None if omega is None else omega.to(acc, copy=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,8 @@ class LayerCache:
             float64 model. None: the layer's tokens never merge.
         free_pages: what the ops take pages from. None: the block table must hold the page of every entry that
             is written.
-        delayed: decisions (R, G, W) of the tokens in the rings; None: tokens merge at once. A head's first W
-            slots then are its ring, token t in slot t % W, and its entries follow; `num_entries_RG` counts both.
+        delayed: decisions (R, G, W) about the tokens in the rings; None: they take effect at once. A head's first
+            W slots then are its ring, token t in slot t % W, and its entries follow; `num_entries_RG` counts both.
     """
 
     k_pages_PSD: Pages
@@ -67,9 +75,14 @@ class LayerCache:
     delayed: DelayedDecisions | None = None
 
     @property
-    def merge_delay(self) -> int:
-        """W; 0: tokens merge at once."""
-        return 0 if self.delayed is None else self.delayed.merge_delay
+    def delay(self) -> int:
+        """W; 0: decisions take effect at once."""
+        return 0 if self.delayed is None else self.delayed.delay
+
+    @property
+    def evicts(self) -> bool:
+        """Tokens leave the rings for entries or are evicted (DMS); they never merge."""
+        return self.delayed is not None and self.delayed.omega_XGW is None
 
     @property
     def page_size(self) -> int:
@@ -97,8 +110,12 @@ class LayerCache:
         Args:
             rows: whose leading dimensions, if any, are those of `entries_XGE`.
         """
-        table_XGM = self.block_table_RGM[rows]
-        page_id = table_XGM.gather(-1, entries_XGE // self.page_size).long()
+        column_XGE = entries_XGE // self.page_size
+        if isinstance(rows, Tensor):  # without a copy of the rows' tables
+            heads_G1 = torch.arange(self.num_kv_heads, device=rows.device)[:, None]
+            page_id = self.block_table_RGM[rows[:, None, None], heads_G1, column_XGE].long()
+        else:
+            page_id = self.block_table_RGM[rows].gather(-1, column_XGE).long()
         slot = page_id * self.page_size + entries_XGE % self.page_size
         return torch.where(page_id < 0, -1, slot)
 
@@ -108,6 +125,14 @@ class LayerCache:
         slots = slots_X[keep]
         kv_pages.store(self.k_pages_PSD, slots, k_XD[keep])
         kv_pages.store(self.v_pages_PSD, slots, v_XD[keep])
+
+    def copy_slots(self, from_X: Tensor, to_X: Tensor) -> None:
+        """Copy entries as they are stored; where `to_X` is -1 nothing is written. Mutates the pages."""
+        keep = to_X >= 0
+        for pages in (self.k_pages_PSD, self.v_pages_PSD):
+            for x in kv_pages.tensors_of(pages):
+                slots = x.flatten(0, 1)
+                slots[to_X[keep]] = slots[from_X[keep]]
 
     def load_slots(self, slots_X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The keys and values in slots, (X, D) each; the inverse of `store`."""
@@ -188,11 +213,7 @@ class LayerCache:
             self.num_entries_RG.clone(),
             None if segments is None else segments.to(acc, copy=True),
             None if free is None else FreePages(free.page_ids.clone(), free.state.clone()),
-            None
-            if delayed is None
-            else DelayedDecisions(
-                delayed.is_merge_XGW.clone(), delayed.omega_XGW.to(acc, copy=True)
-            ),
+            None if delayed is None else delayed.clone(acc),
         )
 
 

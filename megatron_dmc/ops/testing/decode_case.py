@@ -57,16 +57,16 @@ def entries_of(cache: LayerCache, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def results_of(out: Tensor, cache: LayerCache) -> list[Tensor]:
-    """The results by which an op that appends is checked: output, live entries, open segments and, with a
-    delay, the importances in the rings."""
-    assert cache.segments_RGUA is not None
-    late = [] if cache.delayed is None else [cache.delayed.omega_XGW]
-    return [out, entries_of(cache), cache.segments_RGUA, *late]
+    """The results by which an op that appends is checked: output, live entries, and, where tokens merge, open
+    segments and, with a delay, the importances in the rings."""
+    late = None if cache.delayed is None else cache.delayed.omega_XGW
+    return [out, entries_of(cache), *(x for x in (cache.segments_RGUA, late) if x is not None)]
 
 
 def names_of(cache: LayerCache, out: str) -> list[str]:
     """Of `results_of`."""
-    return [out, "entries", "segments"] + (["late importances"] if cache.delayed else [])
+    late = cache.delayed is not None and not cache.evicts
+    return [out, "entries"] + ["segments"] * (not cache.evicts) + ["late importances"] * late
 
 
 def _decisions(cache: LayerCache) -> Tensor:
@@ -89,7 +89,8 @@ def random_cache(
     room: int = 0,
     num_free: int = 0,
     merge_window: int = 0,
-    merge_delay: int = 0,
+    delay: int = 0,
+    evicts: bool = False,
     seed: int = 0,
     in_order: bool = False,
 ) -> LayerCache:
@@ -99,7 +100,7 @@ def random_cache(
         cache_dtype: what pages hold; None: `dtype`.
         room: width of the block table beyond the longest head, in pages; -1 there.
         num_free: free pages besides those in the tables.
-        merge_delay: the heads' first slots are a ring of this many tokens.
+        delay: the heads' first slots are a ring of this many tokens, which merge afterwards; `evicts`: or are evicted.
         in_order: pages are dealt out head by head instead.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -123,12 +124,12 @@ def random_cache(
     entries = torch.arange(int(lengths.max()), device=device).expand(num_rows, num_kv_heads, -1)
     slots = cache.slots(slice(None), entries) if total else entries
     is_live = entries < lengths[..., None]
-    live, is_merged = slots[is_live], entries[is_live] >= merge_delay
+    live, is_merged = slots[is_live], entries[is_live] >= delay
     for pages in (k_pages, v_pages):
         for some, merged in zip(live.split(_AT_ONCE), is_merged.split(_AT_ONCE), strict=True):
             rows = torch.randn(len(some), dim, generator=on_device, device=device)
             if pages is k_pages:
-                gates.borrowed(rows)[merged] = 0.0
+                gates.borrowed(rows)[merged] = 0.0 if not evicts else 1.0
             kv_pages.store(pages, some, rows)
     state = torch.randn(
         num_rows, num_kv_heads, num_kept(merge_window), 2 * dim + 1, generator=on_device,
@@ -137,10 +138,12 @@ def random_cache(
     state[..., -1] = state[..., -1].abs() + 0.1
     free_pages = FreePages.of(order[total:].to(device))
     delayed = None
-    if merge_delay:
-        rings = torch.rand(num_rows, num_kv_heads, merge_delay, generator=on_device, device=device)
-        delayed = DelayedDecisions(rings > 0.5, rings + 0.1)
-    return replace(cache, segments_RGUA=state, free_pages=free_pages, delayed=delayed)
+    if delay:
+        rings = torch.rand(num_rows, num_kv_heads, delay, generator=on_device, device=device)
+        delayed = DelayedDecisions(rings > 0.5, None if evicts else rings + 0.1)
+    return replace(
+        cache, segments_RGUA=None if evicts else state, free_pages=free_pages, delayed=delayed
+    )
 
 
 def random_heads(

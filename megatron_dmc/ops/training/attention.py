@@ -289,6 +289,7 @@ def masked_attention(
     is_visible_GE: Tensor | None,
     *,
     softmax_scale: float,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Every query attends to the same keys of its head, on the stock flash kernel.
 
@@ -296,6 +297,7 @@ def masked_attention(
         q_TND: rotated queries; k_GED, v_GED: finite everywhere.
         is_visible_GE: bool; travels in the borrowed channel, whose content in q and k is ignored.
             None: every key is visible and every channel counts.
+        causal: there are as many keys as queries, and a query sees none behind its own.
 
     Returns:
         out_TND and lse_TN as `chunk_attention`. Where a head sees no key, its lse is so low that
@@ -307,8 +309,8 @@ def masked_attention(
         q, k = q.clone(), k.clone()
         gates.borrowed(q).fill_(1.0 / softmax_scale)
         gates.borrowed(k).zero_().masked_fill_(~is_visible_GE, MASKED)
-    kernel = choose_kernel(q, k, v, causal=False)
-    out, lse, _ = kernel.forward(q, k, v, softmax_scale, False)
+    kernel = choose_kernel(q, k, v, causal=causal)
+    out, lse, _ = kernel.forward(q, k, v, softmax_scale, causal)
     return out[0].transpose(0, 1), lse[0].T.to(acc)
 
 

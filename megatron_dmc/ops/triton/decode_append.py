@@ -4,8 +4,9 @@ Local letters: X rows of a table of angles, H half of the rotary channels, Z cha
 
 A program is one (request, key/value head). A head's channels are held in three parts, so that a
 thread has both channels of a rotated pair: `lo` [H], `hi` [H] and `rest` [Z], padded to powers of two.
-The open segment has three verbs, as in the reference: open, merge, emit. With a merge delay they are about
-the token that leaves the head's ring, whose slot the new token takes.
+The open segment has three verbs, as in the reference: open, merge, emit. With a delay they are about
+the token that leaves the head's ring, whose slot the new token takes. Where tokens are evicted, it becomes an
+entry as it is stored, or is gone.
 """
 
 import torch
@@ -79,6 +80,23 @@ def _load_entry(
 
 
 @triton.jit
+def _copy_entry(
+    p_pages, p_scales, i_from, i_to, o_h, o_z, m_lo, m_hi, m_rest, m_copy,
+    D: tl.constexpr, HALF: tl.constexpr, STORED: tl.constexpr,
+):  # fmt: skip
+    """An entry from one slot to another, as it is stored."""
+    p_from, p_to = p_pages + i_from * D, p_pages + i_to * D
+    b_lo = tl.load(p_from + o_h, mask=m_lo & m_copy)
+    b_hi = tl.load(p_from + HALF + o_h, mask=m_hi & m_copy)
+    b_rest = tl.load(p_from + 2 * HALF + o_z, mask=m_rest & m_copy)
+    tl.store(p_to + o_h, b_lo, mask=m_lo & m_copy)
+    tl.store(p_to + HALF + o_h, b_hi, mask=m_hi & m_copy)
+    tl.store(p_to + 2 * HALF + o_z, b_rest, mask=m_rest & m_copy)
+    if STORED > 0:
+        tl.store(p_scales + i_to, tl.load(p_scales + i_from, mask=m_copy), mask=m_copy)
+
+
+@triton.jit
 def append_kernel(
     p_q, p_k, p_v, p_is_merge, p_omega, p_cos, p_sin, p_positions, p_rows,
     p_k_pages, p_v_pages, p_k_scales, p_v_scales, p_table, p_entries, p_segments, p_free,
@@ -90,9 +108,10 @@ def append_kernel(
     HALF: tl.constexpr, H: tl.constexpr, Z: tl.constexpr,
     COMPRESS: tl.constexpr, GATES_GIVEN: tl.constexpr, MAY_MERGE: tl.constexpr,
     WINDOWED: tl.constexpr, ROTATE_Q: tl.constexpr, TAKE_PAGES: tl.constexpr,
-    STORED: tl.constexpr, DELAY: tl.constexpr,
+    STORED: tl.constexpr, DELAY: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    """Gates, segment, RoPE, page, entry and count of one head; see `decode_append`. DELAY is W, 0 for none."""
+    """Gates, segment, RoPE, page, entry and count of one head; see `decode_append`. DELAY is W, 0 for none; with
+    EVICT a token that has decided to merge is evicted instead."""
     i_g, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_groups = tl.num_programs(0)
     i_row = tl.load(p_rows + i_b).to(tl.int64)
@@ -142,12 +161,16 @@ def append_kernel(
     if DELAY > 0:
         # the ring decides for the token that leaves it, and keeps what the new one has decided
         i_ring = (i_position % DELAY).to(tl.int32)
-        p_late_merge += i_row * s_lr + i_g * s_lg + i_ring
-        p_late_omega += i_row * s_lr + i_g * s_lg + i_ring
+        i_late = i_row * s_lr + i_g * s_lg
         new_merge, new_omega = is_merge, omega
-        is_merge = tl.load(p_late_merge, mask=m_row, other=0) != 0
-        omega = tl.load(p_late_omega, mask=m_row, other=1.0)
-    is_merge = is_merge & (num_entries > DELAY)
+        if not (EVICT and DELAY == 1):
+            is_merge = tl.load(p_late_merge + i_late + i_ring, mask=m_row, other=0) != 0
+        if not EVICT:
+            omega = tl.load(p_late_omega + i_late + i_ring, mask=m_row, other=1.0)
+    if EVICT:
+        is_merge = is_merge & (num_entries >= DELAY)
+    else:
+        is_merge = is_merge & (num_entries > DELAY)
 
     # the entry's page: the head's, or one from the free list
     i_entry = tl.where(is_merge, num_entries - 1, num_entries)
@@ -178,12 +201,25 @@ def append_kernel(
         m_stored = m_write
         m_write = m_write & leaves
         i_slot = tl.where(leaves, i_ring_page, i_page) * S + i_ring % S
-        b_klo, b_khi, b_krest = _load_entry(
-            p_k_pages, p_k_scales, i_slot, o_h, o_z, m_lo, m_hi, m_rest, m_write, D, HALF, STORED
-        )
-        b_vlo, b_vhi, b_vrest = _load_entry(
-            p_v_pages, p_v_scales, i_slot, o_h, o_z, m_lo, m_hi, m_rest, m_write, D, HALF, STORED
-        )
+        if EVICT:
+            i_to, m_kept = i_page * S + i_entry % S, m_write & (is_merge == 0)
+            _copy_entry(
+                p_k_pages, p_k_scales, i_slot, i_to, o_h, o_z, m_lo, m_hi, m_rest, m_kept,
+                D, HALF, STORED,
+            )  # fmt: skip
+            _copy_entry(
+                p_v_pages, p_v_scales, i_slot, i_to, o_h, o_z, m_lo, m_hi, m_rest, m_kept,
+                D, HALF, STORED,
+            )  # fmt: skip
+        else:
+            b_klo, b_khi, b_krest = _load_entry(
+                p_k_pages, p_k_scales, i_slot, o_h, o_z, m_lo, m_hi, m_rest, m_write,
+                D, HALF, STORED,
+            )  # fmt: skip
+            b_vlo, b_vhi, b_vrest = _load_entry(
+                p_v_pages, p_v_scales, i_slot, o_h, o_z, m_lo, m_hi, m_rest, m_write,
+                D, HALF, STORED,
+            )  # fmt: skip
         tl.debug_barrier()
         _store_entry(
             p_k_pages, p_k_scales, i_slot, b_nlo, b_nhi, b_nrest,
@@ -193,16 +229,20 @@ def append_kernel(
             p_v_pages, p_v_scales, i_slot, b_nvlo, b_nvhi, b_nvrest,
             o_h, o_z, m_lo, m_hi, m_rest, m_stored, D, HALF, STORED,
         )  # fmt: skip
+        # to evict is a decision about the token before
+        i_about = ((i_position + DELAY - 1) % DELAY).to(tl.int32) if EVICT else i_ring
+        p_late_merge += i_late + i_about
         tl.store(p_late_merge, new_merge.to(p_late_merge.dtype.element_ty), mask=m_stored)
-        tl.store(p_late_omega, new_omega, mask=m_stored)
-        i_left = tl.maximum(i_position - DELAY, 0)
-        b_cos = tl.load(p_cos + i_left * s_cx + o_h, mask=m_lo, other=1.0).to(tl.float32)
-        b_sin = tl.load(p_sin + i_left * s_sx + o_h, mask=m_lo, other=0.0).to(tl.float32)
-        b_back = b_khi * b_cos - b_klo * b_sin
-        b_klo = tl.where(m_lo_c, b_klo * b_cos + b_khi * b_sin, 0.0)
-        b_khi = tl.where(m_hi_c, b_back, 0.0)
-        b_krest = tl.where(m_rest_c, b_krest, 0.0)
-    if COMPRESS:
+        if not EVICT:
+            tl.store(p_late_omega + i_late + i_ring, new_omega, mask=m_stored)
+            i_left = tl.maximum(i_position - DELAY, 0)
+            b_cos = tl.load(p_cos + i_left * s_cx + o_h, mask=m_lo, other=1.0).to(tl.float32)
+            b_sin = tl.load(p_sin + i_left * s_sx + o_h, mask=m_lo, other=0.0).to(tl.float32)
+            b_back = b_khi * b_cos - b_klo * b_sin
+            b_klo = tl.where(m_lo_c, b_klo * b_cos + b_khi * b_sin, 0.0)
+            b_khi = tl.where(m_hi_c, b_back, 0.0)
+            b_krest = tl.where(m_rest_c, b_krest, 0.0)
+    if COMPRESS and not EVICT:
         p_segments += i_row * s_sr + i_g * s_sg
         b_klo, b_khi, b_krest = b_klo * omega, b_khi * omega, b_krest * omega
         b_vlo, b_vhi, b_vrest = b_vlo * omega, b_vhi * omega, b_vrest * omega
@@ -255,18 +295,19 @@ def append_kernel(
         b_klo, b_khi, b_krest = b_tklo / total, b_tkhi / total, b_tkrest / total
         b_vlo, b_vhi, b_vrest = b_tvlo / total, b_tvhi / total, b_tvrest / total
 
-    b_turned = tl.where(m_hi_c, b_khi * b_cos + b_klo * b_sin, 0.0)
-    b_klo = tl.where(m_lo_c, b_klo * b_cos - b_khi * b_sin, 0.0)
-    b_krest = tl.where(m_rest_c, b_krest, 0.0)
-    i_slot = i_page * S + i_entry % S
-    _store_entry(
-        p_k_pages, p_k_scales, i_slot, b_klo, b_turned, b_krest,
-        o_h, o_z, m_lo, m_hi, m_rest, m_write, D, HALF, STORED,
-    )  # fmt: skip
-    _store_entry(
-        p_v_pages, p_v_scales, i_slot, b_vlo, b_vhi, b_vrest,
-        o_h, o_z, m_lo, m_hi, m_rest, m_write, D, HALF, STORED,
-    )  # fmt: skip
+    if not EVICT:
+        b_turned = tl.where(m_hi_c, b_khi * b_cos + b_klo * b_sin, 0.0)
+        b_klo = tl.where(m_lo_c, b_klo * b_cos - b_khi * b_sin, 0.0)
+        b_krest = tl.where(m_rest_c, b_krest, 0.0)
+        i_slot = i_page * S + i_entry % S
+        _store_entry(
+            p_k_pages, p_k_scales, i_slot, b_klo, b_turned, b_krest,
+            o_h, o_z, m_lo, m_hi, m_rest, m_write, D, HALF, STORED,
+        )  # fmt: skip
+        _store_entry(
+            p_v_pages, p_v_scales, i_slot, b_vlo, b_vhi, b_vrest,
+            o_h, o_z, m_lo, m_hi, m_rest, m_write, D, HALF, STORED,
+        )  # fmt: skip
     if DELAY > 0:
         m_write = m_stored
     tl.store(p_entries, (i_entry + 1).to(p_entries.dtype.element_ty), mask=m_write)
@@ -308,10 +349,9 @@ def decode_append(
     free_ids, free_state = (rows_B, rows_B) if free is None else (free.page_ids, free.state)
     late_merge = late_omega = k
     if cache.delayed is not None:
-        late_merge, late_omega = (
-            cache.delayed.is_merge_XGW.view(torch.uint8),
-            cache.delayed.omega_XGW,
-        )
+        late_merge = cache.delayed.is_merge_XGW.view(torch.uint8)
+        if cache.delayed.omega_XGW is not None:
+            late_omega = cache.delayed.omega_XGW
     if batch:
         with on_device(k):
             append_kernel[num_kv_heads, batch](
@@ -324,13 +364,14 @@ def decode_append(
                 *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos.stride(0), sin.stride(0),
                 *table.stride()[:2], *entries.stride(), *segments.stride()[:2],
                 *late_merge.stride()[:2], *q_out.stride()[:2],
-                D=dim, S=cache.page_size, U=segments.shape[2] if compress else 1,
+                D=dim, S=cache.page_size, U=1 if cache.segments_RGUA is None else segments.shape[2],
                 R=1 if q_BND is None else q.shape[1] // num_kv_heads,
                 HALF=half, H=max(1, triton.next_power_of_2(half)),
                 Z=max(1, triton.next_power_of_2(dim - 2 * half)),
                 COMPRESS=compress, GATES_GIVEN=is_merge is not None, MAY_MERGE=may_merge,
                 WINDOWED=compress and merge_window > 0, ROTATE_Q=q_BND is not None,
-                TAKE_PAGES=free is not None, STORED=stored, DELAY=cache.merge_delay,
+                TAKE_PAGES=free is not None, STORED=stored, DELAY=cache.delay,
+                EVICT=cache.evicts,
                 num_warps=1,
             )  # fmt: skip
     return None if q_BND is None else q_out

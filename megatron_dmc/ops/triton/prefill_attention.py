@@ -8,8 +8,9 @@ with which the softmax starts. e does not fall from token to token: blocks of en
 that of the tile's first token need no mask, and those from that of its last token on are not visited. In a
 plain cache the token's own entry is its state, so it sees the entries up to e.
 
-With a merge delay W the state and the entries that a token sees are those of the token W before it, and the
-near tokens, itself and the W - 1 before it, lie raw in a tensor; its first tokens see nothing else.
+With a delay W the state and the entries that a token sees are those of the token W before it, and the
+near tokens, itself and the W - 1 before it, lie raw in a tensor; its first tokens see nothing else. Where tokens
+are evicted there are no states: a token sees the entries that the tokens up to W before it have become.
 """
 
 import torch
@@ -106,11 +107,12 @@ def attend_kernel(
     G, scale,
     s_qt, s_qn, s_ct, s_nt, s_tr, s_tg, s_ot, s_on,
     R: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, F: tl.constexpr, S: tl.constexpr,
-    I: tl.constexpr, HALF: tl.constexpr, COMPRESS: tl.constexpr, STAGES: tl.constexpr,
+    I: tl.constexpr, HALF: tl.constexpr, COMPRESS: tl.constexpr, OWN: tl.constexpr, STAGES: tl.constexpr,
     DELAY: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """One tile and one head. Scores are kept in base 2: `scale` contains log2(e)."""
+    """One tile and one head. Scores are kept in base 2: `scale` contains log2(e). OWN: tokens have states."""
     TOKENS: tl.constexpr = Q // R
+    NONE: tl.constexpr = DELAY if OWN else DELAY - 1
     i_g = tl.program_id(0) % G
     i_x = tl.program_id(0).to(tl.int64) // G
     i_chunk, first = tl.load(p_tiles + 2 * i_x), tl.load(p_tiles + 2 * i_x + 1)
@@ -133,14 +135,14 @@ def attend_kernel(
         o_s = tl.load(p_far + 2 * i_chunk + 1) + o_t - start - lead
         m_s = m_q & (o_t - start >= lead)
         shift = tl.load(p_far + 2 * i_chunk + 1) - lead
-        low = tl.load(p_entry + (shift + first) * G + i_g, mask=first >= lead, other=DELAY)
-        high = tl.load(p_entry + (shift + last) * G + i_g, mask=last >= lead, other=DELAY)
-        b_bound = tl.load(p_entry + o_s * G + i_g, mask=m_s, other=DELAY)
+        low = tl.load(p_entry + (shift + first) * G + i_g, mask=first >= lead, other=NONE)
+        high = tl.load(p_entry + (shift + last) * G + i_g, mask=last >= lead, other=NONE)
+        b_bound = tl.load(p_entry + o_s * G + i_g, mask=m_s, other=NONE)
     else:
         low = tl.load(p_entry + (start + first) * G + i_g)
         high = tl.load(p_entry + (start + last) * G + i_g)
         b_bound = tl.load(p_entry + o_t * G + i_g, mask=m_q, other=0)
-    if not COMPRESS:
+    if not OWN:
         low, high, b_bound = low + 1, high + 1, b_bound + 1
 
     # [Q, F]: rotated queries, in their own dtype as the products want them
@@ -165,7 +167,7 @@ def attend_kernel(
             b_turned = tl.where(is_content(o_d, D)[None, :], b_turned, 0.0)
         b_q = b_turned.to(b_q.dtype)
 
-    if COMPRESS:
+    if OWN:
         o_own = (o_s * G + i_g)[:, None] * D + o_d[None, :]
         m_sd = m_s[:, None] & m_d[None, :]
         b_own = tl.load(p_own_k + o_own, mask=m_sd, other=0.0).to(tl.float32)
@@ -176,20 +178,22 @@ def attend_kernel(
         if DELAY > 0:
             b_max = tl.where(m_s, b_max, float("-inf"))
             b_sum = tl.where(m_s, b_sum, 0.0)
-            i_near = (start + i_chunk.to(tl.int64) * DELAY) * G + i_g
-            b_t = (o_t - start).to(tl.int32)
-            end = last + 1 + DELAY
-            for i_e in tl.range(tl.maximum(first + 1, lead), end, I, num_stages=1):
-                b_max, b_sum, b_out = _attend_near(
-                    b_q, b_max, b_sum, b_out, p_near_k + i_near * D, p_near_v + i_near * D, i_e,
-                    end, lead, b_t, scale, G * D, o_i, o_d, D, DELAY, INTERPRET,
-                )  # fmt: skip
-            # padding, too, has seen something
-            b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
     else:
         b_max = tl.full([Q], float("-inf"), tl.float32)
         b_sum = tl.zeros([Q], tl.float32)
         b_out = tl.zeros([Q, F], tl.float32)
+    if DELAY > 0:
+        i_near = (start + i_chunk.to(tl.int64) * DELAY) * G + i_g
+        b_t = (o_t - start).to(tl.int32)
+        end = last + 1 + DELAY
+        for i_e in tl.range(tl.maximum(first + 1, lead), end, I, num_stages=1):
+            b_max, b_sum, b_out = _attend_near(
+                b_q, b_max, b_sum, b_out, p_near_k + i_near * D, p_near_v + i_near * D, i_e,
+                end, lead, b_t, scale, G * D, o_i, o_d, D, DELAY, INTERPRET,
+            )  # fmt: skip
+        # padding, too, has seen something
+        b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
+    elif not OWN:
         b_bound = tl.maximum(b_bound, 1)  # padding, too, sees something
 
     p_row = p_table + row * s_tr + i_g * s_tg
@@ -251,7 +255,7 @@ def attend_chunks(
     q = dense_channels(q_TND)
     num_heads, dim = q.shape[1:]
     own_k_TGD, own_v_TGD, entry_TG = states
-    num_kv_heads, compress = cache.num_kv_heads, own_k_TGD is not None
+    num_kv_heads, has_own = cache.num_kv_heads, own_k_TGD is not None
     group = num_heads // num_kv_heads
     queries, entries, num_warps, num_stages = blocks_of(dim, group, q.element_size(), capability(q))
     tiles = chunks.tiles(queries // group, latest_first=True)
@@ -266,6 +270,7 @@ def attend_chunks(
             *q.stride()[:2], cos.stride(0), sin.stride(0), *table.stride()[:2],
             *out.stride()[:2], R=group, Q=queries, D=dim, F=max(16, triton.next_power_of_2(dim)),
             S=cache.page_size, I=entries, HALF=half,
-            COMPRESS=compress, STAGES=num_stages, DELAY=cache.merge_delay, INTERPRET=INTERPRETED, num_warps=num_warps,
+            COMPRESS=has_own or cache.evicts, OWN=has_own, STAGES=num_stages, DELAY=cache.delay,
+            INTERPRET=INTERPRETED, num_warps=num_warps,
         )  # fmt: skip
     return out

@@ -360,13 +360,13 @@ def write_chunks(
                 k, v, merges, omegas, chunks.table_B3, tiles.table_X2, num_entries_RG, appends, keep,
                 tails, *k.stride()[:2], *v.stride()[:2], *merges.stride(), *omegas.stride(),
                 *num_entries_RG.stride(), D=dim, I=tile, OWN=own, F=channels, SUM=not window,
-                FIRST=cache.merge_delay, num_warps=4,
+                FIRST=cache.delay, num_warps=4,
             )  # fmt: skip
             parts = 1 if window else triton.cdiv(2 * dim + 1, COMPONENTS)
             carry_kernel[num_chunks, num_kv_heads, parts](
                 appends, keep, tails, chunks.table_B3, tiles.starts_Y, num_entries_RG, segments,
                 base, carry, *num_entries_RG.stride(), *segments.stride()[:2], A=2 * dim + 1,
-                C=TILES_OF_BLOCK, F=COMPONENTS, SUM=not window, FIRST=cache.merge_delay,
+                C=TILES_OF_BLOCK, F=COMPONENTS, SUM=not window, FIRST=cache.delay,
                 INTERPRET=INTERPRETED, num_warps=4,
             )  # fmt: skip
         write_kernel[num_tiles, num_kv_heads, blocks](
@@ -375,7 +375,7 @@ def write_chunks(
             table.shape[2], *k.stride()[:2], *v.stride()[:2], *merges.stride()[:2],
             *omegas.stride()[:2], cos.stride(0), sin.stride(0), *table.stride()[:2],
             *num_entries_RG.stride(), *segments.stride()[:2], D=dim, I=tile, W=window, F=channels,
-            S=cache.page_size, HALF=half, COMPRESS=compress, FIRST=cache.merge_delay,
+            S=cache.page_size, HALF=half, COMPRESS=compress, FIRST=cache.delay,
             INTERPRET=INTERPRETED, num_warps=4,
         )  # fmt: skip
         if window:
@@ -383,6 +383,6 @@ def write_chunks(
                 k, v, merges, omegas, chunks.table_B3, tiles.starts_Y, base, segments,
                 *k.stride()[:2], *v.stride()[:2], *merges.stride(), *omegas.stride(),
                 *segments.stride()[:2], D=dim, W=window, C=max(16, triton.next_power_of_2(window)),
-                F=128, FIRST=cache.merge_delay, num_warps=4,
+                F=128, FIRST=cache.delay, num_warps=4,
             )  # fmt: skip
     return *states, entry

@@ -33,7 +33,7 @@ void append(const dmc::AppendParams<T>& p) {
 template <class T, class S, int kHeadDim>
 void append(const dmc::AppendParams<T>& p) {
   if constexpr (is_built<T, S, kHeadDim>) {
-    if (p.merge_delay) {
+    if (p.delay) {
       append<T, S, kHeadDim, true>(p);
     } else {
       append<T, S, kHeadDim, false>(p);
@@ -91,12 +91,21 @@ void prefill_write(const dmc::PrefillParams<T>& p) {
   }
 }
 
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, bool kDelayed>
 void prefill_attend(const dmc::PrefillAttentionParams<T>& p) {
   using Sizes = dmc::PrefillSizes<kHeadDim>;
   auto memory = nan_memory(Sizes::kBytes);
   emulator::launch(p.num_tiles * p.num_kv_heads, Sizes::kThreads,
-                   [&] { dmc::attend_tile<T, kHeadDim>(p, aligned(memory)); });
+                   [&] { dmc::attend_tile<T, kHeadDim, kDelayed>(p, aligned(memory)); });
+}
+
+template <class T, int kHeadDim>
+void prefill_attend(const dmc::PrefillAttentionParams<T>& p) {
+  if (p.delay) {
+    prefill_attend<T, kHeadDim, true>(p);
+  } else {
+    prefill_attend<T, kHeadDim, false>(p);
+  }
 }
 
 template <class T>

@@ -25,12 +25,12 @@ struct AppendParams {
   float* segments_RGUA;
   const int32_t* free_ids;  // null: pages are in the table
   int32_t* free_state;
-  uint8_t* late_merge_RGW;  // decisions and importances of the tokens in the rings
-  float* late_omega_RGW;
+  uint8_t* late_merge_RGW;  // decisions about the tokens in the rings, and their importances
+  float* late_omega_RGW;    // null: they do not merge, but are evicted
   int64_t q_stride[2], k_stride[2], v_stride[2], q_out_stride[2];
   int64_t cos_stride, sin_stride, segments_row_stride, segments_head_stride;
   int num_requests, num_kv_heads, group, half, merge_window, num_free;
-  int merge_delay;  // W; 0: tokens merge at once
+  int delay;  // W; 0: decisions take effect at once
   float alpha_offset, eps;
   bool compress, may_merge;
 };
@@ -126,6 +126,19 @@ struct Pairs {
       x[2 * i + 1] = owns(i) ? to_float(from[second(i)]) * scale : 0.0f;
     }
   }
+  // An entry from one slot to another, as it is stored.
+  template <class S>
+  DMC_DEVICE void copy_entry(void* pages, float* scales, int64_t from, int64_t to) const {
+    const S* from_D = static_cast<const S*>(pages) + from * kHeadDim;
+    S* to_D = static_cast<S*>(pages) + to * kHeadDim;
+    DMC_UNROLL
+    for (int i = 0; i < kOwn; ++i) {
+      if (!owns(i)) continue;
+      to_D[first(i)] = from_D[first(i)];
+      to_D[second(i)] = from_D[second(i)];
+    }
+    if (is_8bit<S> && thread_index() % kWarp == 0) scales[to] = scales[from];
+  }
   // Angles of a position's rotary channels; non-rotary pairs keep their angle of 0.
   template <class T>
   DMC_DEVICE void load_angles(float (&cos)[kOwn], float (&sin)[kOwn], const T* cos_F,
@@ -150,7 +163,8 @@ struct Pairs {
 };
 
 // One warp for each (request, key/value head); pages hold S. With a delay the token that leaves the head's ring
-// is merged or appended, and the new one takes its slot.
+// is merged or appended, and the new one takes its slot. Where tokens are evicted, it is copied as it is stored, or
+// is gone; a token decides about the one before it.
 template <class T, class S, int kHeadDim, bool kDelayed>
 DMC_DEVICE void append_token(const AppendParams<T>& p, int index) {
   using Own = Pairs<kHeadDim>;
@@ -196,14 +210,15 @@ DMC_DEVICE void append_token(const AppendParams<T>& p, int index) {
   bool new_merge = is_merge;
   float new_omega = omega;
   int64_t late = 0;
+  const bool evicts = kDelayed && !p.late_omega_RGW;
   if constexpr (kDelayed) {
-    ring = int(position % p.merge_delay);
-    late = (row * p.num_kv_heads + g) * p.merge_delay + ring;
-    is_merge = p.late_merge_RGW[late] != 0;
-    omega = p.late_omega_RGW[late];
+    ring = int(position % p.delay);
+    late = (row * p.num_kv_heads + g) * p.delay;
+    if (!evicts || p.delay > 1) is_merge = p.late_merge_RGW[late + ring] != 0;
+    if (!evicts) omega = p.late_omega_RGW[late + ring];
   }
-  const int first_entry = kDelayed ? p.merge_delay : 0;
-  is_merge = is_merge && entries > first_entry;
+  // the first entry's token does not merge, but it may be evicted
+  is_merge = is_merge && entries >= (kDelayed ? p.delay : 0) + !evicts;
 
   // the entry's page: the head's, or one from the free list
   const int entry = is_merge ? entries - 1 : entries;
@@ -230,11 +245,17 @@ DMC_DEVICE void append_token(const AppendParams<T>& p, int index) {
   own.load(k, k_D, p.compress);
   own.load(v, v_D, false);
   if constexpr (kDelayed) {
-    const bool leaves = entries >= p.merge_delay;
+    const bool leaves = entries >= p.delay;
     const int ring_page = leaves ? p.kv.table(row, g)[p.kv.column(ring)] : page_id;
     const int64_t slot = p.kv.slot(ring_page, ring);
     float old_k[kChannels] = {}, old_v[kChannels] = {};
-    if (leaves) {
+    if (evicts) {
+      const int64_t to = p.kv.slot(page_id, entry);
+      if (leaves && !is_merge) {
+        own.template copy_entry<S>(p.kv.k_pages_PSD, p.kv.k_scales_PS, slot, to);
+        own.template copy_entry<S>(p.kv.v_pages_PSD, p.kv.v_scales_PS, slot, to);
+      }
+    } else if (leaves) {
       own.template load_entry<T, S>(old_k, p.kv.k_pages_PSD, p.kv.k_scales_PS, slot);
       own.template load_entry<T, S>(old_v, p.kv.v_pages_PSD, p.kv.v_scales_PS, slot);
     }
@@ -244,14 +265,14 @@ DMC_DEVICE void append_token(const AppendParams<T>& p, int index) {
     own.template store_entry<S>(k, p.kv.k_pages_PSD, p.kv.k_scales_PS, slot);
     own.template store_entry<S>(v, p.kv.v_pages_PSD, p.kv.v_scales_PS, slot);
     if (lane == 0) {
-      p.late_merge_RGW[late] = new_merge;
-      p.late_omega_RGW[late] = new_omega;
+      p.late_merge_RGW[late + (evicts ? int((position + p.delay - 1) % p.delay) : ring)] = new_merge;
+      if (!evicts) p.late_omega_RGW[late + ring] = new_omega;
     }
-    if (!leaves) {
-      if (lane == 0) *num_entries = entries + 1;
+    if (!leaves || evicts) {
+      if (lane == 0) *num_entries = entry + 1;
       return;
     }
-    const int64_t left = position - p.merge_delay;
+    const int64_t left = position - p.delay;
     own.load_angles(cos, sin, p.cos_XF + left * p.cos_stride, p.sin_XF + left * p.sin_stride);
     DMC_UNROLL
     for (int i = 0; i < Own::kOwn; ++i) sin[i] = -sin[i];

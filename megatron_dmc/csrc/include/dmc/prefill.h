@@ -38,6 +38,7 @@ struct PrefillParams {
   int64_t k_stride[2], v_stride[2], cos_stride, sin_stride;
   int64_t segments_row_stride, segments_head_stride;
   int num_chunks, num_tiles, num_kv_heads, half, merge_window;
+  int first_entry;  // slots of a head's ring, which hold no entries
 };
 
 // One chunk and head: addresses of its tokens, and their decisions.
@@ -121,7 +122,7 @@ DMC_DEVICE void sum_tail(const PrefillParams<T>& p, int index) {
   const PrefillTile<T, kHeadDim> tile(p);
   const int x = index / p.num_kv_heads, chunk = p.tiles_X2[2 * x], first = p.tiles_X2[2 * x + 1];
   ChunkHead<T> at(p, chunk, index % p.num_kv_heads);
-  at.has_entry = *p.kv.num_entries(at.row, at.head) > 0;
+  at.has_entry = *p.kv.num_entries(at.row, at.head) > p.first_entry;
   const int size = smaller(kTileTokens, at.num_tokens - first);
   const int appends = tile.lane < size && !at.merges(first + tile.lane);
   const int total = count_lanes(appends != 0);
@@ -147,9 +148,9 @@ DMC_DEVICE void carry_sums(const PrefillParams<T>& p) {
   const ChunkHead<T> at(p, chunk, block_index() / blocks % p.num_kv_heads);
   const int a = block_index() % blocks * kCarryThreads + thread_index();
   if (a >= kRow || (p.merge_window && a > 0)) return;
-  int entries = int(*p.kv.num_entries(at.row, at.head));
+  int entries = larger(int(*p.kv.num_entries(at.row, at.head)), p.first_entry);
   float* open = at.kept() + a;
-  float state = entries > 0 && !p.merge_window ? *open : 0.0f;
+  float state = entries > p.first_entry && !p.merge_window ? *open : 0.0f;
   const int end = p.starts_Y[chunk + 1];
   constexpr int kAhead = 8;  // independent loads in flight
   for (int begin = p.starts_Y[chunk]; begin < end; begin += kAhead) {
@@ -188,7 +189,7 @@ DMC_DEVICE void write_tile(const PrefillParams<T>& p, int index) {
   const int mine = first + tile.lane;
   int entry, appends = 1, ends = 1;  // the last two of this lane's token
   if (compress) {
-    at.has_entry = p.base_XG[p.starts_Y[chunk] * p.num_kv_heads + at.head] > 0;
+    at.has_entry = p.base_XG[p.starts_Y[chunk] * p.num_kv_heads + at.head] > p.first_entry;
     entry = p.base_XG[index] - 1;
     appends = tile.lane < size && !at.merges(mine);
     ends = mine + 1 >= at.num_tokens || !at.merges(mine + 1);
@@ -247,7 +248,7 @@ DMC_DEVICE void keep_latest(const PrefillParams<T>& p, int index) {
   const Tile tile(p);
   const int chunk = index / p.num_kv_heads, window = p.merge_window;
   ChunkHead<T> at(p, chunk, index % p.num_kv_heads);
-  at.has_entry = p.base_XG[p.starts_Y[chunk] * p.num_kv_heads + at.head] > 0;
+  at.has_entry = p.base_XG[p.starts_Y[chunk] * p.num_kv_heads + at.head] > p.first_entry;
   int num_open = 1;  // kept tokens of the open segment
   for (int t = at.num_tokens - 1; num_open < window && (t < 0 || at.merges(t)); --t) ++num_open;
   for (int u = 0; u < window; ++u) {

@@ -1,7 +1,7 @@
 // Attention of prefilled chunks over pages that hold all their entries. docs/method.md, section 6.
 //
 // Dimension letters: T packed tokens of B chunks, N query heads, G key/value heads, D head dim, F rotary
-// channels, R query heads of a key/value head, X tiles of all chunks.
+// channels, R query heads of a key/value head, X tiles of all chunks, W tokens of a ring, Y = T + B W.
 //
 // A block is a tile of tokens of a chunk and one key/value head. Its rows are the tokens' queries, token
 // by token; a warp owns 16 or 32 of them from their rotation to their output. The warps of a block process
@@ -9,6 +9,10 @@
 // entry e sees its own state, which starts its softmax, and the entries below e; in a plain cache it sees
 // those up to e. e never decreases from token to token: a warp masks entries from that of its first token
 // on, and skips those beyond its last token's.
+//
+// With a delay the state and the entries that a token sees are those of the token W before it; its near tokens,
+// itself and the W - 1 before it, lie raw in a matrix, each chunk's behind what its ring held, and their tiles come
+// first. Where tokens are evicted there are no states: the entries up to that of the token W before it are seen.
 #pragma once
 
 #include "dmc/append.h"
@@ -21,15 +25,19 @@ struct PrefillAttentionParams {
   PagedKV kv;
   const T* q_TND;  // unrotated
   T* out_TND;
-  const T* own_k_TGD;  // each token's state; null for a plain cache
+  const T* own_k_TGD;  // each token's state; null for a plain cache, and where tokens are evicted
   const T* own_v_TGD;
   const T* cos_TF;  // null: no RoPE
   const T* sin_TF;
   const int32_t* entry_TG;   // index of the entry of a token's segment
   const int32_t* chunks_B3;  // row, first packed token, number of tokens
   const int32_t* tiles_X2;   // chunk, first token within it
+  const T* near_k_YGD;       // with a delay
+  const T* near_v_YGD;
+  const int32_t* far_B2;  // tokens of each chunk that see near ones only, and the state that the next one sees
   int64_t q_stride[2], out_stride[2], cos_stride, sin_stride;
   int num_tiles, tile_tokens, num_kv_heads, group, half;
+  int delay;    // W, slots of a ring; 0: decisions take effect at once
   float scale;  // of the scores, times log2(e); above 0
 };
 
@@ -53,7 +61,7 @@ struct PrefillSizes {
 // Largest number of tokens of a tile times R.
 constexpr int prefill_rows(int head_dim) { return head_dim <= 128 ? 128 : 64; }
 
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, bool kDelayed>
 struct PrefillBlock {
   using Sizes = PrefillSizes<kHeadDim>;
   static constexpr int kSteps = kHeadDim / 16;
@@ -66,6 +74,8 @@ struct PrefillBlock {
   int lane, head, first_row;  // first_row: of this warp
   int num_tokens;             // of the tile
   int64_t start;              // its first packed token
+  int lead, states, near;  // with a delay: tokens without a state; rows of token 0's state and of its chunk's ring
+  int near_begin, near_tiles;  // near rows, from `near` on; tiles of them
   const int32_t* table;
   int high;                // entries that the tile's last token sees
   int warp_low, warp_high;  // entries that this warp's first and last token see; 0, 0 without tokens
@@ -82,25 +92,51 @@ struct PrefillBlock {
     const int x = index / p.num_kv_heads, chunk = p.tiles_X2[2 * x], first = p.tiles_X2[2 * x + 1];
     num_tokens = smaller(p.tile_tokens, p.chunks_B3[3 * chunk + 2] - first);
     start = int64_t(p.chunks_B3[3 * chunk + 1]) + first;
+    near_tiles = 0;
+    if constexpr (kDelayed) {
+      lead = p.far_B2[2 * chunk] - first;
+      states = p.far_B2[2 * chunk + 1] - lead;
+      near = int(start) - first + chunk * p.delay;
+      near_begin = first + larger(1, lead);
+      near_tiles = (near_end() - near_begin + Sizes::kEntries - 1) / Sizes::kEntries;
+    }
     table = p.kv.table(p.chunks_B3[3 * chunk], head);
     high = seen(num_tokens - 1);
     warp_low = warp_high = 0;
     if (first_row / p.group < num_tokens) {
       warp_low = seen(first_row / p.group);
-      const int last_row = first_row + Sizes::kOwnRows - 1;
-      warp_high = seen(smaller(last_row / p.group, num_tokens - 1));
+      warp_high = seen(last_token());
     }
+  }
+
+  DMC_DEVICE int last_token() const {  // of this warp
+    return smaller((first_row + Sizes::kOwnRows - 1) / p.group, num_tokens - 1);
   }
 
   // This thread's row in a block of 16, h = 0 or 1, among the tile's.
   DMC_DEVICE int row(int m, int h) const { return first_row + m * 16 + h * 8 + lane / 4; }
-  DMC_DEVICE int64_t token_head(int t) const { return (start + t) * p.num_kv_heads + head; }
-  DMC_DEVICE int seen(int t) const { return p.entry_TG[token_head(t)] + (p.own_k_TGD ? 0 : 1); }
+  DMC_DEVICE int first_entry() const { return kDelayed ? p.delay : 0; }
+  DMC_DEVICE bool has_state(int t) const { return !kDelayed || t >= lead; }
+  DMC_DEVICE int64_t first_state() const { return kDelayed ? states : start; }
+  DMC_DEVICE int64_t state_head(int t) const { return (first_state() + t) * p.num_kv_heads + head; }
+  DMC_DEVICE int seen(int t) const {  // slots below this, from `first_entry` on
+    if (!has_state(t)) return first_entry();
+    return p.entry_TG[state_head(t)] + (p.own_k_TGD ? 0 : 1);
+  }
   DMC_DEVICE int64_t query_head(int row) const { return int64_t(head) * p.group + row % p.group; }
+
+  // The tile's first token within the chunk, read again to free its register.
+  DMC_DEVICE int first() const { return p.tiles_X2[2 * (block_index() / p.num_kv_heads) + 1]; }
+  DMC_DEVICE int near_end() const { return first() + num_tokens + p.delay; }
+  DMC_DEVICE bool is_near(int tile) const { return kDelayed && tile < near_tiles; }
+  DMC_DEVICE int begin_of(int tile) const {  // its first near row, or its first slot
+    if (is_near(tile)) return near_begin + tile * Sizes::kEntries;
+    return (tile - near_tiles + first_entry() / Sizes::kEntries) * Sizes::kEntries;
+  }
 
   // Lane i: page of the tile's entries from 8 i on, which a page holds together.
   DMC_DEVICE int page_ids(int tile) const {
-    const int entry = tile * Sizes::kEntries + lane * 8, column = p.kv.column(entry);
+    const int entry = begin_of(tile) + lane * 8, column = p.kv.column(entry);
     const bool has = lane < Sizes::kEntries / 8 && entry < high && column < p.kv.table_width;
     return has ? table[column] : kNoPage;
   }
@@ -113,10 +149,18 @@ struct PrefillBlock {
     for (int i = 0; i < Sizes::kEntries * Sizes::kChunks / Sizes::kThreads; ++i) {
       const int index = thread_index() + i * Sizes::kThreads;
       const int at = index / Sizes::kChunks, chunk = index % Sizes::kChunks;
-      const int entry = tile * Sizes::kEntries + at, page = shuffle(pages, at / 8);
-      const bool valid = entry < high && page >= 0;
-      const int64_t from = valid ? p.kv.slot(page, entry) * kHeadDim + chunk * 8 : 0;
+      const int entry = begin_of(tile) + at, page = shuffle(pages, at / 8);
       char* row = to + at * Sizes::kPitch + chunk * 16;
+      if (is_near(tile)) {
+        const bool valid = entry < near_end();
+        int64_t from = int64_t(near + entry) * p.num_kv_heads + head;
+        from = valid ? from * kHeadDim + chunk * 8 : 0;
+        copy_async(row, p.near_k_YGD + from, valid);
+        copy_async(row + Sizes::kMatrix, p.near_v_YGD + from, valid);
+        continue;
+      }
+      const bool valid = entry >= first_entry() && entry < high && page >= 0;
+      const int64_t from = valid ? p.kv.slot(page, entry) * kHeadDim + chunk * 8 : 0;
       copy_async(row, k_pages + from, valid);
       copy_async(row + Sizes::kMatrix, v_pages + from, valid);
     }
@@ -127,7 +171,7 @@ struct PrefillBlock {
     using Own = Pairs<kHeadDim>;
     constexpr int kAtOnce = 4;  // rows whose loads are in flight together
     const Own own{p.half};
-    const bool compress = p.own_k_TGD != nullptr;
+    const bool compress = kDelayed || p.own_k_TGD != nullptr;
     for (int i = 0; i < Sizes::kOwnRows; i += kAtOnce) {
       float q[kAtOnce][2 * Own::kOwn] = {}, cos[kAtOnce][Own::kOwn], sin[kAtOnce][Own::kOwn];
       DMC_UNROLL
@@ -155,9 +199,9 @@ struct PrefillBlock {
       DMC_UNROLL
       for (int h = 0; h < 2; ++h) {
         const int t = row(m, h) / p.group;
-        const bool has_token = t < num_tokens, has_own = has_token && p.own_k_TGD;
+        const bool has_token = t < num_tokens, has_own = has_token && has_state(t) && p.own_k_TGD;
         bound[m][h] = has_token ? seen(t) : 0;
-        const int64_t own = has_own ? token_head(t) * kHeadDim + lane % 4 * 2 : 0;
+        const int64_t own = has_own ? state_head(t) * kHeadDim + lane % 4 * 2 : 0;
         const char* q_row = queries + (row(m, h) - first_row) * Sizes::kPitch + lane % 4 * 4;
         float score = 0.0f;
         DMC_UNROLL
@@ -206,7 +250,7 @@ struct PrefillBlock {
         multiply(scores, j, a, loaded);
       }
     }
-    weigh(scores, tile * Sizes::kEntries);
+    weigh(scores, tile);
     const char* v_row = k + Sizes::kMatrix + lane % 16 * Sizes::kPitch + lane / 16 * 16;
     DMC_UNROLL
     for (int j = 0; j < kBlocks; j += 2) {
@@ -240,21 +284,29 @@ struct PrefillBlock {
     }
   }
 
-  // Turn scores of the entries from `entry` on into weights, and rescale earlier sums to the same base.
+  // Turn a tile's scores into weights, and rescale earlier sums to the same base.
   template <int kBlocks>
-  DMC_DEVICE void weigh(float (&scores)[kRowBlocks][kBlocks][4], int entry) {
-    const bool masked = entry + kBlocks * 8 > warp_low;
-    const int first = entry + lane % 4 * 2;
+  DMC_DEVICE void weigh(float (&scores)[kRowBlocks][kBlocks][4], int tile) {
+    const int entry = begin_of(tile);
+    const bool masked = is_near(tile) || entry < first_entry() || entry + kBlocks * 8 > warp_low;
+    const int column = entry + lane % 4 * 2;
     DMC_UNROLL
     for (int m = 0; m < kRowBlocks; ++m) {
       float decay[2];
       DMC_UNROLL
       for (int h = 0; h < 2; ++h) {
         float most = max[m][h];
+        int from = first_entry();
+        unsigned seen_here = larger(bound[m][h] - from, 0);
+        if (is_near(tile)) {
+          const int t = row(m, h) / p.group;
+          from = first() + t + 1;
+          seen_here = t < num_tokens ? p.delay : 0;
+        }
         DMC_UNROLL
         for (int i = 0; i < kBlocks * 2; ++i) {
           float& x = scores[m][i / 2][2 * h + i % 2];
-          if (masked && first + i / 2 * 8 + i % 2 >= bound[m][h]) x = -INFINITY;
+          if (masked && unsigned(column + i / 2 * 8 + i % 2 - from) >= seen_here) x = -INFINITY;
           most = fmaxf(most, x);
         }
         most = fmaxf(most, shuffle_xor(most, 1));
@@ -304,7 +356,10 @@ struct PrefillBlock {
 
   DMC_DEVICE void run() {
     constexpr int kAhead = Sizes::kStages - 1;
-    const int tiles = (high + Sizes::kEntries - 1) / Sizes::kEntries;
+    int tiles = near_tiles;
+    if (high > first_entry()) {
+      tiles += (high + Sizes::kEntries - 1) / Sizes::kEntries - first_entry() / Sizes::kEntries;
+    }
     int pages = page_ids(0);  // of the tile to fetch next
     DMC_UNROLL
     for (int s = 0; s < kAhead; ++s) {
@@ -323,7 +378,13 @@ struct PrefillBlock {
         pages = page_ids(tile + kAhead + 1);
       }
       copy_async_commit();
-      if (tile * Sizes::kEntries < warp_high) attend(tile, stage);
+      bool sees = begin_of(tile) < warp_high;
+      if (is_near(tile)) {
+        const int begin = begin_of(tile) - first();
+        sees = warp_high && begin <= last_token() + p.delay &&
+               begin + Sizes::kEntries > first_row / p.group + 1;
+      }
+      if (sees) attend(tile, stage);
       stage = stage == kAhead ? 0 : stage + 1;
     }
     end();
@@ -331,9 +392,9 @@ struct PrefillBlock {
 };
 
 // One block of PrefillSizes<kHeadDim>::kThreads for each (tile, head); `shared` holds kBytes.
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, bool kDelayed>
 DMC_DEVICE void attend_tile(const PrefillAttentionParams<T>& p, char* shared) {
-  PrefillBlock<T, kHeadDim>(p, shared, block_index()).run();
+  PrefillBlock<T, kHeadDim, kDelayed>(p, shared, block_index()).run();
 }
 
 }  // namespace dmc
