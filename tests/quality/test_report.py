@@ -299,6 +299,8 @@ def test_human_bytes(count, text):
 
 def test_verdict_is_made_of_the_numbers():
     assert plots.verdict(bare()) == "The KV cache is 4.1x smaller at 1.02x the perplexity"
+    delayed = plots.verdict(bare(settings={"merge_delay": 16}))
+    assert delayed == "4.1 tokens share a cache entry at 1.02x the perplexity"
     assert "not smaller" in plots.verdict(bare(measured_cr=1.0))
 
 

@@ -127,6 +127,8 @@ def verdict(data: ReportData) -> str:
     perplexity = f"{data.perplexity_ratio:.2f}x the perplexity"
     if data.measured_cr < 1.005:
         return f"The KV cache is not smaller, at {perplexity}"
+    if data.settings.get("merge_delay"):  # raw tokens take slots besides
+        return f"{data.measured_cr:.1f} tokens share a cache entry at {perplexity}"
     return f"The KV cache is {data.measured_cr:.1f}x smaller at {perplexity}"
 
 
