@@ -35,8 +35,8 @@ class MergingStore(GatedStore):
     def __init__(self, storage: Storage, rule: CompressionRule | None):
         super().__init__(storage, rule)
         self.window = 0 if rule is None else rule.merge_window
-        merges = rule is not None and rule.merges
-        self.segments = open_segments(storage, rule) if merges else None
+        if rule is not None and rule.merges:
+            self.segments = open_segments(storage, rule)
         self.row_state = [] if self.segments is None else [self.segments.state_LRGUA]
         self._angles: tuple[Tensor, Angles] | None = None
 

@@ -136,7 +136,7 @@ def _append_after_delay(
         if delay == 1:  # what the new token says
             is_evicted = gates_BG[0][leaves_B]
         fits_BG[leaves_B] = _keep(cache, rows, slot, is_evicted)
-    elif bool(leaves_B.any()):
+    elif delayed.omega_XGW is not None and bool(leaves_B.any()):
         rows, slot = rows_B[leaves_B], slot_B[leaves_B]
         cos, sin = angles_of(angles_XF, positions_B[leaves_B] - delay)
         k, v = cache.load_slots(cache.slots(rows, ring_BG[leaves_B, :, None])[..., 0], k_BGD.dtype)
