@@ -5,7 +5,8 @@ namespace dmc {
 namespace {
 
 template <class T, int kHeadDim, bool kDelayed>
-__global__ void __launch_bounds__(PrefillSizes<kHeadDim>::kThreads, PrefillSizes<kHeadDim>::kBlocks)
+__global__ void __launch_bounds__(PrefillSizes<kHeadDim, kDelayed>::kThreads,
+                                  PrefillSizes<kHeadDim, kDelayed>::kBlocks)
     prefill_kernel(__grid_constant__ const PrefillAttentionParams<T> p) {
   extern __shared__ __align__(16) char shared_memory[];
   attend_tile<T, kHeadDim, kDelayed>(p, shared_memory);
@@ -13,7 +14,7 @@ __global__ void __launch_bounds__(PrefillSizes<kHeadDim>::kThreads, PrefillSizes
 
 template <class T, int kHeadDim, bool kDelayed>
 cudaError_t launch(const PrefillAttentionParams<T>& p, cudaStream_t stream) {
-  using Sizes = PrefillSizes<kHeadDim>;
+  using Sizes = PrefillSizes<kHeadDim, kDelayed>;
   static_assert(Sizes::kRows == prefill_rows(kHeadDim));
   const auto kernel = prefill_kernel<T, kHeadDim, kDelayed>;
   const cudaError_t error = reserve_shared_memory(kernel, Sizes::kBytes);

@@ -127,6 +127,8 @@ DELAYED = [
     (4, 96, 16, HALF, 3, 16, 32),
     (1, 64, 8, torch.float32, 0, 1, 0),
 ]
+if BACKEND == "host":  # tiles of another size
+    DELAYED += [(2, 128, 16, HALF, 0, 21, 128), (1, 128, 8, HALF, None, 5, 64)]
 DELAYED_LARGE = [
     (group, dim, page_size, HALF, window, delay, dim)
     for group, dim, page_size in ((1, 64, 64), (8, 128, 16), (8, 256, 8))

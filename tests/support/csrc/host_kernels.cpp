@@ -93,7 +93,7 @@ void prefill_write(const dmc::PrefillParams<T>& p) {
 
 template <class T, int kHeadDim, bool kDelayed>
 void prefill_attend(const dmc::PrefillAttentionParams<T>& p) {
-  using Sizes = dmc::PrefillSizes<kHeadDim>;
+  using Sizes = dmc::PrefillSizes<kHeadDim, kDelayed>;
   auto memory = nan_memory(Sizes::kBytes);
   emulator::launch(p.num_tiles * p.num_kv_heads, Sizes::kThreads,
                    [&] { dmc::attend_tile<T, kHeadDim, kDelayed>(p, aligned(memory)); });

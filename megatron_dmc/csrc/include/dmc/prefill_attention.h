@@ -42,18 +42,19 @@ struct PrefillAttentionParams {
 };
 
 // Rows and entries of a block, and its shared memory: queries, then stages of keys and values.
-template <int kHeadDim>
+template <int kHeadDim, bool kDelayed>
 struct PrefillSizes {
+  static constexpr bool kSmall = kDelayed && kHeadDim == 128;  // or the near tokens' registers spill
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kRowBlocks = kHeadDim <= 128 ? 2 : 1;  // of 16 rows, of a warp
   static constexpr int kOwnRows = 16 * kRowBlocks;
   static constexpr int kRows = kWarps * kOwnRows;
-  static constexpr int kEntries = kHeadDim <= 64 ? 64 : 32;
+  static constexpr int kEntries = kHeadDim <= 64 ? 64 : kSmall ? 16 : 32;
   static constexpr int kChunks = Stages<bf16, kHeadDim>::kChunks;  // of 16 bytes, of a row
   static constexpr int kPitch = Stages<bf16, kHeadDim>::kPitch;
   static constexpr int kMatrix = kEntries * kPitch;
-  static constexpr int kStages = kHeadDim <= 96 ? 3 : 2;  // two blocks fit an A100's multiprocessor
+  static constexpr int kStages = kSmall ? 4 : kHeadDim <= 96 ? 3 : 2;  // two blocks fit an A100's multiprocessor
   static constexpr int kBytes = kRows * kPitch + kStages * 2 * kMatrix;
   static constexpr int kBlocks = 2;  // of a multiprocessor, by registers
 };
@@ -63,7 +64,7 @@ constexpr int prefill_rows(int head_dim) { return head_dim <= 128 ? 128 : 64; }
 
 template <class T, int kHeadDim, bool kDelayed>
 struct PrefillBlock {
-  using Sizes = PrefillSizes<kHeadDim>;
+  using Sizes = PrefillSizes<kHeadDim, kDelayed>;
   static constexpr int kSteps = kHeadDim / 16;
   static constexpr int kColumns = kHeadDim / 8;  // of 8 channels
   static constexpr int kRowBlocks = Sizes::kRowBlocks;
@@ -380,9 +381,8 @@ struct PrefillBlock {
       copy_async_commit();
       bool sees = begin_of(tile) < warp_high;
       if (is_near(tile)) {
-        const int begin = begin_of(tile) - first();
-        sees = warp_high && begin <= last_token() + p.delay &&
-               begin + Sizes::kEntries > first_row / p.group + 1;
+        const int begin = begin_of(tile) - first(), own = first_row / p.group + 1;
+        sees = warp_high && begin <= last_token() + p.delay && begin + Sizes::kEntries > own;
       }
       if (sees) attend(tile, stage);
       stage = stage == kAhead ? 0 : stage + 1;
@@ -391,7 +391,7 @@ struct PrefillBlock {
   }
 };
 
-// One block of PrefillSizes<kHeadDim>::kThreads for each (tile, head); `shared` holds kBytes.
+// One block of PrefillSizes::kThreads for each (tile, head); `shared` holds kBytes.
 template <class T, int kHeadDim, bool kDelayed>
 DMC_DEVICE void attend_tile(const PrefillAttentionParams<T>& p, char* shared) {
   PrefillBlock<T, kHeadDim, kDelayed>(p, shared, block_index()).run();
