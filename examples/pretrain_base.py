@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from megatron_dmc.checkpoint.hf_config import to_hf_config
 from megatron_dmc.cli.main import main as cli
@@ -93,7 +94,7 @@ def pretrain(work: Path, output: Path) -> None:
         sys.exit(2)
 
 
-def control(work: Path, model: Path, recipe: demo.Recipe) -> dict[str, float]:
+def control(work: Path, model: Path, recipe: demo.Recipe) -> dict[str, Any]:
     """Held-out perplexity before and after the demo's steps, learning rate and data, without DMC."""
     from megatron_dmc.checkpoint.load import load_model
     from megatron_dmc.quality.likelihood import evaluate, read_tokens
@@ -119,7 +120,7 @@ def control(work: Path, model: Path, recipe: demo.Recipe) -> dict[str, float]:
         evaluate(load_model(path), tokens, length=demo.SEQ_LENGTH).perplexity
         for path in (model, previous)
     )
-    return {"steps": sum(recipe.stages.values()), "base_perplexity": before,
+    return {"stages": recipe.stages, "lr": recipe.lr, "base_perplexity": before,
             "base_continued_perplexity": after}  # fmt: skip
 
 

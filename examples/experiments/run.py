@@ -37,6 +37,9 @@ RECIPE_KEYS = {field.name for field in fields(demo.Recipe)}
 OWN_KEYS = {"name", "group", "kind", "seeds", "lengths", "kv_heads", "seq_length", "plain_steps",
             "from_scratch", "teacher"}  # fmt: skip
 """Keys of an arm that are neither the recipe's nor flags `--dmc-*`."""
+RECIPE = {"zero_out": 20, "retrofit": 120, "finetune": 480, "lr": 1e-3, "merge_delay": 0,
+          "borrowed_lr_mult": 1.0}  # fmt: skip
+"""Of all arms that say nothing else, in place of the demo's, which are chosen for a short retrofit with a delay."""
 CURVE_WINDOWS = 64
 """Held-out windows that the checkpoints on the way are measured on."""
 
@@ -51,11 +54,11 @@ def read_arms(file: Path) -> dict[str, Arm]:
 
 
 def recipe_of(arm: Arm, seed: int, short: bool) -> demo.Recipe:
-    """The demo's settings with what the arm changes."""
+    """The demo's settings with those of all arms, and what the arm changes."""
     settings = {key: value for key, value in arm.items() if key in RECIPE_KEYS}
     if short:
         settings |= {"zero_out": 2, "retrofit": 2, "finetune": 2}
-    return demo.Recipe(**settings | {"seed": 1000 * seed + 234})
+    return demo.Recipe(**RECIPE | settings | {"seed": 1000 * seed + 234})
 
 
 def stages_of(arm: Arm, recipe: demo.Recipe, short: bool) -> dict[str, int]:

@@ -74,6 +74,7 @@ def recipe_of(arm: Arm, settings: Settings) -> demo.Recipe:
         lr=t.lr, target_cr=arm.target_cr or 1.0, merge_window=t.merge_window, merge_delay=t.merge_delay,
         alpha_offset=t.alpha_offset, temperature=t.temperature, noise_scale=t.noise_scale,
         finetune_noise_scale=t.finetune_noise_scale, loss_weight=t.loss_weight, seed=t.seed,
+        borrowed_lr_mult=t.borrowed_lr_mult,
     )  # fmt: skip
 
 
@@ -83,10 +84,7 @@ def stage_flags(arm: Arm, stage: str, settings: Settings) -> list[str]:
     teacher = ["--dmc-teacher-weight", str(t.teacher_weight)]
     if arm.target_cr is None:
         return ["--dmc-stage", "off", *teacher]
-    flags = [*demo.dmc_flags(stage, recipe_of(arm, settings)), *teacher]
-    if t.borrowed_lr_mult != 1.0:
-        flags += ["--dmc-borrowed-lr-mult", str(t.borrowed_lr_mult)]
-    return flags
+    return [*demo.dmc_flags(stage, recipe_of(arm, settings)), *teacher]
 
 
 def common_flags(settings: Settings, base: Path, data: Path, tokenizer: Path) -> list[str]:

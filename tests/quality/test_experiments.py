@@ -18,7 +18,8 @@ def test_every_arm_is_a_valid_setting():
     arms = driver.read_arms(ROOT / "examples/experiments/arms.toml")
     assert {arm["kind"] for arm in arms.values()} == {"dmc", "plain"}
     settings = {f"--dmc-{name.replace('_', '-')}" for name in DMCConfig().to_dict()} | {
-        "--dmc-no-stage-check"
+        "--dmc-no-stage-check",
+        "--dmc-borrowed-lr-mult",
     }
     dmc_flags = add_dmc_args(ArgumentParser())
     dmc_flags.add_argument("--train-iters", type=int)
