@@ -297,7 +297,7 @@ THEIRS = '''
     megatron.core.transformer.transformer_config megatron.core.transformer.transformer_layer
 '''.split()
 OPTIONAL = {"fastapi", "uvicorn", "uvloop", "httptools", "prometheus_client", "lm_eval", "flash_attn",
-            "transformer_engine", "matplotlib", "jinja2", "triton"}
+            "transformer_engine", "matplotlib", "jinja2", "triton", "llama_cpp", "vllm"}
 
 def public(owner):
     return {name: value for name, value in vars(owner).items()

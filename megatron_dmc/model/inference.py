@@ -23,12 +23,9 @@ def use_inference_kernels(model: GPTModel) -> None:
             weight = module.weight
             if weight is None:  # the output layer of tied embeddings is handed its weight
                 weight = model.shared_embedding_or_output_weight()
-            is_alone = module.config.tensor_model_parallel_size == 1
             if (kernels := _kernels(LINEAR, weight)) is None:
                 continue
-            if (
-                is_alone
-            ):  # nothing to communicate: no need of Megatron's functions around the product
+            if module.config.tensor_model_parallel_size == 1:  # no communication around the product
                 module.forward = functools.partial(_linear, module, kernels.linear)
             else:
                 module._forward_impl = functools.partial(_product, module, kernels.linear)
@@ -37,7 +34,8 @@ def use_inference_kernels(model: GPTModel) -> None:
             and module.weight is not None
             and (kernels := _kernels(NORM, module.weight)) is not None
         ):
-            module.forward = functools.partial(_norm, module, kernels.rms_norm)
+            rms_norm: Any = functools.partial(_norm, module, kernels.rms_norm)
+            module.forward = rms_norm  # type: ignore[method-assign]
 
 
 def _kernels(op: Op, weight: Tensor) -> Any:

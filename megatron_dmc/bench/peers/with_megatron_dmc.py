@@ -5,12 +5,13 @@ import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 
-import cases
 import torch
 
 from megatron_dmc.bench import serving
 from megatron_dmc.bench.model_under_test import Case, ModelUnderTest
 from megatron_dmc.engine import SamplingParams
+
+from . import cases
 
 
 def measure(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
-import cases
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+
+from . import cases
 
 
 class Steps(StoppingCriteria):

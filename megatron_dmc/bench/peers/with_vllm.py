@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import cases
+from . import cases
 
 GIBIBYTES_OF_CACHE = "4"
 
