@@ -15,7 +15,7 @@ type Data = dict[str, Any]
 CONTROLS = {"ablation": "ablation-control"}
 """Of a group without a plain arm; else it is the arm "continued"."""
 
-BESIDE = {
+COMPARED_WITH = {
     "delay": ("dmc-2x", "dmc-4x", "dmc-8x", "dms-4x", "dms-8x"),
     "combined": ("gqa-4x", "dmc-4x", "dmc-8x"),
     "distillation": ("gqa-4x", "dmc-4x", "dmc-8x"),

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from result_data import (
-    BESIDE,
+    COMPARED_WITH,
     Data,
     arm_order,
     cache_crs,
@@ -44,7 +44,7 @@ def group_table(data: Data, name: str) -> str:
     """Perplexity and CR at the lengths that arms have in common, and the perplexity against the control's."""
     names = arm_order(data, group(data, name))
     control = control_of(data, name)
-    others = [control, *BESIDE.get(name, ())]
+    others = [control, *COMPARED_WITH.get(name, ())]
     names = [a for a in others if a not in names and a in data["arms"]] + names
     counted = Counter(int(n) for a in names for n in _lengths(data, a))
     lengths = sorted(n for n, arms in counted.items() if arms > 1 or len(names) == 1)

@@ -50,6 +50,7 @@ class Sequences:
 
 
 def measure(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the row of each case of a request that `cases` describes; raises what the engine raises."""
     ll.llama_backend_init()
     model = ll.llama_model_load_from_file(asked["gguf"].encode(), ll.llama_model_default_params())
     if not model:

@@ -15,6 +15,7 @@ from . import cases
 
 
 def measure(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the row of each case of a request that `cases` describes; raises what the engine raises."""
     torch.set_num_threads(asked["threads"])
     all_cases = asked["cases"]
     longest = max(c["context"] + c["new_tokens"] for c in all_cases)

@@ -22,6 +22,7 @@ class Steps(StoppingCriteria):
 
 
 def measure(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the row of each case of a request that `cases` describes; raises what the engine raises."""
     torch.set_num_threads(asked["threads"])
     model = AutoModelForCausalLM.from_pretrained(
         asked["model"], dtype=getattr(torch, asked["dtype"]), attn_implementation="sdpa"

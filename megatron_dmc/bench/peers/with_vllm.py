@@ -10,6 +10,7 @@ GIBIBYTES_OF_CACHE = "4"
 
 
 def measure(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the row of each case of a request that `cases` describes; raises what the engine raises."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", GIBIBYTES_OF_CACHE)
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that the memory is this process's
