@@ -109,9 +109,8 @@ outputs = model.generate(**inputs, max_new_tokens=64, return_dict_in_generate=Tr
 print(outputs.past_key_values.compression_ratio())
 ```
 
-`gates_dmc.py`, `ops_dmc.py` and `delay_dmc.py` hold the method, `cache_dmc.py` the compressed cache; the code needs
-transformers 5 and torch. In training mode the model decides with noise and adds the compression loss
-to `loss`."""
+`gates_dmc.py` and `ops_dmc.py` hold the method, `cache_dmc.py` the compressed cache; the code needs transformers 5
+and torch. In training mode the model decides with noise and adds the compression loss to `loss`."""
 
 
 def model_card(

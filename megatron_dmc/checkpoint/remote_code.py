@@ -31,8 +31,7 @@ SUPPORTED = {family.architecture: family for family in FAMILIES if family.remote
 """Families that transformers can run with DMC, by architecture."""
 
 SHARED = (
-    "modeling_dmc.py", "attention_dmc.py", "configuration_dmc.py", "ops_dmc.py", "delay_dmc.py",
-    "cache_dmc.py",
+    "modeling_dmc.py", "attention_dmc.py", "configuration_dmc.py", "ops_dmc.py", "cache_dmc.py",
 )  # fmt: skip
 """Files of `checkpoint.remote` that every exported folder has."""
 GATES = "gates_dmc.py"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf_models import in_float64
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -143,13 +144,7 @@ def test_logits_and_round_trip(tmp_path, groups, tied):
 
 
 def test_logits_in_float64(llama):
-    reference = LlamaForCausalLM.from_pretrained(llama).double().eval()
-    for parent in list(reference.modules()):
-        for name, norm in list(parent.named_children()):
-            if type(norm).__name__ == "LlamaRMSNorm":  # computes in float32 whatever it is given
-                exact = torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon)
-                exact.weight = norm.weight
-                setattr(parent, name, exact)
+    reference = in_float64(LlamaForCausalLM.from_pretrained(llama)).eval()
     loaded = load_model(llama, dtype=torch.float64)
     with torch.no_grad():
         expected = reference(tokens()).logits

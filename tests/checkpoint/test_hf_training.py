@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import VOCAB, model_of, save_with_code, tokens
+from hf_models import VOCAB, in_float64, model_of, save_with_code, tokens
 
 import megatron_dmc.ops
-from megatron_dmc.checkpoint.load import full_forward, load_model
+from megatron_dmc.checkpoint.hf_folder import pieces
+from megatron_dmc.checkpoint.load import load_model
 from megatron_dmc.checkpoint.remote import attention_dmc, configuration_dmc, ops_dmc
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.ops import gates
+from megatron_dmc.ops import gates, reference
 from megatron_dmc.training.loss import compression_loss
 
 # The same equations as the package's
@@ -79,7 +80,7 @@ def test_attention_is_the_packages(implementation, block, monkeypatch):
     without = torch.ones(8, dtype=torch.float64)
     without[-1] = 0  # the caller leaves the borrowed channel out of the queries
     out, weights = ops_dmc.attend(
-        q * without, k, v, log_keep, softmax_scale=0.3, implementation=implementation
+        q * without, (k, v), log_keep, softmax_scale=0.3, implementation=implementation
     )
     expected = megatron_dmc.ops.training_attention(q, k, v, log_keep, softmax_scale=0.3)
     inputs = [q, k, v, log_keep]
@@ -88,49 +89,76 @@ def test_attention_is_the_packages(implementation, block, monkeypatch):
     assert (weights is None) == (implementation == "sdpa")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"merge_window": 3},
-        {"shared_decisions": True},
-        {"merge_window": 3, "shared_decisions": True},
-        {"merge_delay": 4},
-        {"policy": "evict", "eviction_delay": 3},
-    ],
-    ids=str,
-)
-def test_loss_and_gradients_are_those_of_the_packages_ops(changes):
-    model = model_of(**changes).train()
+def total_loss(logits, ids, compression_loss=0.0):
+    """In the logits' dtype; transformers' own language-model loss is computed in float32."""
+    lm = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    return lm + compression_loss
+
+
+def assert_same_gradients(ours: dict, theirs: dict):
+    """Loss and gradients by name, equal to float64's rounding relative to each one's norm."""
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        error = float((ours[name] - expected).norm())
+        assert error <= 1e-12 * float(expected.norm()), name
+
+
+VARIANTS = [
+    {},
+    {"merge_window": 3},
+    {"shared_decisions": True},
+    {"importance": "constant"},
+    {"merge_window": 3, "shared_decisions": True},
+    {"merge_delay": 4},
+    {"policy": "evict", "eviction_delay": 3},
+]
+
+
+@pytest.mark.parametrize("ops", [None, megatron_dmc.ops], ids=["export", "package"])
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_loss_and_gradients_are_those_of_the_reference(changes, ops):
+    model = in_float64(model_of(**changes)).train()
     ids = tokens(2, 40)
     results = []
-    for ops in (None, megatron_dmc.ops):
-        model.set_dmc_ops(ops)
+    for chosen in (ops, reference):
+        model.set_dmc_ops(chosen)
         model.zero_grad()
         torch.manual_seed(7)
-        output = model(ids, labels=ids)
-        output.loss.backward()
-        results.append([output.loss, *(p.grad.clone() for p in model.parameters())])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)
+        output = model(ids)
+        loss = total_loss(output.logits, ids, output.compression_loss)
+        loss.backward()
+        results.append({n: p.grad.clone() for n, p in model.named_parameters()})
+        results[-1]["loss"] = loss.detach()
+    assert_same_gradients(*results)
     assert 1.2 < float(output.measured_cr) < 3
     assert float(output.compression_loss.detach()) > 0.01
 
 
-@pytest.mark.parametrize("importance", ["learned", "constant"])
-def test_training_is_that_of_megatrons_model(tmp_path, importance):
-    """Relaxed gates in the whole model, without noise: transformers' logits are Megatron's."""
-    model = model_of(noise_scale=0.0, importance=importance)
+@pytest.mark.parametrize("training", [True, False], ids=["relaxed", "hard"])
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_loss_and_gradients_are_those_of_megatrons_model(tmp_path, changes, training):
+    """Gates in the whole model, without noise: logits, loss and the gradient of every parameter."""
+    model = model_of(noise_scale=0.0, **changes)
     save_with_code(model, tmp_path / "dmc")
-    loaded = load_model(tmp_path / "dmc", dtype=torch.float32)
+    loaded = load_model(tmp_path / "dmc", dtype=torch.float64)
+    model = in_float64(model).train(training)
+    megatron = loaded.model.train(training).requires_grad_(True)
     ids = tokens(2, 40)
-    for training in (True, False):
-        model.train(training)
-        loaded.model.train(training)
-        with torch.no_grad():
-            logits = model(ids).logits
-        expected = full_forward(loaded.model, ids)[..., :VOCAB]
-        torch.testing.assert_close(logits, expected, atol=5e-5, rtol=0)
+    logits = model(ids, use_cache=False).logits
+    positions = torch.arange(40).expand_as(ids)
+    expected = megatron(ids, positions, attention_mask=None)[..., :VOCAB]
+    assert logits.dtype == expected.dtype == torch.float64
+    torch.testing.assert_close(logits, expected, atol=1e-11, rtol=0)
+    for x in (logits, expected):
+        total_loss(x, ids).backward()
+    gradients = {name: p.grad for name, p in megatron.named_parameters()}
+    assert_same_gradients(
+        {name: p.grad for name, p in model.named_parameters()},
+        {
+            p.hf_name: p.view(gradients[p.megatron_name], loaded.description).reshape(p.hf_shape)
+            for p in pieces(loaded.description)
+        },
+    )
 
 
 # Training

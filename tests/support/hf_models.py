@@ -41,6 +41,17 @@ def model_of(family: str = "llama", seed: int = 0, sizes: dict | None = None, **
     return getattr(module, name)(config).eval()
 
 
+def in_float64(model):
+    """The model in float64, its norms too: transformers' compute in float32 in any dtype."""
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if type(norm).__name__.endswith("RMSNorm"):
+                exact = torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon)
+                exact.weight = norm.weight
+                setattr(parent, name, exact)
+    return model.double()
+
+
 def save_with_code(model, folder: Path) -> None:
     """A folder as the export writes it, from a model of any family."""
     plain = model.config.to_dict()

@@ -21,8 +21,7 @@ from megatron_dmc.ops.gates import (
 )
 
 from .cache_dmc import DMCCache
-from .delay_dmc import attend_delayed, keeps_next
-from .ops_dmc import attend, means, merge, rotate
+from .ops_dmc import attend, keeps_next, means, merge, rotate
 
 
 @dataclass
@@ -196,8 +195,8 @@ class DMCAttention(nn.Module):
                     q, *near, *far, log_keep, merge_delay=n, softmax_scale=self.scaling
                 )
                 return out, None
-        return attend_delayed(
-            q, near, far, log_keep, n=n, evicts=evicts, softmax_scale=self.scaling,
+        return attend(
+            q, far, log_keep, near=near, n=n, evicts=evicts, softmax_scale=self.scaling,
             document_TB=state.document_TB, implementation=self.config._attn_implementation,
         )  # fmt: skip
 
@@ -222,8 +221,8 @@ class DMCAttention(nn.Module):
             merged_k, merged_v = means(sums, k)
             merged_k = rotate(merged_k, tuple(x[:, late] for x in turns))
             *far, visible = layer.update(merged_k, merged_v, alpha[late] > 0, line.late_TB)
-        return attend_delayed(
-            q, near, tuple(far), log_keep, n=n, evicts=evicts, softmax_scale=self.scaling,
+        return attend(
+            q, tuple(far), log_keep, near=near, n=n, evicts=evicts, softmax_scale=self.scaling,
             before_B=line.before_B, cached_BGP=visible,
             implementation=self.config._attn_implementation,
         )  # fmt: skip
@@ -233,6 +232,6 @@ class DMCAttention(nn.Module):
             out = self.ops.training_attention(q, k, v, log_keep, softmax_scale=self.scaling)
             return out, None
         return attend(
-            q, k, v, log_keep, softmax_scale=self.scaling, cached_BGP=visible,
+            q, (k, v), log_keep, softmax_scale=self.scaling, cached_BGP=visible,
             document_TB=state.document_TB, implementation=self.config._attn_implementation,
         )  # fmt: skip

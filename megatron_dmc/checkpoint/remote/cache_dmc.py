@@ -2,15 +2,73 @@
 
 Dimension letters: T tokens, B batch, G key/value heads, D head dim, E cache entries, P slots of a
 layer's pool, W merge window, U weighted tokens kept of an open segment, A = 2 D + 1 components of one.
+
+The rows of a `Ring` and the new tokens together are the *line*: a row's X tokens one after the other, its padding
+behind them.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .delay_dmc import Line, Ring
 from .ops_dmc import merge_sums, weigh
+
+
+class Line(NamedTuple):
+    """The tokens of a ring and the new ones behind them.
+
+    Attributes:
+        values: tensors (X, B, ...), as they were given.
+        before_B: tokens of each row that were in the ring.
+        late_TB: bool: the row's token leaves the ring. Such tokens come first.
+    """
+
+    values: list[Tensor]
+    before_B: Tensor
+    late_TB: Tensor
+
+
+class Ring:
+    """The last n tokens of every row of a batch: tensors (n, B, ...), oldest first."""
+
+    def __init__(self, n: int):
+        self.n = n
+        self.values: list[Tensor] | None = None
+        self.count_B: Tensor | None = None
+
+    def pass_through(self, new: list[Tensor], real_TB: Tensor | None) -> Line:
+        """Put new tokens (T, B, ...) behind those of the ring, which then holds the last ones."""
+        num_tokens, batch = new[0].shape[:2]
+        device, n = new[0].device, self.n
+        if self.values is None or self.count_B is None:
+            self.values = [x.new_zeros(n, *x.shape[1:]) for x in new]
+            self.count_B = torch.zeros(batch, dtype=torch.int64, device=device)
+        before_B = self.count_B
+        length_B = torch.full_like(before_B, num_tokens) if real_TB is None else real_TB.sum(0)
+        rows = torch.arange(batch, device=device)
+        place = torch.arange(n + num_tokens, device=device)[:, None]
+        at = torch.where(place < before_B, place, place - before_B + n)
+        at = at.clamp_max(n + num_tokens - 1)
+        line = [
+            torch.cat([old, x.to(old.dtype)])[at, rows]
+            for old, x in zip(self.values, new, strict=True)
+        ]
+        total_B = before_B + length_B
+        self.count_B = total_B.clamp_max(n)
+        kept = total_B - self.count_B + torch.arange(n, device=device)[:, None]
+        kept = kept.clamp_max(n + num_tokens - 1)
+        self.values = [x[kept, rows].detach() for x in line]
+        late_TB = torch.arange(num_tokens, device=device)[:, None] < total_B - self.count_B
+        return Line(line, before_B, late_TB)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows, in this order and possibly more than once."""
+        if self.values is not None and self.count_B is not None:
+            self.values = [x[:, rows] for x in self.values]
+            self.count_B = self.count_B[rows]
 
 
 class DMCLayer(CacheLayerMixin):

@@ -4,8 +4,12 @@ Nawrot et al., "Dynamic Memory Compression: Retrofitting LLMs for Accelerated In
 arXiv 2403.09636. Every token has, for each KV head, a decision (append a cache entry, or merge into the
 newest one) and an importance (its weight in the entry): `gates_dmc.py`.
 
+A decision may take effect n tokens later: with a merge delay (n of them), or with delayed eviction (DMS: one
+more than its delay, since a token's decision is about the token before it). A query then sees the last n tokens
+raw (near) and those before them as the cache holds them (far).
+
 Dimension letters: T tokens, B batch, N query heads, G key/value heads, D head dim, E cache entries,
-P entries cached before these tokens, A = 2 D + 1 components of a segment's sums.
+P entries cached before these tokens, A = 2 D + 1 components of a segment's sums, X tokens of a line (`Ring`).
 """
 
 import torch
@@ -78,71 +82,100 @@ def rotate(x_TBHD: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor
     return x_TBHD * cos + rotate_half(x_TBHD) * sin
 
 
+def keeps_next(log_keep_XBG: Tensor, num_states: int) -> Tensor:
+    """`log_keep` of the token behind each of the first states; 0 where there is none."""
+    return F.pad(log_keep_XBG[1:], (0, 0, 0, 0, 0, 1))[:num_states]
+
+
 def attend(
     q_TBND: Tensor,
-    k_EBGD: Tensor,
-    v_EBGD: Tensor,
-    log_keep_TBG: Tensor | None,
+    far: tuple[Tensor, Tensor],
+    log_keep_XBG: Tensor | None,
     *,
     softmax_scale: float,
+    near: tuple[Tensor, Tensor] | None = None,
+    n: int = 0,
+    evicts: bool = False,
+    before_B: Tensor | None = None,
     cached_BGP: Tensor | None = None,
     document_TB: Tensor | None = None,
     implementation: str = "sdpa",
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal attention in which key j counts for a later query with weight `1 - alpha_{j+1}`:
+    """Causal attention in which key j counts for a later query with weight `1 - alpha_{j+1}`. For the query i
 
-        score_ij = q_i . y_j / sqrt(D) + log_keep_{j+1}   (j < i)      score_ii = q_i . y_i / sqrt(D)
+        i - n < j <= i :  score_ij = q_i . k_j / sqrt(D)                       near: raw
+        j = i - n      :  score_ij = q_i . y_j / sqrt(D)                       far; evicting: as below
+        j < i - n      :  score_ij = q_i . y_j / sqrt(D) + log_keep_{j+1}      far
 
     Args:
-        k_EBGD, v_EBGD: P cached entries, then the T own states (E = P + T); rotated.
-        log_keep_TBG: `log(1 - alpha_t)`; None: nothing merges.
-        cached_BGP: bool, which of the cached entries exist and are visible.
-        document_TB: number of each token's document; other documents are invisible.
+        far: keys and values (E, B, G, D), rotated: P cached entries, then the states of the line's first
+            tokens; evicting: their raw keys and values.
+        log_keep_XBG: `log(1 - alpha)` of the line's tokens; None: nothing merges.
+        near: rotated raw keys and values of the line, (X, B, G, D). None: n is 0.
+        before_B: tokens of the line before the first query; None: none.
+        cached_BGP: bool, which of the cached entries exist and are visible; None: none are cached.
+        document_TB: number of each token's document, without a cache; other documents are invisible.
         implementation: "sdpa", or "eager", which also returns the weights.
 
     Returns:
-        out_TBND, and weights_BNTE or None.
+        out_TBND, and weights_BNTY over far and near, or None.
     """
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_TBND, k_EBGD, v_EBGD))
-    num_tokens, num_past = q.shape[2], k.shape[2] - q.shape[2]
+    sources = (far,) if near is None else (far, near)
+    q = q_TBND.permute(1, 2, 0, 3)
+    k, v = (torch.cat(xs).permute(1, 2, 0, 3) for xs in zip(*sources, strict=True))
+    num_tokens, num_past = q.shape[2], 0 if cached_BGP is None else cached_BGP.shape[-1]
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k, v))
-    index = torch.arange(num_tokens, device=q.device)
-    if log_keep_TBG is None:
-        superseded = q.new_zeros(1, 1, num_tokens)
+    states = torch.arange(far[0].shape[0] - num_past, device=q.device)
+    if log_keep_XBG is None:
+        keep = q.new_zeros(1, 1, 1, len(states))
     else:
-        superseded = F.pad(log_keep_TBG[1:], (0, 0, 0, 0, 0, 1)).permute(1, 2, 0).to(q.dtype)
+        keep = keeps_next(log_keep_XBG, len(states)).permute(1, 2, 0)[:, :, None].to(q.dtype)
+    row = torch.arange(near[0].shape[0] if near else 0, device=q.device)
+    at_BT = torch.arange(num_tokens, device=q.device)[None]
+    if before_B is not None:
+        at_BT = at_BT + before_B[:, None]
     outs, all_weights = [], []
     for start in range(0, num_tokens, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, num_tokens)
-        i, j = index[start:stop, None], index[:stop]
-        bias = superseded[:, :, None, :stop].masked_fill(i == j, 0.0)
-        hidden = (j > i)[None, None]
+        block = slice(start, min(start + QUERY_BLOCK, num_tokens))
+        at = at_BT[:, None, block, None]
+        # without raw tokens the states are those of the queries: none behind the block is visible
+        state = states if near else states[: block.stop]
+        hidden_far, hidden_near = state > at - n, (row > at) | (row <= at - n)
         if document_TB is not None:
-            rows = document_TB.T[:, None]
-            hidden = hidden | (rows[:, :, start:stop, None] != rows[:, :, None, :stop])
-        bias = bias.masked_fill(hidden, float("-inf"))
-        if num_past:
-            assert cached_BGP is not None
-            past = torch.zeros_like(cached_BGP, dtype=q.dtype).masked_fill(
-                ~cached_BGP, float("-inf")
-            )
-            past = past[:, :, None].expand(-1, -1, stop - start, -1)
-            bias = torch.cat([past, bias.expand(*past.shape[:2], -1, -1)], dim=-1)
+            of_row = document_TB.T[:, None]
+            other = of_row[:, :, block, None] != of_row[:, :, None]
+            hidden_far = hidden_far | other[..., : len(state)]
+            hidden_near = hidden_near | other[..., : len(row)]
+        bias_far = keep[..., : len(state)]
+        if not evicts:
+            bias_far = bias_far.masked_fill(state == at - n, 0.0)
+        parts = [bias_far.masked_fill(hidden_far, float("-inf"))]
+        if near:
+            parts.append(_hide(hidden_near, q.dtype))
+        if cached_BGP is not None:
+            parts.insert(0, _hide(~cached_BGP, q.dtype)[:, :, None])
+        lead = torch.broadcast_shapes(*(x.shape[:3] for x in parts))
+        bias = torch.cat([x.expand(*lead, -1) for x in parts], dim=-1)
         if bias.shape[1] > 1:
             bias = bias.repeat_interleave(group, dim=1)
-        keys, values = k[:, :, : num_past + stop], v[:, :, : num_past + stop]
+        keys, values = k[:, :, : bias.shape[-1]], v[:, :, : bias.shape[-1]]
         if implementation == "eager":
-            scores = softmax_scale * q[:, :, start:stop] @ keys.transpose(2, 3) + bias
+            scores = softmax_scale * q[:, :, block] @ keys.transpose(2, 3) + bias
             wide = torch.promote_types(q.dtype, torch.float32)
             weights = scores.to(wide).softmax(-1).to(q.dtype)
             outs.append(weights @ values)
-            all_weights.append(F.pad(weights, (0, num_tokens - stop)))
+            all_weights.append(F.pad(weights, (0, k.shape[2] - weights.shape[-1])))
         else:
             outs.append(
                 F.scaled_dot_product_attention(
-                    q[:, :, start:stop], keys, values, attn_mask=bias, scale=softmax_scale
+                    q[:, :, block], keys, values, attn_mask=bias, scale=softmax_scale
                 )
             )
     out = torch.cat(outs, dim=2).permute(2, 0, 1, 3)
     return out, torch.cat(all_weights, dim=2) if all_weights else None
+
+
+def _hide(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bias that hides keys: -inf where `hidden`, else 0."""
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, float("-inf"))
