@@ -149,7 +149,7 @@ run_stage() { # STAGE
             "${launcher[@]}" "$repo/pretrain_dmc.py" "${training[@]}" &
     fi
     run_pid=$!
-    trap 'asked_to_stop=1; say "told to stop: saving"; kill -USR1 "$run_pid" 2>/dev/null' USR1 TERM INT
+    trap 'asked_to_stop=1; say "asked to stop: saving"; kill -USR1 "$run_pid" 2>/dev/null' USR1 TERM INT
     wait_for "$run_pid" || status=$?
     trap - TERM INT
     trap : USR1 # between stages; not '', which the next stage's processes would inherit

@@ -203,12 +203,12 @@ class PrefixCache:
         pool.add_owner(snapshot.page_ids_LGM)
         self._snapshots[snapshot.key] = snapshot
 
-        def tell(entries_KLG: np.ndarray) -> None:
+        def on_copied(entries_KLG: np.ndarray) -> None:
             snapshot.entries_KLG = entries_KLG
             full_KLG = (entries_KLG - 1) // pool.page_size - self._num_ring_pages
             snapshot.runs = tables.counts.add_run(snapshot.row, full_KLG.clip(min=0))
 
-        return CopiedCounts(snapshot.row, snapshot.num_entries_LG, tell)
+        return CopiedCounts(snapshot.row, snapshot.num_entries_LG, on_copied)
 
     def clear(self) -> None:
         """Drop every snapshot."""

@@ -59,7 +59,7 @@ class CopiedCounts:
     """Whose entries they are the first of."""
     num_entries_LG: Tensor
     """On the device, int64."""
-    tell: Callable[[np.ndarray], None]
+    on_copied: Callable[[np.ndarray], None]
     """Called with all ranks' counts, (K, L, G)."""
 
 
@@ -73,7 +73,7 @@ class _Flight:
     num_new_B: np.ndarray
     """Tokens of each row."""
     late: list[CopiedCounts]
-    tell_growth: Callable[[np.ndarray, np.ndarray], None] | None
+    on_growth: Callable[[np.ndarray, np.ndarray], None] | None
     num_pages_shared: int
     """Pages that only cached prefixes hold, less those that several rows count."""
     copy: AsyncCopy
@@ -214,12 +214,12 @@ class BlockTables:
         self,
         rows: Sequence[int],
         late: Sequence[CopiedCounts] = (),
-        tell_growth: Callable[[np.ndarray, np.ndarray], None] | None = None,
+        on_growth: Callable[[np.ndarray, np.ndarray], None] | None = None,
     ) -> None:
         """All layers have appended: start to copy the counts of these rows, and others, to the host.
 
         Args:
-            tell_growth: called with the entries that these rows got on this rank, (L, B, G), and with
+            on_growth: called with the entries that these rows got on this rank, (L, B, G), and with
                 the rows that are still open, bool (B,); the other rows' numbers mean nothing.
         """
         counts, rank = self.counts, self.rank
@@ -231,7 +231,7 @@ class BlockTables:
         self._flights.append(
             _Flight(
                 np.asarray(rows, dtype=np.int64), np.ones(len(rows), dtype=bool), num_new_B,
-                list(late), tell_growth, shared, AsyncCopy(tensors),
+                list(late), on_growth, shared, AsyncCopy(tensors),
             )
         )  # fmt: skip
 
@@ -261,15 +261,15 @@ class BlockTables:
         exchange = self._exchange
         counts_KLBG = counts_LBG[None] if exchange is None else exchange(counts_LBG)
         num_rows, is_open_B = len(flight.rows_B), flight.is_open_B
-        if flight.tell_growth is not None:
+        if flight.on_growth is not None:
             before_LBG = self.counts.entries_KLRG[self.rank][:, flight.rows_B]
-            flight.tell_growth(counts_LBG[:, :num_rows] - before_LBG, is_open_B)
+            flight.on_growth(counts_LBG[:, :num_rows] - before_LBG, is_open_B)
         self.counts.land(
             flight.rows_B[is_open_B], flight.num_new_B[is_open_B],
             counts_KLBG[:, :, :num_rows][:, :, is_open_B],
         )  # fmt: skip
         for i, one in enumerate(flight.late):
-            one.tell(counts_KLBG[:, :, num_rows + i])
+            one.on_copied(counts_KLBG[:, :, num_rows + i])
 
     def fill_row(self, row: int, num_entries_LG: Tensor) -> None:
         """Give an empty row a number of entries and their pages, with undefined contents. For benchmarks."""

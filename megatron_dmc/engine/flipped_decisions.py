@@ -5,50 +5,17 @@ request that is preempted and recomputed in other chunks may therefore merge oth
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_dmc.cache import AsyncCopy
-
-if TYPE_CHECKING:
-    from megatron_dmc.engine.chunk import Chunk
-
-
-class DecisionHistory:
-    """Decisions about a sequence's tokens, one bit for each head of each layer."""
-
-    def __init__(self) -> None:
-        self._rows: list[bytes | None] = []  # None: taken from a cached prefix
-
-    def add(self, start: int, is_merge_LTG: np.ndarray) -> tuple[int, int]:
-        """Record the decisions about tokens `start` and following, in place of earlier ones.
-
-        Args:
-            is_merge_LTG: bool.
-
-        Returns:
-            number of decisions made a second time, and of those that differ from the first.
-        """
-        self._rows += [None] * (start - len(self._rows))
-        flat = is_merge_LTG.transpose(1, 0, 2).reshape(is_merge_LTG.shape[1], -1).copy()
-        if start == 0 and len(flat):
-            flat[0] = False  # a sequence's first token never merges
-        rows = [row.tobytes() for row in np.packbits(flat, axis=1)]
-        repeated = flipped = 0
-        for old, new in zip(self._rows[start:], rows, strict=False):
-            if old is not None:
-                change = int.from_bytes(old, "little") ^ int.from_bytes(new, "little")
-                flipped += change.bit_count()
-                repeated += flat.shape[1]
-        self._rows[start : start + len(rows)] = rows
-        return repeated, flipped
+from megatron_dmc.engine.chunk import Chunk
 
 
 class FlipCounter:
-    """Compares each step's decisions with the requests' `DecisionHistory`.
+    """Compares each step's decisions with those that the requests have (`RequestDecisions`).
 
     Attributes:
         num_repeated: decisions made a second time so far.
@@ -63,7 +30,7 @@ class FlipCounter:
         """Add one layer's decisions about the step's prefilled tokens, layer after layer."""
         self._is_merge_L.append(is_merge_TG)
 
-    def end_step(self, chunks: "Sequence[Chunk]") -> Callable[[np.ndarray, np.ndarray], None]:
+    def end_step(self, chunks: Sequence[Chunk]) -> Callable[[np.ndarray, np.ndarray], None]:
         """End a step in which all layers decided about these chunks.
 
         Returns:

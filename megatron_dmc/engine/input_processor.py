@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_dmc.checkpoint.tokenizer import Tokenizer
-from megatron_dmc.engine.flipped_decisions import DecisionHistory
 from megatron_dmc.engine.logit_rules import bad_words_token_ids, check_token_ids
 from megatron_dmc.engine.prompts import read_cache_salt, read_prompt
-from megatron_dmc.engine.request import Request
+from megatron_dmc.engine.request import Request, RequestDecisions
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.errors import InvalidRequest
 
@@ -76,6 +75,6 @@ class InputProcessor:
             priority=priority,
             cache_salt=read_cache_salt(request_id, prompt),
             bad_words_token_ids=bad_words_token_ids(request_id, params, self.tokenizer),
-            decisions=DecisionHistory() if self._records_decisions else None,
+            decisions=RequestDecisions() if self._records_decisions else None,
             prompt_logprobs=[None] * min(params.prompt_logprobs_start, len(token_ids)),
         )

@@ -4,7 +4,8 @@ import enum
 import time
 from dataclasses import dataclass, field
 
-from megatron_dmc.engine.flipped_decisions import DecisionHistory
+import numpy as np
+
 from megatron_dmc.engine.sampling_params import SamplingParams
 
 
@@ -47,6 +48,36 @@ class RequestMetrics:
         return self.num_cached_tokens / self.num_entries if self.num_entries else None
 
 
+class RequestDecisions:
+    """Decisions about a request's tokens, one bit for each head of each layer."""
+
+    def __init__(self) -> None:
+        self._rows: list[bytes | None] = []  # None: taken from a cached prefix
+
+    def add(self, start: int, is_merge_LTG: np.ndarray) -> tuple[int, int]:
+        """Record the decisions about tokens `start` and following, in place of earlier ones.
+
+        Args:
+            is_merge_LTG: bool.
+
+        Returns:
+            number of decisions made a second time, and of those that differ from the first.
+        """
+        self._rows += [None] * (start - len(self._rows))
+        flat = is_merge_LTG.transpose(1, 0, 2).reshape(is_merge_LTG.shape[1], -1).copy()
+        if start == 0 and len(flat):
+            flat[0] = False  # a sequence's first token never merges
+        rows = [row.tobytes() for row in np.packbits(flat, axis=1)]
+        repeated = flipped = 0
+        for old, new in zip(self._rows[start:], rows, strict=False):
+            if old is not None:
+                change = int.from_bytes(old, "little") ^ int.from_bytes(new, "little")
+                flipped += change.bit_count()
+                repeated += flat.shape[1]
+        self._rows[start : start + len(rows)] = rows
+        return repeated, flipped
+
+
 @dataclass(eq=False)
 class Request:
     """The state of a request; everything else is derived.
@@ -71,7 +102,7 @@ class Request:
     """Cached prefixes are shared with requests of the same salt only."""
     prefix_keys: list[bytes] = field(default_factory=list)
     """Keys of the full blocks of its tokens, computed on demand."""
-    decisions: DecisionHistory | None = None
+    decisions: RequestDecisions | None = None
     """Merge decisions about its tokens, where flipped ones are counted."""
     bad_words_token_ids: list[list[int]] = field(default_factory=list)
     """Token sequences that are never generated."""

@@ -115,16 +115,16 @@ class TablesMachine(RuleBasedStateMachine):
                     tables.page_ids_LRGM[layer, row], tables.num_entries_LRG[layer, row],
                     PAGE_SIZE, self.pool.free_pages,
                 )  # fmt: skip
-        told = []
-        tables.end_step(rows, tell_growth=lambda growth, is_open: told.append(growth))
+        growths = []
+        tables.end_step(rows, on_growth=lambda growth, is_open: growths.append(growth))
         # until the host asks, the worst case holds
-        assert not told and tables.num_free_pages <= self.pool.num_free
+        assert not growths and tables.num_free_pages <= self.pool.num_free
         tables.update_counts()
         pages = (tables.page_ids_LRGM[:, rows] >= 0).sum(-1)
         entries = tables.num_entries_LRG[:, rows]
         assert torch.equal(pages, -(-entries // PAGE_SIZE))
         assert tables.num_free_pages == self.pool.num_free
-        assert np.array_equal(told[0], torch.stack(growth, 1).numpy())
+        assert np.array_equal(growths[0], torch.stack(growth, 1).numpy())
 
     @rule(data=st.data())
     def close_row(self, data):

@@ -18,7 +18,7 @@ from tiny_gpt import (
 )
 
 from megatron_dmc.engine import EngineConfig, LLMEngine
-from megatron_dmc.engine.flipped_decisions import DecisionHistory
+from megatron_dmc.engine.request import RequestDecisions
 from megatron_dmc.errors import UnsupportedConfig
 
 
@@ -54,7 +54,7 @@ def test_lengths_pages_and_fragmentation_are_those_of_the_running_requests():
 
 def test_record_counts_each_flipped_decision():
     rng = np.random.default_rng(0)
-    record = DecisionHistory()
+    record = RequestDecisions()
     first = rng.random((3, 10, 5)) < 0.5
     assert record.add(0, first[:, :6]) == (0, 0)
     assert record.add(6, first[:, 6:]) == (0, 0)
@@ -67,7 +67,7 @@ def test_record_counts_each_flipped_decision():
     assert record.add(5, again[:, 5:]) == (5 * 15, 1)
     assert record.add(4, first[:, 4:5]) == (15, 2)
     # a cached prefix leaves a gap, which is not compared
-    record = DecisionHistory()
+    record = RequestDecisions()
     assert record.add(4, first[:, 4:6]) == (0, 0)
     assert record.add(0, again[:, :6]) == (2 * 15, 2)
 

@@ -65,7 +65,7 @@ wait_until "$patience" "finetune saves" has_saved finetune
 kill -TERM "$pid"
 code=0
 wait "$pid" || code=$?
-[[ $code == 75 ]] || fail "told to stop, it ended with code $code"
+[[ $code == 75 ]] || fail "asked to stop, it ended with code $code"
 grep -q "convert is done" "$log" || fail "it converted again"
 grep -q "zero-out is done: iteration 5 of 5" "$log" || fail "it did zero-out again"
 grep -q "retrofit from iteration $at of $RETROFIT_STEPS" "$log" || fail "retrofit did not go on"

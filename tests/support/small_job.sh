@@ -36,7 +36,7 @@ wait_until() { # SECONDS WHAT COMMAND...
     local end=$((SECONDS + $1)) what=$2
     shift 2
     until "$@"; do
-        ((SECONDS < end)) || fail "gave up waiting until $what"
+        ((SECONDS < end)) || fail "timed out waiting until $what"
         sleep 0.3
     done
 }
