@@ -1,30 +1,291 @@
-"""Decode throughput over a long paged cache at several CRs, in one engine (C2; on a GPU a step to E1, E3).
+"""Whole decode steps of engines whose requests begin in the middle, their caches filled with random entries instead of
+prefilled: `megatron-dmc bench decode` (C2; on a GPU a step to E1, E3), and E1 to E3 and E7 of `bench window`.
 
-Regime: `LLMEngine` with a random model, every request with `--lengths` tokens in its cache, which is filled
-(`bench.filled`); merge decisions are imposed (`bench.imposed`), with the part of its tokens that a head appends
-spread evenly between half and one and a half times the mean. CR 1 is the engine without DMC. All engines have as
-many pages as CR 1 needs. On a CPU they take turns step by step; on a GPU they follow one another, as
-their caches do not fit together. Metric: tokens per second from the median step, compared with CR 1 and with the
-bandwidth of a copy. Before timing, decode attention over the filled cache is compared with the specification.
+Regime: `LLMEngine` with a random model, every request with the same number of tokens in its cache; merge decisions are
+imposed (`bench.imposed`), and a request's heads hold what they would have left. CR 1 is the engine without DMC. `bench
+decode` spreads the part of its tokens that a head appends evenly between half and one and a half times the mean, and
+gives all engines the pages that CR 1 needs. On a CPU they take turns step by step; on a GPU they follow one another, as
+their caches do not fit together. Metric: a step is timed whole (schedule, model, append, attention, sampling, page
+accounting); tokens per second from the median step, compared with CR 1 and with the bandwidth of a copy. Before timing,
+decode attention over the filled cache is compared with the specification.
 
 Dimension letters: L layers, G key/value heads.
 """
 
 import argparse
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from megatron_dmc.bench.cost import Ceilings
-from megatron_dmc.bench.filled import PAGE_SIZE, WARMUP, check, figures, filled_engine, time_steps
-from megatron_dmc.bench.imposed import ImposedDecisions
-from megatron_dmc.bench.measure import Settings, document, release_memory
-from megatron_dmc.bench.model_under_test import random_model
-from megatron_dmc.bench.output import Panel, Result
+from megatron_dmc.bench.baselines import DenseContext
+from megatron_dmc.bench.imposed import ImposedDecisions, ImposingContext
+from megatron_dmc.bench.measure import (
+    Ceilings,
+    ModelCost,
+    Settings,
+    Timing,
+    document,
+    release_memory,
+    synchronize,
+)
+from megatron_dmc.bench.model_under_test import llama2_7b, random_model
+from megatron_dmc.bench.output import Panel, Result, Row
 from megatron_dmc.checkpoint.description import ModelDescription
+from megatron_dmc.checkpoint.load import LoadedModel
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.engine import EngineConfig, LLMEngine, SamplingParams
+from megatron_dmc.engine.config import KVCacheDtype
+from megatron_dmc.engine.context import PagedContext
+from megatron_dmc.engine.request import RequestStatus
 from megatron_dmc.errors import DMCError
+from megatron_dmc.ops import gates
+from megatron_dmc.ops.paged import decode, kv_pages
+from megatron_dmc.ops.testing import decode_case
 
+PAGE_SIZE = 16
 SPREAD = 0.5
+WARMUP = 3
+CHECKED_REQUESTS = 4
+_AT_ONCE = 1 << 20
+
+
+def make_engine(
+    loaded: LoadedModel,
+    decisions: ImposedDecisions | None,
+    *,
+    max_model_len: int,
+    max_num_seqs: int,
+    num_pages: int | None = None,
+    kv_cache_dtype: KVCacheDtype = "auto",
+    make_context: Callable[..., PagedContext] = PagedContext,
+    cudagraph_capture_sizes: Sequence[int] | None = None,
+) -> LLMEngine:
+    """An engine without requests.
+
+    Args:
+        loaded: a plain model, on the device of the engine.
+        decisions: None: CR 1, without DMC.
+        num_pages: None: a page more for each head than all requests need at CR 1.
+        make_context: of an engine without decisions.
+        cudagraph_capture_sizes: empty: decode steps are eager; None: `max_num_seqs` alone.
+    """
+    parameter = next(loaded.model.parameters())
+    description = replace(loaded.description, dmc=None)
+    if num_pages is None:
+        heads = description.num_layers * description.num_query_groups
+        num_pages = max_num_seqs * heads * (-(-max_model_len // PAGE_SIZE) + 1)
+    sizes = [max_num_seqs] if cudagraph_capture_sizes is None else cudagraph_capture_sizes
+    config = EngineConfig(
+        max_model_len=max_model_len, num_pages=num_pages, block_size=PAGE_SIZE,
+        kv_cache_dtype=kv_cache_dtype, max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max(2048, max_num_seqs), count_flipped_decisions=False,
+        cudagraph_capture_sizes=sizes or None, enforce_eager=not sizes,
+    )  # fmt: skip
+    if decisions is not None:
+        description.dmc = DMCConfig(stage="finetune", target_cr=decisions.cr)
+        make_context = functools.partial(
+            ImposingContext, decisions=decisions,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )  # fmt: skip
+    return LLMEngine(
+        loaded.model, description, None, config, dtype=parameter.dtype,
+        make_context=make_context,
+    )  # fmt: skip
+
+
+def filled_engine(
+    loaded: LoadedModel,
+    decisions: ImposedDecisions | None,
+    *,
+    context: int,
+    batch: int,
+    num_new: int,
+    **options: Any,
+) -> LLMEngine:
+    """An engine in which `batch` requests have `context` tokens and decode from there, `num_new` at most.
+
+    Args:
+        options: as `make_engine`.
+    """
+    engine = make_engine(
+        loaded, decisions, max_model_len=context + num_new + 1, max_num_seqs=batch, **options
+    )
+    description = engine.description
+    _fill_pages(engine.context)
+    generator = torch.Generator().manual_seed(0)
+    params = SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True)
+    for i in range(batch):
+        tokens = torch.randint(0, description.vocab_size, (context,), generator=generator)
+        engine.add_request(str(i), tokens.tolist(), params)
+    shape = (description.num_layers, description.num_query_groups)
+    scheduler = engine.scheduler
+    for request in list(scheduler.waiting):
+        # the last token is the one that the first step computes
+        appended_LG = torch.full(shape, context - 2.0, dtype=torch.float64)
+        if decisions is not None:
+            appended_LG = torch.binomial(appended_LG, decisions.rate_LG, generator=generator)
+        engine.context.start(request, use_prefix=False)
+        assert request.row is not None
+        engine.context.tables.fill_row(request.row, 1 + appended_LG.long())
+        request.num_computed_tokens = context - 1
+        request.status = RequestStatus.RUNNING
+        scheduler.waiting.remove(request)
+        scheduler.running.append(request)
+    if engine.context.store.segments is not None:
+        engine.context.store.segments.state_LRGUA.uniform_(0.1, 1.0)
+    return engine
+
+
+def _fill_pages(context: PagedContext) -> None:
+    if isinstance(context, DenseContext):
+        for x in (context.k_LPSD, context.v_LPSD):
+            x.normal_()
+        return
+    pool = context.pool
+    device = kv_pages.tensors_of(pool.k_pages_PSD)[0].device
+    slots, dim = pool.num_pages * pool.page_size, pool.k_pages_PSD.shape[-1]
+    for pages in (pool.k_pages_PSD, pool.v_pages_PSD):
+        for first in range(0, slots, _AT_ONCE):
+            some = torch.arange(first, min(first + _AT_ONCE, slots), device=device)
+            x = torch.randn(len(some), dim, device=device)
+            if pages is pool.k_pages_PSD and context.rule is not None:
+                gates.borrowed(x).zero_()
+            kv_pages.store(pages, some, x)
+
+
+def check(engine: LLMEngine) -> float:
+    """Relative error of decode attention over the first layer's cache, for the last four requests, whose
+    pages alone are widened.
+
+    Raises:
+        DMCError: it is wrong: nothing may be timed.
+    """
+    context, d = engine.context, engine.description
+    tables = context.tables
+    device = tables.num_entries_LRG.device
+    rows = torch.tensor([request.row for request in engine.scheduler.running], device=device)
+    dtype = next(engine.runner.model.parameters()).dtype
+    (q,) = decode_case.random_heads(
+        len(rows), [d.num_attention_heads], d.kv_channels, dtype=dtype, device=device, seed=1
+    )
+    if context.rule is not None:
+        gates.borrowed(q).zero_()
+    attend: Callable[..., torch.Tensor] = decode.paged_decode_attention
+    cache = tables.layer(0)
+    if isinstance(context, DenseContext):
+        attend, cache = context.attend_in_first_layer, context.layer(0)
+    return decode_case.check_attention(
+        attend, q, cache, rows, softmax_scale=d.kv_channels**-0.5,
+        checked=slice(-CHECKED_REQUESTS, None),
+    )  # fmt: skip
+
+
+def time_steps(
+    engines: Sequence[LLMEngine], *, repeats: int, warmup: int = WARMUP, label: str = ""
+) -> list[list[float]]:
+    """Seconds of each engine's steps after the warm-up; the engines take turns, so that what else happens
+    on the machine hits all alike.
+
+    Raises:
+        DMCError: a step left a request out.
+    """
+    times: list[list[float]] = [[] for _ in engines]
+    for step in tqdm(range(warmup + repeats), desc=label, unit="step", disable=None, leave=False):
+        for engine, of_engine in zip(engines, times, strict=True):
+            batch = len(engine.scheduler.running)
+            synchronize()
+            began = time.perf_counter()
+            outputs = engine.step()
+            synchronize()
+            seconds = time.perf_counter() - began
+            # with asynchronous scheduling the first call only launches
+            if step and len(outputs) != batch or engine.scheduler.num_preemptions:
+                raise DMCError(
+                    f"a step decoded {len(outputs)} of {batch} requests: the cache is too small"
+                )
+            if step >= warmup:
+                of_engine.append(seconds)
+    return times
+
+
+def figures(
+    loaded: LoadedModel,
+    engine: LLMEngine,
+    times: Sequence[float],
+    ceilings: Ceilings,
+    decisions: ImposedDecisions | None,
+) -> Row:
+    """Achieved and attainable figures from the median step; live bytes are those after the last one.
+
+    Raises:
+        DMCError: the measured CR is not the imposed one.
+    """
+    stats, timing = engine.stats(), Timing.of([1e3 * seconds for seconds in times])
+    seconds, batch = timing.median_ms / 1e3, len(engine.scheduler.running)
+    cost = ModelCost.of(loaded.model, engine.description, stats.entry_bytes)
+    entries = sum(map(sum, stats.running_entries_LG))
+    floor = ceilings.floor(cost, batch, entries)
+    assert stats.measured_cr is not None
+    cr = 1.0 if decisions is None else decisions.cr
+    allowed = 0.0 if decisions is None else decisions.tolerance(batch) + 1 / decisions.num_tokens
+    if abs(stats.measured_cr / cr - 1) > allowed:
+        raise DMCError(f"CR {stats.measured_cr:.3f} was measured where {cr:g} was imposed")
+    return {
+        "cr": cr, "measured_cr": stats.measured_cr, "batch_size": batch, "step_ms": timing.median_ms,
+        "p10_ms": timing.p10_ms, "p90_ms": timing.p90_ms, "tokens_per_second": batch / seconds,
+        "weight_bytes": cost.weight_bytes, "live_bytes": entries * stats.entry_bytes,
+        "cache_bytes_per_second": entries * stats.entry_bytes / seconds,
+        "memory_floor_ms": 1e3 * floor["memory"],
+        "arithmetic_floor_ms": 1e3 * floor["arithmetic"],
+        "fraction_of_roofline": floor["roofline"] / seconds,
+        "fragmentation": stats.fragmentation, "num_pages": stats.num_pages,
+    }  # fmt: skip
+
+
+def measure(
+    loaded: LoadedModel,
+    imposed: Sequence[ImposedDecisions | None],
+    ceilings: Ceilings,
+    *,
+    context: int,
+    batch: int,
+    repeats: int,
+    warmup: int = WARMUP,
+    **options: Any,
+) -> list[Row]:
+    """A row for an engine with each of `imposed`. They are in memory together, are checked first, and take turns.
+
+    Args:
+        context: tokens that each of the `batch` requests has in its cache.
+        options: as `make_engine`.
+
+    Raises:
+        DMCError: attention is wrong, the cache is too small, or the measured CR is not the imposed one.
+    """
+    engines = [
+        filled_engine(
+            loaded, decisions, context=context, batch=batch, num_new=repeats + warmup + 1, **options
+        )
+        for decisions in imposed
+    ]
+    errors = [check(engine) for engine in engines]
+    times = time_steps(engines, repeats=repeats, warmup=warmup, label=f"{context} tokens")
+    rows = [
+        {
+            "context": context,
+            **figures(loaded, engine, of_engine, ceilings, decisions),
+            "error": error,
+        }
+        for engine, of_engine, decisions, error in zip(engines, times, imposed, errors, strict=True)
+    ]
+    del engines
+    release_memory()
+    return rows
 
 
 def impose(num_layers: int, num_kv_heads: int, cr: float, num_tokens: int) -> ImposedDecisions:
@@ -35,80 +296,52 @@ def impose(num_layers: int, num_kv_heads: int, cr: float, num_tokens: int) -> Im
 
 def describe(settings: Settings, num_layers: int | None, length: int) -> ModelDescription:
     """Llama-2-7B's shape, with other layers if so asked; on a CPU narrower, with its head dimension."""
-    wide = settings.on_gpu
-    return ModelDescription(
-        num_layers=num_layers or (32 if wide else 2),
-        hidden_size=4096 if wide else 512,
-        ffn_hidden_size=11008 if wide else 1376,
-        num_attention_heads=32 if wide else 4,
-        num_query_groups=32 if wide else 4,
-        kv_channels=128,
-        vocab_size=32000 if wide else 1024,
-        max_position_embeddings=length,
-        dtype=settings.dtype,
-    )
+    return llama2_7b(
+        settings, num_layers=num_layers or (32 if settings.on_gpu else 2), length=length,
+        hidden_size=512, ffn_hidden_size=1376, num_attention_heads=4, num_query_groups=4,
+        vocab_size=1024,
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Run the benchmark."""
+    """`megatron-dmc bench decode`."""
     settings = Settings.from_args(args, gpu=(4096,), cpu=(8192,))
     crs = sorted(set(args.crs) | {1.0})
-    if crs[0] < 1:
-        raise DMCError(f"--crs {crs[0]:g}: use 1 or more")
-    if args.batch < 1:
-        raise DMCError(f"--batch {args.batch}: use 1 or more")
+    for flag, least in (("crs", crs[0]), ("batch", args.batch)):
+        if least < 1:
+            raise DMCError(f"--{flag} {least:g}: use 1 or more")
     ceilings = Ceilings.measure(settings)
-    num_new = settings.repeats + WARMUP + 1
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
+    panels = []
     for context in settings.lengths:
-        loaded = random_model(
-            describe(settings, args.layers, context + num_new + 1), settings.device
-        )
-        d = loaded.description
-        heads = d.num_layers * d.num_query_groups
-        together = [[cr] for cr in crs] if settings.on_gpu else [crs]
-        for group in together:
-            decisions = [
-                impose(d.num_layers, d.num_query_groups, cr, context) if cr > 1 else None
-                for cr in group
-            ]
-            engines = [
-                filled_engine(
-                    loaded, imposed, context=context, batch=args.batch, num_new=num_new,
-                    num_pages=args.batch * heads * -(-(context + num_new) // PAGE_SIZE),
-                    kv_cache_dtype=args.kv_cache_dtype,
-                )
-                for imposed in decisions
-            ]  # fmt: skip
-            errors = [check(engine) for engine in engines]
-            times = time_steps(engines, repeats=settings.repeats, label=f"{context} tokens")
-            for engine, of_engine, imposed, error in zip(
-                engines, times, decisions, errors, strict=True
-            ):
-                row = figures(loaded, engine, of_engine, ceilings, imposed)
-                achieved = row["cache_bytes_per_second"]
-                rows.append({
-                    "context": context, "batch": args.batch, **row,
-                    "fraction_of_copy": achieved / ceilings.bytes_per_second, "error": error,
-                })  # fmt: skip
-            del engines, engine
-            release_memory()
-    for row in rows:
-        plain = next(r for r in rows if r["context"] == row["context"] and r["cr"] == 1)
-        row["speedup"] = row["tokens_per_second"] / plain["tokens_per_second"]
+        d = describe(settings, args.layers, context + settings.repeats + WARMUP + 2)
+        loaded = random_model(d, settings.device)
+        of_context: list[Row] = []
+        for together in [[cr] for cr in crs] if settings.on_gpu else [crs]:
+            of_context += measure(
+                loaded,
+                [
+                    impose(d.num_layers, d.num_query_groups, cr, context) if cr > 1 else None
+                    for cr in together
+                ],
+                ceilings, context=context, batch=args.batch, repeats=settings.repeats,
+                kv_cache_dtype=args.kv_cache_dtype,
+            )  # fmt: skip
+        for row in of_context:
+            row |= {
+                "batch": args.batch,
+                "fraction_of_copy": row["cache_bytes_per_second"] / ceilings.bytes_per_second,
+                "speedup": row["tokens_per_second"] / of_context[0]["tokens_per_second"],
+            }
+        bars = [(f"CR {r['cr']:g}", r["tokens_per_second"], r["cr"] > 1) for r in of_context]
+        title = f"Decode, {context} tokens of context, batch {args.batch}"
+        panels.append(Panel(title, "tokens/s", bars))
+        rows += of_context
     shape = {
         "layers": d.num_layers, "hidden": d.hidden_size, "query_heads": d.num_attention_heads,
         "kv_heads": d.num_query_groups, "head_dim": d.kv_channels, "page_size": PAGE_SIZE,
         "kv_cache_dtype": args.kv_cache_dtype, "spread_of_rates": SPREAD,
     }  # fmt: skip
-    panels = [
-        Panel(
-            f"Decode, {context} tokens of context, batch {args.batch}", "tokens/s",
-            [(f"CR {r['cr']:g}", r["tokens_per_second"], r["cr"] > 1)
-             for r in rows if r["context"] == context],
-        )
-        for context in settings.lengths
-    ]  # fmt: skip
     result = document(
         "decode", settings, model=shape, copy_bytes_per_second=ceilings.bytes_per_second, rows=rows
     )

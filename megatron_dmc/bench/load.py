@@ -3,8 +3,8 @@
 Regime: open loop with gamma-distributed gaps (Poisson at burstiness 1), perhaps bounded by
 --max-concurrency; every request streams. Metrics, as the client sees them, in milliseconds: TTFT, from
 sending to the first chunk of a token, with text or (an end token, part of a character) without; ITL, between
-two such chunks; TPOT, (last - first) / (tokens - 1); E2EL, from sending to the end. The last line printed is one JSON document with vLLM's keys. A request that
-fails counts as failed and enters no latency.
+two such chunks; TPOT, (last - first) / (tokens - 1); E2EL, from sending to the end. The last line printed is one
+JSON document with vLLM's keys. A request that fails counts as failed and enters no latency.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from tqdm import tqdm
 
 from megatron_dmc import __version__
 from megatron_dmc.bench.output import Result
-from megatron_dmc.bench.serving import prompts
 from megatron_dmc.errors import DMCError
 
 _LIMITS = ("ttft", "tpot", "e2el")
+HIGHEST_RANDOM_ID = 500
+"""Random prompts draw their token ids from [3, this): every vocabulary has those."""
 
 
 @dataclass
@@ -296,3 +298,56 @@ def _print_table(document: dict[str, Any], percentiles: list[float]) -> None:
         values = [document[f"{column}_{name}_ms"] for column in columns]
         cells = "".join(f"{'-' if v is None else format(v, '.1f'):>10}" for v in values)
         print(f"{name.upper():6}{cells}")
+
+
+def prompts(
+    args: argparse.Namespace, count: int, *, range_ratio: float = 0.0, seed: int = 0
+) -> list[tuple[Any, int]]:
+    """(prompt, tokens to generate) of `count` requests; a short dataset is gone through again.
+
+    Raises:
+        DMCError: a length is not positive, or the dataset is missing or malformed.
+    """
+    if min(args.input_len, args.output_len, count) < 1:
+        raise DMCError(
+            f"{count} prompts of {args.input_len} tokens, {args.output_len} to generate: all three must "
+            "be 1 or more"
+        )
+    if not 0 <= range_ratio < 1:
+        raise DMCError(f"--random-range-ratio {range_ratio:g}: use 0 or more, less than 1")
+    if args.dataset_path is not None:
+        rows = list(_read(args.dataset_path))
+        return [
+            (row["prompt"], int(row.get("output_tokens", args.output_len)))
+            for row in (rows[i % len(rows)] for i in range(count))
+        ]
+    generator = random.Random(seed)
+
+    def length(mean: int) -> int:
+        return max(1, round(mean * generator.uniform(1 - range_ratio, 1 + range_ratio)))
+
+    return [
+        (
+            [generator.randrange(3, HIGHEST_RANDOM_ID) for _ in range(length(args.input_len))],
+            length(args.output_len),
+        )
+        for _ in range(count)
+    ]
+
+
+def _read(path: str) -> Iterator[dict[str, Any]]:
+    found = False
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row.get("prompt"), str | list):
+                    raise DMCError(f'--dataset-path {path}: line {number} has no "prompt"')
+                found = True
+                yield row
+    except (OSError, ValueError) as e:
+        raise DMCError(f"--dataset-path {path}: {e}") from e
+    if not found:
+        raise DMCError(f"--dataset-path {path}: it is empty")

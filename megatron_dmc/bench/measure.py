@@ -1,4 +1,10 @@
-"""Settings, timing, ceilings, and the document of a benchmark."""
+"""Settings, timing, ceilings, the document of a benchmark, and the cost that a model states.
+
+Bytes of a decode step: every weight but the token embedding's table once (of that a row per request), and key and value
+of every live entry once. Its floor is these bytes over the bandwidth of a plain copy on the same machine, or the
+arithmetic over the rate of a large matrix product, whichever is longer. Activations, logits, block tables and open
+segments come on top and are not counted.
+"""
 
 import argparse
 import gc
@@ -9,12 +15,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from megatron_dmc import __version__
 from megatron_dmc.bench.output import Row
+from megatron_dmc.engine.graphs import CudaGraphs
 from megatron_dmc.errors import DMCError
 
 
@@ -68,6 +76,13 @@ class Timing:
     p10_ms: float
     p90_ms: float
 
+    @classmethod
+    def of(cls, times_ms: Sequence[float]) -> "Timing":
+        """Of these runs."""
+        times = sorted(times_ms)
+        tenth = len(times) // 10
+        return cls(statistics.median(times), times[tenth], times[-1 - tenth])
+
     def share(self, count: int) -> "Timing":
         """One of `count` equal parts of the run."""
         return Timing(self.median_ms / count, self.p10_ms / count, self.p90_ms / count)
@@ -100,23 +115,21 @@ def measure_time(
             begin = time.perf_counter()
             function()
             times.append(1e3 * (time.perf_counter() - begin))
-    times.sort()
-    return Timing(statistics.median(times), times[len(times) // 10], times[-1 - len(times) // 10])
+    return Timing.of(times)
 
 
 def captured(function: Callable[[], object], settings: Settings) -> Callable[[], object]:
     """On a GPU the function's replay from a CUDA graph."""
     if not settings.on_gpu:
         return function
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
+    work = cast(Callable[[], Tensor], function)  # its output is not used
+    return CudaGraphs(settings.device)(work).replay
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> int | None:
@@ -190,3 +203,75 @@ def against_copy(num_bytes: int, median_ms: float, bandwidth: float) -> Row:
 def as_row(timing: Timing, **columns: Any) -> Row:
     """A row of results."""
     return {**columns, **asdict(timing)}
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Cost of decoding with a model, or with one rank's share of it."""
+
+    weight_bytes: int
+    """Read in every step."""
+    entry_bytes: int
+    """Key and value of one entry of one KV head."""
+    flops_per_token: int
+    """Products with weights."""
+    flops_per_entry: int
+    """Scores and weighted values of one entry, of all the query heads of its group."""
+    num_heads: int
+    """KV heads over all layers."""
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, description: Any, entry_bytes: int) -> "ModelCost":
+        """Count a model's parameters.
+
+        Args:
+            model: GPTModel.
+            description: `num_layers, num_attention_heads, num_query_groups, kv_channels,
+                share_embeddings_and_output_weights`.
+            entry_bytes: as the cache stores them.
+        """
+        weight_bytes = flops = 0
+        for name, parameter in model.named_parameters():
+            if "word_embeddings" in name and not description.share_embeddings_and_output_weights:
+                continue
+            weight_bytes += parameter.numel() * parameter.element_size()
+            flops += 2 * parameter.numel() if parameter.ndim == 2 else 0
+        group = description.num_attention_heads // description.num_query_groups
+        return cls(
+            weight_bytes,
+            entry_bytes,
+            flops,
+            4 * description.kv_channels * group,
+            description.num_layers * description.num_query_groups,
+        )
+
+    def step_bytes(self, live_entries: float) -> float:
+        """Bytes of a decode step over `live_entries`, of all heads and requests together."""
+        return self.weight_bytes + live_entries * self.entry_bytes
+
+    def step_flops(self, num_requests: int, live_entries: float) -> float:
+        """Floating-point operations of the same."""
+        return num_requests * self.flops_per_token + live_entries * self.flops_per_entry
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The machine's ceilings, measured in this run."""
+
+    bytes_per_second: float
+    """A plain copy, bytes read and bytes written both counted."""
+    flops_per_second: float
+    """A large square matrix product in the model's dtype."""
+
+    @classmethod
+    def measure(cls, settings: Settings) -> "Ceilings":
+        """Time the copy and the product, and release their memory."""
+        ceilings = cls(copy_bandwidth(settings), matrix_product_rate(settings))
+        release_memory()
+        return ceilings
+
+    def floor(self, cost: ModelCost, num_requests: int, live_entries: float) -> dict[str, float]:
+        """Seconds that a decode step takes at least: `memory`, `arithmetic`, and the longer, `roofline`."""
+        memory = cost.step_bytes(live_entries) / self.bytes_per_second
+        arithmetic = cost.step_flops(num_requests, live_entries) / self.flops_per_second
+        return {"memory": memory, "arithmetic": arithmetic, "roofline": max(memory, arithmetic)}

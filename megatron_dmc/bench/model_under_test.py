@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from megatron_dmc.bench.dense import DenseContext
+from megatron_dmc.bench.baselines import DenseContext
 from megatron_dmc.bench.imposed import (
     ImposedDecisions,
     ImposingContext,
     profile_weights,
     spread_weights,
 )
+from megatron_dmc.bench.measure import Settings
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.load import LoadedModel, build_model, check_divisible, load_model
 from megatron_dmc.checkpoint.tokenizer import load_tokenizer
@@ -101,6 +102,17 @@ def slice_of(description: Any, ranks: int) -> Any:
         vocab_size=part,
         padded_vocab_size=part,
     )
+
+
+def llama2_7b(
+    settings: Settings, *, num_layers: int, length: int, **on_cpu: int
+) -> ModelDescription:
+    """Llama-2-7B's shape with other layers and another context, and on a CPU with the sizes `on_cpu`."""
+    sizes: dict[str, Any] = {} if settings.on_gpu else {**on_cpu, "padded_vocab_size": 0}
+    return replace(
+        find_model("llama2-7b"), num_layers=num_layers, max_position_embeddings=length,
+        dtype=settings.dtype, **sizes,
+    )  # fmt: skip
 
 
 def random_model(description: Any, device: torch.device) -> LoadedModel:

@@ -3,20 +3,108 @@
 Every experiment is some `bench` commands, which the tables name and which can be run alone. Results go into a
 folder: a subfolder for each command (JSON, CSV, plots), one table for each experiment (CSV, Markdown in
 results.md). A command that fails is a line in its table; the others run on. The last line printed is one JSON
-document; the exit status is 1 if a command failed.
+document; the exit status is 1 if a command failed. Experiments and flags need no torch.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from megatron_dmc.bench.measure import Settings, document, release_memory
 from megatron_dmc.bench.output import Curves, Result, Row, markdown, write_csv
-from megatron_dmc.bench.suite_experiments import EXPERIMENTS, Experiment
 from megatron_dmc.errors import DMCError
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A table.
+
+    Attributes:
+        commands: arguments of `megatron-dmc bench`.
+        must_reach: of each CR, the ratio of `metric` to that of the base.
+        base: (row, other) -> whether `other` is what `row` is compared with.
+    """
+
+    name: str
+    title: str
+    commands: tuple[str, ...]
+    must_reach: dict[float, float]
+    base: Callable[[Row, Row], bool]
+    metric: str = "decode_tokens_per_second"
+
+
+def _uncompressed(row: Row, other: Row) -> bool:
+    """CR 1 of the same model and lengths, whatever its batch."""
+    same = ("command", "input_len", "output_len")
+    return other["cr"] == 1 and all(row[k] == other[k] for k in same)
+
+
+def _uncompressed_at_batch(row: Row, other: Row) -> bool:
+    return _uncompressed(row, other) and row["batch_size"] == other["batch_size"]
+
+
+def _other_engine(row: Row, other: Row) -> bool:
+    same = ("input_len", "output_len", "batch_size")
+    return row["engine"] != other["engine"] and all(row[k] == other[k] for k in same)
+
+
+_LONG = "--input-len 2048 --output-len 2048 --max-num-seqs auto --max-num-batched-tokens 8192"
+
+E1_MUST_REACH = {2.0: 1.9, 4.0: 3.7, 8.0: 7.0}
+E7_MUST_REACH = 0.95
+"""Ratio to dense attention."""
+
+EXPERIMENTS = [
+    Experiment(
+        "kernels", "K4 and K5: attention and append of a decode step", ("kernels",), {},
+        _uncompressed,
+    ),
+    Experiment(
+        "e1", "E1: decode throughput, largest batch that fits",
+        (f"throughput --model llama2-7b --simulate-cr 1,2,4,8 {_LONG} --num-iters 3",
+         f"throughput --model llama2-13b --simulate-cr 1,2,4,8 {_LONG} --num-iters 3"),
+        E1_MUST_REACH, _uncompressed,
+    ),
+    Experiment(
+        "e2", "E2: without DMC, against the roofline (must reach 80 % of it) and another engine",
+        (f"throughput --model llama2-7b --simulate-cr 1 {_LONG} --num-iters 3 --compare transformers",),
+        {1.0: 1.0}, _other_engine,
+    ),
+    Experiment(
+        "e3", "E3: latency per token at equal batch and 4k context",
+        ("latency --model llama2-7b --simulate-cr 1,2,4,8 --batch-size 1,4,16 --input-len 3968 "
+         "--output-len 128 --num-iters 3",),
+        {2.0: 1.0, 4.0: 1.0, 8.0: 1.0}, _uncompressed_at_batch,
+    ),
+    Experiment(
+        "e4", "E4: one rank's slice of a 70B in tensor parallel 8, communication excluded",
+        (f"throughput --model llama2-70b --tensor-parallel-slice 8 --simulate-cr 1,2,4,8 {_LONG} "
+         "--num-iters 3",),
+        E1_MUST_REACH, _uncompressed,
+    ),
+    Experiment(
+        "e5", "E5: pages held / bytes of live entries at CR 4, 4k tokens (at most 1.10)",
+        ("throughput --model llama2-7b --simulate-cr 4 --input-len 3968 --output-len 128 "
+         "--max-num-seqs 16",),
+        {}, _uncompressed,
+    ),
+    Experiment(
+        "e7", "E7: per-head paging at CR 1 against dense attention in the same engine",
+        ("latency --model llama2-7b --simulate-cr 1 --batch-size 1,8 --input-len 3968 "
+         "--output-len 128 --num-iters 3",
+         "latency --model llama2-7b --simulate-cr 1 --batch-size 1,8 --input-len 3968 "
+         "--output-len 128 --num-iters 3 --dense-baseline"),
+        {1.0: E7_MUST_REACH}, _other_engine,
+    ),
+    Experiment(
+        "e8", "E8: 40k tokens of context, 8 requests",
+        ("throughput --model qwen3-8b --simulate-cr 1,4,8 --input-len 40448 --output-len 512 "
+         "--max-num-seqs 8 --max-num-batched-tokens 8192 --num-iters 3",),
+        {4.0: 1.5, 8.0: 2.0}, _uncompressed,
+    ),
+]  # fmt: skip
 
 _ENGINE = {
     "command": "command", "model": "model", "engine": "engine", "cr": "CR", "measured_cr": "measured CR",
@@ -45,10 +133,24 @@ _SMOKE_FLAGS = {
 }  # fmt: skip
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    parser.add_argument(
+        "experiments", nargs="*", metavar="NAME",
+        help="default: all; " + "; ".join(f"{e.name}: {e.title}" for e in EXPERIMENTS),
+    )  # fmt: skip
+    parser.add_argument("--output", metavar="FOLDER", required=True, help="where results go")
+    parser.add_argument("--model", metavar="MODEL", help="instead of the experiments' models")
+    parser.add_argument(
+        "--cpu-smoke", action="store_true",
+        help="a tiny model and short prompts on the CPU: shows that everything runs, measures nothing",
+    )  # fmt: skip
+
+
 def command_line(command: str, args: argparse.Namespace, folder: Path) -> list[str]:
     """A command's arguments as they are run: model, smoke shapes, folder."""
     words = command.split()
-    flags = dict.fromkeys(["--output"], str(folder))
+    flags = {"--output": str(folder)}
     if args.cpu_smoke:
         flags |= {"--device": "cpu"}
         if words[0] == "kernels":
@@ -85,45 +187,47 @@ def run(args: argparse.Namespace) -> Result:
     Raises:
         DMCError: one of them does not exist, or there is no GPU.
     """
+    import torch
+
+    from megatron_dmc.bench.measure import Settings, document, release_memory
+
     known = {e.name: e for e in EXPERIMENTS}
     if unknown := [name for name in args.experiments if name not in known]:
         raise DMCError(f"bench suite {unknown[0]}: no such experiment; use {', '.join(known)}")
     if not torch.cuda.is_available() and not args.cpu_smoke:
         raise DMCError("bench suite: there is no GPU; --cpu-smoke runs tiny shapes on the CPU")
-    chosen = [known[name] for name in dict.fromkeys(args.experiments)] or EXPERIMENTS
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     if args.cpu_smoke and args.model is None:
         model = folder / "smoke-model.json"
         model.write_text(json.dumps(SMOKE_MODEL))
         args.model = str(model)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and not args.cpu_smoke else None
-    parts = [f"# Results on {gpu or 'a CPU: tiny shapes that say nothing about a GPU'}\n"]
-    tables: dict[str, list[Row]] = {}
+    settings = Settings(
+        torch.device("cpu" if args.cpu_smoke else "cuda"), torch.bfloat16, (), 1, folder
+    )
     failures: list[str] = []
+    tables: dict[str, list[Row]] = {}
+    result = document("suite", settings, tables=tables, failures=failures)
+    gpu = result["gpu"] or "a CPU: tiny shapes that say nothing about a GPU"
+    parts = [f"# Results on {gpu}\n"]
     curves: dict[str, Curves] = {}
-    for experiment in chosen:
-        rows, lines = [], []
-        for number, command in enumerate(experiment.commands):
-            place = folder / f"{experiment.name}-{number + 1}"
-            words = command_line(command, args, place)
-            line = "megatron-dmc bench " + " ".join(words)
-            lines.append(line)
-            print(f"== {experiment.title}\n   {line}", flush=True)
+    for name in dict.fromkeys(args.experiments or known):
+        experiment = known[name]
+        rows, lines = tables.setdefault(name, []), []
+        for number, command in enumerate(experiment.commands, start=1):
+            words = command_line(command, args, folder / f"{name}-{number}")
+            lines.append("megatron-dmc bench " + " ".join(words))
+            print(f"== {experiment.title}\n   {lines[-1]}", flush=True)
             rows += _rows_of(words, number, failures)
             release_memory()
         compare(experiment, rows)
-        tables[experiment.name] = rows
-        write_csv(rows, folder / f"{experiment.name}.csv")
+        write_csv(rows, folder / f"{name}.csv")
         parts.append(section(experiment, lines, rows))
         # after each: a run that is cut off leaves what it has
         (folder / "results.md").write_text("\n".join(parts))
-        if experiment.name != "kernels":
-            series = ["model", "engine", *(["batch_size"] if experiment.name == "e3" else [])]
-            metric, title = experiment.metric, experiment.title
-            curves[experiment.name] = Curves(rows, "cr", metric, series, title)
-    settings = Settings(torch.device("cuda" if gpu else "cpu"), torch.bfloat16, (), 1, folder)
-    result = document("suite", settings, tables=tables, failures=failures)
+        if name != "kernels":
+            series = ["model", "engine", *(["batch_size"] if name == "e3" else [])]
+            curves[name] = Curves(rows, "cr", experiment.metric, series, experiment.title)
     print("\n".join(parts))
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
@@ -137,9 +241,9 @@ def _rows_of(words: list[str], number: int, failures: list[str]) -> list[Row]:
         # out of memory is a RuntimeError too
         reason = f"{type(e).__name__}: {e}".splitlines()[0]
         failures.append(f"{' '.join(words)}: {reason}")
-        return [{"command": number + 1, "skipped": reason}]
+        return [{"command": number, "skipped": reason}]
     model = Path(words[words.index("--model") + 1]).stem if "--model" in words else None
-    return [{"command": number + 1, "model": model, **row} for row in rows]
+    return [{"command": number, "model": model, **row} for row in rows]
 
 
 def compare(experiment: Experiment, rows: list[Row]) -> None:

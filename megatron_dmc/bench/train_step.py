@@ -25,6 +25,7 @@ from megatron_dmc.bench.measure import (
     measure_time,
     peak_memory,
 )
+from megatron_dmc.bench.model_under_test import llama2_7b
 from megatron_dmc.bench.output import Panel, Result
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.load import rotary_embedding, transformer_config
@@ -41,15 +42,10 @@ TARGET_CR = 4.0
 
 def describe(settings: Settings, *, num_layers: int, length: int) -> ModelDescription:
     """Llama-2-7B with fewer layers, or something small for a CPU."""
-    if settings.on_gpu:
-        shape: dict[str, Any] = dict(hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32,
-                     num_query_groups=32, kv_channels=128, vocab_size=32000)  # fmt: skip
-    else:
-        shape = dict(hidden_size=64, ffn_hidden_size=128, num_attention_heads=4,
-                     num_query_groups=4, kv_channels=16, vocab_size=256)  # fmt: skip
-    return ModelDescription(
-        num_layers=num_layers, max_position_embeddings=length, dtype=settings.dtype, **shape
-    )
+    return llama2_7b(
+        settings, num_layers=num_layers, length=length, hidden_size=64, ffn_hidden_size=128,
+        num_attention_heads=4, num_query_groups=4, kv_channels=16, vocab_size=256,
+    )  # fmt: skip
 
 
 def build(description: ModelDescription, settings: Settings, *, dmc: bool) -> DMCGPTModel:

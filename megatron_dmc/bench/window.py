@@ -8,7 +8,6 @@ stage. The last line printed is one JSON document; the exit status is 0 if every
 """
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -21,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc import __version__
-from megatron_dmc.bench.output import Result, Row, finish, markdown
-from megatron_dmc.bench.window_outline import STAGES, Stage
+from megatron_dmc.bench.output import Result, Row, markdown
+from megatron_dmc.bench.window_stages import STAGES, Stage, append_row, read_rows
+from megatron_dmc.errors import DMCError
 
 ROOT = Path(__file__).resolve().parents[2]
 RESERVE = 5.0
@@ -123,6 +123,7 @@ class Window:
             self.write_table()
             return
         path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
+        rehearsing = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if self.cpu else {}
         print(f"== {stage.title} (at most {limit:.0f} s)", flush=True)
         with (self.folder / "log.txt").open("ab") as log:
             log.write(f"\n== {stage.name}\n".encode())
@@ -130,7 +131,7 @@ class Window:
             self.running = stage.name
             self.child = subprocess.Popen(
                 self._command(stage, limit), stdout=log, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path},
+                stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path, **rehearsing},
                 process_group=0,
             )  # fmt: skip
             try:
@@ -258,32 +259,6 @@ class Window:
         }
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a file that may still grow; lines that are none are left out."""
-    rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and {"stage", "case", "outcome"} <= row.keys():
-            rows.append(row)
-    return rows
-
-
-def append_row(path: Path, stage: str, case: str, outcome: str, **columns: Any) -> None:
-    """Append one line and see it on the disk."""
-    line = json.dumps({"stage": stage, "case": case, "outcome": outcome, **columns}, default=str)
-    with path.open("a+b") as file:
-        # a process that was killed in the middle of a line must not take this one along
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1))
-        broken = file.read(1) not in (b"", b"\n")
-        file.write(b"\n" * broken + line.encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def kill_group(process: subprocess.Popen) -> None:
     """End a child and all that it started; it leads a process group of its own."""
     try:
@@ -327,8 +302,6 @@ def run(args: argparse.Namespace) -> Result:
     Raises:
         DMCError: a flag is wrong.
     """
-    from megatron_dmc.errors import DMCError
-
     if not args.budget > RESERVE + LEAST:
         raise DMCError(f"--budget {args.budget:g}: use more than {RESERVE + LEAST:g} seconds")
     if args.extension is not None:
@@ -342,16 +315,3 @@ def run(args: argparse.Namespace) -> Result:
         (folder / name).unlink(missing_ok=True)
     document = Window(folder, args.budget, args.cpu).run()
     return Result(document, exit_code=1 if document["failed"] else 0)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`tools/gpu_window.py`."""
-    from megatron_dmc.errors import DMCError
-
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0].replace("`", ""))
-    add_arguments(parser)
-    try:
-        return finish(run(parser.parse_args(argv)))
-    except DMCError as e:
-        print(f"gpu_window: error: {e}", file=sys.stderr)
-        return 2

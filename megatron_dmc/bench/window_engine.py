@@ -1,6 +1,6 @@
 """The stages of `bench window` that run the model: the engine's checks, E1 to E3, E7, K3, a profile.
 
-Llama-2-7B's shape with random weights, made on the GPU. Caches are filled, not prefilled (`bench.filled`), CR 1 like
+Llama-2-7B's shape with random weights, made on the GPU. Caches are filled, not prefilled (`bench.decode_step`), CR 1 like
 the others; merge decisions are imposed. On a CPU a model of two layers.
 """
 
@@ -13,23 +13,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_dmc.bench import decode_step
 from megatron_dmc.bench import train_step as training
-from megatron_dmc.bench.cost import Ceilings
-from megatron_dmc.bench.dense import DenseContext
-from megatron_dmc.bench.engine_run import synchronize
-from megatron_dmc.bench.filled import (
-    PAGE_SIZE,
-    check,
-    figures,
-    filled_engine,
-    make_engine,
-    time_steps,
-)
+from megatron_dmc.bench.baselines import DenseContext
+from megatron_dmc.bench.decode_step import PAGE_SIZE, filled_engine, make_engine
 from megatron_dmc.bench.imposed import ImposedDecisions, spread_weights
-from megatron_dmc.bench.measure import Settings, release_memory
+from megatron_dmc.bench.measure import Ceilings, release_memory, synchronize
 from megatron_dmc.bench.model_under_test import random_model, requests_that_fit
 from megatron_dmc.bench.output import Row
-from megatron_dmc.bench.suite_experiments import E1_MUST_REACH, E7_MUST_REACH
+from megatron_dmc.bench.suite import E1_MUST_REACH, E7_MUST_REACH
 from megatron_dmc.bench.window_kernels import ceiling, settings_of
 from megatron_dmc.bench.window_stages import Case, Child
 from megatron_dmc.checkpoint.load import LoadedModel
@@ -50,8 +42,7 @@ class WindowModel:
 
     def __init__(self, stage: Child, num_layers: int | None = None):
         self.stage = stage
-        self.settings: Settings = settings_of(stage, STEPS)
-        self.warmup, self.steps = (1, 3) if stage.cpu else (WARMUP, STEPS)
+        self.settings = settings_of(stage, STEPS)
         self._num_layers = num_layers
 
     @functools.cached_property
@@ -92,26 +83,18 @@ class WindowModel:
         weights = spread_weights(d.num_layers, d.num_query_groups)
         return None if cr == 1 else ImposedDecisions.of(weights, cr, num_tokens=num_tokens)
 
-    def pages_for(self, batch: int, num_tokens: int) -> int:
-        """Pages of a batch at CR 1."""
-        return batch * self.heads * (-(-num_tokens // PAGE_SIZE) + 1)
-
     def measure(
-        self, decisions: ImposedDecisions | None, *, batch: int, context: int, num_pages: int,
+        self, cr: float, *, batch: int, context: int, num_pages: int | None = None,
         make_context: Callable[..., PagedContext] = PagedContext,
     ) -> Row:  # fmt: skip
-        """One engine, checked, then timed; its memory is free again afterwards."""
-        engine = filled_engine(
-            self.loaded, decisions, context=context, batch=batch,
-            num_new=self.warmup + self.steps + 1, num_pages=num_pages, make_context=make_context,
+        """An engine's steps from `context` tokens on; its memory is free again afterwards."""
+        warmup, repeats = (1, 3) if self.stage.cpu else (WARMUP, STEPS)
+        (row,) = decode_step.measure(
+            self.loaded, [self.decisions(cr, context + warmup + repeats + 1)], self.ceilings,
+            context=context, batch=batch, repeats=repeats, warmup=warmup, num_pages=num_pages,
+            make_context=make_context,
         )  # fmt: skip
-        error = check(engine)
-        (times,) = time_steps([engine], repeats=self.steps, warmup=self.warmup)
-        row = figures(self.loaded, engine, times, self.ceilings, decisions)
-        name = "dense" if make_context is DenseContext else "paged"
-        del engine
-        release_memory()
-        return {"engine": name, "context": context, "error": error, **row}
+        return {"engine": "dense" if make_context is DenseContext else "paged", **row}
 
 
 # --- E1, E2 ---------------------------------------------------------------------------------------
@@ -124,13 +107,12 @@ def throughput(stage: Child) -> None:
     plain: Row = {}
 
     def measure(cr: float) -> Iterator[Row]:
-        decisions = model.decisions(cr, longest - 1)
-        pages = model.most_pages
+        pages, decisions = model.most_pages, model.decisions(cr, longest - 1)
         batch = requests_that_fit(pages, model.heads, PAGE_SIZE, longest - 1, decisions)
-        row = model.measure(decisions, batch=batch, context=context, num_pages=pages)
+        row = model.measure(cr, batch=batch, context=context, num_pages=pages)
         if cr == 1:
             plain.update(row)
-            row |= {"must_reach": f"{E2_MUST_REACH:.0%} of the roofline"}
+            row["must_reach"] = f"{E2_MUST_REACH:.0%} of the roofline"
         elif plain:
             row["ratio"] = row["tokens_per_second"] / plain["tokens_per_second"]
             row["must_reach"] = E1_MUST_REACH[cr]
@@ -149,16 +131,10 @@ def latency(stage: Child) -> None:
     """Equal batches at 4k tokens of context, and dense attention in the same engine."""
     model = WindowModel(stage)
     context, batches = (60, (1, 2)) if stage.cpu else (4000, (1, 8))
-    longest = context + model.warmup + model.steps + 1
     plain: dict[int, Row] = {}
 
-    def pages(batch: int) -> int:
-        return model.pages_for(batch, longest)
-
     def at_equal_batch(batch: int, cr: float) -> Iterator[Row]:
-        row = model.measure(
-            model.decisions(cr, longest), batch=batch, context=context, num_pages=pages(batch)
-        )
+        row = model.measure(cr, batch=batch, context=context)
         if cr == 1:
             plain[batch] = row
         elif batch in plain:
@@ -166,15 +142,13 @@ def latency(stage: Child) -> None:
         yield row
 
     def against_dense(batch: int) -> Iterator[Row]:
-        rows = [
-            model.measure(
-                None, batch=batch, context=context, num_pages=pages(batch), make_context=make
-            )
+        dense, paged = (
+            model.measure(1.0, batch=batch, context=context, make_context=make)
             for make in (DenseContext, PagedContext)
-        ]
-        ratio = rows[0]["step_ms"] / rows[1]["step_ms"]
-        yield rows[0]
-        yield {**rows[1], "ratio": ratio, "must_reach": E7_MUST_REACH}
+        )
+        yield dense
+        ratio = dense["step_ms"] / paged["step_ms"]
+        yield {**paged, "ratio": ratio, "must_reach": E7_MUST_REACH}
 
     stage.run([
         *(
@@ -204,7 +178,7 @@ def engine_checks(stage: Child) -> None:
         decisions = model.decisions(cr, num_prompt + num_new)
         made = make_engine(
             model.loaded, decisions, max_model_len=num_prompt + num_new,
-            max_num_seqs=max(batch, size or 0), num_pages=model.pages_for(batch, num_prompt + num_new),
+            max_num_seqs=max(batch, size or 0),
             cudagraph_capture_sizes=[size] if size else [],
         )  # fmt: skip
         if stage.cpu and size is not None:
@@ -315,7 +289,7 @@ def profile(stage: Child) -> None:
         decisions = model.decisions(4.0, context + num_new)
         engine = filled_engine(
             model.loaded, decisions, context=context, batch=batch, num_new=num_new,
-            num_pages=model.pages_for(batch, context // 2),
+            num_pages=batch * model.heads * (-(-context // 2 // PAGE_SIZE) + 1),
         )  # fmt: skip
         for _ in range(3):
             engine.step()

@@ -18,8 +18,8 @@ from megatron_dmc.bench.measure import Settings, copy_bandwidth, matrix_product_
 from megatron_dmc.bench.output import Row
 from megatron_dmc.bench.prefill_kernels import prefill_backends, prefill_rows
 from megatron_dmc.bench.train_kernels import bench_attention, bench_merge
-from megatron_dmc.bench.window import ROOT, read_rows
-from megatron_dmc.bench.window_stages import Case, Child
+from megatron_dmc.bench.window import ROOT
+from megatron_dmc.bench.window_stages import Case, Child, read_rows
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import cuda
 from megatron_dmc.ops.paged.kv_pages import parse_kv_cache_dtype

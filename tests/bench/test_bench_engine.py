@@ -10,8 +10,8 @@ from kernel_tools import compile_for, run_cases
 
 from megatron_dmc.bench import imposed, model_under_test, offline
 from megatron_dmc.bench.command import add_arguments
-from megatron_dmc.bench.cost import Ceilings, ModelCost
-from megatron_dmc.bench.engine_run import run_requests
+from megatron_dmc.bench.measure import Ceilings, ModelCost
+from megatron_dmc.bench.offline import run_requests
 from megatron_dmc.cli.main import main
 from megatron_dmc.errors import DMCError, UnsupportedConfig
 
@@ -170,7 +170,7 @@ def test_sweep(shape, capsys, tmp_path):
     result = bench(
         capsys, "throughput", *shape, "--simulate-cr", "1,4", "--max-num-seqs", "2,auto",
         "--input-len", "60", "--output-len", "16", "--num-iters", "2", "--num-pages", "200",
-        "--csv", str(tmp_path / "rows.csv"), "--output", str(tmp_path / "out"),
+        "--output", str(tmp_path / "out"),
     )  # fmt: skip
     rows = {(r["batch_size"] > 2, r["cr"]): r for r in result["rows"]}
     assert len(rows) == len(result["rows"]) == 4
@@ -187,7 +187,7 @@ def test_sweep(shape, capsys, tmp_path):
     many, few = rows[False, 1.0], rows[False, 4.0]
     live = [r["step_bytes"] - r["weight_bytes"] for r in (few, many)]
     assert live[0] * few["measured_cr"] == pytest.approx(live[1], rel=0.01)
-    with (tmp_path / "rows.csv").open() as file:
+    with (tmp_path / "out" / "throughput.csv").open() as file:
         assert [float(r["elapsed_time"]) for r in csv.DictReader(file)] == [
             r["elapsed_time"] for r in result["rows"]
         ]

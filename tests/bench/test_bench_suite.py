@@ -10,7 +10,7 @@ import torch
 
 from megatron_dmc.bench import suite
 from megatron_dmc.bench.command import add_arguments
-from megatron_dmc.bench.suite_experiments import EXPERIMENTS
+from megatron_dmc.bench.suite import EXPERIMENTS
 from megatron_dmc.cli.main import main
 from megatron_dmc.plan.model import find_model
 

@@ -128,7 +128,7 @@ BEHAVIOUR = {
 PREAMBLE = """
 import os, sys, time
 from pathlib import Path
-from megatron_dmc.bench.window import append_row
+from megatron_dmc.bench.window_stages import append_row
 path, stage = Path(sys.argv[1]), sys.argv[2]
 row = lambda case: append_row(path, stage, case, 'ok')
 announce = lambda *cases: append_row(path, stage, 'cases', 'announced', cases=cases)
@@ -276,7 +276,7 @@ Child_run = Child.run
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2)])
 def test_dense_attention_on_a_gpu(heads, kv_heads, monkeypatch):
     """Shapes and devices of the flash kernel's arguments, and that they address each row's heads."""
-    from megatron_dmc.bench.dense import DenseContext
+    from megatron_dmc.bench.baselines import DenseContext
 
     def context(device, dtype):
         return DenseContext(
@@ -377,17 +377,17 @@ def test_checks_widen_only_what_they_compare(monkeypatch):
 
 
 def test_the_engines_check_widens_four_requests_pages(monkeypatch):
-    from megatron_dmc.bench import decode_step, filled, measure, model_under_test
+    from megatron_dmc.bench import decode_step, measure, model_under_test
     from megatron_dmc.ops.paged import kv_pages
 
     settings = measure.Settings(torch.device("cpu"), torch.float32, (), 1, None)
     loaded = model_under_test.random_model(decode_step.describe(settings, 1, 80), settings.device)
-    engine = filled.filled_engine(loaded, None, context=64, batch=6, num_new=4, num_pages=500)
+    engine = decode_step.filled_engine(loaded, None, context=64, batch=6, num_new=4, num_pages=500)
     loaded_pages, load = [], kv_pages.load
     monkeypatch.setattr(
         kv_pages, "load", lambda x, ids, dtype: loaded_pages.append(len(ids)) or load(x, ids, dtype)
     )
-    assert filled.check(engine) < 1e-5
+    assert decode_step.check(engine) < 1e-5
     assert loaded_pages and max(loaded_pages) == 4 * 4 * 4  # requests, heads, pages of 63 tokens
 
 
@@ -395,7 +395,7 @@ def test_all_cases_get_the_same_number_of_pages(monkeypatch, tmp_path, capsys):
     """However much memory is free when an engine is made; the ceilings' is given back first."""
     from test_bench_engine import CONFIG
 
-    from megatron_dmc.bench import cost, model_under_test, offline
+    from megatron_dmc.bench import measure, model_under_test
     from megatron_dmc.cli.main import main
     from megatron_dmc.engine import sizes
 
@@ -408,10 +408,10 @@ def test_all_cases_get_the_same_number_of_pages(monkeypatch, tmp_path, capsys):
 
     for module in (model_under_test, sizes):
         monkeypatch.setattr(module, "pages_in_memory", pages_in_memory)
-    release, product = cost.release_memory, cost.matrix_product_rate
-    monkeypatch.setattr(cost, "release_memory", lambda: (happened.append("release"), release()))
+    release, product = measure.release_memory, measure.matrix_product_rate
+    monkeypatch.setattr(measure, "release_memory", lambda: (happened.append("release"), release()))
     monkeypatch.setattr(
-        cost, "matrix_product_rate", lambda s: (happened.append("measure"), product(s))[1]
+        measure, "matrix_product_rate", lambda s: (happened.append("measure"), product(s))[1]
     )
     path = tmp_path / "config.json"
     path.write_text(json.dumps(CONFIG))
@@ -422,4 +422,3 @@ def test_all_cases_get_the_same_number_of_pages(monkeypatch, tmp_path, capsys):
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert [row["num_pages"] for row in rows] == [900, 900]
     assert happened == ["measure", "release", "size"]
-    assert offline.Ceilings is cost.Ceilings

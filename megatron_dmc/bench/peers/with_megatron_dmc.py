@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_dmc.bench import serving
+from megatron_dmc.bench import command
 from megatron_dmc.bench.model_under_test import Case, ModelUnderTest
 from megatron_dmc.engine import SamplingParams
 
@@ -20,7 +20,7 @@ def measure(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
     all_cases = asked["cases"]
     longest = max(c["context"] + c["new_tokens"] for c in all_cases)
     parser = argparse.ArgumentParser(conflict_handler="resolve")
-    serving.add_throughput(parser)
+    command.add_throughput(parser)
     args = parser.parse_args([asked["model"], "--dtype", asked["dtype"], "--device", "cpu"])
     tested = ModelUnderTest(args, longest)
 

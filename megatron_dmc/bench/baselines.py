@@ -1,32 +1,47 @@
-"""The same engine with dense attention over contiguous caches: what per-head paging costs at CR 1 (E7).
+"""Baselines of the engine: itself with dense attention (E7), and transformers (E2).
 
-Everything but decode attention is the engine's own: a request's keys and values lie one after the other, head by
+Dense attention over contiguous caches in the same engine shows the cost of per-head paging at CR 1. Everything but
+decode attention is the engine's own: a request's keys and values lie one after the other, head by
 head, in storage for its longest sequence, to which a block table of consecutive pages leads the same append
 and prefill. On a GPU decoding runs PyTorch's variable-length flash attention; it does not split a sequence, so
 a batch with fewer sequences x heads than multiprocessors leaves some idle. On a CPU it is scaled-dot-product
 attention, padded to the longest request. Page accounting still runs, over pages that stay empty:
 the cache's memory is needed twice, so measure at a batch that leaves room.
 
+transformers runs its paged continuous batching on the same model, lengths and machine: two passes over the same requests
+with one manager, of which the second is timed (the first sizes the cache and captures graphs); greedy, full-length
+completions, no prefix sharing.
+
 Dimension letters: L layers, R rows of per-request storage, M pages of a row's head, S slots per page, G key/value
 heads, D head dim, T packed tokens of a step, N query heads, B requests that decode, E entries.
 """
 
+import logging
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_dmc.bench.measure import Settings, synchronize
+from megatron_dmc.bench.output import Row
 from megatron_dmc.cache.strategies import Step, Storage
 from megatron_dmc.cache.strategies.merging import MergingStore
+from megatron_dmc.checkpoint.hf_config import to_hf_config
 from megatron_dmc.engine.chunk import Chunk
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops.paged import decode
 from megatron_dmc.ops.paged import pages as page_ops
 from megatron_dmc.ops.paged.layer_cache import LayerCache
-from megatron_dmc.ops.testing.yardstick import errors_within_twice_the_yardstick
+
+logger = logging.getLogger(__name__)
+
+Asked = Sequence[tuple[Any, int]]
+"""Prompts, texts or token ids, with the number of tokens to generate."""
 
 
 class DenseStore(MergingStore):
@@ -38,11 +53,7 @@ class DenseStore(MergingStore):
 
     def layer(self, layer_index: int) -> LayerCache:
         """As `GatedStore`."""
-        context = self.context
-        return LayerCache(
-            context.k_LPSD[layer_index], context.v_LPSD[layer_index], context.table_RGM,
-            self.tables.num_entries_LRG[layer_index],
-        )  # fmt: skip
+        return self.context.layer(layer_index)
 
     def decode(
         self,
@@ -94,6 +105,13 @@ class DenseContext(PagedContext):
         self._longest = 1
         storage = Storage(self.tables, dtype, options["max_model_len"], options.get("backend"))
         self.store = DenseStore(storage, self)
+
+    def layer(self, layer_index: int) -> LayerCache:
+        """A layer's contiguous keys and values, as pages."""
+        return LayerCache(
+            self.k_LPSD[layer_index], self.v_LPSD[layer_index], self.table_RGM,
+            self.tables.num_entries_LRG[layer_index],
+        )  # fmt: skip
 
     def begin_step(self, chunks: Sequence[Chunk]) -> None:
         """As `PagedContext.begin_step`."""
@@ -152,30 +170,123 @@ class DenseContext(PagedContext):
             for x in pages
         ]  # fmt: skip
 
-    def check(self, q_BND: Tensor, rows_B: Tensor, positions_B: Tensor, checked: slice) -> float:
-        """Relative error of the first layer's decode attention, of the requests `checked`.
-
-        Raises:
-            DMCError: it is wrong.
-        """
+    def attend_in_first_layer(
+        self, cache: LayerCache, rows_B: Tensor, q_BND: Tensor, *, softmax_scale: float
+    ) -> Tensor:
+        """In place of `decode.paged_decode_attention` over `cache`, the first layer, for its check."""
+        positions_B = cache.num_entries_RG[rows_B, 0] - 1
         self.set_decode(rows_B, positions_B)
         self._longest = int(positions_B.max()) + 1
-        scale = q_BND.shape[-1] ** -0.5
-        ours = self.attend_to_rows(0, q_BND, scale)[checked]
-        exact: list[Tensor] = []
-        honest: list[Tensor] = []
-        for q_ND, row, position in zip(
-            q_BND[checked], rows_B[checked].tolist(), positions_B[checked].tolist(), strict=True
-        ):
-            k, v = (
-                x[0][self.table_RGM[row].long()].flatten(1, 2)[:, : position + 1]
-                for x in (self.k_LPSD, self.v_LPSD)
-            )
-            for of, dtype in ((exact, torch.float64), (honest, q_ND.dtype)):
-                args = (q_ND[None, :, None].to(dtype), k[None].to(dtype), v[None].to(dtype))
-                of.append(
-                    scaled_dot_product_attention(*args, scale=scale, enable_gqa=True)[0, :, 0]
+        return self.attend_to_rows(0, q_BND, softmax_scale)
+
+
+def transformers_row(
+    description: Any,
+    asked: Asked,
+    settings: Settings,
+    *,
+    path: Path | None,
+    cache_tokens: int | None,
+) -> Row:
+    """Figures of `generate_batch`, or `skipped` with the reason.
+
+    Args:
+        description: the model's sizes, for random weights.
+        asked: prompts as token ids; all ask for as many tokens as the first.
+        path: a Hugging Face folder with the weights; None: random ones.
+        cache_tokens: size of the cache in tokens; None: as transformers chooses.
+    """
+    try:
+        from transformers import (
+            AutoConfig,
+            AutoModelForCausalLM,
+            ContinuousBatchingConfig,
+            GenerationConfig,
+        )
+    except ImportError as e:
+        return {"skipped": f"transformers has no continuous batching here: {e}"}
+    if any(isinstance(prompt, str) for prompt, _ in asked):
+        return {"skipped": "prompts are texts; compare with random token ids"}
+    attention = "flash_attention_2" if _has_flash_attention(settings) else "sdpa"
+    try:
+        with torch.device(settings.device):
+            if path is not None:
+                model = AutoModelForCausalLM.from_pretrained(
+                    path, dtype=settings.dtype, attn_implementation=attention,
+                    trust_remote_code=False,
+                )  # fmt: skip
+            else:
+                values = to_hf_config(description)
+                config = AutoConfig.for_model(values.pop("model_type"), **values)
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=settings.dtype, attn_implementation=attention
                 )
-        return errors_within_twice_the_yardstick(
-            ["dense attention"], [ours], [torch.stack(exact)], [torch.stack(honest)]
-        )["dense attention"]
+        model.eval().requires_grad_(False)
+        page_size = 256 if settings.on_gpu else 16
+        num_new = asked[0][1]
+        options = {
+            "generation_config": GenerationConfig(
+                max_new_tokens=num_new, do_sample=False, eos_token_id=-1, pad_token_id=0
+            ),
+            "continuous_batching_config": ContinuousBatchingConfig(
+                page_size=page_size,
+                num_blocks=None if cache_tokens is None else -(-cache_tokens // page_size),
+                allow_block_sharing=False,
+                max_batch_tokens=None if settings.on_gpu else 2048,
+            ),
+            "record_timestamps": True,
+            "persistent_manager": True,
+        }
+        prompts = [list(prompt) for prompt, _ in asked]
+        for _ in range(2):
+            synchronize()
+            began = time.perf_counter()
+            outputs = model.generate_batch(prompts, **options)
+            synchronize()
+            seconds = time.perf_counter() - began
+        model.destroy_cached_continuous_batching_manager()
+    except Exception as e:  # another package's fault is a line in the table, not the end of the run
+        logger.info("transformers failed", exc_info=True)
+        return {"skipped": f"failed: {type(e).__name__}: {e}".splitlines()[0]}
+    return _figures(list(outputs.values()), len(asked), num_new, seconds, attention)
+
+
+def token_rates(seconds: float, num_requests: int, num_in: int, num_out: int) -> Row:
+    """Columns of a run with `num_in` tokens of prompts and `num_out` generated ones; vLLM's keys."""
+    return {
+        "elapsed_time": seconds,
+        "num_requests": num_requests,
+        "total_num_tokens": num_in + num_out,
+        "total_output_tokens": num_out,
+        "requests_per_second": num_requests / seconds,
+        "tokens_per_second": (num_in + num_out) / seconds,
+        "output_tokens_per_second": num_out / seconds,
+    }
+
+
+def _has_flash_attention(settings: Settings) -> bool:
+    from transformers.utils import is_flash_attn_2_available
+
+    return settings.on_gpu and bool(is_flash_attn_2_available())
+
+
+def _figures(outputs: list[Any], count: int, num_new: int, seconds: float, attention: str) -> Row:
+    num_out = sum(len(output.generated_tokens) for output in outputs)
+    if len(outputs) != count or num_out != count * num_new:
+        return {
+            "skipped": f"failed: {len(outputs)} of {count} requests came back, with {num_out} of "
+            f"{count * num_new} tokens"
+        }
+    num_in = sum(len(output.prompt_ids) for output in outputs)
+    row: Row = {
+        "attention": attention, **token_rates(seconds, count, num_in, num_out), "repeats": 1,
+        "measured_cr": 1.0,
+    }  # fmt: skip
+    # while all of them decoded
+    stamps = [output.timestamps for output in outputs]
+    if all(stamps):
+        first, last = max(s[0] for s in stamps), min(s[-1] for s in stamps)
+        between = sum(first < t <= last for s in stamps for t in s)
+        if between and last > first:
+            row["decode_tokens_per_second"] = between / (last - first)
+    return row
