@@ -1,6 +1,6 @@
 """Megatron's `torch` format and the released DMC checkpoints, on files written here.
 
-The released files are not at hand. What is known of them is what the code that saves them does
+The released files were not available. They are known by the code that saves them
 (NVIDIA/Megatron-LM, branch dmc: `get_checkpoint_name`, `generate_state_dict`, Transformer Engine's
 layer spec, the flags of examples/dmc/train.sh), and `save` below does the same for a tiny model.
 """

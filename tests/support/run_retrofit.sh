@@ -68,21 +68,21 @@ wait "$pid" || code=$?
 [[ $code == 75 ]] || fail "asked to stop, it ended with code $code"
 grep -q "convert is done" "$log" || fail "it converted again"
 grep -q "zero-out is done: iteration 5 of 5" "$log" || fail "it did zero-out again"
-grep -q "retrofit from iteration $at of $RETROFIT_STEPS" "$log" || fail "retrofit did not go on"
-grep -q " iteration *$((at + 1))/ *$RETROFIT_STEPS |" "$log" || fail "retrofit did not go on at $((at + 1))"
+grep -q "retrofit from iteration $at of $RETROFIT_STEPS" "$log" || fail "retrofit did not resume"
+grep -q " iteration *$((at + 1))/ *$RETROFIT_STEPS |" "$log" || fail "retrofit did not resume at $((at + 1))"
 [[ $(saved retrofit) == "$RETROFIT_STEPS" ]] || fail "retrofit ended at $(saved retrofit)"
 at=$(saved finetune)
 ((at < FINETUNE_STEPS)) || fail "it was not stopped in the middle"
-echo "2. went on in retrofit; stopped in finetune, saved at iteration $at of $FINETUNE_STEPS, code 75"
+echo "2. resumed retrofit; stopped in finetune, saved at iteration $at of $FINETUNE_STEPS, code 75"
 
 start 3
 wait "$pid" || fail "it failed"
-[[ $(iterations | head -n 1) == $((at + 1)) ]] || fail "finetune did not go on at $((at + 1))"
+[[ $(iterations | head -n 1) == $((at + 1)) ]] || fail "finetune did not resume at $((at + 1))"
 [[ $(saved finetune) == "$FINETUNE_STEPS" ]] || fail "finetune ended at $(saved finetune)"
 for file in hf/model.safetensors hf/config.json report/report.html report/report.json; do
     [[ -s $RUN_DIR/$file ]] || fail "$file is missing"
 done
-echo "3. went on at iteration $((at + 1)) of finetune, to the end:"
+echo "3. resumed finetune at iteration $((at + 1)), to the end:"
 tail -n 2 "$log"
 "$python" - "$RUN_DIR/report/report.json" <<'PYTHON' || fail "the report is not of all three stages"
 import json, sys

@@ -152,7 +152,7 @@ def test_checkpoint_arguments_are_looked_at():
         ([*DMC, "--window-size", "8,0"], r"--window-size \(8, 0\): not with --dmc-stage finetune"),
         ([*DMC, "--softmax-type", "learnable"], "--softmax-type learnable: not with"),
         # not named by the reports
-        (["--batch-size", "2"], "--batch-size 2: gone from Megatron; use --micro-batch-size"),
+        (["--batch-size", "2"], "--batch-size 2: removed from Megatron; use --micro-batch-size"),
         (["--qk-l2-norm"], "Megatron's builder leaves the norm out"),
         ([*DMC, "--cuda-graph-impl", "local"], "--cuda-graph-impl local: not with"),
     ],

@@ -35,7 +35,7 @@ def complete_settings(dmc: dict[str, Any] | None) -> dict[str, Any]:
     """The `dmc` of a config.json with defaults filled in.
 
     Raises:
-        ValueError: a setting or its value is unknown, or this code has no form of it.
+        ValueError: a setting or its value is unknown, or not supported by this code.
     """
     for name, only in NOT_HERE.items():
         value = (dmc or {}).get(name, only)
