@@ -5,7 +5,7 @@ Dimension letters: B requests, V vocabulary.
 
 import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,15 +17,18 @@ from megatron_dmc.engine.counter_rng import uniforms
 from megatron_dmc.engine.isolation import ends_engine, own_work
 from megatron_dmc.engine.logit_rules import LogitRules
 from megatron_dmc.engine.request import Logprob, Request
+from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.errors import RequestFailed
 from megatron_dmc.ops.gates import mix_seed
 from megatron_dmc.ops.tensors import accumulator_dtype, take_rows, to_device
 
 _NO_TOKEN = -1
 """On the device, in place of a token: the row has no distribution to choose from."""
+_FEW = 1024
+"""Up to this top-k the likely tokens are selected instead of sorting the vocabulary."""
 
 
-@dataclass
+@dataclass(slots=True)
 class SampledToken:
     """The next token of one request."""
 
@@ -83,33 +86,50 @@ def _rows_of_logprobs(
     return rows
 
 
-def truncate(scores_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor) -> Tensor:
+def _by_width(params: Sequence[SamplingParams], vocab_size: int) -> Iterator[tuple[int, list[int]]]:
+    """Requests whose unlikely tokens are cut off, those of a small top-k apart: the number of tokens to put
+    in order for them, and which they are."""
+    cut = [b for b, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
+    few = [b for b in cut if 0 < params[b].top_k <= _FEW]
+    if few:
+        yield min(max(params[b].top_k for b in few), vocab_size), few
+    if len(few) < len(cut):
+        yield vocab_size, [b for b in cut if b not in set(few)]
+
+
+def truncate(
+    scores_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor, *, most: int
+) -> Tensor:
     """Cut off the unlikely tokens: top-k, of what is left top-p, of that min-p, as transformers' warpers
-    do one after the other (a token that is as likely as the last one kept stays).
+    do one after the other. A token that is as likely as the last one kept stays.
+
+    Only the `most` likely tokens are put in order; what others are as likely as the k-th adds to the mass.
 
     Args:
         scores_BV: after temperature.
         top_k_B: int64; 0 or less: no limit.
         top_p_B: in (0, 1].
         min_p_B: in [0, 1], relative to the most likely token.
+        most: at least each row's limit; the vocabulary's size where a row has none.
 
     Returns:
         scores with -inf where cut off; at least one is left.
     """
     lowest = float("-inf")
-    vocab_size = scores_BV.shape[1]
-    k_B = torch.where(top_k_B > 0, top_k_B, vocab_size).clamp(max=vocab_size)
-    sorted_BV, ids_BV = scores_BV.sort(-1, descending=True)
-    last_B1 = sorted_BV.gather(1, k_B[:, None] - 1)
-    sorted_BV = sorted_BV.masked_fill(sorted_BV < last_B1, lowest)
+    k_B = torch.where(top_k_B > 0, top_k_B, most).clamp(max=most)
+    top_BK = scores_BV.topk(most, -1).values
+    last_B1 = top_BK.gather(1, k_B[:, None] - 1)
+    is_cut_BK = top_BK < last_B1
+    mass_BK = (top_BK - top_BK[:, :1]).exp().masked_fill(is_cut_BK, 0)
+    num_more_B1 = (scores_BV >= last_B1).sum(-1, keepdim=True) - (~is_cut_BK).sum(-1, keepdim=True)
+    more_B1 = num_more_B1 * (last_B1 - top_BK[:, :1]).exp()
     # a token goes if it and all that are less likely come to no more than 1 - top_p
-    tail_BV = sorted_BV.softmax(-1).flip(-1).cumsum(-1).flip(-1)
-    is_cut_BV = tail_BV <= 1 - top_p_B[:, None]
-    is_cut_BV[:, 0] = False
-    sorted_BV = sorted_BV.masked_fill(is_cut_BV, lowest)
-    mass_BV = sorted_BV.softmax(-1)
-    sorted_BV = sorted_BV.masked_fill(mass_BV < min_p_B[:, None] * mass_BV[:, :1], lowest)
-    return torch.empty_like(scores_BV).scatter_(1, ids_BV, sorted_BV)
+    tail_BK = mass_BK.flip(-1).cumsum(-1).flip(-1) + more_B1
+    is_cut_BK |= tail_BK <= (1 - top_p_B[:, None]) * tail_BK[:, :1]
+    is_cut_BK |= mass_BK < min_p_B[:, None]
+    is_cut_BK[:, 0] = False
+    threshold_B1 = top_BK.masked_fill(is_cut_BK, float("inf")).amin(-1, keepdim=True)
+    return scores_BV.masked_fill(scores_BV < threshold_B1, lowest)
 
 
 class Sampling:
@@ -236,12 +256,11 @@ class Sampler:
         )  # fmt: skip
         temperature_B, top_k_B, top_p_B, min_p_B = values_B4.to(scores_BV.dtype).unbind(1)
         scores_BV = scores_BV / temperature_B[:, None]
-        cut = [b for b, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
-        if cut:
+        for most, cut in _by_width(params, scores_BV.shape[1]):
             index = to_device(cut, device)
             top_k_B = values_B4[:, 1].long()
             scores_BV[index] = truncate(
-                scores_BV[index], top_k_B[index], top_p_B[index], min_p_B[index]
+                scores_BV[index], top_k_B[index], top_p_B[index], min_p_B[index], most=most
             )
         mass_BV = scores_BV.double().softmax(-1).cumsum(-1)
         total_B1 = mass_BV[:, -1:]
