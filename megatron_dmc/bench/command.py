@@ -50,6 +50,12 @@ def _add_train_step(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_host(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64, 256], metavar="B",
+                        help="requests (default: 1, 16, 64 and 256)")  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=30, help="timed steps (default: 30)")
+
+
 def _add_decode(parser: argparse.ArgumentParser) -> None:
     _add_measured(parser)
     parser.add_argument("--layers", type=int, help="layers (default: 32, 2 on a CPU)")
@@ -241,6 +247,8 @@ BENCHMARKS = (
               _add_train_step),
     Benchmark("decode", "decode_step",
               "decode throughput over a long paged cache at several CRs", _add_decode),
+    Benchmark("host", "host",
+              "host time of the engine's decode step outside of the model", _add_host),
     Benchmark("serve", "load",
               "a load of streamed completions on a running OpenAI-compatible server",
               _add_serve),

@@ -3,7 +3,8 @@
 from megatron_dmc.cache.async_copy import AsyncCopy
 from megatron_dmc.cache.pool import PagePool
 from megatron_dmc.cache.prefixes import PrefixCache, Snapshot, extend_keys
-from megatron_dmc.cache.tables import BlockTables, OpenSegments
+from megatron_dmc.cache.segments import OpenSegments
+from megatron_dmc.cache.tables import BlockTables
 
 __all__ = [
     "AsyncCopy",

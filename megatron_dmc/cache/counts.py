@@ -8,12 +8,16 @@ runs and entries determine the number of free pages, and the host never reads a 
 Entries are counted one or more steps late. Until then a step's tokens are in flight: the pages that they take if
 nothing merges are promised, and not free.
 
-Dimension letters: K tensor-parallel ranks, L layers, R rows, B some of them, G key/value heads.
+Dimension letters: K tensor-parallel ranks, L layers, R rows, B some of them, G key/value heads, S slots per
+page.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+_NO_LIMIT = np.iinfo(np.int64).max
 
 
 @dataclass(eq=False)
@@ -52,15 +56,15 @@ class PageCounts:
         num_ranks, _, num_rows, _ = shape_KLRG
         self.num_pages, self.page_size = num_pages, page_size
         self.entries_KLRG = np.zeros(shape_KLRG, dtype=np.int64)
-        self.limit_R = np.full(num_rows, np.iinfo(np.int64).max)
+        self.limit_R = np.full(num_rows, _NO_LIMIT)
         self.runs: list[list[Run]] = [[] for _ in range(num_rows)]
         self.num_unfinished = 0
         self._entries_KR = np.zeros((num_ranks, num_rows), dtype=np.int64)
         self._pages_KR = np.zeros_like(self._entries_KR)
         self.in_flight_R = np.zeros(num_rows, dtype=np.int64)
         self._promised_KR = np.zeros_like(self._entries_KR)
-        # pages that no, one and two more tokens take at worst; an empty row's heads have no page
-        self._worst_3KR = np.zeros((3, num_ranks, num_rows), dtype=np.int64)
+        # heads by the free slots of their last page
+        self._heads_KRS = np.zeros((num_ranks, num_rows, page_size), dtype=np.int64)
         self.set_entries(np.arange(num_rows), self.entries_KLRG)
         self._duplicates_K = np.zeros(num_ranks, dtype=np.int64)
         self._only_prefixes_K = np.zeros_like(self._duplicates_K)
@@ -92,66 +96,64 @@ class PageCounts:
         promised_K = self._promised_KR.sum(1)
         return self.num_pages - self.num_unfinished - self.held_by_rows_K - promised_K
 
-    def num_entries(self, row: int) -> int:
-        """Of all ranks' layers and heads."""
-        return int(self._entries_KR[:, row].sum())
+    def figures(self, rows: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+        """Of each of these rows: tokens in flight; entries, and pages with shared ones, of all ranks."""
+        rows_B = np.asarray(rows, dtype=np.int64)
+        entries_B, pages_B = self._entries_KR[:, rows_B].sum(0), self._pages_KR[:, rows_B].sum(0)
+        return self.in_flight_R[rows_B].tolist(), entries_B.tolist(), pages_B.tolist()
 
     def most_entries(self, row: int) -> int:
         """Of the rank with the most."""
         return int(self._entries_KR[:, row].max())
 
-    def num_pages_of(self, row: int) -> int:
-        """Of all ranks, shared ones included."""
-        return int(self._pages_KR[:, row].sum())
-
     def pages_needed_K(self, row: int, num_new_tokens: int) -> np.ndarray:
         """Pages that a row takes at worst for more tokens than those in flight: nothing merges."""
-        total = int(self.in_flight_R[row]) + num_new_tokens
-        needed: np.ndarray = self._worst_K(row, total) - self._promised_KR[:, row]
+        needed: np.ndarray = self.pages_needed_KB(np.array([row]), np.array([num_new_tokens]))[:, 0]
         return needed
 
-    def open(self, row: int, limit: int) -> None:
-        """Prepare an empty row whose heads never exceed `limit` entries."""
-        self.limit_R[row] = limit
+    def open(self, row: int, limit: int | None) -> None:
+        """Prepare an empty row whose heads never exceed `limit` entries; None: whatever their tokens are."""
+        self.limit_R[row] = _NO_LIMIT if limit is None else limit
         self.set_entries(np.array([row]), self.entries_KLRG[:, :, [row]])
+
+    def pages_needed_KB(self, rows_B: np.ndarray, num_new_B: np.ndarray) -> np.ndarray:
+        """`pages_needed_K` of several rows."""
+        needed: np.ndarray = self._worst_KB(rows_B, self.in_flight_R[rows_B] + num_new_B)
+        return needed - self._promised_KR[:, rows_B]
 
     def promise(self, rows_B: np.ndarray, num_new_B: np.ndarray) -> None:
         """Put more tokens of these rows in flight."""
         self.in_flight_R[rows_B] += num_new_B
-        self._promise_again(rows_B)
+        self._promised_KR[:, rows_B] = self._worst_KB(rows_B, self.in_flight_R[rows_B])
 
     def land(self, rows_B: np.ndarray, num_new_B: np.ndarray, entries_KLBG: np.ndarray) -> None:
         """Count the entries of these rows after their earliest tokens in flight, of these numbers."""
         self.set_entries(rows_B, entries_KLBG)
         self.in_flight_R[rows_B] -= num_new_B
-        self._promise_again(rows_B)
+        self._promised_KR[:, rows_B] = self._worst_KB(rows_B, self.in_flight_R[rows_B])
 
     def set_entries(self, rows_B: np.ndarray, entries_KLBG: np.ndarray) -> None:
         """Set the entries of these rows, and thereby their pages."""
         self.entries_KLRG[:, :, rows_B] = entries_KLBG
         self._entries_KR[:, rows_B] = entries_KLBG.sum(axis=(1, 3))
-        self._pages_KR[:, rows_B] = self.pages_of(entries_KLBG).sum(axis=(1, 3))
-        for num_new in (1, 2):
-            last = entries_KLBG + (num_new - 1)
-            is_new = (last % self.page_size == 0) & (last < self.limit_R[rows_B, None])
-            before_KB = self._worst_3KR[num_new - 1][:, rows_B]
-            self._worst_3KR[num_new][:, rows_B] = before_KB + is_new.sum(axis=(1, 3))
+        num_slots, num_ranks, num_rows = self.page_size, len(entries_KLBG), len(rows_B)
+        free_KLBG = -entries_KLBG % num_slots
+        total_KB = (entries_KLBG + free_KLBG).sum(axis=(1, 3))
+        self._pages_KR[:, rows_B] = total_KB // num_slots
+        group_KLBG = np.arange(num_ranks * num_rows).reshape(num_ranks, 1, num_rows, 1) * num_slots
+        groups = (free_KLBG + group_KLBG).ravel()
+        heads = np.bincount(groups, minlength=num_ranks * num_rows * num_slots)
+        self._heads_KRS[:, rows_B] = heads.reshape(num_ranks, num_rows, num_slots)
 
-    def _worst_K(self, row: int, num_new_tokens: int) -> np.ndarray:
-        """Pages that a row takes at worst for tokens beyond the entries counted."""
-        if num_new_tokens < len(self._worst_3KR):
-            return self._worst_3KR[num_new_tokens][:, row]
-        entries = self.entries_KLRG[:, :, row]
-        most = np.minimum(entries + num_new_tokens, self.limit_R[row])
-        worst: np.ndarray = (self.pages_of(most) - self.pages_of(entries)).sum(axis=(1, 2))
-        return worst
-
-    def _promise_again(self, rows_B: np.ndarray) -> None:
-        flying_B = self.in_flight_R[rows_B]
-        few_B = np.minimum(flying_B, len(self._worst_3KR) - 1)
-        self._promised_KR[:, rows_B] = self._worst_3KR[few_B, :, rows_B].T
-        for row in rows_B[flying_B > few_B]:
-            self._promised_KR[:, row] = self._worst_K(row, int(self.in_flight_R[row]))
+    def _worst_KB(self, rows_B: np.ndarray, num_new_B: np.ndarray) -> np.ndarray:
+        """Pages that rows take at worst for tokens beyond the entries counted."""
+        beyond_BS = np.maximum(num_new_B[:, None] - np.arange(self.page_size), 0)
+        worst_KB: np.ndarray = (self._heads_KRS[:, rows_B] * self.pages_of(beyond_BS)).sum(-1)
+        for b in np.flatnonzero(self.limit_R[rows_B] < _NO_LIMIT):
+            entries_KLG = self.entries_KLRG[:, :, rows_B[b]]
+            most_KLG = np.minimum(entries_KLG + num_new_B[b], self.limit_R[rows_B[b]])
+            worst_KB[:, b] = (self.pages_of(most_KLG) - self.pages_of(entries_KLG)).sum((1, 2))
+        return worst_KB
 
     def hold_tails(self, count: int) -> None:
         """Add pages owned by cached prefixes, on every rank (negative: remove)."""

@@ -226,6 +226,8 @@ class PrefixCache:
     def _make_room(self, num_pages: int) -> None:
         """Reclaim the least recently used snapshots until `num_pages` pages are free on every rank."""
         counts = self._tables.counts
+        if bool((counts.free_K < num_pages).any()):
+            self._tables.count_landed()
         for key in list(self._snapshots):
             if bool((counts.free_K >= num_pages).all()):
                 return

@@ -1,8 +1,7 @@
-"""Block tables, entry counts and open segments of every head of every request.
+"""Block tables and entry counts of every head of every request.
 
 Dimension letters: L layers, R rows (one per running request), G key/value heads, M block-table width,
-P pages, S slots per page, D head dim, U weighted tokens kept for an open segment,
-A = 2 D + 1 components of an accumulator, B some of the rows, K tensor-parallel ranks.
+P pages, S slots per page, D head dim, B some of the rows, K tensor-parallel ranks.
 """
 
 from collections import deque
@@ -16,39 +15,15 @@ from torch import Tensor
 from megatron_dmc.cache.async_copy import AsyncCopy
 from megatron_dmc.cache.counts import PageCounts, Run
 from megatron_dmc.cache.pool import PagePool
+from megatron_dmc.cache.segments import OpenSegments
 from megatron_dmc.errors import OutOfPages
 from megatron_dmc.ops.paged.layer_cache import LayerCache
-from megatron_dmc.ops.tensors import accumulator_dtype
+
+_MOST_UNCOUNTED = 8
+"""Steps after which landed entries are counted."""
 
 Exchange = Callable[[np.ndarray], np.ndarray]
 """Gathers the counters of this rank's heads, int64 (L, B, G), from all ranks, (K, L, B, G)."""
-
-
-class OpenSegments:
-    """The open segment of every (layer, row, KV head): sums of unrotated keys and values.
-
-    Attributes:
-        state_LRGUA: float32 (float64 for a float64 model), `[omega k, omega v, omega]` of the U kept
-            tokens; with unlimited merging U is 1 and holds their running sum.
-    """
-
-    def __init__(
-        self,
-        num_layers: int,
-        num_rows: int,
-        num_kv_heads: int,
-        head_dim: int,
-        *,
-        num_kept: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-    ):
-        shape = (num_layers, num_rows, num_kv_heads, num_kept, 2 * head_dim + 1)
-        self.state_LRGUA = torch.zeros(shape, dtype=accumulator_dtype(dtype), device=device)
-
-    def clear(self, row: int) -> None:
-        """Clear a row's segments."""
-        self.state_LRGUA[:, row] = 0.0
 
 
 @dataclass
@@ -74,9 +49,18 @@ class _Flight:
     """Tokens of each row."""
     late: list[CopiedCounts]
     on_growth: Callable[[np.ndarray, np.ndarray], None] | None
-    num_pages_shared: int
-    """Pages that only cached prefixes hold, less those that several rows count."""
+    num_pages_cached: int
+    """Pages that only cached prefixes hold."""
+    num_pages_double: int
+    """Pages of rows that other rows count too."""
     copy: AsyncCopy
+    values: Sequence[np.ndarray] = ()
+    """Of the copy, once it was read."""
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether a row has several tokens, so that the worst case is far from what they take."""
+        return bool((self.num_new_B > 1).any())
 
 
 class BlockTables:
@@ -92,6 +76,7 @@ class BlockTables:
     Attributes:
         page_ids_LRGM: int32, -1 where no page is held.
         num_entries_LRG: int64.
+        num_pages_after_step: pages that rows held on this rank after the last step that has landed.
         counts: entries and pages as of the last step that was counted, and the worst case of those after it.
         make_room: called with a number of pages if fewer may be free; reclaims cached prefixes until that
             number is free on every rank.
@@ -122,6 +107,11 @@ class BlockTables:
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._num_new_B = np.zeros(0, dtype=np.int64)
         self._flights: deque[_Flight] = deque()
+        # the newest step that is done and not counted, and the tokens of it and of those before it
+        self._landed: _Flight | None = None
+        self._landed_R = np.zeros(num_rows, dtype=np.int64)
+        self._num_landed = 0
+        self.num_pages_after_step = 0
 
     def layer(self, layer_index: int, segments: OpenSegments | None = None) -> LayerCache:
         """One layer's storage for the ops. Copies nothing.
@@ -157,11 +147,11 @@ class BlockTables:
         """Pages that only cached prefixes hold on this rank."""
         return int(self.counts.only_prefixes_K[self.rank])
 
-    def open_row(self, most_entries: int = np.iinfo(np.int64).max) -> int:
+    def open_row(self, most_entries: int | None = None) -> int:
         """A row for a new request, without pages or entries.
 
         Args:
-            most_entries: that a head of the row can ever have.
+            most_entries: that a head of the row can ever have; None: as many as tokens.
         """
         assert self._free_rows, "no free row"
         row = self._free_rows.pop()
@@ -173,9 +163,16 @@ class BlockTables:
         return np.concatenate(list(self.counts.entries_KLRG[:, :, row]), axis=-1)
 
     def pages_needed(self, row: int, num_new_tokens: int) -> int:
-        """Worst-case number of pages that a row takes on the tightest rank for more tokens than those in
-        flight: nothing merges."""
+        """Pages that a row takes at worst on the tightest rank for more tokens than those in flight."""
         return int(self.counts.pages_needed_K(row, num_new_tokens).max())
+
+    def pages_needed_each(self, rows: Sequence[int]) -> list[int]:
+        """`pages_needed` of several rows for one more token each."""
+        rows_B = np.asarray(rows, dtype=np.int64)
+        needed: list[int] = (
+            self.counts.pages_needed_KB(rows_B, np.ones_like(rows_B)).max(0).tolist()
+        )
+        return needed
 
     def begin_step(self, rows: Sequence[int], num_new_tokens: Sequence[int]) -> None:
         """Reserve the worst-case number of pages for new tokens of these rows: they stay free from here on.
@@ -185,9 +182,9 @@ class BlockTables:
             OutOfPages: if the cache is short; nothing changes.
         """
         counts = self.counts
-        needed_K = np.zeros_like(counts.available_K)
-        for row, num_new in zip(rows, num_new_tokens, strict=True):
-            needed_K += counts.pages_needed_K(row, num_new)
+        rows_B = np.asarray(rows, dtype=np.int64)
+        num_new_B = np.asarray(num_new_tokens, dtype=np.int64)
+        needed_K = counts.pages_needed_KB(rows_B, num_new_B).sum(1)
         available_K = counts.available_K
         short = needed_K > available_K
         if short.any():
@@ -196,8 +193,8 @@ class BlockTables:
                 f"{counts.num_pages} free; give the cache more memory (num_pages, "
                 "kv_cache_memory_bytes) or run fewer sequences (max_num_seqs)"
             )
-        self._num_new_B = np.asarray(num_new_tokens, dtype=np.int64)
-        counts.promise(np.asarray(rows, dtype=np.int64), self._num_new_B)
+        self._num_new_B = num_new_B
+        counts.promise(rows_B, num_new_B)
         self.take_room(0)
 
     def may_take(self, count: int) -> bool:
@@ -225,19 +222,19 @@ class BlockTables:
         counts, rank = self.counts, self.rank
         num_new_B = self._num_new_B if len(self._num_new_B) else np.zeros(len(rows), dtype=np.int64)
         self._num_new_B = num_new_B[:0]
-        shared = int(counts.only_prefixes_K[rank] - counts.duplicates_K[rank])
         tensors = [self.pool.free_pages.state, self.num_entries_LRG]
         tensors += [one.num_entries_LG for one in late]
         self._flights.append(
             _Flight(
                 np.asarray(rows, dtype=np.int64), np.ones(len(rows), dtype=bool), num_new_B,
-                list(late), on_growth, shared, AsyncCopy(tensors),
+                list(late), on_growth, int(counts.only_prefixes_K[rank]),
+                int(counts.duplicates_K[rank]), AsyncCopy(tensors),
             )
         )  # fmt: skip
 
     def update_counts(self, keep: int = 0) -> None:
-        """Wait for the steps in flight, and update the counts from them. With tensor parallelism all ranks
-        do so at the same point.
+        """Wait for the steps in flight, and count their entries. With tensor parallelism all ranks do so at
+        the same point.
 
         Args:
             keep: leave this number of newest steps in flight.
@@ -245,31 +242,60 @@ class BlockTables:
         Raises:
             AssertionError: a head found no page, or the number of free pages is wrong.
         """
-        while len(self._flights) > keep:
-            self._land(self._flights.popleft())
+        self.land(keep)
+        self.count_landed()
 
-    def _land(self, flight: _Flight) -> None:
-        state, entries_LRG, *others = flight.copy.read()
-        assert not state[1], "a head found no page although the step's pages were reserved"
+    def land(self, keep: int = 0) -> None:
+        """Wait for the steps in flight. Entries of steps that only decode are counted now and then, as it takes
+        time on the host; until then the worst case holds. Arguments and errors as `update_counts`."""
+        while len(self._flights) > keep:
+            flight = self._flights.popleft()
+            flight.values = flight.copy.read()
+            state = flight.values[0]
+            assert not state[1], "a head found no page although the step's pages were reserved"
+            self.num_pages_after_step = int(state[0]) - flight.num_pages_cached
+            self._landed, self._num_landed = flight, self._num_landed + 1
+            self._landed_R[flight.rows_B[flight.is_open_B]] += flight.num_new_B[flight.is_open_B]
+            if (
+                flight.has_prompts or flight.late or flight.on_growth is not None
+                or self._exchange is not None
+            ):  # fmt: skip
+                self.count_landed()
+        if self._num_landed >= _MOST_UNCOUNTED:
+            self.count_landed()
+
+    def count_row(self, row: int) -> None:
+        """Count one row's entries as of the newest step that has landed."""
+        if self._landed_R[row]:
+            assert self._landed is not None
+            entries_LRG = self._landed.values[1]
+            self._set_landed(np.array([row]), entries_LRG[None, :, [row]])
+
+    def count_landed(self) -> None:
+        """Count the entries of the steps that have landed. Errors as `update_counts`."""
+        flight, self._landed, self._num_landed = self._landed, None, 0
+        if flight is None:
+            return
+        state, entries_LRG, *others = flight.values
         free = self.pool.num_pages - int(state[0])
-        held = int(self.counts.pages_of(entries_LRG).sum()) + flight.num_pages_shared
-        expected = self.pool.num_pages - held
+        held = int(self.counts.pages_of(entries_LRG).sum()) - flight.num_pages_double
+        expected = self.pool.num_pages - held - flight.num_pages_cached
         assert free == expected, f"{free} pages are free, by the counts {expected}"
-        counts_LBG = np.concatenate(
-            [entries_LRG[:, flight.rows_B]] + [x[:, None] for x in others], axis=1
-        )
-        exchange = self._exchange
-        counts_KLBG = counts_LBG[None] if exchange is None else exchange(counts_LBG)
-        num_rows, is_open_B = len(flight.rows_B), flight.is_open_B
         if flight.on_growth is not None:
             before_LBG = self.counts.entries_KLRG[self.rank][:, flight.rows_B]
-            flight.on_growth(counts_LBG[:, :num_rows] - before_LBG, is_open_B)
-        self.counts.land(
-            flight.rows_B[is_open_B], flight.num_new_B[is_open_B],
-            counts_KLBG[:, :, :num_rows][:, :, is_open_B],
-        )  # fmt: skip
+            flight.on_growth(entries_LRG[:, flight.rows_B] - before_LBG, flight.is_open_B)
+        rows_B = np.flatnonzero(self._landed_R)
+        parts = [entries_LRG[:, rows_B]] + [x[:, None] for x in others]
+        counts_LBG = np.concatenate(parts, axis=1)
+        exchange = self._exchange
+        counts_KLBG = counts_LBG[None] if exchange is None else exchange(counts_LBG)
+        self._set_landed(rows_B, counts_KLBG[:, :, : len(rows_B)])
         for i, one in enumerate(flight.late):
-            one.on_copied(counts_KLBG[:, :, num_rows + i])
+            one.on_copied(counts_KLBG[:, :, len(rows_B) + i])
+
+    def _set_landed(self, rows_B: np.ndarray, entries_KLBG: np.ndarray) -> None:
+        self.counts.land(rows_B, self._landed_R[rows_B], entries_KLBG)
+        self._landed_R[rows_B] = 0
 
     def fill_row(self, row: int, num_entries_LG: Tensor) -> None:
         """Give an empty row a number of entries and their pages, with undefined contents. For benchmarks."""
@@ -278,8 +304,7 @@ class BlockTables:
         self.num_entries_LRG[:, row] = num_entries_LG.to(self.num_entries_LRG)
         for layer_index in range(self.num_layers):
             self.layer(layer_index).take_pages(row, self.num_entries_LRG[layer_index, row])
-        self.end_step([row])
-        self.update_counts()
+        self.counts.set_entries(np.array([row]), num_entries_LG.cpu().numpy()[None, :, None])
 
     def adopt(
         self,
@@ -317,6 +342,7 @@ class BlockTables:
             self.update_counts()  # what the row shares with a cached prefix has to be known
         for flight in self._flights:
             flight.is_open_B &= flight.rows_B != row
+        self._landed_R[row] = 0
         self.counts.close(row)
         self.pool.release(self.page_ids_LRGM[:, row].view(self.num_layers, -1))
         self.num_entries_LRG[:, row] = 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from megatron_dmc.engine.request import Request
 
 
-@dataclass
+@dataclass(slots=True)
 class Chunk:
     """Tokens [start, start + num_tokens) of a request."""
 
@@ -39,12 +39,12 @@ class Chunk:
         """Offsets within the chunk whose logits are needed: those of prompt log-probabilities, and the last
         one where it samples."""
         params = self.request.params
-        offsets: list[int] = []
-        if params.prompt_logprobs is not None:
-            # position p predicts token p + 1
-            first = max(self.start, params.prompt_logprobs_start - 1)
-            last = min(self.end, self.request.num_prompt_tokens - 1)
-            offsets += range(first - self.start, last - self.start)
+        if params.prompt_logprobs is None:
+            return [self.num_tokens - 1] if self.samples else []
+        # position p predicts token p + 1
+        first = max(self.start, params.prompt_logprobs_start - 1)
+        last = min(self.end, self.request.num_prompt_tokens - 1)
+        offsets = list(range(first - self.start, last - self.start))
         if self.samples:
             offsets.append(self.num_tokens - 1)
         return offsets

@@ -118,8 +118,9 @@ class EngineConfig:
     """Tokens between two positions at which a shared prefix can end. Each such position costs a page per
     layer and KV head."""
 
-    count_flipped_decisions: bool | None = None
-    """After a preemption, compare the merge decisions with the first ones. Default: in 16-bit dtypes."""
+    count_flipped_decisions: bool = False
+    """After a preemption, compare the merge decisions with the first ones, which takes the host's time in every
+    step."""
 
     cache_policy: str | None = None
     """Evict entries instead of merging, for comparisons: "h2o", "tova" or "window". For a plain model in one

@@ -1,5 +1,6 @@
 """The paged inference context: the only engine object that attention touches."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -143,6 +144,10 @@ class PagedContext(BaseInferenceContext):
         assert request.row is not None
         return self.tables.pages_needed(request.row, num_new_tokens)
 
+    def pages_needed_each(self, requests: Sequence[Request]) -> list[int]:
+        rows = [request.row for request in requests if request.row is not None]
+        return self.tables.pages_needed_each(rows)
+
     def num_cached_tokens(self, request: Request) -> int:
         assert request.row is not None
         return request.num_computed_tokens - int(self.tables.counts.in_flight_R[request.row])
@@ -167,8 +172,9 @@ class PagedContext(BaseInferenceContext):
         assert request.row is None
         snapshot = self._find(request) if use_prefix else None
         num_prompt = request.num_prompt_tokens
-        most_entries = self.store.most_entries(self.max_sequence_length, num_prompt)
-        request.row = self.tables.open_row(most_entries)
+        longest = self.max_sequence_length
+        most_entries = self.store.most_entries(longest, num_prompt)
+        request.row = self.tables.open_row(most_entries if most_entries < longest else None)
         self.store.start(request.row, num_prompt)
         if snapshot is not None and self.prefixes is not None:
             self.prefixes.restore(snapshot, request.row)
@@ -214,7 +220,8 @@ class PagedContext(BaseInferenceContext):
         Raises:
             OutOfPages: if the scheduler promised too much; nothing has changed then.
         """
-        self.tables.begin_step([c.row for c in chunks], [c.num_tokens for c in chunks])
+        self._rows = [c.row for c in chunks]
+        self.tables.begin_step(self._rows, [c.num_tokens for c in chunks])
         self._chunks, self._snapshots = list(chunks), []
         # Prompts of all requests are prefilled together, in rounds: one, and one more for each place within a
         # chunk where a snapshot is taken.
@@ -222,6 +229,8 @@ class PagedContext(BaseInferenceContext):
         snapshots: list[list[Snapshot]] = []
         first = 0
         for chunk in chunks:
+            if chunk.num_tokens == 1 and self.prefixes is None:
+                continue
             due = self._begin_snapshots(chunk)
             self._snapshots += due.values()
             if chunk.num_tokens == 1:
@@ -237,7 +246,7 @@ class PagedContext(BaseInferenceContext):
         nothing = self._next.rows_B[:0]
         self._next = Step(
             nothing, nothing, [self._packed(*zip(*parts, strict=True)) for parts in rounds],
-            snapshots, self._packed(chunks, None),
+            snapshots, functools.partial(self._packed, self._chunks, None),
         )  # fmt: skip
 
     def _packed(self, chunks: Sequence[Chunk], firsts: Sequence[int] | None) -> Chunks:
@@ -299,7 +308,7 @@ class PagedContext(BaseInferenceContext):
         )
 
     def end_step(self) -> None:
-        """Keep the snapshots, and start to copy the counters, which `update_counts` reads."""
+        """Keep the snapshots, and start to copy the counters, which `land` waits for."""
         late = []
         if self.prefixes is not None:
             captured = {id(s) for of_round in self._next.snapshots for s in of_round}
@@ -309,8 +318,17 @@ class PagedContext(BaseInferenceContext):
                 if (counts := self.prefixes.finish(snapshot)) is not None:
                     late.append(counts)
         compare = None if self.flips is None else self.flips.end_step(self._chunks)
-        self.tables.end_step([c.row for c in self._chunks], late, compare)
+        self.tables.end_step(self._rows, late, compare)
         self._chunks = []
+
+    def land(self, keep: int = 0) -> None:
+        """Wait for the counters of the steps in flight, except for the `keep` newest; they are applied when
+        they are needed."""
+        self.tables.land(keep)
+
+    def count_landed(self) -> None:
+        """Apply the counters of the steps that have landed."""
+        self.tables.count_landed()
 
     def update_counts(self, keep: int = 0) -> None:
         """Wait for the counters of the steps in flight, except for the `keep` newest, and apply them; on all

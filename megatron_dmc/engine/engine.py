@@ -14,7 +14,7 @@ from megatron_dmc.engine.chunk import Chunk
 from megatron_dmc.engine.config import EngineConfig
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.input_processor import InputProcessor
-from megatron_dmc.engine.isolation import own_work
+from megatron_dmc.engine.isolation import failure_of, own_work
 from megatron_dmc.engine.logit_rules import reads_last_token
 from megatron_dmc.engine.output_processor import OutputProcessor, output_of
 from megatron_dmc.engine.parallel.group import TensorParallel
@@ -77,7 +77,6 @@ class LLMEngine:
             self._is_async = device.type == "cuda" and parallel is None
         self.tokenizer = tokenizer = as_tokenizer(tokenizer)
         self.default_sampling_params = default_sampling_params or {}
-        counts = config.count_flipped_decisions
         self.context = make_context(
             num_layers=description.num_layers,
             num_kv_heads=description.num_query_groups // (1 if parallel is None else parallel.size),
@@ -92,7 +91,7 @@ class LLMEngine:
             rule=rule,
             poison=config.poison,
             prefix_block_size=config.prefix_block_size if config.enable_prefix_caching else None,
-            count_flips=dtype.itemsize <= 2 if counts is None else counts,
+            count_flips=config.count_flipped_decisions,
             num_ranks=1 if parallel is None else parallel.size,
             exchange=None if parallel is None else parallel.exchange,
             rank=0 if parallel is None else parallel.rank,
@@ -240,13 +239,15 @@ class LLMEngine:
         """Whether the host need not know the tokens of the batch in flight before this one. It has to for
         rules that read the completion, for the key of a cached prefix that ends with such a token, and
         where a preempted request computes it with others."""
-        return bool(chunks) and not any(
-            chunk.num_tokens > 1
-            or reads_last_token(chunk.request)
-            or self.context.takes_snapshot(chunk)
-            for chunk in chunks
-            if chunk.request.num_pending_tokens
-        )
+        for chunk in chunks:
+            request = chunk.request
+            if request.num_pending_tokens and (
+                chunk.num_tokens > 1
+                or reads_last_token(request)
+                or self.context.takes_snapshot(chunk)
+            ):
+                return False
+        return bool(chunks)
 
     def _launch(self, chunks: list[Chunk]) -> Batch:
         """Enqueue the work of the model and the sampler on the device."""
@@ -257,16 +258,16 @@ class LLMEngine:
         sample_rows: list[int] = []
         row = 0
         for chunk, of_chunk in zip(chunks, offsets, strict=True):
-            request, rows = chunk.request, range(row, row + len(of_chunk))
-            row += len(of_chunk)
-            if chunk.samples:
+            request, first, row = chunk.request, row, row + len(of_chunk)
+            end = row
+            if of_chunk and (request.params.prompt_logprobs is None or chunk.samples):
                 batch.sampling.append(request)
-                sample_rows.append(rows[-1])
-                rows = rows[:-1]
-            if rows:
-                logits, start = take_rows(logits_XV, rows), chunk.start + of_chunk[0]
+                end -= 1
+                sample_rows.append(end)
+            if end > first:
+                logits, start = logits_XV[first:end], chunk.start + of_chunk[0]
                 batch.begin_prompt_logprobs(self.output_processor, request, start, logits)
-            request.num_computed_tokens = chunk.end
+            request.num_computed_tokens = chunk.start + chunk.num_tokens
         if batch.sampling:
             batch.sampled = self._sample(take_rows(logits_XV, sample_rows), batch.sampling)
         for request in batch.sampling:
@@ -295,7 +296,7 @@ class LLMEngine:
         """
         tokens = self._read(batch.sampled) if batch.sampling else []
         # the device is done with this batch: its entry counts are there
-        self.context.update_counts(keep=num_behind)
+        self.context.land(keep=num_behind)
         self._stats.step_computed()
         failed = batch.record_prompt_logprobs()
         changed: list[Request] = []
@@ -305,27 +306,24 @@ class LLMEngine:
                 continue
             changed.append(request)
             try:
-                self._append(request, token)
-            except RequestFailed as error:
-                failed[request] = error
+                if isinstance(token, RequestFailed):
+                    raise token
+                ending = self.output_processor.append(request, token)
+            except BaseException as error:  # noqa: BLE001 - it ends this request alone
+                failed[request] = failure_of(request.request_id, error)
+                continue
+            if ending is not None:
+                self._finish(request, *ending)
+        self._stats.tokens_generated(len(changed) - sum(request in failed for request in changed))
         for request, failure in failed.items():
             self._fail(request, failure)
         outputs = self._collect(list(dict.fromkeys([*changed, *failed])))
-        now = time.perf_counter()
-        self._stats.step_finished(batch.sizes, now - self._began)
-        self._began = now
+        began, self._began = self._began, time.perf_counter()
+        self._stats.step_finished(batch.sizes, self._began - began)
         return outputs
 
-    def _append(self, request: Request, token: SampledToken | RequestFailed) -> None:
-        if isinstance(token, RequestFailed):
-            raise token
-        self._stats.token_generated()
-        with own_work(request.request_id):
-            ending = self.output_processor.append(request, token)
-        if ending is not None:
-            self._finish(request, *ending)
-
     def _collect(self, changed: list[Request]) -> list[RequestOutput]:
+        self._stats.update_all_metrics(changed)
         outputs = []
         for request in changed:
             outputs.append(self._output(request))
@@ -355,14 +353,12 @@ class LLMEngine:
         del self._requests[request.request_id]
 
     def _output(self, request: Request) -> RequestOutput:
-        self._stats.update_metrics(request)
         text = ""
         if request.error is None:
             try:
-                with own_work(request.request_id):
-                    text = self.output_processor.text(request)
-            except RequestFailed as error:
-                self._fail(request, error)
+                text = self.output_processor.text(request)
+            except BaseException as error:  # noqa: BLE001 - it ends this request alone
+                self._fail(request, failure_of(request.request_id, error))
         return output_of(request, text)
 
     # The engine as a whole.

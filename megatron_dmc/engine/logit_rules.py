@@ -180,7 +180,8 @@ def bad_words_token_ids(
 
 def reads_last_token(request: Request) -> bool:
     """Whether the host has to know all of the completion to apply the request's rules."""
-    return any(len(ids) > 1 for ids in request.bad_words_token_ids)
+    words = request.bad_words_token_ids
+    return bool(words) and any(len(ids) > 1 for ids in words)
 
 
 def check_token_ids(request_id: str, params: SamplingParams, vocab_size: int) -> None:

@@ -134,17 +134,12 @@ class Request:
     @property
     def num_tokens(self) -> int:
         """Tokens so far, computed or not, pending ones included."""
-        return len(self.prompt_token_ids) + self.num_output_tokens
+        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_pending_tokens
 
     @property
     def num_known_tokens(self) -> int:
         """Tokens that the host knows."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
-
-    @property
-    def is_complete(self) -> bool:
-        """True where the last token that it may have is sampled."""
-        return self.num_tokens >= self.max_total_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
@@ -166,7 +161,7 @@ class Request:
         return self.prompt_token_ids[start:end] + self.output_token_ids[generated]
 
 
-@dataclass
+@dataclass(slots=True)
 class CompletionOutput:
     """The completion so far. Tokens and log-probabilities are copied on access: most outputs of a step
     are never read."""
@@ -196,7 +191,7 @@ class CompletionOutput:
         return None if logprobs is None else logprobs[: self.num_tokens]
 
 
-@dataclass
+@dataclass(slots=True)
 class RequestOutput:
     """The output of a request, from a step or from `LLM.generate`."""
 

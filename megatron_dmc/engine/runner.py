@@ -37,6 +37,15 @@ def _logits_of_rows(
     return logits if scale_logits is None else scale_logits(logits)
 
 
+def _token_at(request: Request, position: int) -> int:
+    """The token, or `_SAMPLED` where it is pending."""
+    at = position - len(request.prompt_token_ids)
+    if at < 0:
+        return request.prompt_token_ids[position]
+    tokens = request.output_token_ids
+    return tokens[at] if at < len(tokens) else _SAMPLED
+
+
 def device_of_weights(model: torch.nn.Module, device: torch.device | str | None) -> torch.device:
     """The device of the model's weights.
 
@@ -118,7 +127,7 @@ class ModelRunner:
 
     @torch.no_grad()
     def run(self, chunks: Sequence[Chunk], wanted: Sequence[Sequence[int]]) -> Tensor:
-        """Compute the chunks' tokens and cache them. Waits for nothing; `PagedContext.update_counts` does.
+        """Compute the chunks' tokens and cache them. Waits for nothing; `PagedContext.land` does.
 
         Args:
             chunks: this step's work, which the scheduler found pages for.
@@ -127,26 +136,15 @@ class ModelRunner:
         Returns:
             logits_XV, rows in the order of `wanted`; valid until the next call.
         """
-        packed = sorted(chunks, key=lambda chunk: chunk.num_tokens > 1)  # single tokens come first
-        token_ids: list[int] = []
-        positions: list[int] = []
-        first: dict[int, int] = {}
-        for chunk in packed:
-            first[chunk.request.number] = len(token_ids)
-            known = chunk.request.tokens_between(chunk.start, chunk.end)
-            token_ids += known
-            if len(known) < chunk.num_tokens:
-                token_ids.append(_SAMPLED)
-            positions += range(chunk.start, chunk.end)
-        decode_rows = [c.row for c in packed if c.num_tokens == 1]
+        packed, token_ids, positions, firsts = self._pack(chunks)
+        num_single = sum(chunk.num_tokens == 1 for chunk in packed)
+        decode_rows = [chunk.row for chunk in packed[:num_single]]
         logit_rows = [
-            first[chunk.request.number] + offset
-            for chunk, offsets in zip(chunks, wanted, strict=True)
-            for offset in offsets
+            first + offset for first, of in zip(firsts, wanted, strict=True) for offset in of
         ]
         self.context.begin_step(packed)
         graphs = self._graphs
-        if graphs is not None and len(packed) == len(decode_rows) <= graphs.largest:
+        if graphs is not None and len(packed) == num_single <= graphs.largest:
             logits_XV = take_rows(graphs.run(token_ids, positions, decode_rows), logit_rows)
         else:
             parts = (token_ids, positions, decode_rows, logit_rows)
@@ -156,6 +154,24 @@ class ModelRunner:
         if self._gather is not None:
             logits_XV = self._gather(logits_XV)
         return logits_XV[:, : self.vocab_size]
+
+    def _pack(self, chunks: Sequence[Chunk]) -> tuple[list[Chunk], list[int], list[int], list[int]]:
+        """The chunks with single tokens first, all token ids and positions in this order, and the place of
+        each given chunk's first token among them."""
+        singles = [c for c, chunk in enumerate(chunks) if chunk.num_tokens == 1]
+        positions = [chunks[c].start for c in singles]
+        token_ids = [_token_at(chunks[c].request, chunks[c].start) for c in singles]
+        if len(singles) == len(chunks):
+            return list(chunks), token_ids, positions, singles
+        longer = [c for c, chunk in enumerate(chunks) if chunk.num_tokens > 1]
+        firsts = [0] * len(chunks)
+        for place, c in enumerate(singles):
+            firsts[c] = place
+        for c in longer:
+            chunk, firsts[c] = chunks[c], len(token_ids)
+            token_ids += chunk.request.tokens_between(chunk.start, chunk.end)
+            positions += range(chunk.start, chunk.end)
+        return [chunks[c] for c in (*singles, *longer)], token_ids, positions, firsts
 
     def keep_sampled(self, token_ids_B: Tensor, requests: Sequence[Request]) -> None:
         """Make these tokens, int64 on the device, the ones that the requests' next step computes."""

@@ -16,6 +16,7 @@ far. Where heads merge less than expected, pages run short and the last in the o
 """
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, get_args
 
@@ -55,12 +56,20 @@ class PageAccount(Protocol):
         """Pages that the request lacks, at worst, for `num_new_tokens` more tokens."""
         ...
 
+    def pages_needed_each(self, requests: Sequence[Request]) -> list[int]:
+        """`pages_needed` of running requests for one more token each."""
+        ...
+
     def num_cached_tokens(self, request: Request) -> int:
         """Computed tokens of a running request whose entries are counted."""
         ...
 
     def num_entries(self, request: Request) -> int:
         """Entries of these, over all layers and heads (of the rank that has most)."""
+        ...
+
+    def count_landed(self) -> None:
+        """Count the entries of the steps that are done."""
         ...
 
     def update_counts(self) -> None:
@@ -239,38 +248,48 @@ class Scheduler:
     def _continue(self, schedule: Schedule) -> int:
         """Chunks for the running requests, preempting where needed. Returns pages left free."""
         budget = self.max_num_batched_tokens
-        if sum(self.account.pages_needed(r, 1) for r in self.running) > self.account.num_free_pages:
-            self.account.update_counts()
+        needed = self.account.pages_needed_each(self.running)
         free = self.account.num_free_pages
-        promised: list[int] = []
+        for count in (self.account.count_landed, self.account.update_counts):
+            if sum(needed) > free:
+                count()
+                needed = self.account.pages_needed_each(self.running)
+                free = self.account.num_free_pages
+        unpromised = free
+        longer: list[tuple[Chunk, int]] = []
         position = 0
         while position < len(self.running) and budget > 0:
-            request = self.running[position]
-            if request.is_complete:
-                position += 1
-                continue
-            needed = self.account.pages_needed(request, 1)
-            while needed > free and self.running[-1] is not request:
-                # those behind `position` hold no promise of this step yet
-                schedule.preempted.append(self._preempt_last())
-                free = self.account.num_free_pages - sum(promised)
-            if needed > free:
-                assert position > 0, "the only running request is out of pages"
-                schedule.preempted.append(self._preempt_last())
-                free = self.account.num_free_pages - sum(promised)
-                break
-            schedule.chunks.append(Chunk.next_of(request, 1))
-            promised.append(needed)
-            free -= needed
-            budget -= 1
+            request, pages = self.running[position], needed[position]
             position += 1
-        for chunk, needed in zip(schedule.chunks, promised, strict=True):
+            num_uncomputed = request.num_tokens - request.num_computed_tokens
+            if request.num_computed_tokens + num_uncomputed >= request.max_total_tokens:
+                continue  # its last token is sampled
+            if pages > unpromised:
+                # those behind hold no promise of this step yet
+                promised = free - unpromised
+                while pages > unpromised and self.running[-1] is not request:
+                    schedule.preempted.append(self._preempt_last())
+                    free = self.account.num_free_pages
+                    unpromised = free - promised
+                if pages > unpromised:
+                    assert position > 1, "the only running request is out of pages"
+                    schedule.preempted.append(self._preempt_last())
+                    free = self.account.num_free_pages
+                    unpromised = free - promised
+                    break
+            chunk = Chunk(request, 1, request.num_computed_tokens)
+            schedule.chunks.append(chunk)
+            if num_uncomputed > 1:
+                longer.append((chunk, pages))
+            unpromised -= pages
+            budget -= 1
+        for chunk, pages in longer:
             most = min(chunk.request.num_uncomputed_tokens, 1 + budget)
             if most > 1:
-                chunk.num_tokens = self._most_tokens(chunk.request, most, free + needed)
+                chunk.num_tokens = self._most_tokens(chunk.request, most, unpromised + pages)
                 budget -= chunk.num_tokens - 1
-                free += needed - self.account.pages_needed(chunk.request, chunk.num_tokens)
-        return free
+                unpromised += pages - self.account.pages_needed(chunk.request, chunk.num_tokens)
+        return unpromised
 
     def _admit(self, schedule: Schedule, free: int) -> None:
         budget = self.max_num_batched_tokens - schedule.num_tokens

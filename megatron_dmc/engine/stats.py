@@ -166,7 +166,7 @@ class StatsCollector:
 
     def step_computed(self) -> None:
         """Note the pages in use, once the step's entry counts are known."""
-        self._peak_pages = max(self._peak_pages, self._context.tables.num_pages_in_use)
+        self._peak_pages = max(self._peak_pages, self._context.tables.num_pages_after_step)
 
     def step_finished(self, sizes: Sequence[int], seconds: float) -> None:
         """Count a step's tokens and time.
@@ -183,12 +183,14 @@ class StatsCollector:
         else:
             self._prefill_seconds += seconds
 
-    def token_generated(self) -> None:
-        """Count a token of a completion."""
-        self._num_generated += 1
+    def tokens_generated(self, count: int) -> None:
+        """Count tokens of completions."""
+        self._num_generated += count
 
     def request_finished(self, request: Request) -> None:
         """Count a request that is about to leave the scheduler."""
+        if request.row is not None:
+            self._context.tables.count_row(request.row)
         self.update_metrics(request)
         if request.row is not None:
             self._finished_tokens += self._context.num_cached_tokens(request)
@@ -198,13 +200,17 @@ class StatsCollector:
 
     def update_metrics(self, request: Request) -> None:
         """Update the cache figures in a running request's metrics; others keep their last ones."""
-        if request.row is None:
-            return
-        counts, metrics = self._context.tables.counts, request.metrics
-        tokens = self._context.num_cached_tokens(request)
-        metrics.num_cached_tokens = tokens * self._finished_entries_LG.size
-        metrics.num_entries = counts.num_entries(request.row)
-        metrics.num_pages = counts.num_pages_of(request.row)
+        self.update_all_metrics([request])
+
+    def update_all_metrics(self, requests: Sequence[Request]) -> None:
+        """`update_metrics` of several requests."""
+        running = [request for request in requests if request.row is not None]
+        counts = self._context.tables.counts.figures([request.row for request in running])
+        num_heads = self._finished_entries_LG.size
+        for request, in_flight, entries, pages in zip(running, *counts, strict=True):
+            metrics = request.metrics
+            metrics.num_cached_tokens = (request.num_computed_tokens - in_flight) * num_heads
+            metrics.num_entries, metrics.num_pages = entries, pages
 
     def _num_raw(self, request: Request) -> int:
         return min(self._context.num_cached_tokens(request), self._context.store.num_ring_slots)

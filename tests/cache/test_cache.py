@@ -247,3 +247,22 @@ def test_pages_hold_little_beyond_entries():
     print(f"pages held / live entries: {overhead:.4f}")
     assert 1 <= overhead <= 1.10
     tables.check_integrity()
+
+
+def test_pages_at_worst_are_those_of_every_head():
+    rng = np.random.default_rng(5)
+    counts = PageCounts(1000, 4, (2, 3, 5, 2))
+    limits = [None, 9, None, 3, 40]
+    for row, limit in enumerate(limits):
+        counts.open(row, limit)
+        most = 30 if limit is None else limit
+        counts.set_entries(np.array([row]), rng.integers(0, most + 1, (2, 3, 1, 2)))
+    num_new = np.array([1, 7, 13, 2, 60])
+    got_KB = counts.pages_needed_KB(np.arange(5), num_new)
+    for row, limit in enumerate(limits):
+        before = counts.entries_KLRG[:, :, row]
+        after = before + num_new[row]
+        if limit is not None:
+            after = np.minimum(after, limit)
+        pages = -(-after // 4) - -(-before // 4)
+        assert np.array_equal(got_KB[:, row], pages.sum(axis=(1, 2))), row

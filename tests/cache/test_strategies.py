@@ -35,6 +35,7 @@ def test_no_head_exceeds_the_strategys_bound(name):
         engine.add_request(str(i), prompt, greedy_params(6))
     while engine.has_unfinished_requests:
         engine.step()
+        engine.context.update_counts()
         for request in engine.scheduler.running:
             bound = store.most_entries(request.num_computed_tokens, request.num_prompt_tokens)
             assert 0 < tables.entries(request.row).max() <= bound

@@ -402,8 +402,7 @@ class Counted(list):
 
     def __getitem__(self, key):
         found = super().__getitem__(key)
-        if isinstance(key, slice):
-            self.copied += len(found)
+        self.copied += len(found) if isinstance(key, slice) else 1
         return found
 
     def __add__(self, other):

@@ -201,7 +201,7 @@ FATAL = {
         "sampler._seed_of",
         torch.AcceleratorError("device lost"),
     ),
-    "pages": ("context.update_counts", OutOfPages("a head found no page")),
+    "pages": ("context.land", OutOfPages("a head found no page")),
     "tables": ("context.tables.close_row", AssertionError("row 0 is not open")),
 }
 

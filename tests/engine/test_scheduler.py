@@ -31,8 +31,14 @@ class CountingAccount:
         entries = self.entries[request.request_id]
         return self.pages_of([n + num_new_tokens for n in entries]) - self.pages_of(entries)
 
+    def pages_needed_each(self, requests):
+        return [self.pages_needed(request, 1) for request in requests]
+
     def num_cached_tokens(self, request):
         return request.num_computed_tokens
+
+    def count_landed(self):
+        """Every step is counted."""
 
     def update_counts(self):
         """No step is in flight."""

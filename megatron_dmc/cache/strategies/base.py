@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_dmc.cache.prefixes import PrefixCache, Snapshot
+from megatron_dmc.cache.segments import OpenSegments
 from megatron_dmc.cache.strategies.rules import CompressionRule
-from megatron_dmc.cache.tables import BlockTables, OpenSegments
+from megatron_dmc.cache.tables import BlockTables
 from megatron_dmc.ops import gates
 from megatron_dmc.ops.paged.chunks import Chunks
 from megatron_dmc.ops.paged.decode import Gates
@@ -44,7 +45,8 @@ class Step:
         rows_B, positions_B: int64, on the device, of the single tokens; row -1 is padding.
         rounds: the prompts' tokens, in the order in which they are prefilled.
         snapshots: for each round those to take after it.
-        chunks: all tokens by request, single ones included. Empty while a CUDA graph is captured.
+        make_chunks: gives `chunks`: all tokens by request, single ones included. None while a CUDA graph is
+            captured.
         plans_L: each layer's plan of decode attention, once one is made.
     """
 
@@ -52,8 +54,14 @@ class Step:
     positions_B: Tensor
     rounds: Sequence[Chunks] = ()
     snapshots: Sequence[Sequence[Snapshot]] = ()
-    chunks: Chunks | None = None
+    make_chunks: Callable[[], Chunks] | None = None
     plans_L: list[Tensor | None] | None = field(default=None, repr=False)
+
+    @cached_property
+    def chunks(self) -> Chunks:
+        """See `make_chunks`."""
+        assert self.make_chunks is not None
+        return self.make_chunks()
 
 
 class LayerStore(Protocol):

@@ -15,9 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megatron_dmc.cache.policies import make_policy
 from megatron_dmc.cache.prefixes import PrefixCache
+from megatron_dmc.cache.segments import OpenSegments
 from megatron_dmc.cache.strategies.base import Step, Storage
 from megatron_dmc.cache.strategies.rules import BudgetRule
-from megatron_dmc.cache.tables import OpenSegments
 from megatron_dmc.ops import rope
 from megatron_dmc.ops.paged.budget import WorkingCache, attend_and_evict
 from megatron_dmc.ops.paged.chunks import Chunks
@@ -73,7 +73,6 @@ class BudgetStore:
     ) -> Tensor:
         """As `LayerStore`, token by token."""
         chunks = step.chunks
-        assert chunks is not None
         if freqs_SF is not None:
             freqs_TF = freqs_SF[chunks.positions_T]
             q_TND, k_TGD = (rope.rotate_by(x, freqs_TF) for x in (q_TND, k_TGD))

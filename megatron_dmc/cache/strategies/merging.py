@@ -3,9 +3,9 @@ section 6. The plain cache is the case without a rule: every token is appended."
 
 from torch import Tensor
 
+from megatron_dmc.cache.segments import OpenSegments
 from megatron_dmc.cache.strategies.base import GatedStore, Step, Storage
 from megatron_dmc.cache.strategies.rules import CompressionRule
-from megatron_dmc.cache.tables import OpenSegments
 from megatron_dmc.ops import rope
 from megatron_dmc.ops.paged import decode
 from megatron_dmc.ops.paged.chunks import Chunks
