@@ -2,7 +2,7 @@
 
 A family says how Hugging Face spells it: the architecture, which parts it has, the names of its
 tensors, and what a key means that `config.json` leaves out. `hf_config.py` reads and writes
-`config.json` by it, `hf_folder.py` the tensors.
+`config.json` by it, `hf_tensors.py` the tensors.
 """
 
 from collections.abc import Mapping

@@ -17,7 +17,7 @@ from megatron_dmc.checkpoint.families import family_named
 from megatron_dmc.checkpoint.field_checks import shown
 from megatron_dmc.checkpoint.gguf_tokenizer import build_tokenizer
 from megatron_dmc.checkpoint.hf_config import LLAMA3_ROPE, from_hf_config
-from megatron_dmc.checkpoint.hf_folder import BLOCK_BYTES, Piece, pieces
+from megatron_dmc.checkpoint.hf_tensors import Piece, PieceSource
 from megatron_dmc.errors import CheckpointError, UnsupportedConfig
 
 SUFFIX = ".gguf"
@@ -65,8 +65,8 @@ def find_gguf(path: Path) -> Path | None:
     return files[0] if files else None
 
 
-class GGUFFile:
-    """A GGUF file's weights: a `WeightSource`.
+class GGUFFile(PieceSource):
+    """A GGUF file's weights.
 
     Attributes:
         description: of the model. Its dtype is bfloat16 where weights are quantised, else the stored one.
@@ -87,27 +87,9 @@ class GGUFFile:
             for name, field in reader.fields.items()
             if len(field.data) <= LONGEST_ARRAY
         }
-        self.description = self._describe()
+        self._set_description(self._describe())
         self._names = self._map_names()
-        self._parts: dict[str, list[Piece]] = {}
-        for piece in pieces(self.description):
-            self._parts.setdefault(piece.megatron_name, []).append(piece)
         self._check_tensors()
-
-    def fill(self, name: str, out: Tensor) -> None:
-        """See `WeightSource`."""
-        for piece in self._parts[name]:
-            if piece.kind == "vocab":
-                out[self.description.vocab_size :] = 0
-            view = piece.view(out, self.description)
-            if view.shape != piece.hf_shape:
-                view.copy_(self._read(piece, 0, piece.hf_shape[0]).view(view.shape))
-                continue
-            row_bytes = 4 * max(1, torch.Size(piece.hf_shape[1:]).numel())
-            step = max(1, BLOCK_BYTES // row_bytes)
-            for first in range(0, piece.hf_shape[0], step):
-                rows = view[first : first + step]
-                rows.copy_(self._read(piece, first, first + len(rows)))
 
     def tokenizer_folder(self) -> Path:
         """A folder with its tokenizer and chat template as transformers saves them. It is there until the
@@ -123,8 +105,8 @@ class GGUFFile:
             self._tokenizer = Path(folder.name)
         return self._tokenizer
 
-    def _read(self, piece: Piece, first: int, last: int) -> Tensor:
-        """Rows of a Hugging Face tensor, dequantised to float32."""
+    def read_rows(self, piece: Piece, first: int, last: int) -> Tensor:
+        """See `PieceSource`; dequantised to float32."""
         import gguf
 
         stored = self._tensors[self._names[piece.hf_name]]
@@ -219,11 +201,11 @@ class GGUFFile:
         names = gguf.get_tensor_name_map(kind, self.description.num_layers)
         return {
             piece.hf_name: str(names.get_name(piece.hf_name, try_suffixes=(".weight", ".bias")))
-            for piece in pieces(self.description)
+            for piece in self.pieces
         }
 
     def _check_tensors(self) -> None:
-        wanted = {self._names[piece.hf_name]: piece for piece in pieces(self.description)}
+        wanted = {self._names[piece.hf_name]: piece for piece in self.pieces}
         missing = sorted(set(wanted) - set(self._tensors))
         unknown = sorted(set(self._tensors) - set(wanted) - {_ROPE_FACTORS})
         complaints = []

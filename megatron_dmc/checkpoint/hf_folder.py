@@ -1,8 +1,7 @@
-"""A Hugging Face folder's weights, tensor by tensor, as parts of Megatron's; read and written."""
+"""A Hugging Face folder's weights, read and written one tensor at a time."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -12,9 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_dmc.checkpoint.description import ModelDescription
-from megatron_dmc.checkpoint.families import family_named
 from megatron_dmc.checkpoint.field_checks import read_json_object, shown
 from megatron_dmc.checkpoint.hf_config import to_hf_config
+from megatron_dmc.checkpoint.hf_tensors import Piece, PieceSource, layer_rows, pieces
 from megatron_dmc.checkpoint.weights import (
     StateSource,
     WeightSource,
@@ -25,103 +24,10 @@ from megatron_dmc.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-BLOCK_BYTES = 64_000_000
-"""Large tensors are read in blocks of rows of at most this size."""
 HEADER_BYTES = INDEX_BYTES = 16 * 2**20
 """Longer headers and indices are refused; those of known models are shorter."""
 SHARD_BYTES = 5_000_000_000
 """A folder's weights are split into files of at most this size."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One Hugging Face tensor as a part of a Megatron tensor."""
-
-    hf_name: str
-    hf_shape: tuple[int, ...]
-    megatron_name: str
-    kind: str
-
-    def view(self, tensor: Tensor, d: ModelDescription) -> Tensor:
-        """The part of the Megatron tensor, as a view (of another shape than `hf_shape` for qkv)."""
-        per_group = d.num_attention_heads // d.num_query_groups
-        if self.kind in ("q", "k", "v"):
-            # rows of a group: its query heads, its key head, its value head
-            qkv = tensor.view(d.num_query_groups, per_group + 2, d.kv_channels, *tensor.shape[1:])
-            first, last = {
-                "q": (0, per_group),
-                "k": (per_group, per_group + 1),
-                "v": (per_group + 1, per_group + 2),
-            }[self.kind]
-            return qkv[:, first:last]
-        if self.kind in ("gate", "up"):
-            return tensor.chunk(2)[self.kind == "up"]
-        if self.kind == "vocab":
-            return tensor[: d.vocab_size]
-        return tensor
-
-
-def _layer_rows(d: ModelDescription) -> list[tuple[str, str, str]]:
-    """(Hugging Face name, Megatron name, kind) of a layer's tensors, both below the layer.
-
-    Parts of one Megatron tensor follow each other.
-    """
-    rows = [("input_layernorm.weight", "input_layernorm.weight", "whole")]
-    for what in ("weight", "bias") if d.add_qkv_bias else ("weight",):
-        rows += [
-            (f"self_attn.{part}_proj.{what}", f"self_attention.linear_qkv.{what}", part)
-            for part in "qkv"
-        ]
-    if d.qk_layernorm:
-        rows += [
-            (f"self_attn.{part}_norm.weight", f"self_attention.{part}_layernorm.weight", "whole")
-            for part in "qk"
-        ]
-    rows += [
-        ("self_attn.o_proj.weight", "self_attention.linear_proj.weight", "whole"),
-        ("post_attention_layernorm.weight", "pre_mlp_layernorm.weight", "whole"),
-    ]
-    experts = family_named(d.model_type).experts
-    mlps = [("mlp.{part}", ("gate_proj", "up_proj", "down_proj"), "mlp")]
-    if experts is not None:
-        rows.append((f"{experts.router}.weight", "mlp.router.weight", "whole"))
-        mlps = [
-            (experts.expert.replace("{e}", str(e)), experts.parts, f"mlp.experts.local_experts.{e}")
-            for e in range(d.num_experts or 0)
-        ]
-    for template, (gate, up, down), megatron in mlps:
-        rows += [
-            (template.replace("{part}", part) + ".weight", f"{megatron}.{target}.weight", kind)
-            for part, target, kind in (
-                (gate, "linear_fc1", "gate"),
-                (up, "linear_fc1", "up"),
-                (down, "linear_fc2", "whole"),
-            )
-        ]
-    return rows
-
-
-def pieces(d: ModelDescription) -> list[Piece]:
-    """All tensors of the Hugging Face model; parts of one Megatron tensor follow each other."""
-    rows = [("model.embed_tokens.weight", "embedding.word_embeddings.weight", "vocab")]
-    layer = _layer_rows(d)
-    for i in range(d.num_layers):
-        rows += [(f"model.layers.{i}.{a}", f"decoder.layers.{i}.{b}", kind) for a, b, kind in layer]
-    rows.append(("model.norm.weight", "decoder.final_layernorm.weight", "whole"))
-    if not d.share_embeddings_and_output_weights:
-        rows.append(("lm_head.weight", "output_layer.weight", "vocab"))
-    shapes = megatron_shapes(d)
-    kv_rows = d.num_query_groups * d.kv_channels
-
-    def shape(megatron: str, kind: str) -> tuple[int, ...]:
-        whole = shapes[megatron]
-        first = {
-            "q": d.num_attention_heads * d.kv_channels, "k": kv_rows, "v": kv_rows,
-            "gate": whole[0] // 2, "up": whole[0] // 2, "vocab": d.vocab_size, "whole": whole[0],
-        }[kind]  # fmt: skip
-        return (first, *whole[1:])
-
-    return [Piece(hf, shape(megatron, kind), megatron, kind) for hf, megatron, kind in rows]
 
 
 def _some(names: set[str]) -> str:
@@ -144,8 +50,8 @@ _SAFETENSORS_DTYPES = {
 }
 
 
-class HFFolder:
-    """The safetensors files of a Hugging Face folder, read one tensor at a time: a `WeightSource`.
+class HFFolder(PieceSource):
+    """The safetensors files of a Hugging Face folder.
 
     Raises:
         CheckpointError: names the file that is missing or broken, and every tensor that is missing,
@@ -153,16 +59,12 @@ class HFFolder:
     """
 
     def __init__(self, path: str | Path, description: ModelDescription):
-        self.path = Path(path)
-        self.description = description
+        self.path, self.description = Path(path), description
         self.stored: dict[str, _Stored] = {}
         for file, expected in self._files().items():
             self._read_header(file, expected)
         self._check_count()
-        self.pieces = pieces(description)
-        self._parts: dict[str, list[Piece]] = {}
-        for piece in self.pieces:
-            self._parts.setdefault(piece.megatron_name, []).append(piece)
+        self._set_description(description)
         self._check_tensors()
 
     @property
@@ -243,7 +145,7 @@ class HFFolder:
     def _check_count(self) -> None:
         """Before a list of all tensors is made: whether as many could be there."""
         d = self.description
-        expected = 3 - d.share_embeddings_and_output_weights + d.num_layers * len(_layer_rows(d))
+        expected = 3 - d.share_embeddings_and_output_weights + d.num_layers * len(layer_rows(d))
         if expected > 10 * len(self.stored) + 100:
             experts = f" with num_experts={d.num_experts}" if d.num_experts else ""
             raise CheckpointError(
@@ -289,21 +191,9 @@ class HFFolder:
         except (SafetensorError, OSError) as e:
             raise CheckpointError(f"{file}: cannot read {name} ({e})") from e
 
-    def fill(self, name: str, out: Tensor) -> None:
-        """See `WeightSource`."""
-        for piece in self._parts[name]:
-            if piece.kind == "vocab":
-                out[self.description.vocab_size :] = 0
-            view = piece.view(out, self.description)
-            if view.shape != piece.hf_shape:
-                view.copy_(self.read(piece.hf_name).view(view.shape))
-                continue
-            # a file stays mapped while it is open: in blocks, less of it is in memory at once
-            row_bytes = max(1, _nbytes(piece, out.dtype) // piece.hf_shape[0])
-            step = max(1, BLOCK_BYTES // row_bytes)
-            for first in range(0, piece.hf_shape[0], step):
-                rows = view[first : first + step]
-                rows.copy_(self.read(piece.hf_name, first, first + len(rows)))
+    def read_rows(self, piece: Piece, first: int, last: int) -> Tensor:
+        """See `PieceSource`."""
+        return self.read(piece.hf_name, first, last)
 
 
 def _plan_files(d: ModelDescription, shard_bytes: int) -> tuple[list[list[Piece]], int]:

@@ -214,7 +214,7 @@ def test_tensors_are_read_in_blocks(tmp_path, monkeypatch):
     """A block of a few rows, of one row, and of less than one give what a whole tensor gives."""
     save(CASES["mixtral"], tmp_path / "hf")
     for size in (1, 200, 3000):
-        monkeypatch.setattr("megatron_dmc.checkpoint.hf_folder.BLOCK_BYTES", size)
+        monkeypatch.setattr("megatron_dmc.checkpoint.hf_tensors.BLOCK_BYTES", size)
         convert(None, "hf", tmp_path / "hf", tmp_path / f"out{size}")
         before, after = weights(tmp_path / "hf"), weights(tmp_path / f"out{size}")
         assert all(torch.equal(before[name], after[name]) for name in before)

@@ -7,7 +7,7 @@ import torch
 from hf_models import VOCAB, in_float64, model_of, save_with_code, tokens
 
 import megatron_dmc.ops
-from megatron_dmc.checkpoint.hf_folder import pieces
+from megatron_dmc.checkpoint.hf_tensors import pieces
 from megatron_dmc.checkpoint.load import load_model
 from megatron_dmc.checkpoint.remote import attention_dmc, configuration_dmc, ops_dmc
 from megatron_dmc.config import DMCConfig
