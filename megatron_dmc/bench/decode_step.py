@@ -312,7 +312,6 @@ def run(args: argparse.Namespace) -> Result:
             raise DMCError(f"--{flag} {least:g}: use 1 or more")
     ceilings = Ceilings.measure(settings)
     rows: list[Row] = []
-    panels = []
     for context in settings.lengths:
         d = describe(settings, args.layers, context + settings.repeats + WARMUP + 2)
         loaded = random_model(d, settings.device)
@@ -333,9 +332,6 @@ def run(args: argparse.Namespace) -> Result:
                 "fraction_of_copy": row["cache_bytes_per_second"] / ceilings.bytes_per_second,
                 "speedup": row["tokens_per_second"] / of_context[0]["tokens_per_second"],
             }
-        bars = [(f"CR {r['cr']:g}", r["tokens_per_second"], r["cr"] > 1) for r in of_context]
-        title = f"Decode, {context} tokens of context, batch {args.batch}"
-        panels.append(Panel(title, "tokens/s", bars))
         rows += of_context
     shape = {
         "layers": d.num_layers, "hidden": d.hidden_size, "query_heads": d.num_attention_heads,
@@ -345,4 +341,5 @@ def run(args: argparse.Namespace) -> Result:
     result = document(
         "decode", settings, model=shape, copy_bytes_per_second=ceilings.bytes_per_second, rows=rows
     )
-    return Result(result, settings.output, panels)
+    panel = Panel("Decode", "tokens/s", rows, "tokens_per_second", ("context", "batch", "cr"))
+    return Result(result, settings.output, [panel])

@@ -1,34 +1,27 @@
-"""K4 of other libraries: decode attention with (request, KV head) folded into the batch.
+"""Decode attention of other libraries (K4), with (request, KV head) folded into the batch.
 
-A library sees B x G sequences of one KV head with a group of query heads, each with its own length. Same data, same
-check against the specification, as many layers in one CUDA graph as ours. What a library cannot take as it is:
-flash-attn 2 has pages of 256 at least, so it gets a cache with such pages; PyTorch's variable-length attention
-knows no pages and gets entries that lie one after the other; its scaled-dot-product attention (what a CPU has)
-gets them padded to the longest. Making those copies is not timed, nor is FlashInfer's planning on the host,
-which is stated separately (`plan_ms`). What is not installed, or fails, is a row that says so.
+A library sees B x G sequences of one KV head with a group of query heads, each with its own length. `bench.decode_kernels`
+gives them the same data and the same check as ours. Some need another layout: flash-attn 2 has pages of 256 at least, so it
+gets a cache with such pages; PyTorch's variable-length attention knows no pages and gets entries that lie one after the
+other; its scaled-dot-product attention (all that a CPU has) gets them padded to the longest. Making those copies is not
+timed, nor is FlashInfer's planning on the host, which is stated separately (`plan_ms`).
 
 Dimension letters as in `ops.paged.decode`; X folded sequences, B x G.
 """
 
 import importlib
-import logging
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_dmc.bench.measure import Settings, against_copy, as_row, captured, measure_time
-from megatron_dmc.bench.output import Row
-from megatron_dmc.errors import DMCError
+from megatron_dmc.bench.measure import Settings
 from megatron_dmc.ops.paged.layer_cache import LayerCache
 from megatron_dmc.ops.testing import decode_case
 
-logger = logging.getLogger(__name__)
 Attend = Callable[[], Tensor]
 
 
@@ -185,74 +178,3 @@ LIBRARIES = [
     Library("torch varlen", torch_varlen),
     Library("torch SDPA", torch_sdpa),
 ]
-
-
-def measure(
-    settings: Settings, lengths_BG: Tensor, group: int, dim: int, *, num_layers: int,
-    bytes_needed: int, bandwidth: float, columns: Row, names: Sequence[str] | None = None,
-) -> list[Row]:  # fmt: skip
-    """A row for each library.
-
-    Args:
-        lengths_BG: entries of every head.
-        num_layers: caches that one run goes through.
-        bytes_needed: of one layer.
-        columns: of every row.
-        names: of the libraries; None: all.
-    """
-    rows = []
-    for library in LIBRARIES:
-        if names is not None and library.name not in names:
-            continue
-        head = {"op": "attention", "variant": library.name, **columns}
-        try:
-            row = _measure_one(library, settings, lengths_BG, group, dim, num_layers)
-        except Absent as e:
-            rows.append({**head, "skipped": str(e)})
-            continue
-        except (DMCError, RuntimeError, TypeError, ValueError, AssertionError) as e:
-            # another package's fault is a row, not the end of the run
-            logger.info("%s failed", library.name, exc_info=True)
-            reason = f"{type(e).__name__}: {e}".splitlines()[0]
-            rows.append({**head, "skipped": f"failed: {reason}"})
-            continue
-        moved = against_copy(bytes_needed, row["median_ms"], bandwidth)
-        rows.append({**head, **row, "layers": num_layers, **moved})
-    return rows
-
-
-def _measure_one(
-    library: Library, settings: Settings, lengths_BG: Tensor, group: int, dim: int, num_layers: int
-) -> Row:
-    make: dict[str, Any] = dict(dtype=settings.dtype, device=settings.device)
-
-    def cache_of(lengths: Tensor, seed: int) -> LayerCache:
-        return decode_case.random_cache(
-            lengths, dim=dim, page_size=library.page_size, seed=seed, **make
-        )
-
-    def queries(lengths: Tensor) -> Tensor:
-        return decode_case.random_heads(
-            len(lengths), [lengths.shape[1] * group], dim, seed=1, **make
-        )[0]
-
-    few = lengths_BG[:4]
-    cache = cache_of(few, 0)
-    rows = torch.arange(len(few), device=settings.device)
-    error = decode_case.check_attention(
-        lambda cache, rows, q, **_: library.make(q, cache, settings)(), queries(few), cache, rows,
-        softmax_scale=dim**-0.5,
-    )  # fmt: skip
-    q = queries(lengths_BG)
-    layers = [library.make(q, cache_of(lengths_BG, seed), settings) for seed in range(num_layers)]
-
-    def attend() -> None:
-        for layer in layers:
-            layer()
-
-    timing = measure_time(captured(attend, settings), settings.device, repeats=settings.repeats)
-    row = as_row(timing.share(num_layers), errors={"attention": error})
-    plans = [getattr(layer, "plan_ms", math.nan) for layer in layers]
-    if not math.isnan(plans[0]):
-        row["plan_ms"] = plans[-1]
-    return row

@@ -19,9 +19,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from megatron_dmc import __version__
-from megatron_dmc.bench.output import Row
+from megatron_dmc.bench.output import Case, Row
 from megatron_dmc.engine.graphs import CudaGraphs
 from megatron_dmc.errors import DMCError
 
@@ -188,6 +189,16 @@ def document(name: str, settings: Settings, **content: Any) -> Row:
         "note": None if gpu else "small shapes on a CPU: they say nothing about a GPU",
         **content,
     }
+
+
+def rows_of(cases: Sequence[Case]) -> list[Row]:
+    """Run the cases in order, under a progress bar."""
+    rows: list[Row] = []
+    with tqdm(cases, disable=None, leave=False) as bar:
+        for case in bar:
+            bar.set_description(case.name)
+            rows += case.run()
+    return rows
 
 
 def against_copy(num_bytes: int, median_ms: float, bandwidth: float) -> Row:

@@ -189,8 +189,6 @@ def run(args: argparse.Namespace) -> Result:
         flops_per_second=ceilings.flops_per_second, **(rows[0] if len(rows) == 1 else {}),
         rows=rows,
     )  # fmt: skip
-    bars = [(_label(row), row["output_tokens_per_second"], row["engine"] == "megatron-dmc")
-            for row in rows if "skipped" not in row]  # fmt: skip
     curves = {
         f"{name}-{x}": Curves(rows, x, "decode_tokens_per_second", series, name)
         for x, series in (
@@ -199,8 +197,9 @@ def run(args: argparse.Namespace) -> Result:
             ("input_len", ["engine", "cr"]),
         )
     }
-    panels = [Panel("generated tokens", "tokens/s", bars)]
-    return Result(result, settings.output, panels, curves, csv=rows)
+    labels = ("engine", "cr", "batch_size", "input_len", "output_len")
+    panel = Panel("generated tokens", "tokens/s", rows, "output_tokens_per_second", labels)
+    return Result(result, settings.output, [panel], curves, csv=rows)
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
@@ -346,8 +345,3 @@ def _prompts(args: argparse.Namespace, case: Case, count: int) -> list[tuple[Any
         input_len=case.input_len, output_len=case.output_len, dataset_path=args.dataset_path
     )
     return prompts(given, count, seed=args.seed)
-
-
-def _label(row: Row) -> str:
-    cr = "" if row["cr"] is None else f"CR {row['cr']:g} "
-    return f"{row['engine']}, {cr}B={row['batch_size']} {row['input_len']}+{row['output_len']}"

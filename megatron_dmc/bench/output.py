@@ -3,7 +3,7 @@
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,13 +13,38 @@ from megatron_dmc.errors import DMCError
 Row = dict[str, Any]
 
 
+class Case(NamedTuple):
+    """A part of a benchmark: `run` gives its rows as they are measured."""
+
+    name: str
+    run: Callable[[], Iterable[Row]]
+
+
+OURS = ("cuda", "triton", "cpu", "DMC", "megatron-dmc")
+"""Variants and engines whose bars have a colour."""
+
+
 class Panel(NamedTuple):
-    """Horizontal bars under one title."""
+    """Horizontal bars under one title: `column` of each of `rows` that has it, labelled by the columns `labels`."""
 
     title: str
     unit: str
-    bars: list[tuple[str, float, bool]]
-    """Label, value, and whether it is ours, which gives it a colour."""
+    rows: Sequence[Row]
+    column: str
+    labels: Sequence[str]
+
+    def bars(self) -> list[tuple[str, float, bool]]:
+        """Label, value, and whether it has a colour."""
+
+        def label(row: Row) -> str:
+            shown = {key: row[key] for key in self.labels if row.get(key) is not None}
+            return " ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items())
+
+        return [
+            (label(row), row[self.column], row.get("variant", row.get("engine")) in OURS)
+            for row in self.rows
+            if row.get(self.column) is not None
+        ]
 
 
 @dataclass(frozen=True)
@@ -75,10 +100,11 @@ class Result:
         if self.csv:
             write_csv(self.csv, self.folder / f"{name}.csv")
         drawn = {file: (c, lines) for file, c in self.curves.items() if (lines := c.lines())}
-        if self.panels or drawn:
+        panels = [(p.title, p.unit, bars) for p in self.panels if (bars := p.bars())]
+        if panels or drawn:
             plotting = load_plotting()
-        if self.panels:
-            plotting.save(plotting.bar_panels(self.panels), self.folder / name)
+        if panels:
+            plotting.save(plotting.bar_panels(panels), self.folder / name)
         for file, (c, lines) in drawn.items():
             x, y = (key.replace("_", " ") for key in (c.x, c.y))
             plotting.save(plotting.lines(lines, x=x, y=y, title=c.title), self.folder / file)

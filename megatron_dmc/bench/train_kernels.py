@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_dmc import ops
 from megatron_dmc.bench.measure import (
@@ -28,8 +27,10 @@ from megatron_dmc.bench.measure import (
     document,
     measure_time,
     peak_memory,
+    rows_of,
 )
-from megatron_dmc.bench.output import Panel, Result
+from megatron_dmc.bench.output import Case, Panel, Result, Row
+from megatron_dmc.bench.prefill_kernels import groups_of
 from megatron_dmc.ops import gates, reference
 from megatron_dmc.ops.backends import MERGE
 from megatron_dmc.ops.testing.yardstick import errors_within_twice_the_yardstick
@@ -117,25 +118,17 @@ def check(
 
 
 def measure_both_ways(
-    op: Op, inputs: list[Tensor], shapes: list[int], settings: Settings, columns: dict[str, Any]
-) -> list[dict[str, Any]]:
+    op: Op, inputs: list[Tensor], shapes: list[int], settings: Settings, columns: Row
+) -> Iterator[Row]:
     """Rows for the forward alone and for both directions."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     grads = random_tensors(settings, *(inputs[i].shape for i in shapes))
-
-    def forward() -> list[Tensor]:
-        outs = op(*inputs)
-        return list(outs) if isinstance(outs, tuple) else [outs]
-
-    def both() -> None:
-        torch.autograd.grad(forward(), inputs, grads, allow_unused=True)
-
-    rows = []
+    forward = functools.partial(op, *inputs)
+    both = functools.partial(run_both_ways, op, inputs, grads)
     for direction, function in (("forward", forward), ("both", both)):
         timing = measure_time(function, settings.device, repeats=settings.repeats)
         memory = peak_memory(function, settings.device)
-        rows.append(as_row(timing, **columns, direction=direction, peak_memory_bytes=memory))
-    return rows
+        yield as_row(timing, **columns, direction=direction, peak_memory_bytes=memory)
 
 
 def merge_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, int]:
@@ -147,49 +140,37 @@ def merge_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, int]:
     return {"forward": 4 * tensor + 2 * gate, "both": 10 * tensor + 6 * gate}
 
 
-def bench_merge(
-    settings: Settings, bandwidth: float, bar: tqdm, *, alternatives: bool = True
-) -> Iterator[dict[str, Any]]:
-    """K1, row by row; without the alternatives only the backend that training takes.
+def measure_merge(
+    settings: Settings, length: int, bandwidth: float, *, alternatives: bool
+) -> Iterator[Row]:
+    """K1 of one length, row by row; without the alternatives only the backend that training takes.
 
     Raises:
         DMCError: a result is wrong.
     """
-    for length in settings.lengths:
-        if settings.on_gpu:
-            shape = (length, max(1, 16384 // length), 32, 128)
-        else:
-            shape = (length, 1, 2, 32)
-        k, v = random_tensors(settings, shape, shape)
-        alpha, _, omega = random_gates(settings, shape[:3])
-        inputs = [k, v, alpha, omega]
-
-        def ours(window: int, backend: str) -> Op:
-            return lambda *x: ops.merge(*x, merge_window=window, backend=backend)
-
-        def spec(window: int) -> Op:
-            return lambda *x: reference.merge(*x, merge_window=window)
-
-        unrolled = torch.compile(unrolled_merge) if settings.on_gpu else unrolled_merge
-        variants: list[tuple[str, int, Op]] = []
-        for window in (0, RELEASED_WINDOW):
-            backend = MERGE.choose(k, v, window)
-            for name in dict.fromkeys((backend, "torch") if alternatives else (backend,)):
-                variants.append((name, window, ours(window, name)))
-        if alternatives:
-            name = "unrolled, compiled" if settings.on_gpu else "unrolled"
-            compiled = functools.partial(unrolled, merge_window=RELEASED_WINDOW)
-            variants.append((name, RELEASED_WINDOW, compiled))
-        needed = merge_bytes(shape, settings.dtype)
-        for name, window, op in variants:
-            bar.set_description(f"merge T={length} W={window} {name}")
-            names = ["y_k", "y_v", "grad k", "grad v", "grad alpha", "grad omega"]
-            errors = check(names, op, spec(window), inputs, [1] * 4, [0, 1])
-            columns = {"op": "merge", "variant": name, "shape_TBGD": shape, "merge_window": window}
-            for row in measure_both_ways(op, inputs, [0, 1], settings, columns):
-                moved = against_copy(needed[row["direction"]], row["median_ms"], bandwidth)
-                yield {**row, "errors": errors, **moved}
-            bar.update()
+    shape = (length, max(1, 16384 // length), 32, 128) if settings.on_gpu else (length, 1, 2, 32)
+    k, v = random_tensors(settings, shape, shape)
+    alpha, _, omega = random_gates(settings, shape[:3])
+    inputs = [k, v, alpha, omega]
+    variants: list[tuple[str, int, Op]] = []
+    for window in (0, RELEASED_WINDOW):
+        backend = MERGE.choose(k, v, window)
+        for name in dict.fromkeys((backend, "torch") if alternatives else (backend,)):
+            variants.append((name, window, functools.partial(ops.merge, backend=name)))
+    if alternatives:
+        compiled = ("unrolled, compiled", RELEASED_WINDOW, torch.compile(unrolled_merge))
+        eager = ("unrolled", RELEASED_WINDOW, unrolled_merge)
+        variants.append(compiled if settings.on_gpu else eager)
+    needed = merge_bytes(shape, settings.dtype)
+    names = ["y_k", "y_v", "grad k", "grad v", "grad alpha", "grad omega"]
+    for name, window, merge in variants:
+        op, spec = (functools.partial(f, merge_window=window) for f in (merge, reference.merge))
+        errors = check(names, op, spec, inputs, [1] * 4, [0, 1])
+        columns = {"op": "merge", "variant": name, "tokens": length, "shape_TBGD": shape,
+                   "merge_window": window}  # fmt: skip
+        for row in measure_both_ways(op, inputs, [0, 1], settings, columns):
+            moved = against_copy(needed[row["direction"]], row["median_ms"], bandwidth)
+            yield {**row, "errors": errors, **moved}
 
 
 def flex_attention(num_heads: int, length: int) -> Op:
@@ -229,100 +210,81 @@ def dense_bias_attention(q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor) -> T
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).permute(2, 0, 1, 3)
 
 
-def bench_attention(
-    settings: Settings, bar: tqdm, *, alternatives: bool = True
-) -> Iterator[dict[str, Any]]:
-    """K2, row by row; without the alternatives only ours and the stock kernel.
+def measure_attention(
+    settings: Settings, length: int, group: int, *, alternatives: bool
+) -> Iterator[Row]:
+    """K2 of one length, row by row; without the alternatives only ours and the stock kernel.
 
     Raises:
         DMCError: a result is wrong.
     """
-    for length in settings.lengths:
-        for group in (1, 8) if settings.on_gpu else (1, 4):
-            heads, dim = (32, 128) if settings.on_gpu else (4, 32)
-            batch = max(1, 16384 // length) if settings.on_gpu else 1
-            q, k, v = random_tensors(
-                settings,
-                (length, batch, heads, dim),
-                (length, batch, heads // group, dim),
-                (length, batch, heads // group, dim),
-            )
-            _, log_keep, _ = random_gates(settings, k.shape[:3])
-            inputs = [q, k, v, log_keep]
-            kernel = choose_kernel(*(x.permute(1, 2, 0, 3) for x in (q, k, v))).name
-            variants: list[tuple[str, Op | str]] = [
-                (
-                    "stock kernel without DMC",
-                    lambda q, k, v, _: ops.causal_attention(q, k, v),
-                ),
-                ("DMC", ops.training_attention),
-            ]
-            if alternatives:
-                flex = flex_attention(heads, length) if settings.on_gpu else "needs a GPU"
-                variants.append(("FlexAttention", flex))
-                bias_bytes = batch * heads * length**2 * settings.dtype.itemsize
-                too_large = (
-                    settings.on_gpu and 8 * bias_bytes > torch.cuda.mem_get_info(settings.device)[0]
-                )
-                variants.append((
-                    "dense bias",
-                    "its bias does not fit into memory" if too_large else dense_bias_attention,
-                ))  # fmt: skip
-            stock: dict[str, float] = {}
-            for name, op in variants:
-                bar.set_description(f"attention T={length} {group}:1 {name}")
-                columns: dict[str, Any] = {
-                    "op": "attention",
-                    "variant": name,
-                    "kernel": kernel,
-                    "shape_TBND": tuple(q.shape),
-                    "num_kv_heads": heads // group,
-                }
-                if isinstance(op, str):
-                    yield {**columns, "skipped": op}
-                    bar.update()
-                    continue
-                errors = None
-                if name == "DMC":
-                    names = ["out", "grad q", "grad k", "grad v", "grad log_keep"]
-                    errors = check(
-                        names, op, reference.training_attention, inputs, [group, 1, 1, 1], [0]
-                    )
-                for row in measure_both_ways(op, inputs, [0], settings, columns):
-                    stock.setdefault(row["direction"], row["median_ms"])
-                    ratio = row["median_ms"] / stock[row["direction"]]
-                    yield {**row, "errors": errors, "time_over_stock": ratio}
-                bar.update()
-
-
-def panels(rows: list[dict[str, Any]], bandwidth: float) -> list[Panel]:
-    """The plot: forward and backward together."""
-    merge = [
-        (f"T={r['shape_TBGD'][0]} W={r['merge_window'] or 'unlimited'} {r['variant']}",
-         r["bytes_per_second"] / 1e9, r["variant"] in ("triton", "torch"))
-        for r in rows if r["op"] == "merge" and r["direction"] == "both"
-    ]  # fmt: skip
-    merge.append(("a plain copy", bandwidth / 1e9, False))
-    attention = [
-        (f"T={r['shape_TBND'][0]} {r['shape_TBND'][2] // r['num_kv_heads']}:1 {r['variant']}",
-         r["median_ms"], r["variant"] == "DMC")
-        for r in rows if r["op"] == "attention" and r.get("direction") == "both"
-    ]  # fmt: skip
-    return [
-        Panel("Merge, forward and backward: bytes that it must move, per second", "GB/s", merge),
-        Panel("Training attention, forward and backward", "ms", attention),
+    batch, heads, dim = (max(1, 16384 // length), 32, 128) if settings.on_gpu else (1, 4, 32)
+    shapes = [(length, batch, n, dim) for n in (heads, heads // group, heads // group)]
+    q, k, v = random_tensors(settings, *shapes)
+    _, log_keep, _ = random_gates(settings, shapes[1][:3])
+    inputs = [q, k, v, log_keep]
+    variants: list[tuple[str, Op | str]] = [
+        ("stock kernel without DMC", lambda q, k, v, _: ops.causal_attention(q, k, v)),
+        ("DMC", ops.training_attention),
     ]
+    if alternatives:
+        flex = flex_attention(heads, length) if settings.on_gpu else "needs a GPU"
+        dense: Op | str = dense_bias_attention
+        bias_bytes = batch * heads * length**2 * settings.dtype.itemsize
+        if settings.on_gpu and 8 * bias_bytes > torch.cuda.mem_get_info(settings.device)[0]:
+            dense = "its bias does not fit into memory"
+        variants += [("FlexAttention", flex), ("dense bias", dense)]
+    columns: Row = {
+        "op": "attention",
+        "kernel": choose_kernel(*(x.permute(1, 2, 0, 3) for x in (q, k, v))).name,
+        "tokens": length,
+        "group": group,
+        "shape_TBND": shapes[0],
+        "num_kv_heads": heads // group,
+    }
+    names = ["out", "grad q", "grad k", "grad v", "grad log_keep"]
+    stock: dict[str, float] = {}
+    for name, op in variants:
+        columns["variant"], errors = name, None
+        if isinstance(op, str):
+            yield {**columns, "skipped": op}
+            continue
+        if name == "DMC":
+            spec = reference.training_attention
+            errors = check(names, op, spec, inputs, [group, 1, 1, 1], [0])
+        for row in measure_both_ways(op, inputs, [0], settings, columns):
+            ratio = row["median_ms"] / stock.setdefault(row["direction"], row["median_ms"])
+            yield {**row, "errors": errors, "time_over_stock": ratio}
+
+
+def cases(settings: Settings, bandwidth: float, *, alternatives: bool = True) -> list[Case]:
+    """K1 and K2 of the settings' lengths."""
+    merge = functools.partial(
+        measure_merge, settings, bandwidth=bandwidth, alternatives=alternatives
+    )
+    attention = functools.partial(measure_attention, settings, alternatives=alternatives)
+    return [
+        *(Case(f"K1 merge, T={n}", functools.partial(merge, n)) for n in settings.lengths),
+        *(Case(f"K2 attention, T={n} {group}:1", functools.partial(attention, n, group))
+          for n in settings.lengths for group in groups_of(settings)),
+    ]  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> Result:
     """`megatron-dmc bench train-kernels`."""
     settings = Settings.from_args(args, gpu=(4096, 8192, 32768), cpu=(128, 256))
     bandwidth = copy_bandwidth(settings)
-    steps = len(settings.lengths) * ((5 if settings.on_gpu else 3) + 8)
-    with tqdm(total=steps, disable=None, leave=False) as bar:
-        rows = [*bench_merge(settings, bandwidth, bar), *bench_attention(settings, bar)]
+    rows = rows_of(cases(settings, bandwidth))
     result = document(
         "train-kernels", settings, copy_bytes_per_second=bandwidth, lengths=settings.lengths,
         rows=rows,
     )  # fmt: skip
-    return Result(result, settings.output, panels(rows, bandwidth))
+    both = [row for row in rows if row.get("direction") == "both"]
+    merge, attention = ([r for r in both if r["op"] == op] for op in ("merge", "attention"))
+    panels = [
+        Panel("Merge, forward and backward: bandwidth", "of a copy", merge, "fraction_of_copy",
+              ("tokens", "merge_window", "variant")),
+        Panel("Training attention, forward and backward", "ms", attention, "median_ms",
+              ("tokens", "group", "variant")),
+    ]  # fmt: skip
+    return Result(result, settings.output, panels)

@@ -11,12 +11,11 @@ Dimension letters: T tokens, B batch, L layers.
 """
 
 import argparse
+import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_dmc.bench.measure import (
     Settings,
@@ -24,9 +23,11 @@ from megatron_dmc.bench.measure import (
     document,
     measure_time,
     peak_memory,
+    release_memory,
+    rows_of,
 )
 from megatron_dmc.bench.model_under_test import llama2_7b
-from megatron_dmc.bench.output import Panel, Result
+from megatron_dmc.bench.output import Case, Panel, Result, Row
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.load import rotary_embedding, transformer_config
 from megatron_dmc.checkpoint.single_process import ensure_single_process
@@ -118,9 +119,7 @@ def check(models: dict[bool, DMCGPTModel], tokens_BT: Tensor) -> dict[str, float
     return {"with DMC": losses[True], "without DMC": losses[False]}
 
 
-def bench(
-    settings: Settings, *, length: int, num_layers: int, bar: tqdm
-) -> Iterator[dict[str, Any]]:
+def measure(settings: Settings, length: int, num_layers: int) -> Iterator[Row]:
     """Rows of one length, as they are measured: the layer and the step, with DMC and without, each with the
     losses that were compared first.
 
@@ -134,7 +133,7 @@ def bench(
         description.vocab_size, (batch, length), generator=generator, device=settings.device
     )
     losses = check({dmc: build(description, settings, dmc=dmc) for dmc in (False, True)}, tokens_BT)
-    times: dict[tuple[str, bool], tuple[float, int | None]] = {}
+    plain: dict[str, tuple[float, int | None]] = {}
     for dmc in (False, True):
         # alone: the other one's weights are no part of its peak
         model = build(description, settings, dmc=dmc)
@@ -166,47 +165,36 @@ def bench(
             optimizer.zero_grad(set_to_none=True)
 
         for part, function in (("layer", run_layer), ("step", run_step)):
-            bar.set_description(f"{part} T={length} {'with' if dmc else 'without'} DMC")
             timing = measure_time(function, settings.device, repeats=settings.repeats)
             memory = peak_memory(function, settings.device)
-            if (
-                memory is not None and part == "step"
-            ):  # weights and optimizer state belong to a step's peak
+            if memory is not None and part == "step":
+                # weights and optimizer state belong to a step's peak
                 memory = torch.cuda.max_memory_allocated(settings.device)
-            times[part, dmc] = timing.median_ms, memory
-            plain_ms, plain_memory = times[part, False]
+            plain_ms, plain_memory = plain.setdefault(part, (timing.median_ms, memory))
             yield as_row(
-                timing,
-                part=part,
-                dmc=dmc,
-                num_tokens=length,
-                batch=batch,
-                num_layers=num_layers if part == "step" else 1,
-                peak_memory_bytes=memory,
+                timing, part=part, dmc=dmc, num_tokens=length, batch=batch,
+                num_layers=num_layers if part == "step" else 1, peak_memory_bytes=memory,
                 time_over_plain=timing.median_ms / plain_ms,
                 memory_over_plain=memory / plain_memory if memory and plain_memory else None,
                 losses_where_nothing_merges=losses,
-            )
-            bar.update()
+            )  # fmt: skip
         del model, layer, optimizer, run_layer, run_step, function
-        if settings.on_gpu:
-            torch.cuda.empty_cache()
+        release_memory()
+
+
+def cases(settings: Settings, num_layers: int) -> list[Case]:
+    """K3 of the settings' lengths."""
+    return [
+        Case(f"T={length}", functools.partial(measure, settings, length, num_layers))
+        for length in settings.lengths
+    ]
 
 
 def run(args: argparse.Namespace) -> Result:
     """`megatron-dmc bench train-step`."""
     settings = Settings.from_args(args, gpu=(4096,), cpu=(64,))
     num_layers = args.layers or (8 if settings.on_gpu else 2)
-    with tqdm(total=4 * len(settings.lengths), disable=None, leave=False) as bar:
-        rows = [
-            row
-            for length in settings.lengths
-            for row in bench(settings, length=length, num_layers=num_layers, bar=bar)
-        ]
+    rows = rows_of(cases(settings, num_layers))
     result = document("train-step", settings, lengths=settings.lengths, rows=rows)
-    bars = [
-        (f"T={r['num_tokens']} {r['part']} {'with' if r['dmc'] else 'without'} DMC",
-         r["median_ms"], r["dmc"])
-        for r in rows
-    ]  # fmt: skip
-    return Result(result, settings.output, [Panel("Forward and backward", "ms", bars)])
+    title, labels = "Forward and backward", ("num_tokens", "part", "dmc")
+    return Result(result, settings.output, [Panel(title, "ms", rows, "median_ms", labels)])

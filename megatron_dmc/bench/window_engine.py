@@ -7,11 +7,11 @@ the others; merge decisions are imposed. On a CPU a model of two layers.
 import functools
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_dmc.bench import decode_step
 from megatron_dmc.bench import train_step as training
@@ -20,10 +20,10 @@ from megatron_dmc.bench.decode_step import PAGE_SIZE, filled_engine, make_engine
 from megatron_dmc.bench.imposed import ImposedDecisions, spread_weights
 from megatron_dmc.bench.measure import Ceilings, release_memory, synchronize
 from megatron_dmc.bench.model_under_test import random_model, requests_that_fit
-from megatron_dmc.bench.output import Row
+from megatron_dmc.bench.output import Case, Row
 from megatron_dmc.bench.suite import E1_MUST_REACH, E7_MUST_REACH
 from megatron_dmc.bench.window_kernels import ceiling, settings_of
-from megatron_dmc.bench.window_stages import Case, Child
+from megatron_dmc.bench.window_stages import Child
 from megatron_dmc.checkpoint.load import LoadedModel
 from megatron_dmc.engine import LLMEngine, SamplingParams
 from megatron_dmc.engine.context import PagedContext
@@ -271,12 +271,8 @@ def _add_requests(
 
 def train_step(stage: Child) -> None:
     """K3: forward, loss, backward and AdamW of one layer's model."""
-    settings = settings_of(stage, 10)
-    length = 32 if stage.cpu else 4096
-    run = functools.partial(
-        training.bench, settings, length=length, num_layers=1, bar=tqdm(disable=True)
-    )
-    stage.run([Case(f"T={length}", run)])
+    settings = replace(settings_of(stage, 10), lengths=(32 if stage.cpu else 4096,))
+    stage.run(training.cases(settings, num_layers=1))
 
 
 def profile(stage: Child) -> None:

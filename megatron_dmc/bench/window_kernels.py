@@ -10,19 +10,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from megatron_dmc.bench import decode_kernels as kernels
+from megatron_dmc.bench import decode_kernels as decode
 from megatron_dmc.bench import libraries
+from megatron_dmc.bench import prefill_kernels as prefill
+from megatron_dmc.bench import train_kernels as training
 from megatron_dmc.bench.measure import Settings, copy_bandwidth, matrix_product_rate, release_memory
-from megatron_dmc.bench.output import Row
-from megatron_dmc.bench.prefill_kernels import prefill_backends, prefill_rows
-from megatron_dmc.bench.train_kernels import bench_attention, bench_merge
+from megatron_dmc.bench.output import Case, Row
+from megatron_dmc.bench.prefill_kernels import heads_of
 from megatron_dmc.bench.window import ROOT
-from megatron_dmc.bench.window_stages import Case, Child, read_rows
+from megatron_dmc.bench.window_stages import Child, read_rows
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import cuda
-from megatron_dmc.ops.paged.kv_pages import parse_kv_cache_dtype
 
 TESTS = ROOT / "tests" / "support"
 TRITON_FILES = ("decode", "pages", "prefill", "merge", "diagonal")
@@ -196,113 +195,50 @@ def triton_cases(stage: Child) -> None:
     _run_cases(stage, TRITON_FILES, *(("-p", "xdist", "-n", "8") if imports("xdist") else ()))
 
 
-# --- K4 and K5 ------------------------------------------------------------------------------------
+# --- K1, K2, K4 to K6 -----------------------------------------------------------------------------
 
-# requests, CR, query heads of a KV head, skewed
 DECODE_SHAPES = [
     (1, 1.0, 1, False), (1, 4.0, 1, True), (1, 1.0, 8, False), (1, 4.0, 8, True),
     (64, 1.0, 1, False), (64, 4.0, 1, False), (64, 4.0, 1, True), (64, 8.0, 1, True),
     (64, 4.0, 8, True), (256, 4.0, 1, True), (256, 8.0, 8, True), (256, 1.0, 8, False),
 ]  # fmt: skip
+"""Requests, CR, query heads of a KV head, and whether the heads differ in length."""
 LARGE_POOL = (256, 1.0, 1, False)
 """256 x 32 heads x 4096 tokens x 128 channels: twice 2^31 elements of keys, and as many of values."""
 
 
 def decode_kernels(stage: Child) -> None:
-    """A dozen shapes, other libraries, 8-bit pages, and a large pool in two orders of its pages."""
+    """A dozen shapes, other libraries, 8-bit pages, other back ends, and a large pool in two orders of its pages."""
     settings = settings_of(stage, 20)
-    heads, dim, tokens = (4, 64, 64) if stage.cpu else (32, 128, 4096)
-    shapes = [(2, 4.0, 4, True)] if stage.cpu else DECODE_SHAPES
-    chosen = kernels.backends(settings, dim)
-    bandwidth = ceiling(stage, "copy", settings)
+    size = (64 if stage.cpu else 4096, *heads_of(settings))
+    given = [(2, 4.0, 4, True)] if stage.cpu else DECODE_SHAPES
+    shapes = [decode.Shape(*shape, *size) for shape in given]
+    some = shapes[-1] if stage.cpu else decode.Shape(64, 4.0, 1, True, *size)
+    large = [decode.Shape(*((1, 1.0, 1, False) if stage.cpu else LARGE_POOL), *size)]
     # padded attention computes with every slot: no contender where there is another
-    names = [x.name for x in libraries.LIBRARIES if stage.cpu or x.name != "torch SDPA"]
-
-    def measure(
-        backend: str, batch: int, cr: float, group: int, skewed: bool,
-        cache_dtype: str = "auto", in_order: bool = False,
-    ) -> Iterator[Row]:  # fmt: skip
-        lengths = kernels.head_lengths(batch, heads // group, tokens, cr, skewed=skewed)
-        stored = parse_kv_cache_dtype(cache_dtype) or settings.dtype
-        columns = dict(tokens=tokens, batch=batch, cr=cr, group=group, skewed=skewed)
-        yield from kernels.measure(
-            settings, backend, lengths, group, dim, cr, bandwidth, columns, stored, in_order
-        )
-
-    def beside(batch: int, cr: float, group: int, skewed: bool) -> Iterator[Row]:
-        lengths = kernels.head_lengths(batch, heads // group, tokens, cr, skewed=skewed)
-        needed = kernels.attention_bytes(lengths, group, dim, settings.dtype, settings.dtype)
-        for row in libraries.measure(
-            settings, lengths, group, dim, num_layers=kernels.layers_of(settings, needed),
-            bytes_needed=needed, bandwidth=bandwidth, columns={}, names=names,
-        ):  # fmt: skip
-            reason = row.pop("skipped", None)
-            if reason is not None:
-                row |= {"reason": reason}
-                row["outcome"] = "failed" if reason.startswith("failed") else "absent"
-            yield row
-
-    def label(batch: int, cr: float, group: int, skewed: bool, more: str = "") -> str:
-        return f"B={batch} CR {cr:g} {group}:1 {'skewed' if skewed else 'equal'}{more}"
-
-    cases = []
-    for shape in shapes:
-        # the first one is what the engine would take
-        cases.append(Case(label(*shape), functools.partial(measure, chosen[0], *shape)))
-        cases.append(Case(label(*shape, ", libraries"), functools.partial(beside, *shape)))
-    some = shapes[-1] if stage.cpu else (64, 4.0, 1, True)
-    cases += [
-        Case(
-            label(*some, ", 8-bit pages"),
-            functools.partial(measure, chosen[0], *some, cache_dtype="fp8"),
-        ),
-        *(
-            Case(label(*some, f", {name}"), functools.partial(measure, name, *some))
-            for name in chosen[1:]
-        ),
-    ]
-    large = some if stage.cpu else LARGE_POOL
-    for order in ("in order", "at random"):
-        run = functools.partial(measure, chosen[0], *large, in_order=order == "in order")
-        cases.append(Case(label(*large, f", large pool, pages {order}"), run))
-    stage.run(cases)
-
-
-# --- K1, K2, K6 -----------------------------------------------------------------------------------
+    others = [x for x in libraries.LIBRARIES if stage.cpu or x.name != "torch SDPA"]
+    # the first one is what the engine would take
+    first, *rest = decode.backends(settings)
+    cases = functools.partial(decode.cases, settings, bandwidth=ceiling(stage, "copy", settings))
+    stage.run([
+        *cases(shapes, variants=[first], others=others),
+        *cases([some], variants=[first], cache_dtype=torch.float8_e4m3fn),
+        *cases([some], variants=rest),
+        *cases(large, variants=[first], in_order=True),
+        *cases(large, variants=[first]),
+    ])  # fmt: skip
 
 
 def train_kernels(stage: Child) -> None:
     """K1 and K2: merge, and training attention against the stock kernel."""
-    settings = settings_of(stage, 20)
-    bandwidth = ceiling(stage, "copy", settings)
-    quiet = tqdm(disable=True)
-
-    def merge(length: int) -> Iterator[Row]:
-        of_length = replace(settings, lengths=(length,))
-        return bench_merge(of_length, bandwidth, quiet, alternatives=False)
-
-    def attention(length: int) -> Iterator[Row]:
-        return bench_attention(replace(settings, lengths=(length,)), quiet, alternatives=False)
-
     lengths = (32,) if stage.cpu else (4096, 8192)
-    stage.run([
-        Case(f"K1 merge, T={lengths[0]}", functools.partial(merge, lengths[0])),
-        *(Case(f"K2 attention, T={n}", functools.partial(attention, n)) for n in lengths),
-    ])  # fmt: skip
+    settings = replace(settings_of(stage, 20), lengths=lengths)
+    stage.run(training.cases(settings, ceiling(stage, "copy", settings), alternatives=False))
 
 
 def prefill_kernels(stage: Child) -> None:
     """K6: attention and the whole op, without DMC and at CR 4, in every back end."""
     settings = settings_of(stage, 10)
-    heads, dim = (4, 64) if stage.cpu else (32, 128)
+    lengths = (40,) if stage.cpu else (4096, 32768)
     rate = ceiling(stage, "matrix product", settings)
-
-    def prompt(length: int, group: int, backend: str) -> Iterator[Row]:
-        return prefill_rows(settings, [length], [4.0], heads, dim, (group,), [backend], rate)
-
-    lengths, groups = ((40,), (4,)) if stage.cpu else ((4096, 32768), (1, 8))
-    stage.run([
-        Case(f"T={n} {group}:1 {backend}", functools.partial(prompt, n, group, backend))
-        for backend in prefill_backends(kernels.backends(settings, dim)) for n in lengths
-        for group in groups
-    ])  # fmt: skip
+    stage.run(prefill.cases(settings, lengths, [4.0], decode.backends(settings), rate))

@@ -11,12 +11,12 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_dmc.bench.output import Row
+from megatron_dmc.bench.output import Case, Row
 
 logger = logging.getLogger(__name__)
 
@@ -90,16 +90,8 @@ STAGES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Case:
-    """Something that is run for its rows.
-
-    Attributes:
-        run: gives rows as they are measured; one with `outcome` says how it went, any other one is "ok".
-    """
-
-    name: str
-    run: Callable[[], Iterable[Row]]
+ABSENT = ("not installed", "not in this PyTorch", "needs a GPU")
+"""Reasons of a row's `skipped` that are no failures."""
 
 
 @dataclass
@@ -132,7 +124,7 @@ class Child:
         return time.monotonic() > self.deadline
 
     def run(self, cases: list[Case]) -> None:
-        """Run the cases in order."""
+        """Run the cases in order. A row is "ok" unless it says otherwise: by `outcome`, or by `skipped` and the reason."""
         from megatron_dmc.bench.measure import release_memory
 
         self.announce(case.name for case in cases)
@@ -142,6 +134,9 @@ class Child:
                 continue
             try:
                 for row in case.run():
+                    if reason := row.pop("skipped", None):
+                        outcome = "absent" if reason in ABSENT else "failed"
+                        row |= {"outcome": outcome, "reason": reason}
                     self.row(case.name, **row)
             except Exception as error:
                 logger.exception("case %s", case.name)

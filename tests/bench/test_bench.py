@@ -11,6 +11,8 @@ from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import cpu, reference
 from megatron_dmc.ops.testing import decode_case, yardstick
 
+SHAPE = decode_kernels.Shape(2, 2.0, 2, True, 32, 4, 64)
+
 
 def run(capsys, *arguments):
     assert main(["bench", *arguments]) == 0
@@ -94,22 +96,20 @@ def test_kernels(capsys, tmp_path):
         assert by_variant["FlashInfer"]["skipped"] in ("not installed", "needs a GPU")
 
 
-def test_a_library_that_is_wrong_or_breaks_is_a_row(monkeypatch):
+def test_a_library_that_is_wrong_or_breaks_is_a_row():
     def wrong(q, cache, settings):
         return lambda: torch.zeros_like(q)
 
     def breaks(q, cache, settings):
         raise RuntimeError("no kernel\nfor this")
 
-    monkeypatch.setattr(
-        libraries, "LIBRARIES",
-        [libraries.Library("wrong", wrong), libraries.Library("broken", breaks)],
-    )  # fmt: skip
     settings = measure.Settings(torch.device("cpu"), torch.float32, (32,), 1, None)
-    lengths = decode_kernels.head_lengths(2, 2, 32, 2.0, skewed=True)
-    rows = libraries.measure(
-        settings, lengths, 2, 64, num_layers=1, bytes_needed=1, bandwidth=1.0, columns={}
-    )
+    rows = measure.rows_of(
+        decode_kernels.cases(
+            settings, [SHAPE], 1.0, [],
+            others=[libraries.Library("wrong", wrong), libraries.Library("broken", breaks)],
+        )
+    )  # fmt: skip
     assert [r["skipped"].split(":")[1].strip() for r in rows] == ["DMCError", "RuntimeError"]
     assert "out is wrong" in rows[0]["skipped"] and rows[1]["skipped"].endswith("no kernel")
 
@@ -132,7 +132,7 @@ def test_8_bit_pages(capsys):
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
     cache = decode_case.random_cache(
-        decode_kernels.head_lengths(2, 2, 32, 2.0, skewed=True), dim=64, page_size=16, room=1, num_free=4,
+        SHAPE.lengths(), dim=64, page_size=16, room=1, num_free=4,
         dtype=torch.float32, device="cpu",
     )  # fmt: skip
     qkv = decode_case.random_heads(2, [4, 2, 2], 64, dtype=torch.float32, device="cpu", seed=1)
@@ -148,7 +148,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
 
 def test_skewed_heads_nearly_keep_the_total():
     equal, skewed = (
-        decode_kernels.head_lengths(16, 32, 4096, 4.0, skewed=skewed).double()
+        decode_kernels.Shape(16, 4.0, 1, skewed, 4096, 32, 128).lengths().double()
         for skewed in (False, True)
     )
     assert skewed.mean().item() == pytest.approx(equal.mean().item(), rel=0.05)
