@@ -27,6 +27,29 @@ from megatron_dmc.ops.triton.launch import INTERPRETED, capability, is_content, 
 
 
 @triton.jit
+def _scores(b_q, b_k, scale, INTERPRET: tl.constexpr):
+    """[Q, I] float32."""
+    if INTERPRET:
+        return tl.dot(b_q.to(tl.float32), tl.trans(b_k.to(tl.float32))) * scale
+    else:
+        return tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3") * scale
+
+
+@triton.jit
+def _add(b_s, b_v, b_max, b_base, b_sum, b_out, INTERPRET: tl.constexpr):
+    """The softmax's sum and output with a block more: relative to b_max before, to b_base after."""
+    b_p = tl.exp2(b_s - b_base[:, None])
+    b_decay = tl.exp2(b_max - b_base)
+    b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
+    b_out = b_out * b_decay[:, None]
+    if INTERPRET:
+        b_out += tl.dot(b_p, b_v.to(tl.float32))
+    else:
+        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision="tf32x3")
+    return b_sum, b_out
+
+
+@triton.jit
 def _attend(
     b_q, b_max, b_sum, b_out, p_k_pages, p_v_pages, p_row, first, high, b_bound, scale,
     o_i, o_d, S: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, INTERPRET: tl.constexpr,
@@ -46,23 +69,12 @@ def _attend(
     o_kv = (b_page * S + o_e % S)[:, None] * D + o_d[None, :]
     b_k = tl.load(p_k_pages + o_kv, mask=m_kv, other=0.0)
     b_v = tl.load(p_v_pages + o_kv, mask=m_kv, other=0.0)
-    # [Q, I]
-    if INTERPRET:
-        b_s = tl.dot(b_q.to(tl.float32), tl.trans(b_k.to(tl.float32))) * scale
-    else:
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3") * scale
+    b_s = _scores(b_q, b_k, scale, INTERPRET)
     if MASKED:
         b_s = tl.where(o_e[None, :] < b_bound[:, None], b_s, float("-inf"))
     # [Q]; finite: every query has seen a key before, or sees entry 0 now
     b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
-    b_p = tl.exp2(b_s - b_new[:, None])
-    b_decay = tl.exp2(b_max - b_new)
-    b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
-    b_out = b_out * b_decay[:, None]
-    if INTERPRET:
-        b_out += tl.dot(b_p, b_v.to(tl.float32))
-    else:
-        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision="tf32x3")
+    b_sum, b_out = _add(b_s, b_v, b_max, b_new, b_sum, b_out, INTERPRET)
     return b_new, b_sum, b_out
 
 
@@ -79,24 +91,13 @@ def _attend_near(
     o_kv = o_e.to(tl.int64)[:, None] * s_near + o_d[None, :]
     b_k = tl.load(p_near_k + o_kv, mask=m_kv, other=0.0)
     b_v = tl.load(p_near_v + o_kv, mask=m_kv, other=0.0)
-    # [Q, I]
-    if INTERPRET:
-        b_s = tl.dot(b_q.to(tl.float32), tl.trans(b_k.to(tl.float32))) * scale
-    else:
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3") * scale
+    b_s = _scores(b_q, b_k, scale, INTERPRET)
     b_age = b_t[:, None] + DELAY - o_e[None, :]
     b_s = tl.where((b_age >= 0) & (b_age < DELAY) & (o_e >= lead)[None, :], b_s, float("-inf"))
     # [Q]
     b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
     b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
-    b_p = tl.exp2(b_s - b_base[:, None])
-    b_decay = tl.exp2(b_max - b_base)
-    b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
-    b_out = b_out * b_decay[:, None]
-    if INTERPRET:
-        b_out += tl.dot(b_p, b_v.to(tl.float32))
-    else:
-        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision="tf32x3")
+    b_sum, b_out = _add(b_s, b_v, b_max, b_base, b_sum, b_out, INTERPRET)
     return b_new, b_sum, b_out
 
 
