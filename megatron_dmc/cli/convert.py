@@ -24,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-heads", type=int, metavar="N",
         help="mean-pool the KV heads to N: grouped-query attention, to be trained further",
     )  # fmt: skip
+    parser.add_argument(
+        "--calibration-data", metavar="PREFIX",
+        help="tokenised text (.bin, .idx): rotate the last RoPE pair of each head, which changes no "
+        "output, so that the channel that a retrofit borrows carries as little as possible on it",
+    )  # fmt: skip
     parser.add_argument("--tokenizer", metavar="PATH", help="where PATH's checkpoint has none")
     parser.add_argument(
         "--dmc-target-cr", type=float, metavar="CR",
@@ -41,10 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `megatron-dmc convert`."""
+    import torch
+
+    from megatron_dmc.checkpoint.borrowed_rotation import rotate_borrowed_pair
     from megatron_dmc.checkpoint.convert import FLAGS_FILE, convert
     from megatron_dmc.checkpoint.description import parse_dtype
     from megatron_dmc.checkpoint.gqa import pool_kv_heads
     from megatron_dmc.checkpoint.model_card import BASE_MODEL, LICENCE, report_facts
+    from megatron_dmc.errors import DMCError
+    from megatron_dmc.quality.likelihood import read_tokens
 
     given = {BASE_MODEL: args.base_model, LICENCE: args.license}
     facts = {name: value for name, value in given.items() if value is not None}
@@ -53,6 +63,13 @@ def run(args: argparse.Namespace) -> int:
     transform = None
     if args.kv_heads is not None:
         transform = functools.partial(pool_kv_heads, num_kv_heads=args.kv_heads)
+    if args.calibration_data is not None:
+        if args.kv_heads is not None:
+            raise DMCError(
+                "--calibration-data with --kv-heads: convert twice, and train the pooled model before"
+            )
+        tokens = torch.from_numpy(read_tokens(args.calibration_data))
+        transform = functools.partial(rotate_borrowed_pair, tokens=tokens)
     description = convert(
         args.from_format,
         args.to_format,
