@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,27 +172,46 @@ def train(
         *(["--pretrained-checkpoint", str(previous)] if previous else []), *flags,
     ]  # fmt: skip
     log = work / f"{stage}.log"
-    with open(log, "ab") as out, tqdm(total=steps, desc=f"{stage:9}", unit="step") as bar:
+    with tqdm(total=steps, desc=f"{stage:9}", unit="step") as bar:
+
+        def show(line: str) -> None:
+            if found := re.search(r" iteration +(\d+)/", line):
+                bar.n = int(found[1])
+                figures = dict(re.findall(r"(lm loss|measured cr): ([0-9.E+-]+)", line))
+                bar.set_postfix({k: f"{float(v):.2f}" for k, v in figures.items()})
+
+        code = follow(command, log, show)
+    if code:
+        fail(command, log, code)
+
+
+def follow(command: list[str], log: Path, show: Callable[[str], None]) -> int:
+    """Run a command that appends to `log`, hand `show` each line, and return the exit code.
+
+    The log, not a pipe, carries the output: a worker that outlives a killed trainer would keep a pipe open.
+    """
+    with open(log, "ab") as out, open(log, encoding="utf-8", errors="replace") as output:
+        output.seek(0, os.SEEK_END)
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT,
+            command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
             env=dict(os.environ, CUDA_DEVICE_MAX_CONNECTIONS="1", **MALLOC),
         )  # fmt: skip
-        assert process.stdout is not None
+        rest = ""
         try:
-            for line in process.stdout:
-                out.write(line)
-                text = line.decode(errors="replace")
-                if found := re.search(r" iteration +(\d+)/", text):
-                    bar.n = int(found[1])
-                    figures = dict(re.findall(r"(lm loss|measured cr): ([0-9.E+-]+)", text))
-                    bar.set_postfix({k: f"{float(v):.2f}" for k, v in figures.items()})
+            is_running = True
+            while is_running:
+                is_running = process.poll() is None
+                *lines, rest = (rest + output.read()).split("\n")
+                for line in lines:
+                    show(line)
+                if is_running:
+                    time.sleep(0.2)
         except BaseException:
             process.terminate()
             raise
         finally:
             process.wait()
-    if process.returncode:
-        fail(command, log, process.returncode)
+    return process.returncode
 
 
 def learning_rate(stage: str, steps: int, recipe: Recipe) -> list[str]:
