@@ -1,17 +1,22 @@
 """Measurements on one model. Every function returns plain JSON, with only the settings to choose how much."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from megatron_dmc import LLM, SamplingParams
 from megatron_dmc.checkpoint.convert import open_checkpoint
-from megatron_dmc.checkpoint.load import load_model
-from megatron_dmc.quality.likelihood import Evaluation, evaluate, read_tokens
+from megatron_dmc.checkpoint.load import full_forward, load_model
+from megatron_dmc.quality.likelihood import Evaluation, evaluate, read_tokens, windows
 
+from experiments.eviction import evicting_forward, mean_budget, measured_crs
 from smollm2 import human_eval, needle, speed
 from smollm2.corpus import KINDS
 from smollm2.settings import Settings
@@ -78,6 +83,53 @@ def perplexity(subject: Subject) -> dict[str, Any]:
         "measured_cr_per_layer_head": total.measured_cr_LG,
         "kinds": {kind: figures(found) for kind, found in kinds.items()},
     }
+
+
+POLICIES = ("h2o", "tova", "window")
+
+
+@torch.no_grad()
+def evicted(subject: Subject, cache_crs: list[float]) -> dict[str, Any]:
+    """A plain model under H2O, TOVA and the window, at budgets with the same slots in use over time as these CRs.
+
+    Returns:
+        perplexity: with the whole cache, of the same windows; policies: of each its rows (budget, cache_cr,
+        perplexity).
+    """
+    length, batch = subject.settings.training.seq_length, 4
+    loaded = load_model(
+        subject.checkpoint, device=subject.device, dtype=getattr(torch, subject.dtype)
+    )
+    limit = subject.settings.measure.eviction_windows
+    rows = torch.cat(
+        [part for kind in KINDS for part in windows(subject.tokens(kind), length, batch, limit)]
+    ).to(subject.device)
+
+    def perplexity_of(forward: Callable[[Tensor], Tensor], label: str) -> float:
+        nll = 0.0
+        for part in tqdm(rows.split(batch), desc=f"{subject.name}, {label}", unit="batch"):
+            logits = forward(part[:, :-1])[..., : loaded.description.vocab_size]
+            nll += float(torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum"
+            ))  # fmt: skip
+        return math.exp(nll / rows[:, 1:].numel())
+
+    found: dict[str, Any] = {
+        "perplexity": perplexity_of(lambda ids: full_forward(loaded.model, ids), "whole cache"),
+        "policies": {},
+    }
+    for policy in POLICIES:
+        for cr in cache_crs:
+            budget = mean_budget(length, cr)
+
+            def forward(ids: Tensor, policy: str = policy, budget: int = budget) -> Tensor:
+                return evicting_forward(loaded.model, ids, policy, budget)
+
+            found["policies"].setdefault(policy, []).append({
+                "budget": budget, "cache_cr": measured_crs(length, budget)[1],
+                "perplexity": perplexity_of(forward, f"{policy}, {budget} entries"),
+            })  # fmt: skip
+    return found
 
 
 def programs(subject: Subject) -> dict[str, Any]:

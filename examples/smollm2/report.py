@@ -7,37 +7,41 @@ from typing import Any
 
 from megatron_dmc.quality.report.measure import environment
 
+from experiments.drawing import EVICTIONS
 from smollm2.corpus import KINDS
+from smollm2.figures import Evicted, Results, draw, retrofits
 from smollm2.measure import CHAT_PROMPTS
 from smollm2.settings import Settings
-
-type Results = dict[str, dict[str, Any]]
-"""Model -> measurement -> figures."""
 
 PARAMETERS = 134_515_008
 """Of SmolLM2-135M, embeddings included."""
 
 
-def summary(settings: Settings, results: Results) -> dict[str, Any]:
+def summary(settings: Settings, results: Results, evicted: Evicted) -> dict[str, Any]:
     """The contents of smollm2.json."""
-    targets = {}
-    for name, arm in settings.arms.items():
-        if arm.target_cr is None:
-            continue
-        found, of_code = results[name]["perplexity"], results[name]["human_eval"]
-        targets[f"{arm.target_cr:g}"] = {
-            "perplexity": found["perplexity"],
-            "measured_cr": found["measured_cr"],
-            "cache_cr": found["cache_cr"],
-            "human_eval_bits_per_byte": of_code["bits_per_byte"],
-            "human_eval_pass_at_1": of_code["pass_at_1"],
+
+    def by_target(policy: str) -> dict[str, Any]:
+        return {
+            f"{arm.target_cr:g}": _figures(results[name])
+            for name, arm in retrofits(settings, policy).items()
         }
+
     return {
         "base_perplexity": results["base"]["perplexity"]["perplexity"],
         "control_perplexity": results["control"]["perplexity"]["perplexity"],
-        "targets": targets,
+        "targets": by_target("merge"),
+        "dms": by_target("evict"),
+        "eviction": evicted,
         "tokens_per_arm": {name: _tokens(settings, name) for name in settings.arms},
         "environment": environment(),
+    }
+
+
+def _figures(found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **{name: found["perplexity"][name] for name in ("perplexity", "measured_cr", "cache_cr")},
+        "human_eval_bits_per_byte": found["human_eval"]["bits_per_byte"],
+        "human_eval_pass_at_1": found["human_eval"]["pass_at_1"],
     }
 
 
@@ -68,6 +72,18 @@ def quality_table(results: Results) -> str:
     return table(head, rows)
 
 
+def eviction_table(evicted: Evicted) -> str:
+    whole = evicted["perplexity"]
+    return table(
+        ["policy", "entries of a head", "cache CR", "perplexity against the whole cache"],
+        [
+            [EVICTIONS[policy][0], str(row["budget"]), f"{row['cache_cr']:.2f}",
+             f"{100 * (row['perplexity'] / whole - 1):+.1f} %"]
+            for policy, rows in evicted["policies"].items() for row in rows
+        ],
+    )  # fmt: skip
+
+
 def by_length(results: Results, what: str, cell: Callable[[Any], str]) -> str:
     lengths = list(next(iter(results.values()))[what])
     rows = [
@@ -92,50 +108,9 @@ def _quoted(text: str) -> str:
     return "```text\n" + fenced + "\n```"
 
 
-def draw(folder: Path, results: Results) -> None:
-    """cache.svg, speed.svg and heads.svg."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    def lines(file: str, label: str, of: Callable[[dict[str, Any]], dict[str, float]]) -> None:
-        figure, axes = plt.subplots(figsize=(6, 3.6))
-        for name, found in results.items():
-            points = {int(length): value for length, value in of(found).items()}
-            axes.plot(list(points), list(points.values()), marker="o", label=name)
-        axes.set(xlabel="tokens of context", ylabel=label, ylim=(0, None))
-        axes.legend()
-        axes.grid(alpha=0.3)
-        figure.savefig(folder / file, bbox_inches="tight")
-        plt.close(figure)
-
-    lines("cache.svg", "KV cache, MiB (mean of both kinds of text)", lambda found: {
-        length: sum(row[kind] for kind in KINDS) / len(KINDS) / 2**20
-        for length, row in found["cache"].items()
-    })  # fmt: skip
-    lines("speed.svg", "decode tokens/s, one stream", lambda found: found["speed"])
-
-    compressed = {n: f for n, f in results.items() if f["perplexity"]["measured_cr"] > 1}
-    if not compressed:
-        return
-    figure, every = plt.subplots(
-        1, len(compressed), figsize=(3 * len(compressed), 6), squeeze=False
-    )
-    for axes, (name, found) in zip(every[0], compressed.items(), strict=True):
-        image = axes.imshow(
-            found["perplexity"]["measured_cr_per_layer_head"], aspect="auto", vmin=1
-        )
-        axes.set(title=name, xlabel="KV head", ylabel="layer")
-        figure.colorbar(image, ax=axes, label="CR")
-    figure.tight_layout()
-    figure.savefig(folder / "heads.svg", bbox_inches="tight")
-    plt.close(figure)
-
-
 def write(
-    folder: Path, settings: Settings, results: Results, counts: dict[str, int],
-    seconds: dict[str, float],
+    folder: Path, settings: Settings, results: Results, evicted: Evicted,
+    counts: dict[str, int], seconds: dict[str, float],
 ) -> None:  # fmt: skip
     """Write the report's files; those of an older report go.
 
@@ -144,10 +119,9 @@ def write(
         seconds: of every step.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    figures = summary(settings, results)
+    figures = summary(settings, results, evicted)
     (folder / "smollm2.json").write_text(json.dumps(figures, indent=1) + "\n")
-    draw(folder, results)
-    heads = "\n\n![CR by layer and KV head](heads.svg)" if (folder / "heads.svg").is_file() else ""
+    draw(folder, settings, results, evicted)
     trained = max(figures["tokens_per_arm"].values())
     kinds = table(
         ["model", *(f"CR, {kind}" for kind in KINDS)],
@@ -169,6 +143,8 @@ the same data with the same loss and no DMC; the others were retrofitted. An arm
 steps of 1024 x 4096 tokens for each unit of CR above 1, 250 before and 2,000 after) gives Llama 2 7B 47 billion tokens to
 4x, 7 a parameter, and 98 billion to 8x.
 
+![Perplexity against cache bytes; cache and decode speed against context](overview.svg)
+
 ## Quality
 
 {quality_table(results)}
@@ -177,13 +153,18 @@ Held-out documents ({held} tokens), windows of {settings.training.seq_length} to
 the slots in use over time, raw tokens of the merge delay ({settings.training.merge_delay}) included. pass@1: greedy, each answer run in a process
 with limits.
 
+The control under eviction without training, at the budgets that hold as many slots over time as the
+retrofits ({settings.measure.eviction_windows} windows of each kind):
+
+{eviction_table(evicted)}
+
 Needles found, by tokens of context ({settings.measure.needle_samples} at each length):
 
 {by_length(results, "needle", lambda part: f"{100 * part:.0f} %")}
 
 ## Memory and speed
 
-![KV cache against context](cache.svg)
+Pages of the cache by tokens of context:
 
 {by_length(results, "cache", lambda row: f"{sum(row[kind] for kind in KINDS) / len(KINDS) / 2**20:.2f} MiB")}
 
@@ -191,11 +172,11 @@ Decode tokens per second, one stream through `megatron-dmc serve`:
 
 {by_length(results, "speed", lambda value: f"{value:.1f}")}
 
-![decode speed against context](speed.svg)
-
 ## Compression
 
-{kinds}{heads}
+{kinds}
+
+![CR by layer and KV head](heads.svg)
 
 ## Chat
 

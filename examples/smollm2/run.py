@@ -84,7 +84,11 @@ def stage_flags(arm: Arm, stage: str, settings: Settings) -> list[str]:
     teacher = ["--dmc-teacher-weight", str(t.teacher_weight)]
     if arm.target_cr is None:
         return ["--dmc-stage", "off", *teacher]
-    return [*demo.dmc_flags(stage, recipe_of(arm, settings)), *teacher]
+    flags = [*demo.dmc_flags(stage, recipe_of(arm, settings)), *teacher]
+    if arm.policy == "evict":  # of two values of a flag the last counts
+        flags += ["--dmc-policy", "evict", "--dmc-eviction-delay", str(t.merge_delay),
+                  "--dmc-merge-delay", "0", "--dmc-merge-window", "0"]  # fmt: skip
+    return flags
 
 
 def common_flags(settings: Settings, base: Path, data: Path, tokenizer: Path) -> list[str]:
@@ -172,10 +176,12 @@ def run(args: argparse.Namespace) -> Path:
     data = work / "data"
 
     def base() -> None:
-        if cli(["convert", "--to", "megatron", "--force", str(model), str(work / "base")]):
+        calibration = str(data / "validation_text_document")
+        if cli(["convert", "--to", "megatron", "--force", "--calibration-data", calibration,
+                str(model), str(work / "base")]):  # fmt: skip
             raise ValueError(f"{model} cannot be converted")
 
-    steps.run("base", [given["model"], str(args.model)], base)
+    steps.run("base", [given["model"], given["data"], sources], base)
     flags = common_flags(settings, work / "base", data, model)
     checkpoints = {"base": work / "base"}
     for name, arm in settings.arms.items():
@@ -190,8 +196,14 @@ def run(args: argparse.Namespace) -> Path:
                 f"measure {what} {name}", [trained, given["measure"], sources],
                 functools.partial(function, subject),
             )  # fmt: skip
+    crs = [results[name]["perplexity"]["cache_cr"] for name, arm in settings.arms.items()
+           if arm.target_cr is not None and arm.policy == "merge"]  # fmt: skip
+    control = measure.Subject("control", checkpoints["control"], settings, data, problems, work)
+    evicted = steps.run(
+        "measure eviction control", [given, crs, sources], lambda: measure.evicted(control, crs)
+    )
     seconds = {name: step["seconds"] for name, step in steps.done.items()}
-    report.write(work / "report", settings, results, counts, seconds)
+    report.write(work / "report", settings, results, evicted, counts, seconds)
     return work / "report"
 
 

@@ -3,7 +3,7 @@
 import tomllib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass
@@ -48,6 +48,8 @@ class Arm:
 
     stages: dict[str, int]
     target_cr: float | None = None
+    policy: Literal["merge", "evict"] = "merge"
+    """evict: DMS, with the merge delay as its eviction delay."""
 
 
 @dataclass
@@ -55,6 +57,7 @@ class Measure:
     """Amounts of what is measured."""
 
     windows: int
+    eviction_windows: int
     problems: int
     answer_tokens: int
     needle_lengths: list[int]

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from megatron_dmc import LLM
 
+import demo
 from smollm2 import corpus, fetch, human_eval, needle, report, run
 from smollm2.sandbox import passes
 from smollm2.settings import Data, read_settings
@@ -222,6 +223,15 @@ def test_a_step_is_done_once_and_again_with_other_settings(tmp_path):
     assert "two" not in run.Steps(tmp_path / "steps.json").done
 
 
+def test_a_killed_trainer_is_noticed_though_its_worker_lives_on(tmp_path):
+    """A worker of a checkpoint outlives a trainer that is out of memory, and holds its output open."""
+    code = ("import os, subprocess, sys; print(' iteration 1/2', flush=True);"
+            "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(30)']); os.kill(os.getpid(), 9)")  # fmt: skip
+    lines, began = [], time.monotonic()
+    assert demo.follow([sys.executable, "-c", code], tmp_path / "log", lines.append) == -9
+    assert time.monotonic() - began < 20 and lines == [" iteration 1/2"]
+
+
 def figures(perplexity, cr):
     kinds = {kind: {"perplexity": perplexity, "measured_cr": cr} for kind in corpus.KINDS}
     return {
@@ -238,9 +248,11 @@ def figures(perplexity, cr):
 def test_the_report_holds_every_figure(tmp_path):
     settings = read_settings(SETTINGS)
     results = {"base": figures(9.0, 1.0), "control": figures(10.0, 1.0), "4x": figures(10.2, 4.0),
-               "8x": figures(10.5, 8.0)}  # fmt: skip
+               "8x": figures(10.5, 8.0), "dms-4x": figures(10.4, 4.0)}  # fmt: skip
     counts = {"train": 20_000_000, "heldout-english": 1000, "heldout-code": 2000}
-    report.write(tmp_path, settings, results, counts, {"model": 1.0})
+    rows = [{"budget": 60, "cache_cr": 3.0, "perplexity": 12.0}]
+    evicted = {"perplexity": 10.0, "policies": {"h2o": rows, "tova": rows, "window": rows}}
+    report.write(tmp_path, settings, results, evicted, counts, {"model": 1.0})
     found = json.loads((tmp_path / "smollm2.json").read_text())
     assert found["base_perplexity"] == 9.0 and found["control_perplexity"] == 10.0
     assert found["targets"]["8"] == {
@@ -248,9 +260,11 @@ def test_the_report_holds_every_figure(tmp_path):
         "human_eval_pass_at_1": 0.125,
     }  # fmt: skip
     text = (tmp_path / "README.md").read_text()
+    assert found["dms"]["4"]["perplexity"] == 10.4 and found["eviction"] == evicted
+    assert "| H2O | 60 | 3.00 | +20.0 % |" in text
     assert "+2.0 %" in text and "+5.0 %" in text and "12.5 %" in text and "20,000,000" in text
-    assert text.count("```") == 2 * 4 * 20, "an answer's own fences do not end the quotation"
-    assert {f.name for f in tmp_path.glob("*.svg")} == {"cache.svg", "speed.svg", "heads.svg"}
+    assert text.count("```") == 2 * 5 * 20, "an answer's own fences do not end the quotation"
+    assert {f.name for f in tmp_path.glob("*.svg")} == {"overview.svg", "heads.svg"}
     assert sum(f.stat().st_size for f in tmp_path.iterdir()) < 2_000_000
 
 
