@@ -19,7 +19,7 @@ from megatron_dmc.quality.likelihood import Evaluation, evaluate, read_tokens, w
 from experiments.eviction import evicting_forward, mean_budget, measured_crs
 from smollm2 import human_eval, needle, speed
 from smollm2.corpus import KINDS
-from smollm2.settings import Settings
+from smollm2.settings import Arm, Settings
 
 CHAT_PROMPTS = Path(__file__).with_name("chat_prompts.txt")
 
@@ -192,11 +192,16 @@ def speeds(subject: Subject) -> dict[str, float]:
     )  # fmt: skip
 
 
-MEASUREMENTS = {
-    "perplexity": perplexity,
-    "human_eval": programs,
-    "needle": needles,
-    "chat": chats,
-    "cache": cache,
-    "speed": speeds,
-}
+type Measurement = Callable[[Subject], Any]
+
+
+def measurements_of(arm: Arm | None) -> dict[str, Measurement]:
+    """Measurements of an arm; None: the original model. What the control shares with it is measured once."""
+    if arm is not None and arm.policy == "evict":
+        return {"perplexity": perplexity}
+    texts: dict[str, Measurement] = {
+        "perplexity": perplexity, "human_eval": programs, "chat": chats,
+    }  # fmt: skip
+    if arm is not None and arm.target_cr is None:
+        return texts
+    return {**texts, "needle": needles, "cache": cache, "speed": speeds}

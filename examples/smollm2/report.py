@@ -38,11 +38,13 @@ def summary(settings: Settings, results: Results, evicted: Evicted) -> dict[str,
 
 
 def _figures(found: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **{name: found["perplexity"][name] for name in ("perplexity", "measured_cr", "cache_cr")},
-        "human_eval_bits_per_byte": found["human_eval"]["bits_per_byte"],
-        "human_eval_pass_at_1": found["human_eval"]["pass_at_1"],
+    figures = {
+        name: found["perplexity"][name] for name in ("perplexity", "measured_cr", "cache_cr")
     }
+    if of_code := found.get("human_eval"):
+        figures["human_eval_bits_per_byte"] = of_code["bits_per_byte"]
+        figures["human_eval_pass_at_1"] = of_code["pass_at_1"]
+    return figures
 
 
 def _tokens(settings: Settings, arm: str) -> int:
@@ -60,12 +62,12 @@ def quality_table(results: Results) -> str:
     control = results["control"]["perplexity"]["perplexity"]
     rows = []
     for name, found in results.items():
-        p, h = found["perplexity"], found["human_eval"]
+        p, h = found["perplexity"], found.get("human_eval")
         rows.append([
             name, *(f"{p['kinds'][kind]['perplexity']:.2f}" for kind in KINDS),
             f"{p['perplexity']:.2f}", f"{100 * (p['perplexity'] / control - 1):+.1f} %",
-            f"{p['measured_cr']:.2f}", f"{p['cache_cr']:.2f}", f"{h['bits_per_byte']:.3f}",
-            f"{100 * h['pass_at_1']:.1f} %",
+            f"{p['measured_cr']:.2f}", f"{p['cache_cr']:.2f}", f"{h['bits_per_byte']:.3f}" if h else "",
+            f"{100 * h['pass_at_1']:.1f} %" if h else "",
         ])  # fmt: skip
     head = ["model", *(f"perplexity, {kind}" for kind in KINDS), "both", "against the control",
             "decided CR", "cache CR", "HumanEval, bits per byte", "pass@1"]  # fmt: skip
@@ -85,10 +87,11 @@ def eviction_table(evicted: Evicted) -> str:
 
 
 def by_length(results: Results, what: str, cell: Callable[[Any], str]) -> str:
-    lengths = list(next(iter(results.values()))[what])
+    lengths = list(results["base"][what])
     rows = [
         [name, *(cell(found[what][length]) for length in lengths)]
         for name, found in results.items()
+        if what in found
     ]
     return table(["model", *lengths], rows)
 
@@ -97,7 +100,9 @@ def chat_section(results: Results) -> str:
     parts = []
     for i, prompt in enumerate(CHAT_PROMPTS.read_text(encoding="utf-8").splitlines()):
         answers = "\n\n".join(
-            f"*{name}*\n\n{_quoted(found['chat'][i])}" for name, found in results.items()
+            f"*{name}*\n\n{_quoted(found['chat'][i])}"
+            for name, found in results.items()
+            if "chat" in found
         )
         parts.append(f"### {prompt}\n\n{answers}")
     return "\n\n".join(parts)

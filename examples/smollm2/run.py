@@ -191,7 +191,7 @@ def run(args: argparse.Namespace) -> Path:
     for name, checkpoint in checkpoints.items():
         subject = measure.Subject(name, checkpoint, settings, data, problems, work)
         trained = {**given, "arms": given["arms"].get(name)} if name != "base" else given["model"]
-        for what, function in measure.MEASUREMENTS.items():
+        for what, function in measure.measurements_of(settings.arms.get(name)).items():
             results.setdefault(name, {})[what] = steps.run(
                 f"measure {what} {name}", [trained, given["measure"], sources],
                 functools.partial(function, subject),

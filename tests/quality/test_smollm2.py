@@ -250,6 +250,10 @@ def test_the_report_holds_every_figure(tmp_path):
     results = {"base": figures(9.0, 1.0), "control": figures(10.0, 1.0), "4x": figures(10.2, 4.0),
                "8x": figures(10.5, 8.0), "dms-4x": figures(10.4, 4.0)}  # fmt: skip
     counts = {"train": 20_000_000, "heldout-english": 1000, "heldout-code": 2000}
+    for what in ("human_eval", "chat", "needle", "cache", "speed"):
+        del results["dms-4x"][what]
+    for what in ("needle", "cache", "speed"):
+        del results["control"][what]
     rows = [{"budget": 60, "cache_cr": 3.0, "perplexity": 12.0}]
     evicted = {"perplexity": 10.0, "policies": {"h2o": rows, "tova": rows, "window": rows}}
     report.write(tmp_path, settings, results, evicted, counts, {"model": 1.0})
@@ -263,7 +267,7 @@ def test_the_report_holds_every_figure(tmp_path):
     assert found["dms"]["4"]["perplexity"] == 10.4 and found["eviction"] == evicted
     assert "| H2O | 60 | 3.00 | +20.0 % |" in text
     assert "+2.0 %" in text and "+5.0 %" in text and "12.5 %" in text and "20,000,000" in text
-    assert text.count("```") == 2 * 5 * 20, "an answer's own fences do not end the quotation"
+    assert text.count("```") == 2 * 4 * 20, "an answer's own fences do not end the quotation"
     assert {f.name for f in tmp_path.glob("*.svg")} == {"overview.svg", "heads.svg"}
     assert sum(f.stat().st_size for f in tmp_path.iterdir()) < 2_000_000
 
