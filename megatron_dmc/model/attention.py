@@ -143,22 +143,14 @@ class DMCSelfAttention(SelfAttention):
             # Megatron's embedding leaves strides with which a product of the tokens becomes one for each
             hidden_states = hidden_states.flatten(0, 1).unsqueeze(1)
         q_TBND, k_TBGD, v_TBGD = self.get_query_key_value_tensors(hidden_states)
-        if self.config.dmc.compresses and self.config.dmc.importance == "constant":
-            # a logit of 0 for every token, in the engine's kernels too; the rows get no gradient
-            q_TBND = gates.scale_borrowed_channel(q_TBND, 0.0)
         if isinstance(rotary_pos_emb, tuple):
             rotary_pos_emb = rotary_pos_emb[0]
         if context is not None:
             freqs = None if rotary_pos_emb is None else rotary_pos_emb.flatten(0, 2)
-            out = context.attend(
-                self.layer_index,
-                q_TBND.squeeze(1),
-                k_TBGD.squeeze(1),
-                v_TBGD.squeeze(1),
-                freqs,
-                softmax_scale=self.softmax_scale,
-            ).unsqueeze(1)
+            projections = (x.squeeze(1) for x in (q_TBND, k_TBGD, v_TBGD))
+            out = self.attend_cached(context, *projections, freqs).unsqueeze(1)
         else:
+            q_TBND = self._with_importance(q_TBND)
             key, starts = self._gate_key(attention_mask)
             if packed_seq_params is not None:
                 starts = self._packed_starts(packed_seq_params, k_TBGD)
@@ -176,6 +168,28 @@ class DMCSelfAttention(SelfAttention):
             else:
                 out = attend(q_TBND, k_TBGD, v_TBGD)
         return self.linear_proj(out.flatten(2))
+
+    def attend_cached(
+        self,
+        context: PagedAttentionContext,
+        q_TND: Tensor,
+        k_TGD: Tensor,
+        v_TGD: Tensor,
+        freqs_SF: Tensor | None,
+    ) -> Tensor:
+        """Inference between the projections; arguments and result as `PagedAttentionContext.attend`."""
+        return context.attend(
+            self.layer_index, self._with_importance(q_TND), k_TGD, v_TGD, freqs_SF,
+            softmax_scale=self.softmax_scale,
+        )  # fmt: skip
+
+    def _with_importance(self, q: Tensor) -> Tensor:
+        """Queries whose borrowed channel is the importance's logit: the model's own, or 0 for every token."""
+        dmc = self.config.dmc
+        if dmc.compresses and dmc.importance == "constant":
+            # in the engine's kernels too; the rows get no gradient
+            return gates.scale_borrowed_channel(q, 0.0)
+        return q
 
     @staticmethod
     def _gate_key(

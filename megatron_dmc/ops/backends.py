@@ -155,9 +155,11 @@ def _cuda(op: str) -> Any:
 
 
 def _cpu(op: str) -> Any:
-    from megatron_dmc.ops.cpu import decode, linear, norm, pages
+    from megatron_dmc.ops.cpu import decode, linear, norm, pages, swiglu
 
-    return {"decode": decode, "linear": linear, "norm": norm, "pages": pages}[op]
+    return {
+        "decode": decode, "linear": linear, "norm": norm, "pages": pages, "swiglu": swiglu,
+    }[op]  # fmt: skip
 
 
 def _triton(op: str) -> Any:
@@ -194,3 +196,6 @@ LINEAR = Op("linear", cpu=CPU, torch=PYTORCH)
 
 NORM = Op("norm", cpu=CPU, torch=PYTORCH)
 """RMSNorm in inference, `model.inference`: (weight)."""
+
+SWIGLU = Op("swiglu", cpu=CPU, torch=PYTORCH)
+"""The gate of an MLP in inference, `model.inference`: (weight), the one whose product is gated."""

@@ -13,9 +13,10 @@ from kernel_tools import run_cases
 from random_models import random_model
 
 from megatron_dmc import LLM, SamplingParams
+from megatron_dmc.model import inference
 from megatron_dmc.ops import cpu
 from megatron_dmc.ops.backends import DECODE, LINEAR
-from megatron_dmc.ops.cpu import linear, norm
+from megatron_dmc.ops.cpu import linear, norm, swiglu
 from megatron_dmc.ops.paged import decode
 from megatron_dmc.ops.testing import decode_case
 
@@ -135,7 +136,7 @@ def test_extension_is_built(tmp_path):
 def test_linear_sums_in_float32_whatever_is_next_to_a_row(shape):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator).bfloat16()
-    # rows that lie apart, more than a block of them for the widest
+    # rows that lie apart, more than a block of them for the widest; all and a part of a group of outputs
     x = torch.randn(53, 2 * shape[1], generator=generator).bfloat16()[:, : shape[1]]
     out = linear.linear(x, weight)
     exact = x.double() @ weight.double().T
@@ -144,9 +145,12 @@ def test_linear_sums_in_float32_whatever_is_next_to_a_row(shape):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        assert torch.equal(linear.linear(x[None, 17:19], weight)[0], out[17:19])
+        for few in (slice(17, 18), slice(17, 19), slice(3, 6), slice(0, 16)):
+            assert torch.equal(linear.linear(x[None, few], weight)[0], out[few])
     finally:
         torch.set_num_threads(threads)
+    residual = torch.randn(out.shape, generator=generator).bfloat16()
+    assert torch.equal(linear.linear(x, weight, residual), out + residual)
 
 
 @needs_extension
@@ -155,9 +159,11 @@ def test_linear_layers_of_an_engine_use_the_kernel(monkeypatch):
     calls = []
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
 
-    def counted(x, weight, product=linear.linear):
+    product = linear.linear
+
+    def counted(x, weight, *residual):
         calls.append(tuple(weight.shape))
-        return product(x, weight)
+        return product(x, weight, *residual)
 
     monkeypatch.setattr(linear, "linear", counted)
     logits = {}
@@ -218,3 +224,37 @@ def test_rms_norm_against_float64(dtype, channels):
     torch.testing.assert_close(
         out.double(), exact, rtol=1e-5 if dtype == torch.float32 else 1 / 256, atol=0
     )
+
+
+@needs_extension
+def test_swiglu_against_float64():
+    generator = torch.Generator().manual_seed(2)
+    x = 8.0 * torch.randn(70, 2 * 96, generator=generator).bfloat16()
+    out = swiglu.swiglu(x)
+    gate, up = x.double().chunk(2, -1)
+    exact = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(out.double(), exact, rtol=1 / 250, atol=1e-6)
+    assert swiglu.swiglu(torch.full((1, 64), float("nan")).bfloat16()).isnan().all()
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_on_a_cpu_are_those_of_megatron(dtype, monkeypatch):
+    """Logits of a prompt and of decoded tokens; biases and norms of queries and keys included."""
+    logprobs = []
+    for is_plain in (inference._is_plain, lambda layer: False):
+        monkeypatch.setattr(inference, "_is_plain", is_plain)
+        loaded = random_model(2, add_qkv_bias=True, qk_layernorm=True, ffn_hidden_size=64)
+        loaded.model.to(dtype)
+        llm = LLM(loaded, device="cpu")
+        blocks = llm.engine.runner.model.decoder
+        assert ("forward" in vars(blocks)) == (not logprobs)
+        params = SamplingParams(temperature=0, max_tokens=4, logprobs=5, prompt_logprobs=5)
+        prompt = {"prompt_token_ids": list(range(1, 20))}
+        (output,) = llm.generate([prompt], params, use_tqdm=False)
+        every = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs[:1]]
+        logprobs.append([{token: x.logprob for token, x in of.items()} for of in every])
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    for ours, theirs in zip(*logprobs, strict=True):
+        common = ours.keys() & theirs.keys()
+        assert common and all(abs(ours[token] - theirs[token]) < tolerance for token in common)

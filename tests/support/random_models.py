@@ -9,11 +9,13 @@ from megatron_dmc.config import DMCConfig
 VOCAB = 96
 
 
-def random_model(kv_heads=2, *, dmc=None, dtype=torch.float64) -> LoadedModel:
+def random_model(
+    kv_heads=2, *, dmc=None, dtype=torch.float64, ffn_hidden_size=48, **fields
+) -> LoadedModel:
     description = ModelDescription(
         num_layers=3,
         hidden_size=32,
-        ffn_hidden_size=48,
+        ffn_hidden_size=ffn_hidden_size,
         num_attention_heads=4,
         num_query_groups=kv_heads,
         kv_channels=8,
@@ -21,6 +23,7 @@ def random_model(kv_heads=2, *, dmc=None, dtype=torch.float64) -> LoadedModel:
         max_position_embeddings=128,
         dtype=dtype,
         dmc=dmc,
+        **fields,
     )
     model = build_model(description, dmc=dmc, dtype=dtype)
     generator = torch.Generator().manual_seed(3)

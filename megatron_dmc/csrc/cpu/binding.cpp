@@ -43,13 +43,17 @@ const Choice& choice() {
 
 std::string instruction_set() { return choice().name; }
 
+const dmc::cpu::Kernels& kernels() {
+  TORCH_CHECK(choice().kernels, "the CPU kernels are built for AVX2 and later; this machine has none of it");
+  return *choice().kernels;
+}
+
 template <class T>
 const dmc::cpu::KernelsOf<T>& kernels_of() {
-  TORCH_CHECK(choice().kernels, "the CPU kernels are built for AVX2 and later; this machine has none of it");
   if constexpr (std::is_same_v<T, float>) {
-    return choice().kernels->of_float;
+    return kernels().of_float;
   } else {
-    return choice().kernels->of_bf16;
+    return kernels().of_bf16;
   }
 }
 
@@ -117,7 +121,7 @@ void paged_decode_attention(const Tensor& q, const Tensor& k_pages, const Tensor
   });
 }
 
-void linear(const Tensor& x, const Tensor& weight, const Tensor& out) {
+void linear(const Tensor& x, const Tensor& weight, const OptionalTensor& residual, const Tensor& out) {
   check_shape(weight, "weight", {kAny, kAny});
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
   check_shape(x, "x", {kAny, inputs});
@@ -129,9 +133,28 @@ void linear(const Tensor& x, const Tensor& weight, const Tensor& out) {
   TORCH_CHECK_VALUE(inputs % dmc::cpu::kDimStep == 0 && outputs % 4 == 0, "weight is ", outputs, " x ", inputs,
                     "; the kernel takes multiples of 4 outputs and ", dmc::cpu::kDimStep, " inputs");
   check_devices({{"x", x}, {"weight", weight}, {"out", out}});
-  TORCH_CHECK_VALUE(choice().kernels, "the CPU kernels are built for AVX2 and later; this machine has none of it");
-  choice().kernels->linear({data<dmc::bf16>(x), data<dmc::bf16>(weight), data<dmc::bf16>(out), x.size(0),
-                            inputs, outputs, x.stride(0)});
+  if (residual) {
+    check_shape(*residual, "residual", {x.size(0), outputs});
+    check_dtype(*residual, "residual", ScalarType::BFloat16);
+    check_devices({{"residual", *residual}, {"out", out}});
+    TORCH_CHECK_VALUE(residual->is_contiguous(), "residual must be contiguous");
+  }
+  kernels().linear({data<dmc::bf16>(x), data<dmc::bf16>(weight), data<dmc::bf16>(residual),
+                            data<dmc::bf16>(out), x.size(0), inputs, outputs, x.stride(0)});
+}
+
+void swiglu(const Tensor& x, const Tensor& out) {
+  check_shape(x, "x", {kAny, kAny});
+  const int64_t channels = x.size(1) / 2;
+  check_shape(out, "out", {x.size(0), channels});
+  for (const auto& [tensor, name] : {std::pair{&x, "x"}, {&out, "out"}}) {
+    check_dtype(*tensor, name, ScalarType::BFloat16);
+    check_dense(*tensor, name);
+  }
+  TORCH_CHECK_VALUE(x.size(1) == 2 * channels && channels % dmc::cpu::kDimStep == 0, "x has rows of ", x.size(1),
+                    "; the kernel takes twice a multiple of ", dmc::cpu::kDimStep);
+  check_devices({{"x", x}, {"out", out}});
+  kernels().swiglu({data<dmc::bf16>(x), data<dmc::bf16>(out), x.size(0), channels});
 }
 
 void rms_norm(const Tensor& x, const Tensor& weight, const Tensor& out, double eps) {
@@ -192,8 +215,9 @@ TORCH_LIBRARY(megatron_dmc_cpu, m) {
   m.def(
       "release_pages(Tensor(a!) page_ids, Tensor(b!) free_page_ids, Tensor(c!) free_state, "
       "Tensor(d!) num_extra_owners) -> ()");
+  m.def("swiglu(Tensor x, Tensor(a!) out) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, Tensor(a!) out, float eps) -> ()");
-  m.def("linear(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
+  m.def("linear(Tensor x, Tensor weight, Tensor? residual, Tensor(a!) out) -> ()");
   m.def("instruction_set() -> str");
 }
 
@@ -201,6 +225,7 @@ TORCH_LIBRARY_IMPL(megatron_dmc_cpu, CompositeExplicitAutograd, m) {
   m.impl("decode_append", &decode_append);
   m.impl("paged_decode_attention", &paged_decode_attention);
   m.impl("linear", &linear);
+  m.impl("swiglu", &swiglu);
   m.impl("rms_norm", &rms_norm);
   m.impl("release_pages", &release_pages);
   m.impl("instruction_set", &instruction_set);

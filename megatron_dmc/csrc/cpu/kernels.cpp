@@ -4,12 +4,14 @@
 #include "cpu/kernels.h"
 #include "cpu/linear.h"
 #include "cpu/norm.h"
+#include "cpu/swiglu.h"
 
 #define DMC_NAME_(capability) kernels_##capability
 #define DMC_NAME(capability) DMC_NAME_(capability)
 
 namespace dmc::cpu {
 
-const Kernels DMC_NAME(CPU_CAPABILITY) = {{&append, &attend, &rms_norm}, {&append, &attend, &rms_norm}, &linear};
+const Kernels DMC_NAME(CPU_CAPABILITY) = {
+    {&append, &attend, &rms_norm}, {&append, &attend, &rms_norm}, &linear, &swiglu};
 
 }  // namespace dmc::cpu

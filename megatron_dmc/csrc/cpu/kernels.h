@@ -19,10 +19,12 @@ struct AttentionParams {
   float scale;
 };
 
-// Rows of x may lie apart, and `out` is dense. K is a multiple of kDimStep, N of 4.
+// Rows of x may lie apart; `residual`, if any, and `out` are dense and may be the same. K is a multiple of kDimStep,
+// N of 4.
 struct LinearParams {
   const bf16* x_MK;
   const bf16* w_NK;
+  const bf16* residual_MN;
   bf16* out_MN;
   int64_t num_rows, num_inputs, num_outputs, x_stride;
 };
@@ -37,6 +39,13 @@ struct NormParams {
   float eps;
 };
 
+// Dense. C is a multiple of kDimStep.
+struct SwigluParams {
+  const bf16* x_MC;  // rows of 2 C
+  bf16* out_MC;
+  int64_t num_rows, num_channels;
+};
+
 template <class T>
 struct KernelsOf {
   void (*append)(const AppendParams<T>&);
@@ -48,6 +57,7 @@ struct Kernels {
   KernelsOf<float> of_float;
   KernelsOf<bf16> of_bf16;
   void (*linear)(const LinearParams&);
+  void (*swiglu)(const SwigluParams&);
 };
 
 // Limits.

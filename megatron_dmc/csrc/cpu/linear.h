@@ -1,5 +1,9 @@
-// out = x w^T in bfloat16 with sums in float32, for machines that do not multiply bfloat16 themselves: weights are
-// widened in registers, so memory is read at two bytes a weight, whatever the number of rows.
+// out = x w^T (+ residual) in bfloat16 with sums in float32, for machines that do not multiply bfloat16
+// themselves.
+//
+// Twelve sums at a time lie in registers: R rows times 12 / R outputs. A few rows widen weights in registers, so
+// memory is read at two bytes a weight; many rows share a copy of twelve outputs' weights that is widened once. Each
+// sum is made in one order, whatever is computed next to it.
 //
 // Dimension letters: M rows, K input features, N output features.
 #pragma once
@@ -9,62 +13,190 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/attention.h"
 #include "cpu/kernels.h"
 #include "cpu/vectors.h"
 
 namespace dmc::cpu {
 inline namespace CPU_CAPABILITY {
 
-constexpr int kOutputs = 4;                  // of a step: the entries of `dot_four`
-constexpr int64_t kBlock = 1 << 16;          // channels of rows that stay in a core's cache
+constexpr int kSums = 12;
+constexpr int kFewRows = 16;                    // widen weights in registers
+constexpr int kChannels = 512, kChannelsOfFew = 2048;  // of rows and weights that stay in the first cache
+constexpr int64_t kBlock = 1 << 16;             // channels of rows that stay in the second cache
 constexpr int64_t kProductsOfThread = 1 << 18;  // fewer are not worth one
 
-// Rows `first` to `last` times outputs n to n + 3. Sums do not depend on the rows that are computed together.
-inline void four_outputs(const LinearParams& p, const float* x_MK, int first, int last, int64_t n) {
-  const bf16* w = p.w_NK + n * p.num_inputs;
-  const int dim = int(p.num_inputs);
-  float sums[3 * kTile];
-  for (int m = first; m < last;) {
-    const int rows = std::min(3, last - m);
-    const float* x = x_MK + int64_t(m - first) * dim;
-    if (rows == 3) {
-      dot_four<bf16, 3>(w, dim, x, sums);
-    } else if (rows == 2) {
-      dot_four<bf16, 2>(w, dim, x, sums);
-    } else {
-      dot_four<bf16, 1>(w, dim, x, sums);
+// The two vectors of a step of channels, one at a time.
+template <int I>
+inline Vec half(const float* w) {
+  return Vec::loadu(w + I * kLanes);
+}
+template <int I>
+inline Vec half(const bf16* w) {
+  const Ints pairs = Ints::loadu(w);
+  return float_of_bits(upwards(I == 0 ? pairs : downwards(pairs)));  // a mask would take a register
+}
+
+template <int I, int R, int E, class W>
+inline void add_half(const W* w, int64_t w_stride, const float* x, int64_t x_stride, Vec (&sums)[R][E]) {
+  constexpr bool kHoldsRows = R < E;
+  const auto row = [&](int r) { return Vec::loadu(x + r * x_stride + I * kLanes); };
+  const auto weight = [&](int e) { return half<I>(w + e * w_stride); };
+  Vec all[kHoldsRows ? R : E];
+#pragma GCC unroll 4
+  for (int i = 0; i < (kHoldsRows ? R : E); ++i) all[i] = kHoldsRows ? row(i) : weight(i);
+#pragma GCC unroll 12
+  for (int i = 0; i < (kHoldsRows ? E : R); ++i) {
+    const Vec one = kHoldsRows ? weight(i) : row(i);
+#pragma GCC unroll 4
+    for (int j = 0; j < (kHoldsRows ? R : E); ++j) {
+      add_product(one, all[j], kHoldsRows ? sums[j][i] : sums[i][j]);
     }
-    for (int r = 0; r < rows; ++r)
-      for (int i = 0; i < kOutputs; ++i)
-        from_float(sums[r * kTile + i], p.out_MN[(m + r) * p.num_outputs + n + i]);
-    m += rows;
   }
 }
 
-inline void linear(const LinearParams& p) {
-  const int64_t block = std::max<int64_t>(3, kBlock / p.num_inputs / 3 * 3);
-  std::vector<float> wide(size_t(std::min(block, p.num_rows) * p.num_inputs));
-  for (int64_t first = 0; first < p.num_rows; first += block) {
-    const int64_t last = std::min(first + block, p.num_rows);
-    for (int64_t m = first; m < last; ++m) {
-      const bf16* from = p.x_MK + m * p.x_stride;
-      float* to = wide.data() + (m - first) * p.num_inputs;
-      for (int64_t c = 0; c < p.num_inputs; c += kStep) {
-        Vec a, b;
-        load(from + c, a, b);
-        a.store(to + c);
-        b.store(to + c + kLanes);
-      }
+// A part of a product: rows of x and w lie `stride` apart.
+template <class W>
+struct Factors {
+  const float* x;
+  const W* w;
+  int64_t x_stride, w_stride;
+  int num_channels;
+  const W* next;  // as many weights that are needed later, in the order of memory; null: none to fetch
+};
+
+// Add R rows' products with E outputs to sums[r][e].
+template <int R, int E, class W>
+inline void add_products(const Factors<W>& f, Vec (&sums)[R][E]) {
+  for (int c = 0; c < f.num_channels; c += kDimStep) {
+    if (f.next) {
+#pragma GCC unroll 12
+      for (int e = 0; e < E; ++e) __builtin_prefetch(f.next + c * E + e * kDimStep, 0, 3);
     }
-    const int64_t products = (last - first) * p.num_inputs * kOutputs;
-    at::parallel_for(0, p.num_outputs / kOutputs, std::max<int64_t>(1, kProductsOfThread / products),
-                     [&](int64_t begin, int64_t end) {
-                       for (int64_t n = begin; n < end; ++n)
-                         four_outputs(p, wide.data(), int(first), int(last), n * kOutputs);
-                     });
+    for (int i = c; i < c + kDimStep; i += kStep) {
+      add_half<0>(f.w + i, f.w_stride, f.x + i, f.x_stride, sums);
+      add_half<1>(f.w + i, f.w_stride, f.x + i, f.x_stride, sums);
+    }
   }
 }
+
+struct Linear {
+  const LinearParams& p;
+  const int64_t dim;
+  std::vector<float> x_MK;  // a block of rows in float32, channels as `load` orders them
+  int64_t first_row = 0;
+  int num_rows = 0;
+
+  explicit Linear(const LinearParams& p) : p(p), dim(p.num_inputs) {}
+
+  void run() {
+    const int64_t block = std::max<int64_t>(kFewRows, kBlock / dim / 4 * 4);
+    x_MK.resize(size_t(std::min(block, p.num_rows) * dim));
+    const int64_t groups = (p.num_outputs + kSums - 1) / kSums;
+    for (; first_row < p.num_rows; first_row += num_rows) {
+      num_rows = int(std::min(block, p.num_rows - first_row));
+      for (int m = 0; m < num_rows; ++m)
+        widen(p.x_MK + (first_row + m) * p.x_stride, x_MK.data() + m * dim, dim);
+      const int64_t products = num_rows * dim * kSums;
+      at::parallel_for(0, groups, std::max<int64_t>(1, kProductsOfThread / products),
+                       [&](int64_t begin, int64_t end) {
+                         for (int64_t n = begin * kSums; n < std::min(end * kSums, p.num_outputs); n += kSums)
+                           outputs(n);
+                       });
+    }
+  }
+
+  static void widen(const bf16* from, float* to, int64_t count) {
+    for (int64_t c = 0; c < count; c += kStep) {
+      Vec a, b;
+      load(from + c, a, b);
+      a.store(to + c);
+      b.store(to + c + kLanes);
+    }
+  }
+
+  // All rows' outputs n to n + 12, or to the last one.
+  void outputs(int64_t n) const {
+    static thread_local std::vector<float> wide, partial;
+    const int count = int(std::min<int64_t>(kSums, p.num_outputs - n));
+    const int64_t step = num_rows <= kFewRows ? kChannelsOfFew : kChannels;
+    if (dim > step) partial.resize(size_t(num_rows) * kSums * kLanes);
+    for (int64_t c = 0; c < dim; c += step) {
+      const int len = int(std::min(step, dim - c));
+      const bf16* w = p.w_NK + n * dim + c;
+      const Sums to{n, count, c > 0, c + len == dim, partial.data()};
+      if (num_rows <= kFewRows) {
+        all_rows<bf16>({x_MK.data() + c, w, dim, dim, len, p.w_NK + (n + kSums) * dim + kSums * c}, to);
+        continue;
+      }
+      wide.resize(size_t(kSums) * kChannels);
+      for (int e = 0; e < count; ++e) widen(w + e * dim, wide.data() + e * kChannels, len);
+      all_rows<float>({x_MK.data() + c, wide.data(), dim, kChannels, len, nullptr}, to);
+    }
+  }
+
+  // What becomes of the sums of a range of channels.
+  struct Sums {
+    int64_t first_output;
+    int num_outputs;
+    bool continues, finishes;
+    float* partial;  // vectors of each row's sums
+  };
+
+  template <class W>
+  void all_rows(Factors<W> f, const Sums& to) const {
+    const float* x = f.x;
+    for (int m = 0; m < num_rows;) {
+      f.x = x + m * dim;
+      const int left = to.num_outputs < kSums ? 1 : num_rows - m;
+      if (left >= 4) {
+        m += some_rows<4, 3>(f, to, m);
+      } else if (left == 3) {
+        m += some_rows<3, 4>(f, to, m);
+      } else if (left == 2) {
+        m += some_rows<2, 6>(f, to, m);
+      } else if (to.num_outputs == kSums) {
+        m += some_rows<1, 12>(f, to, m);
+      } else {
+        m += some_rows<1, 4>(f, to, m);
+      }
+      f.next = nullptr;  // they are on their way
+    }
+  }
+
+  template <int R, int E, class W>
+  int some_rows(Factors<W> f, const Sums& to, int m) const {
+    for (int n = 0; n < to.num_outputs; n += E) {
+      Vec sums[R][E];
+      const auto place = [&](int r, int e) { return to.partial + ((m + r) * kSums + n + e) * kLanes; };
+      for (int r = 0; r < R; ++r)
+        for (int e = 0; e < E; ++e) sums[r][e] = to.continues ? Vec::loadu(place(r, e)) : Vec(0.0f);
+      add_products(f, sums);
+      f.w += E * f.w_stride;
+      if (f.next) f.next += E * f.num_channels;
+      if (to.finishes) {
+        write(&sums[0][0], R, E, first_row + m, to.first_output + n);
+        continue;
+      }
+      for (int r = 0; r < R; ++r)
+        for (int e = 0; e < E; ++e) sums[r][e].store(place(r, e));
+    }
+    return R;
+  }
+
+  void write(const Vec* sums, int num_rows, int num_outputs, int64_t m, int64_t n) const {
+    float of[kSums];
+    for (int i = 0; i < num_rows * num_outputs; i += 4)
+      sum_lanes(sums[i], sums[i + 1], sums[i + 2], sums[i + 3], of + i);
+    for (int r = 0; r < num_rows; ++r)
+      for (int e = 0; e < num_outputs; ++e) {
+        const int64_t at = (m + r) * p.num_outputs + n + e;
+        from_float(of[r * num_outputs + e], p.out_MN[at]);
+        if (p.residual_MN) from_float(to_float(p.out_MN[at]) + to_float(p.residual_MN[at]), p.out_MN[at]);
+      }
+  }
+};
+
+inline void linear(const LinearParams& p) { Linear(p).run(); }
 
 }  // namespace CPU_CAPABILITY
 }  // namespace dmc::cpu

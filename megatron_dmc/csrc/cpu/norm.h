@@ -30,7 +30,13 @@ void rms_norm(const NormParams<T>& p) {
       float sum = sum_lanes(sums);
       for (; c < p.num_channels; ++c) sum += to_float(x[c]) * to_float(x[c]);
       const float scale = 1.0f / std::sqrt(sum / float(p.num_channels) + p.eps);
-      for (c = 0; c < p.num_channels; ++c)
+      for (c = 0; c + kStep <= p.num_channels; c += kStep) {
+        Vec w, u;
+        load(x + c, a, b);
+        load(p.weight_C + c, w, u);
+        store(out + c, a * Vec(scale) * w, b * Vec(scale) * u);
+      }
+      for (; c < p.num_channels; ++c)
         from_float(to_float(x[c]) * scale * to_float(p.weight_C[c]), out[c]);
     }
   });

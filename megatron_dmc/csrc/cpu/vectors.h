@@ -27,7 +27,8 @@ inline void load(const float* p, Vec& a, Vec& b) {
   a = Vec::loadu(p);
   b = Vec::loadu(p + kLanes);
 }
-inline Ints upwards(const Ints& x);  // by 16 bits
+inline Ints upwards(const Ints& x);  // by 16 bits, and back
+inline Ints downwards(const Ints& x);
 inline void load(const bf16* p, Vec& a, Vec& b) {
   const Ints pairs = Ints::loadu(p);
   a = float_of_bits(upwards(pairs));
@@ -36,18 +37,21 @@ inline void load(const bf16* p, Vec& a, Vec& b) {
 
 #if defined(CPU_CAPABILITY_AVX512)
 inline Ints upwards(const Ints& x) { return _mm512_slli_epi32(x, 16); }
+inline Ints downwards(const Ints& x) { return _mm512_srli_epi32(x, 16); }
 inline Vec widened(const int8* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
 inline Ints bytes(const e4m3* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 #elif defined(CPU_CAPABILITY_AVX2)
 inline Ints upwards(const Ints& x) { return _mm256_slli_epi32(x, 16); }
+inline Ints downwards(const Ints& x) { return _mm256_srli_epi32(x, 16); }
 inline Vec widened(const int8* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
 inline Ints bytes(const e4m3* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 #else
 inline Ints upwards(const Ints& x) { return x << Ints(16); }
+inline Ints downwards(const Ints& x) { return (x >> Ints(16)) & Ints(0xffff); }
 inline Vec widened(const int8* p) {
   float x[kLanes];
   for (int i = 0; i < kLanes; ++i) x[i] = p[i].bits;
@@ -59,6 +63,18 @@ inline Ints bytes(const e4m3* p) {
   return Ints::loadu(x);
 }
 #endif
+// To the nearest bfloat16, ties to even, in the upper half of each lane.
+inline Ints rounded(const Vec& x) {
+  const Ints bits = at::vec::cast<int32_t>(Vec::blendv(x, Vec(NAN), x != x));
+  return bits + (downwards(bits) & Ints(1)) + Ints(0x7fff);
+}
+inline void store(bf16* p, const Vec& a, const Vec& b) {
+  (downwards(rounded(a)) | (rounded(b) & Ints(int32_t(0xffff0000)))).store(p);
+}
+inline void store(float* p, const Vec& a, const Vec& b) {
+  a.store(p);
+  b.store(p + kLanes);
+}
 // Exponent and mantissa where float32 has them, times 2^120 for the other bias; subnormal codes too. The
 // code for NaN becomes 480: NaN is in the entry's scale.
 inline Vec widened(const e4m3* p) {
@@ -89,6 +105,21 @@ inline void arrange(const T* from, float* to, int dim) {
 template <class S, class T>
 inline void restore(const float* from, T* to, int dim, float scale) {
   for (int c = 0; c < dim; ++c) from_float(from[place<S>(c)] * scale, to[c]);
+}
+
+// sum += a b, in place: left to itself the compiler copies sums around and spills them.
+inline void add_product(const Vec& a, const Vec& b, Vec& sum) {
+#if defined(CPU_CAPABILITY_AVX512)
+  __m512 x = sum;
+  asm("vfmadd231ps %1, %2, %0" : "+v"(x) : "v"(__m512(a)), "v"(__m512(b)));
+  sum = x;
+#elif defined(CPU_CAPABILITY_AVX2)
+  __m256 x = sum;
+  asm("vfmadd231ps %1, %2, %0" : "+x"(x) : "x"(__m256(a)), "x"(__m256(b)));
+  sum = x;
+#else
+  sum = at::vec::fmadd(a, b, sum);
+#endif
 }
 
 // The sums over the lanes of four vectors.

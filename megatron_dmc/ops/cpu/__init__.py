@@ -5,7 +5,9 @@ import functools
 import torch
 from torch import Tensor
 
-OPERATORS = ("decode_append", "linear", "paged_decode_attention", "release_pages", "rms_norm")
+OPERATORS = (
+    "decode_append", "linear", "paged_decode_attention", "release_pages", "rms_norm", "swiglu",
+)  # fmt: skip
 DIM_STEP, MAX_DIM = 32, 256
 """Head dimensions are multiples of the first, up to the second."""
 MIN_PAGE_SIZE = 8

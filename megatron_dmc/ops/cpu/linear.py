@@ -29,16 +29,19 @@ def refusal(weight: Tensor) -> str:
     return ""
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T, summed in float32. The result of a row does not depend on the other rows.
+def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+    """x weight^T, summed in float32, plus what it is added to. The result of a row does not depend on the other rows.
 
     Args:
         x: (..., inputs), bfloat16; weight: (outputs, inputs), bfloat16.
+        residual: (..., outputs), bfloat16, dense: added to the product after that is rounded.
 
     Returns:
         (..., outputs), bfloat16.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    out = torch.empty(rows.shape[0], weight.shape[0], dtype=x.dtype)
-    operators().linear.default(rows, weight, out)
-    return out.view(*x.shape[:-1], weight.shape[0])
+    inputs, outputs = x.shape[-1], weight.shape[0]
+    rows = x.reshape(-1, inputs)
+    out = torch.empty(rows.shape[0], outputs, dtype=x.dtype)
+    added = None if residual is None else residual.view(-1, outputs)
+    operators().linear.default(rows, weight, added, out)
+    return out.view(*x.shape[:-1], outputs)
