@@ -5,29 +5,24 @@ the others; merge decisions are imposed. On a CPU a model of two layers.
 """
 
 import functools
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_dmc.bench import decode_step
 from megatron_dmc.bench import train_step as training
 from megatron_dmc.bench.baselines import DenseContext
-from megatron_dmc.bench.decode_step import PAGE_SIZE, filled_engine, make_engine
+from megatron_dmc.bench.decode_step import PAGE_SIZE, filled_engine
 from megatron_dmc.bench.imposed import ImposedDecisions, spread_weights
 from megatron_dmc.bench.measure import Ceilings, release_memory, synchronize
 from megatron_dmc.bench.model_under_test import random_model, requests_that_fit
 from megatron_dmc.bench.output import Case, Row
 from megatron_dmc.bench.suite import E1_MUST_REACH, E7_MUST_REACH
-from megatron_dmc.bench.window_kernels import ceiling, settings_of
+from megatron_dmc.bench.window_kernels import ceiling, run_tests, settings_of
 from megatron_dmc.bench.window_stages import Child
 from megatron_dmc.checkpoint.load import LoadedModel
-from megatron_dmc.engine import LLMEngine, SamplingParams
 from megatron_dmc.engine.context import PagedContext
-from megatron_dmc.engine.graphs import Captured
 from megatron_dmc.engine.sizes import pages_in_memory
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops.paged.kv_pages import entry_bytes
@@ -159,114 +154,16 @@ def latency(stage: Child) -> None:
     ])  # fmt: skip
 
 
-# --- checks ---------------------------------------------------------------------------------------
-
-
-def _run_again(work: Callable[[], Tensor]) -> Captured:
-    """In place of a graph, where there is no GPU."""
-    output = work()
-    return Captured(lambda: output.copy_(work()), output)
+# --- checks, K3, profile --------------------------------------------------------------------------
 
 
 def engine_checks(stage: Child) -> None:
-    """A model of two layers: captured steps against eager ones, from prefill on; a step under sync-debug."""
-    model = WindowModel(stage, num_layers=2)
-    num_prompt, num_new = (12, 6) if stage.cpu else (100, 24)
-
-    def engine(cr: float, batch: int, size: int | None) -> LLMEngine:
-        """With decode steps captured for `size` requests, or none."""
-        decisions = model.decisions(cr, num_prompt + num_new)
-        made = make_engine(
-            model.loaded, decisions, max_model_len=num_prompt + num_new,
-            max_num_seqs=max(batch, size or 0),
-            cudagraph_capture_sizes=[size] if size else [],
-        )  # fmt: skip
-        if stage.cpu and size is not None:
-            made.runner.capture([size], _run_again, progress=False)
-        if size is not None and made.runner._graphs is None:
-            raise DMCError("no decode steps were captured: the cache ops run in PyTorch")
-        return made
-
-    def generate(made: LLMEngine, batch: int, **params: Any) -> tuple[list[list[int]], Tensor]:
-        """Tokens of each request, and the logits of the first step in which all decode."""
-        logits: list[Tensor] = []
-        run = made.runner.run
-
-        def recorded(*args: Any, **kwargs: Any) -> Tensor:
-            out = run(*args, **kwargs)
-            logits.append(out.clone())
-            return out
-
-        made.runner.run = recorded  # type: ignore[method-assign]
-        _add_requests(made, batch, num_prompt, num_new, **params)
-        tokens: dict[str, list[int]] = {}
-        while made.has_unfinished_requests:
-            for output in made.step():
-                tokens[output.request_id] = output.outputs[0].token_ids
-        made.check_integrity()
-        return [tokens[str(i)] for i in range(batch)], logits[1]
-
-    def captured_equals_eager(cr: float, batch: int, size: int) -> Iterator[Row]:
-        (wanted, exact), (ours, found) = (
-            generate(engine(cr, batch, captured), batch) for captured in (None, size)
-        )
-        error = ((found - exact).float().norm() / exact.float().norm()).item()
-        row = {"tokens": sum(map(len, wanted)), "error": error}
-        # padded to another size the products may be summed in another order
-        if ours != wanted if size == batch else not error < 0.02:
-            pairs = zip(ours, wanted, strict=True)
-            same = sum(a == b for x, y in pairs for a, b in zip(x, y, strict=False))
-            raise DMCError(
-                f"captured and eager steps differ: {same} of {row['tokens']} tokens are the same, the first "
-                f"step's logits are {error:.1e} apart"
-            )
-        yield row
-
-    def without_waiting(**params: Any) -> Iterator[Row]:
-        if stage.cpu:
-            yield {"outcome": "cpu", "reason": "needs a GPU"}
-            return
-        made = engine(4.0, 8, 8)
-        _add_requests(made, 8, num_prompt, num_new, **params)
-        for _ in range(4):
-            made.step()
-        synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            outputs = made.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        yield {"tokens": len(outputs)}
-
-    stage.run([
-        *(
-            Case(
-                f"captured, CR {cr:g} B={batch}" + (f" padded to {size}" if size != batch else ""),
-                functools.partial(captured_equals_eager, cr, batch, size),
-            )
-            for cr in (1.0, 4.0) for batch, size in ((1, 1), (2, 2), (8, 8), (3, 4))
-        ),
-        Case("sync-debug, greedy", functools.partial(without_waiting, temperature=0)),
-        Case(
-            "sync-debug, sampled",
-            functools.partial(without_waiting, temperature=0.7, top_p=0.9, top_k=50, seed=1),
-        ),
-    ])  # fmt: skip
-
-
-def _add_requests(
-    engine: LLMEngine, batch: int, num_prompt: int, num_new: int, **params: Any
-) -> None:
-    rng = random.Random(0)
-    options = SamplingParams(
-        **{"temperature": 0, "max_tokens": num_new, "ignore_eos": True, **params}
-    )
-    for i in range(batch):
-        tokens = [rng.randrange(engine.description.vocab_size) for _ in range(num_prompt)]
-        engine.add_request(str(i), tokens, options)
-
-
-# --- K3, profile ----------------------------------------------------------------------------------
+    """Captured steps against eager ones, and steps under sync-debug: the tests that need a GPU. On a CPU a case of
+    captured steps that are run again instead of replayed."""
+    if stage.cpu:
+        run_tests(stage, ["engine/test_decode_graphs.py"], "-k", "eager_steps and plenty and 0")
+    else:
+        run_tests(stage, ["engine/test_engine_gpu.py"], "-k", "captured or padded or waits")
 
 
 def train_step(stage: Child) -> None:

@@ -1,12 +1,12 @@
 """The stages of `bench window` that need torch and Triton alone: ceilings, the kernels' cases, K1, K2, K4 to K6."""
 
 import functools
-import importlib
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,9 +23,7 @@ from megatron_dmc.bench.window_stages import Child, read_rows
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import cuda
 
-TESTS = ROOT / "tests" / "support"
-TRITON_FILES = ("decode", "pages", "prefill", "merge", "diagonal")
-CUDA_FILES = ("decode", "pages", "prefill")
+TESTS = ROOT / "tests"
 
 
 def settings_of(stage: Child, repeats: int) -> Settings:
@@ -88,15 +86,6 @@ def ceiling(stage: Child, case: str, settings: Settings) -> float:
     return measured
 
 
-def imports(name: str) -> bool:
-    """Whether a package is there and loads."""
-    try:
-        importlib.import_module(name)
-    except ImportError:
-        return False
-    return True
-
-
 # --- the kernels' cases ---------------------------------------------------------------------------
 
 
@@ -140,14 +129,19 @@ class Reporter:
         self.stage.row(report.nodeid, outcome, duration_s=round(report.duration, 3), **reason)
 
 
-def _run_cases(stage: Child, files: tuple[str, ...], *arguments: str) -> None:
+def run_tests(stage: Child, files: Sequence[str], *arguments: str) -> None:
     """pytest in this process, so that rows come one by one; without the tests' own set-up, which wants more
-    packages than a bare machine has."""
+    packages than a bare machine has.
+
+    Args:
+        files: in `tests`.
+    """
     if not TESTS.is_dir():
         raise DMCError(f"no folder {TESTS}: the cases are in the source tree; run from a checkout")
-    if not imports("pytest"):
-        raise DMCError("pytest is not installed: the kernels' cases did not run")
-    import pytest
+    try:
+        import pytest
+    except ImportError as error:
+        raise DMCError("pytest is not installed: the cases did not run") from error
 
     def collected(self: Reporter, node: Any, ids: list[str]) -> None:
         self._announce(ids)
@@ -155,44 +149,45 @@ def _run_cases(stage: Child, files: tuple[str, ...], *arguments: str) -> None:
     # pytest-xdist's, where it is there: the cases are collected in its processes
     hook = pytest.hookimpl(optionalhook=True)(collected)
     Reporter.pytest_xdist_node_collection_finished = hook  # type: ignore[attr-defined]
-    reporter = Reporter(stage)
     os.chdir(TESTS)
-    sys.path.insert(0, str(TESTS))
+    sys.path.insert(0, str(TESTS / "support"))
     status = pytest.main(
         [
-            *(f"kernel_cases_{name}.py" for name in files), *arguments, "-q", "--tb=short",
-            "-p", "no:cacheprovider", "--noconftest", "-c", os.devnull, "--rootdir", str(TESTS),
+            *files, *arguments, "-q", "--tb=short", "-p", "no:cacheprovider", "--noconftest", "-c",
+            os.devnull, "--rootdir", str(TESTS),
         ],
-        plugins=[reporter],
+        plugins=[Reporter(stage)],
     )  # fmt: skip
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise DMCError(f"pytest ended with {status!r}")
 
 
+def _kernel_cases(stage: Child, backend: str, names: Sequence[str], *arguments: str) -> None:
+    os.environ["DMC_TESTED_BACKEND"] = backend
+    if not stage.cpu:
+        os.environ |= {"DMC_LARGE_CASES": str(int(backend == "cuda")), "TRITON_INTERPRET": "0"}
+    run_tests(stage, [f"support/kernel_cases_{name}.py" for name in names], *arguments)
+
+
 def cuda_cases(stage: Child) -> None:
     """All cases of the extension, one after the other; nothing is compiled. On a CPU some of PyTorch's."""
     if stage.cpu:
-        os.environ["DMC_TESTED_BACKEND"] = "torch"
-        _run_cases(stage, ("decode", "pages"), "-k", "equals_the_specification and not (96 or 128)")
-        return
-    if reason := cuda.absence():
+        some = "equals_the_specification and not (96 or 128)"
+        _kernel_cases(stage, "torch", ("decode", "pages"), "-k", some)
+    elif reason := cuda.absence():
         stage.row("all cases", "skipped", reason=reason)
-        return
-    os.environ |= {
-        "DMC_TESTED_BACKEND": "cuda", "DMC_LARGE_CASES": "1", "TRITON_INTERPRET": "0",
-    }  # fmt: skip
-    _run_cases(stage, CUDA_FILES)
+    else:
+        _kernel_cases(stage, "cuda", ("decode", "pages", "prefill"))
 
 
 def triton_cases(stage: Child) -> None:
     """The small set, compiled in eight processes where pytest-xdist is there."""
     if stage.cpu:
-        _run_cases(stage, ("decode", "pages", "merge"), "-k", "taken_pages or workers or gradient")
+        some = "taken_pages or workers or gradient"
+        _kernel_cases(stage, "triton", ("decode", "pages", "merge"), "-k", some)
         return
-    os.environ |= {
-        "DMC_TESTED_BACKEND": "triton", "DMC_LARGE_CASES": "0", "TRITON_INTERPRET": "0",
-    }  # fmt: skip
-    _run_cases(stage, TRITON_FILES, *(("-p", "xdist", "-n", "8") if imports("xdist") else ()))
+    at_once = ("-p", "xdist", "-n", "8") if find_spec("xdist") else ()
+    _kernel_cases(stage, "triton", ("decode", "pages", "prefill", "merge", "diagonal"), *at_once)
 
 
 # --- K1, K2, K4 to K6 -----------------------------------------------------------------------------
