@@ -115,16 +115,22 @@ def llama2_7b(
     )  # fmt: skip
 
 
+def draw_weights(model: torch.nn.Module) -> None:
+    """Draw all weights, normal with 0.02; norms get 1."""
+    generator = torch.Generator(device=next(model.parameters()).device).manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.02, generator=generator)
+            else:
+                parameter.fill_(1.0)
+
+
 def random_model(description: Any, device: torch.device) -> LoadedModel:
-    """A model with random weights, drawn on the device: normal, 0.02."""
+    """A model with random weights, drawn on the device."""
     with torch.device(device):  # the weights are made where they stay
         model = build_model(description, device=device, dtype=description.dtype)
-    generator = torch.Generator(device=device).manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(0.0, 0.02, generator=generator)
-        else:
-            parameter.fill_(1.0)
+    draw_weights(model)
     return LoadedModel(model, description, None)
 
 

@@ -40,6 +40,13 @@ from megatron_dmc.engine import LLM, RequestOutput, SamplingParams
 from megatron_dmc.engine.flags import model_path
 from megatron_dmc.errors import DMCError
 
+SHOWN = (
+    "cr", "measured_cr", "num_requests", "batch_size", "input_len", "output_len", "elapsed_time",
+    "tokens_per_second", "output_tokens_per_second", "decode_tokens_per_second",
+    "roofline_tokens_per_second", "fraction_of_roofline", "decode_step_ms", "spread",
+)  # fmt: skip
+"""Columns of the line that is printed for each case."""
+
 
 @dataclass
 class DecodeStep:
@@ -254,7 +261,9 @@ def _measure_case(
     }  # fmt: skip
     if decisions is not None and not args.dataset_path:
         _check_cr(runs, decisions)
-    _print(row, case)
+    print(
+        ", ".join(f"{key} {row[key]:.5g}" for key in SHOWN if row.get(key) is not None), flush=True
+    )
     return row
 
 
@@ -291,26 +300,6 @@ def _summary(args: argparse.Namespace, runs: list[Run], figures: list[Row]) -> R
             },
         }
     return row
-
-
-def _print(row: Row, case: Case) -> None:
-    cr = "as the model decides" if case.cr is None else f"{case.cr:g}"
-    text = (
-        f"CR {cr} (measured {row['measured_cr']:.3f}), {row['num_requests']} requests, "
-        f"{row['batch_size']} at a time, {case.input_len} + {case.output_len} tokens: "
-        f"{row['elapsed_time']:.2f} s, {row['tokens_per_second']:.1f} tokens/s, "
-        f"{row['output_tokens_per_second']:.1f} generated tokens/s"
-    )
-    if "decode_tokens_per_second" in row:
-        text += (
-            f"; decoding {row['decode_tokens_per_second']:.1f} tokens/s of "
-            f"{row['roofline_tokens_per_second']:.1f} by the roofline "
-            f"({100 * row['fraction_of_roofline']:.1f} %), {row['decode_step_ms']:.2f} ms a step, "
-            f"{row['step_bytes'] / 1e9:.3f} GB"
-        )
-    if row["repeats"] > 1:
-        text += f"; spread {100 * row['spread']:.1f} % of {row['repeats']} runs"
-    print(text, flush=True)
 
 
 def _compare(

@@ -101,8 +101,14 @@ class Result:
             write_csv(self.csv, self.folder / f"{name}.csv")
         drawn = {file: (c, lines) for file, c in self.curves.items() if (lines := c.lines())}
         panels = [(p.title, p.unit, bars) for p in self.panels if (bars := p.bars())]
-        if panels or drawn:
-            plotting = load_plotting()
+        if not panels and not drawn:
+            return
+        try:
+            from megatron_dmc import plotting
+        except ModuleNotFoundError as e:
+            raise DMCError(
+                "--output draws with matplotlib: pip install 'megatron-dmc[report]'"
+            ) from e
         if panels:
             plotting.save(plotting.bar_panels(panels), self.folder / name)
         for file, (c, lines) in drawn.items():
@@ -117,19 +123,6 @@ def finish(result: Result) -> int:
         print(result.document["note"], file=sys.stderr)
     print(json.dumps(result.document), flush=True)
     return result.exit_code
-
-
-def load_plotting() -> Any:
-    """The module `plotting`.
-
-    Raises:
-        DMCError: matplotlib is not installed.
-    """
-    try:
-        from megatron_dmc import plotting
-    except ModuleNotFoundError as e:
-        raise DMCError("--output draws with matplotlib: pip install 'megatron-dmc[report]'") from e
-    return plotting
 
 
 def write_csv(rows: Sequence[Row], path: str | Path) -> None:

@@ -9,7 +9,6 @@ document; the exit status is 1 if a command failed. Experiments and flags need n
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,33 +23,20 @@ class Experiment:
     Attributes:
         commands: arguments of `megatron-dmc bench`.
         must_reach: of each CR, the ratio of `metric` to that of the base.
-        base: (row, other) -> whether `other` is what `row` is compared with.
+        same: columns in which a row agrees with its base: the row of CR 1, for CR 1 that of another engine.
     """
 
     name: str
     title: str
     commands: tuple[str, ...]
     must_reach: dict[float, float]
-    base: Callable[[Row, Row], bool]
+    same: tuple[str, ...] = ("command", "input_len", "output_len")
     metric: str = "decode_tokens_per_second"
 
 
-def _uncompressed(row: Row, other: Row) -> bool:
-    """CR 1 of the same model and lengths, whatever its batch."""
-    same = ("command", "input_len", "output_len")
-    return other["cr"] == 1 and all(row[k] == other[k] for k in same)
-
-
-def _uncompressed_at_batch(row: Row, other: Row) -> bool:
-    return _uncompressed(row, other) and row["batch_size"] == other["batch_size"]
-
-
-def _other_engine(row: Row, other: Row) -> bool:
-    same = ("input_len", "output_len", "batch_size")
-    return row["engine"] != other["engine"] and all(row[k] == other[k] for k in same)
-
-
 _LONG = "--input-len 2048 --output-len 2048 --max-num-seqs auto --max-num-batched-tokens 8192"
+
+_AT_BATCH = ("input_len", "output_len", "batch_size")
 
 E1_MUST_REACH = {2.0: 1.9, 4.0: 3.7, 8.0: 7.0}
 E7_MUST_REACH = 0.95
@@ -59,36 +45,35 @@ E7_MUST_REACH = 0.95
 EXPERIMENTS = [
     Experiment(
         "kernels", "K4 and K5: attention and append of a decode step", ("kernels",), {},
-        _uncompressed,
     ),
     Experiment(
         "e1", "E1: decode throughput, largest batch that fits",
         (f"throughput --model llama2-7b --simulate-cr 1,2,4,8 {_LONG} --num-iters 3",
          f"throughput --model llama2-13b --simulate-cr 1,2,4,8 {_LONG} --num-iters 3"),
-        E1_MUST_REACH, _uncompressed,
+        E1_MUST_REACH,
     ),
     Experiment(
         "e2", "E2: without DMC, against the roofline (must reach 80 % of it) and another engine",
         (f"throughput --model llama2-7b --simulate-cr 1 {_LONG} --num-iters 3 --compare transformers",),
-        {1.0: 1.0}, _other_engine,
+        {1.0: 1.0}, _AT_BATCH,
     ),
     Experiment(
         "e3", "E3: latency per token at equal batch and 4k context",
         ("latency --model llama2-7b --simulate-cr 1,2,4,8 --batch-size 1,4,16 --input-len 3968 "
          "--output-len 128 --num-iters 3",),
-        {2.0: 1.0, 4.0: 1.0, 8.0: 1.0}, _uncompressed_at_batch,
+        {2.0: 1.0, 4.0: 1.0, 8.0: 1.0}, _AT_BATCH,
     ),
     Experiment(
         "e4", "E4: one rank's slice of a 70B in tensor parallel 8, communication excluded",
         (f"throughput --model llama2-70b --tensor-parallel-slice 8 --simulate-cr 1,2,4,8 {_LONG} "
          "--num-iters 3",),
-        E1_MUST_REACH, _uncompressed,
+        E1_MUST_REACH,
     ),
     Experiment(
         "e5", "E5: pages held / bytes of live entries at CR 4, 4k tokens (at most 1.10)",
         ("throughput --model llama2-7b --simulate-cr 4 --input-len 3968 --output-len 128 "
          "--max-num-seqs 16",),
-        {}, _uncompressed,
+        {},
     ),
     Experiment(
         "e7", "E7: per-head paging at CR 1 against dense attention in the same engine",
@@ -96,13 +81,13 @@ EXPERIMENTS = [
          "--output-len 128 --num-iters 3",
          "latency --model llama2-7b --simulate-cr 1 --batch-size 1,8 --input-len 3968 "
          "--output-len 128 --num-iters 3 --dense-baseline"),
-        {1.0: E7_MUST_REACH}, _other_engine,
+        {1.0: E7_MUST_REACH}, _AT_BATCH,
     ),
     Experiment(
         "e8", "E8: 40k tokens of context, 8 requests",
         ("throughput --model qwen3-8b --simulate-cr 1,4,8 --input-len 40448 --output-len 512 "
          "--max-num-seqs 8 --max-num-batched-tokens 8192 --num-iters 3",),
-        {4.0: 1.5, 8.0: 2.0}, _uncompressed,
+        {4.0: 1.5, 8.0: 2.0},
     ),
 ]  # fmt: skip
 
@@ -249,11 +234,14 @@ def _rows_of(words: list[str], number: int, failures: list[str]) -> list[Row]:
 def compare(experiment: Experiment, rows: list[Row]) -> None:
     """Add `speedup` and `must_reach` to the rows that have something to be compared with."""
     measured = [row for row in rows if row.get(experiment.metric)]
+
+    def is_base(other: Row, row: Row) -> bool:
+        is_another = row["cr"] != 1 or row["engine"] != other["engine"]
+        return other["cr"] == 1 and is_another and all(row[k] == other[k] for k in experiment.same)
+
     for row in measured:
-        if row.get("engine", "megatron-dmc") != "megatron-dmc":
-            continue
-        base = next((r for r in measured if r is not row and experiment.base(row, r)), None)
-        if base is not None:
+        base = next((other for other in measured if is_base(other, row)), None)
+        if row["engine"] == "megatron-dmc" and base is not None:
             row["speedup"] = row[experiment.metric] / base[experiment.metric]
             row["must_reach"] = experiment.must_reach.get(row["cr"])
 

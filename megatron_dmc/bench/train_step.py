@@ -26,7 +26,7 @@ from megatron_dmc.bench.measure import (
     release_memory,
     rows_of,
 )
-from megatron_dmc.bench.model_under_test import llama2_7b
+from megatron_dmc.bench.model_under_test import draw_weights, llama2_7b
 from megatron_dmc.bench.output import Case, Panel, Result, Row
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.load import rotary_embedding, transformer_config
@@ -69,21 +69,14 @@ def build(description: ModelDescription, settings: Settings, *, dmc: bool) -> DM
     assert isinstance(model, DMCGPTModel)
     model.rotary_pos_emb = rotary_embedding(description, settings.device)
     model.to(device=settings.device, dtype=settings.dtype).train()
-    generator = torch.Generator(device=settings.device).manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, 0.02, generator=generator)
-            if name.endswith("linear_qkv.weight"):
-                gates.zero_channel_rows(
-                    parameter,
-                    num_kv_heads=description.num_query_groups,
-                    queries_per_group=description.num_attention_heads
-                    // description.num_query_groups,
-                    head_dim=description.kv_channels,
-                )
+    draw_weights(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("linear_qkv.weight"):
+            gates.zero_channel_rows(
+                parameter, num_kv_heads=description.num_query_groups,
+                queries_per_group=description.num_attention_heads // description.num_query_groups,
+                head_dim=description.kv_channels,
+            )  # fmt: skip
     return model
 
 
@@ -133,53 +126,57 @@ def measure(settings: Settings, length: int, num_layers: int) -> Iterator[Row]:
         description.vocab_size, (batch, length), generator=generator, device=settings.device
     )
     losses = check({dmc: build(description, settings, dmc=dmc) for dmc in (False, True)}, tokens_BT)
-    plain: dict[str, tuple[float, int | None]] = {}
+    plain: dict[str, Row] = {}
     for dmc in (False, True):
-        # alone: the other one's weights are no part of its peak
+        # one at a time: the other one's weights are no part of its peak
         model = build(description, settings, dmc=dmc)
-        freqs = model.rotary_pos_emb(length)
-        key = GateKey(seed=1, step=0, microbatch=0, first_sample=0)
-        hidden = torch.randn(
-            (length, batch, description.hidden_size), generator=generator, device=settings.device
-        )
-        hidden = hidden.to(settings.dtype).requires_grad_()
-        layer = model.decoder.layers[0]
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=3e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=settings.on_gpu
-        )
-
-        no_counts = torch.zeros(num_layers, batch, device=settings.device)
-
-        def run_layer(
-            layer=layer, hidden=hidden, freqs=freqs, key=key, model=model, no_counts=no_counts
-        ) -> None:
-            model.recorder.begin(key)
-            out, _ = layer(hidden, attention_mask=key.to_tensor(), rotary_pos_emb=freqs)
-            out, counts = model.recorder.collect(out, no_counts, key)
-            loss = out.float().square().mean() + counts.mean()
-            torch.autograd.grad(loss, [hidden, *layer.parameters()])
-
-        def run_step(model=model, dmc=dmc, optimizer=optimizer) -> None:
-            loss_of(model, tokens_BT, dmc=dmc)[1].backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        for part, function in (("layer", run_layer), ("step", run_step)):
-            timing = measure_time(function, settings.device, repeats=settings.repeats)
-            memory = peak_memory(function, settings.device)
-            if memory is not None and part == "step":
-                # weights and optimizer state belong to a step's peak
-                memory = torch.cuda.max_memory_allocated(settings.device)
-            plain_ms, plain_memory = plain.setdefault(part, (timing.median_ms, memory))
-            yield as_row(
-                timing, part=part, dmc=dmc, num_tokens=length, batch=batch,
-                num_layers=num_layers if part == "step" else 1, peak_memory_bytes=memory,
-                time_over_plain=timing.median_ms / plain_ms,
-                memory_over_plain=memory / plain_memory if memory and plain_memory else None,
-                losses_where_nothing_merges=losses,
-            )  # fmt: skip
-        del model, layer, optimizer, run_layer, run_step, function
+        for row in measure_model(settings, model, tokens_BT, dmc=dmc):
+            base = plain.setdefault(row["part"], row)
+            memory, plain_memory = row["peak_memory_bytes"], base["peak_memory_bytes"]
+            yield {
+                **row, "dmc": dmc, "num_tokens": length, "batch": batch,
+                "time_over_plain": row["median_ms"] / base["median_ms"],
+                "memory_over_plain": memory / plain_memory if memory and plain_memory else None,
+                "losses_where_nothing_merges": losses,
+            }  # fmt: skip
+        del model
         release_memory()
+
+
+def measure_model(
+    settings: Settings, model: DMCGPTModel, tokens_BT: Tensor, *, dmc: bool
+) -> Iterator[Row]:
+    """Rows of the first layer, forward and backward, and of the whole step."""
+    batch, length = tokens_BT.shape
+    num_layers, key = model.config.num_layers, GateKey(seed=1, step=0, microbatch=0, first_sample=0)
+    layer, freqs = model.decoder.layers[0], model.rotary_pos_emb(length)
+    shape = (length, batch, model.config.hidden_size)
+    hidden = torch.randn(shape, device=settings.device, dtype=settings.dtype, requires_grad=True)
+    no_counts = torch.zeros(num_layers, batch, device=settings.device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=3e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=settings.on_gpu
+    )
+
+    def run_layer() -> None:
+        model.recorder.begin(key)
+        out, _ = layer(hidden, attention_mask=key.to_tensor(), rotary_pos_emb=freqs)
+        out, counts = model.recorder.collect(out, no_counts, key)
+        loss = out.float().square().mean() + counts.mean()
+        torch.autograd.grad(loss, [hidden, *layer.parameters()])
+
+    def run_step() -> None:
+        loss_of(model, tokens_BT, dmc=dmc)[1].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    for part, function in (("layer", run_layer), ("step", run_step)):
+        timing = measure_time(function, settings.device, repeats=settings.repeats)
+        memory = peak_memory(function, settings.device)
+        if memory is not None and part == "step":
+            # weights and optimizer state belong to a step's peak
+            memory = torch.cuda.max_memory_allocated(settings.device)
+        depth = num_layers if part == "step" else 1
+        yield as_row(timing, part=part, num_layers=depth, peak_memory_bytes=memory)
 
 
 def cases(settings: Settings, num_layers: int) -> list[Case]:
