@@ -32,9 +32,10 @@ from megatron_dmc.checkpoint.tokenizer import (
     load_tokenizer,
 )
 from megatron_dmc.checkpoint.weights import ShardSource, megatron_shapes
-from megatron_dmc.config import DMCConfig, DMCTransformerConfig
+from megatron_dmc.config import DMCConfig
 from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.model.build import build_gpt
+from megatron_dmc.model.config import DMCTransformerConfig
 from megatron_dmc.model.specs import dmc_layer_spec
 
 

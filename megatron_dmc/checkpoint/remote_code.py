@@ -8,13 +8,14 @@ loaded as the plain model it would compute something else, so without the code i
 import importlib.abc
 import importlib.util
 import json
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from megatron_dmc import config as settings
+from megatron_dmc import errors
 from megatron_dmc.checkpoint import remote
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.families import FAMILIES, Family
@@ -30,12 +31,10 @@ TEMPLATE = SOURCES / "modeling_dmc_llama.py"
 SUPPORTED = {family.architecture: family for family in FAMILIES if family.remote_code}
 """Families that transformers can run with DMC, by architecture."""
 
-SHARED = (
-    "modeling_dmc.py", "attention_dmc.py", "configuration_dmc.py", "ops_dmc.py", "cache_dmc.py",
-)  # fmt: skip
+SHARED = ("modeling_dmc.py", "attention_dmc.py", "ops_dmc.py", "cache_dmc.py")
 """Files of `checkpoint.remote` that every exported folder has."""
-GATES = "gates_dmc.py"
-"""Name of a copy of the package's gates in an exported folder."""
+COPIES = {gates: "gates_dmc.py", settings: "configuration_dmc.py", errors: "errors_dmc.py"}
+"""The package's own modules that every exported folder has, by another name."""
 
 
 def dmc_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -68,9 +67,12 @@ def source_of(family: Family) -> str:
     return source.replace("Llama", family.name).replace("llama", family.model_type)
 
 
-def _standalone(source: str) -> str:
-    """A file of `checkpoint.remote` that imports the gates from its own folder."""
-    return source.replace(f"from {gates.__name__} import", f"from .{Path(GATES).stem} import")
+def standalone(file: Path) -> str:
+    """The contents of a file, with imports of `COPIES` from its own folder."""
+    source = file.read_text(encoding="utf-8")
+    for module, name in COPIES.items():
+        source = source.replace(f"from {module.__name__} import", f"from .{Path(name).stem} import")
+    return source
 
 
 class _FamilyLoader(importlib.abc.InspectLoader):
@@ -139,11 +141,11 @@ def write_remote_code(
     file.write_text(json.dumps(config, indent=2) + "\n")
     if "auto_map" in config:
         family = SUPPORTED[config["architectures"][0].removeprefix(DMC_CLASS)]
-        for name in SHARED:
-            source = (SOURCES / name).read_text(encoding="utf-8")
-            (folder / name).write_text(_standalone(source), encoding="utf-8")
-        (folder / f"{module_name(family)}.py").write_text(source_of(family), encoding="utf-8")
-        shutil.copyfile(gates.__file__, folder / GATES)
+        sources = {name: standalone(SOURCES / name) for name in SHARED}
+        sources |= {name: standalone(Path(str(module.__file__))) for module, name in COPIES.items()}
+        sources[f"{module_name(family)}.py"] = source_of(family)
+        for name, source in sources.items():
+            (folder / name).write_text(source, encoding="utf-8")
     card = folder / "README.md"
     if not card.exists():
         card.write_text(model_card(description, config, facts=facts))

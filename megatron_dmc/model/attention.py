@@ -14,8 +14,9 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megatron_dmc.config import DMCTransformerConfig, Stage
+from megatron_dmc.config import Stage
 from megatron_dmc.errors import UnsupportedConfig
+from megatron_dmc.model.config import DMCTransformerConfig
 from megatron_dmc.model.decisions import DecisionRecorder, GateKey
 from megatron_dmc.model.sequence_layout import SequenceLayout
 from megatron_dmc.ops import (

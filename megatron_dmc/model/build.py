@@ -6,7 +6,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_dmc.config import DMCTransformerConfig
+from megatron_dmc.model.config import DMCTransformerConfig
 from megatron_dmc.model.decisions import DecisionRecorder, GateKey, append_counts, split_counts
 from megatron_dmc.model.specs import dmc_layer_spec
 

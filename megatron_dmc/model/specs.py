@@ -17,9 +17,9 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 
-from megatron_dmc.config import DMCTransformerConfig
 from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.model.attention import DMCSelfAttention, NoCoreAttention
+from megatron_dmc.model.config import DMCTransformerConfig
 from megatron_dmc.model.decisions import DecisionRecorder
 from megatron_dmc.model.norm import torch_norm
 

@@ -7,8 +7,9 @@ from itertools import product
 
 from torch.nn.functional import silu
 
-from megatron_dmc.config import DMCConfig, DMCTransformerConfig
+from megatron_dmc.config import DMCConfig
 from megatron_dmc.errors import UnsupportedConfig
+from megatron_dmc.model.config import DMCTransformerConfig
 from megatron_dmc.plan.arguments import RECOMPUTE
 from megatron_dmc.plan.model import PlannedModel
 

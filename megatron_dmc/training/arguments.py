@@ -16,8 +16,9 @@ from megatron_dmc.checkpoint.torch_dist import (
     iteration_folder,
     older_usable_iteration,
 )
-from megatron_dmc.config import DMCConfig, DMCTransformerConfig
+from megatron_dmc.config import DMCConfig
 from megatron_dmc.errors import DMCError, UnsupportedConfig
+from megatron_dmc.model.config import DMCTransformerConfig
 from megatron_dmc.training import accelerators
 
 

@@ -4,8 +4,8 @@ from argparse import Namespace
 
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-from megatron_dmc.config import DMCTransformerConfig
 from megatron_dmc.model.build import DMCGPTModel, build_gpt
+from megatron_dmc.model.config import DMCTransformerConfig
 from megatron_dmc.model.decisions import DecisionRecorder, carry_rows
 
 

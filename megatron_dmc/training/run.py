@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_dmc.checkpoint.convert import is_disk_full
 from megatron_dmc.checkpoint.integrity import forget_checksums, write_checksums
 from megatron_dmc.checkpoint.torch_dist import iteration_folder
-from megatron_dmc.config import DMCTransformerConfig
 from megatron_dmc.errors import DMCError
+from megatron_dmc.model.config import DMCTransformerConfig
 from megatron_dmc.model.decisions import DecisionRecorder
 from megatron_dmc.training import accelerators, cpu_adapter, plain, repairs
 from megatron_dmc.training.arguments import (

@@ -17,8 +17,9 @@ from megatron.training import get_args, get_tensorboard_writer, get_timers, get_
 from megatron.training.training import stimer
 from torch import Tensor
 
-from megatron_dmc.config import DMCConfig, DMCTransformerConfig, Stage
+from megatron_dmc.config import DMCConfig, Stage
 from megatron_dmc.model.build import DMCGPTModel
+from megatron_dmc.model.config import DMCTransformerConfig
 from megatron_dmc.model.decisions import DecisionRecorder, GateKey
 from megatron_dmc.model.sequence_layout import SequenceLayout
 from megatron_dmc.schedule import target_cr

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dmc.checkpoint.torch_dist import check_whole, iteration_folder, read_common
-from megatron_dmc.config import DMCConfig, DMCTransformerConfig, Stage
+from megatron_dmc.config import DMCConfig, Stage
 from megatron_dmc.errors import CheckpointError
 from megatron_dmc.model.build import DMCGPTModel
+from megatron_dmc.model.config import DMCTransformerConfig
 from megatron_dmc.model.decisions import DecisionRecorder
 from megatron_dmc.training.loss import vocab_parallel_kl
 from megatron_dmc.training.model import build_model

@@ -358,9 +358,9 @@ def test_what_cannot_be_done_is_refused():
         model.set_attn_implementation("flash_attention_2")
     with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 3\)"):
         model(ids, attention_mask=torch.ones(1, 3))
-    with pytest.raises(ValueError, match="unknown dmc settings"):
+    with pytest.raises(ValueError, match="unknown DMC settings"):
         model.set_dmc(target_ratio=3)
-    with pytest.raises(ValueError, match="stage 'warmup'"):
+    with pytest.raises(ValueError, match="stage='warmup'"):
         model_of().set_dmc(stage="warmup")
     with pytest.raises(ValueError, match="sliding_window=16"):
         model_of("mistral", sizes={"sliding_window": 16})

@@ -9,7 +9,7 @@ from hf_models import VOCAB, in_float64, model_of, save_with_code, tokens
 import megatron_dmc.ops
 from megatron_dmc.checkpoint.hf_tensors import pieces
 from megatron_dmc.checkpoint.load import load_model
-from megatron_dmc.checkpoint.remote import attention_dmc, configuration_dmc, ops_dmc
+from megatron_dmc.checkpoint.remote import attention_dmc, modeling_dmc, ops_dmc
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.ops import gates, reference
 from megatron_dmc.training.loss import compression_loss
@@ -17,16 +17,12 @@ from megatron_dmc.training.loss import compression_loss
 # The same equations as the package's
 
 
-def test_settings_are_those_of_the_package():
-    package = DMCConfig().to_dict()
-    here = {k: v for k, v in package.items() if k not in configuration_dmc.NOT_HERE}
-    assert here == configuration_dmc.DEFAULTS
-    assert {k: package[k] for k in configuration_dmc.NOT_HERE} == configuration_dmc.NOT_HERE
+def test_settings_that_are_refused():
     for refused in ({"policy": "drop"}, {"pool_after_rope": True}, {"hinge": "token"},
-                    {"importance": "random"}):  # fmt: skip
-        ((name, value),) = refused.items()
-        with pytest.raises(ValueError, match=f"dmc {name} {value!r}"):
-            configuration_dmc.complete_settings(refused)
+                    {"importance": "random"}, {"merge_window": -1}, {"window": 3}):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(refused)).replace("_", "[-_]")):
+            modeling_dmc.complete_settings(refused)
+    assert modeling_dmc.complete_settings(None) == DMCConfig().to_dict()
 
 
 def random_case(num_tokens=37, num_heads=4):
@@ -48,12 +44,13 @@ def assert_all_close(ours, theirs, atol=1e-11):
         torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
-def test_gates_are_the_packages_file(tmp_path):
+def test_copies_of_the_packages_files(tmp_path):
     save_with_code(model_of(), tmp_path)
     exported = (tmp_path / "gates_dmc.py").read_bytes()
     assert exported == Path(gates.__file__).read_bytes()
     assert "from .gates_dmc import" in (tmp_path / "attention_dmc.py").read_text()
-    assert not any("from megatron_dmc" in f.read_text() for f in tmp_path.glob("*.py"))
+    assert "from .errors_dmc import" in (tmp_path / "configuration_dmc.py").read_text()
+    assert not any("from megatron" in f.read_text() for f in tmp_path.glob("*.py"))
 
 
 @pytest.mark.parametrize("merge_window", [0, 1, 5, 64])

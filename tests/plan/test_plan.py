@@ -264,7 +264,7 @@ def test_what_dmc_refuses_is_not_offered(monkeypatch):
     def refuse(self):
         raise UnsupportedConfig("not today")
 
-    monkeypatch.setattr("megatron_dmc.config.DMCTransformerConfig.validate_dmc", refuse)
+    monkeypatch.setattr("megatron_dmc.model.config.DMCTransformerConfig.validate_dmc", refuse)
     assert "not today" in Rules(MODEL, JOB).refusal(layout)
 
 

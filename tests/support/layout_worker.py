@@ -28,7 +28,8 @@ from megatron.training.global_vars import set_args
 from training_runs import ensure_fork_server, free_port
 
 from megatron_dmc.checkpoint.torch_dist_write import SynchronousSave
-from megatron_dmc.config import DMCConfig, DMCTransformerConfig
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.model.config import DMCTransformerConfig
 from megatron_dmc.model.decisions import DecisionRecorder
 from megatron_dmc.training import cpu_adapter
 from megatron_dmc.training.model import CarryingCommunicator, build_model

@@ -24,7 +24,8 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.training.global_vars import destroy_global_vars
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_dmc.config import DMCConfig, DMCTransformerConfig
+from megatron_dmc.config import DMCConfig
+from megatron_dmc.model.config import DMCTransformerConfig
 from megatron_dmc.model.decisions import DecisionRecorder, GateKey
 from megatron_dmc.model.specs import dmc_layer_spec
 from megatron_dmc.training.arguments import transformer_config_from_args

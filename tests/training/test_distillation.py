@@ -182,8 +182,9 @@ def test_wrong_flags_are_refused_at_once(base, flags, message):
 )
 def test_a_checkpoint_that_is_no_teacher_is_named(base, tmp_path, change, message):
     """Errors of `load_teacher` before it builds anything; the run's own arguments describe a valid teacher."""
-    from megatron_dmc.config import DMCConfig, DMCTransformerConfig
+    from megatron_dmc.config import DMCConfig
     from megatron_dmc.errors import CheckpointError
+    from megatron_dmc.model.config import DMCTransformerConfig
     from megatron_dmc.training.teacher import load_teacher
 
     ensure_single_process()

@@ -7,8 +7,9 @@ import pytest
 import torch
 from training_runs import DIM, HEADS, KV_HEADS, LAYERS, ROOT, Forked, logged, pretrain, tensorboard
 
-from megatron_dmc.config import DMCConfig, DMCTransformerConfig
+from megatron_dmc.config import DMCConfig
 from megatron_dmc.errors import DMCError, UnsupportedConfig
+from megatron_dmc.model.config import DMCTransformerConfig
 from megatron_dmc.model.decisions import GateKey
 from megatron_dmc.schedule import target_cr, target_merge_rate, zero_out_scale
 from megatron_dmc.training.loss import compression_loss

@@ -11,8 +11,9 @@ import pytest
 import torch
 from training_runs import ENVIRONMENT, ROOT, Forked, logged, pretrain
 
-from megatron_dmc.config import DMCConfig, DMCTransformerConfig
+from megatron_dmc.config import DMCConfig
 from megatron_dmc.errors import CheckpointError, UnsupportedConfig
+from megatron_dmc.model.config import DMCTransformerConfig
 from megatron_dmc.model.decisions import DecisionRecorder, GateKey
 from megatron_dmc.training import accelerators, stages, step
 from megatron_dmc.training.accelerators import Accelerators

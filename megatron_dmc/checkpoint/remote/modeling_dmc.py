@@ -16,11 +16,23 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from megatron_dmc.config import DMCConfig
 from megatron_dmc.ops.gates import BORROWED_CHANNEL
 
 from .attention_dmc import ForwardState
 from .cache_dmc import DMCCache
-from .configuration_dmc import complete_settings
+
+
+def complete_settings(dmc: dict[str, Any] | None) -> dict[str, Any]:
+    """The `dmc` of a config.json with defaults filled in.
+
+    Raises:
+        ValueError: a setting or its value is unknown, or not supported by this code.
+    """
+    settings = DMCConfig.from_dict(dmc or {})
+    if settings.pool_after_rope:
+        raise ValueError("dmc pool_after_rope: not supported in transformers; use megatron-dmc")
+    return settings.to_dict()
 
 
 @dataclass

@@ -6,8 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from .attention_dmc import DMCAttention
-from .configuration_dmc import complete_settings
-from .modeling_dmc import DMCForCausalLM, DMCModel
+from .modeling_dmc import DMCForCausalLM, DMCModel, complete_settings
 
 
 class DMCLlamaConfig(LlamaConfig):
