@@ -13,17 +13,15 @@ Dimension letters: L layers, G key/value heads.
 """
 
 import argparse
-import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from megatron_dmc.bench.baselines import DenseContext
-from megatron_dmc.bench.imposed import ImposedDecisions, ImposingContext
+from megatron_dmc.bench.imposed import ImposedDecisions
 from megatron_dmc.bench.measure import (
     Ceilings,
     ModelCost,
@@ -33,13 +31,10 @@ from megatron_dmc.bench.measure import (
     release_memory,
     synchronize,
 )
-from megatron_dmc.bench.model_under_test import llama2_7b, random_model
+from megatron_dmc.bench.model_under_test import ModelUnderTest, Point, llama2_7b, random_model
 from megatron_dmc.bench.output import Panel, Result, Row
-from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.load import LoadedModel
-from megatron_dmc.config import DMCConfig
-from megatron_dmc.engine import EngineConfig, LLMEngine, SamplingParams
-from megatron_dmc.engine.config import KVCacheDtype
+from megatron_dmc.engine import LLMEngine, SamplingParams
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.request import RequestStatus
 from megatron_dmc.errors import DMCError
@@ -48,77 +43,30 @@ from megatron_dmc.ops.paged import decode, kv_pages
 from megatron_dmc.ops.testing import decode_case
 
 PAGE_SIZE = 16
+ENGINE_SETTINGS: dict[str, Any] = {
+    "block_size": PAGE_SIZE, "max_num_batched_tokens": 2048, "count_flipped_decisions": False,
+}  # fmt: skip
 SPREAD = 0.5
 WARMUP = 3
 CHECKED_REQUESTS = 4
 _AT_ONCE = 1 << 20
 
 
-def make_engine(
-    loaded: LoadedModel,
-    decisions: ImposedDecisions | None,
-    *,
-    max_model_len: int,
-    max_num_seqs: int,
-    num_pages: int | None = None,
-    kv_cache_dtype: KVCacheDtype = "auto",
-    make_context: Callable[..., PagedContext] = PagedContext,
-    cudagraph_capture_sizes: Sequence[int] | None = None,
-) -> LLMEngine:
-    """An engine without requests.
-
-    Args:
-        loaded: a plain model, on the device of the engine.
-        decisions: None: CR 1, without DMC.
-        num_pages: None: a page more for each head than all requests need at CR 1.
-        make_context: of an engine without decisions.
-        cudagraph_capture_sizes: empty: decode steps are eager; None: `max_num_seqs` alone.
-    """
-    parameter = next(loaded.model.parameters())
-    description = replace(loaded.description, dmc=None)
-    if num_pages is None:
-        heads = description.num_layers * description.num_query_groups
-        num_pages = max_num_seqs * heads * (-(-max_model_len // PAGE_SIZE) + 1)
-    sizes = [max_num_seqs] if cudagraph_capture_sizes is None else cudagraph_capture_sizes
-    config = EngineConfig(
-        max_model_len=max_model_len, num_pages=num_pages, block_size=PAGE_SIZE,
-        kv_cache_dtype=kv_cache_dtype, max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max(2048, max_num_seqs), count_flipped_decisions=False,
-        cudagraph_capture_sizes=sizes or None, enforce_eager=not sizes,
-    )  # fmt: skip
-    if decisions is not None:
-        description.dmc = DMCConfig(stage="finetune", target_cr=decisions.cr)
-        make_context = functools.partial(
-            ImposingContext, decisions=decisions,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-        )  # fmt: skip
-    return LLMEngine(
-        loaded.model, description, None, config, dtype=parameter.dtype,
-        make_context=make_context,
-    )  # fmt: skip
-
-
 def filled_engine(
-    loaded: LoadedModel,
-    decisions: ImposedDecisions | None,
-    *,
-    context: int,
-    batch: int,
-    num_new: int,
-    **options: Any,
-) -> LLMEngine:
-    """An engine in which `batch` requests have `context` tokens and decode from there, `num_new` at most.
+    tested: ModelUnderTest, point: Point, **options: Any
+) -> tuple[LLMEngine, ImposedDecisions | None]:
+    """An engine whose requests have the point's `input_len` tokens and decode from there, `output_len` at most.
 
     Args:
-        options: as `make_engine`.
+        options: of `ModelUnderTest.engine`.
     """
-    engine = make_engine(
-        loaded, decisions, max_model_len=context + num_new + 1, max_num_seqs=batch, **options
-    )
-    description = engine.description
+    batch, context = point.max_num_seqs, point.input_len
+    assert batch is not None
+    llm, decisions = tested.engine(point, cudagraph_capture_sizes=[batch], **options)
+    engine, description = llm.engine, tested.description
     _fill_pages(engine.context)
     generator = torch.Generator().manual_seed(0)
-    params = SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=point.output_len, ignore_eos=True)
     for i in range(batch):
         tokens = torch.randint(0, description.vocab_size, (context,), generator=generator)
         engine.add_request(str(i), tokens.tolist(), params)
@@ -138,7 +86,7 @@ def filled_engine(
         scheduler.running.append(request)
     if engine.context.store.segments is not None:
         engine.context.store.segments.state_LRGUA.uniform_(0.1, 1.0)
-    return engine
+    return engine, decisions
 
 
 def _fill_pages(context: PagedContext) -> None:
@@ -248,59 +196,56 @@ def figures(
 
 
 def measure(
-    loaded: LoadedModel,
-    imposed: Sequence[ImposedDecisions | None],
+    tested: ModelUnderTest,
+    points: Sequence[Point],
     ceilings: Ceilings,
     *,
-    context: int,
-    batch: int,
     repeats: int,
     warmup: int = WARMUP,
     **options: Any,
 ) -> list[Row]:
-    """A row for an engine with each of `imposed`. They are in memory together, are checked first, and take turns.
+    """A row for each point. Their engines are in memory together, are checked first, and take turns.
 
     Args:
-        context: tokens that each of the `batch` requests has in its cache.
-        options: as `make_engine`.
+        options: of `ModelUnderTest.engine`.
 
     Raises:
         DMCError: attention is wrong, the cache is too small, or the measured CR is not the imposed one.
     """
-    engines = [
-        filled_engine(
-            loaded, decisions, context=context, batch=batch, num_new=repeats + warmup + 1, **options
-        )
-        for decisions in imposed
-    ]
+    filled = [filled_engine(tested, point, **options) for point in points]
+    engines = [engine for engine, _ in filled]
     errors = [check(engine) for engine in engines]
-    times = time_steps(engines, repeats=repeats, warmup=warmup, label=f"{context} tokens")
+    label = f"{points[0].input_len} tokens"
+    times = time_steps(engines, repeats=repeats, warmup=warmup, label=label)
     rows = [
         {
-            "context": context,
-            **figures(loaded, engine, of_engine, ceilings, decisions),
+            "context": point.input_len,
+            **figures(tested.loaded, engine, of_engine, ceilings, decisions),
             "error": error,
         }
-        for engine, of_engine, decisions, error in zip(engines, times, imposed, errors, strict=True)
+        for point, (engine, decisions), of_engine, error in zip(
+            points, filled, times, errors, strict=True
+        )
     ]
-    del engines
+    del filled, engines
     release_memory()
     return rows
 
 
-def impose(num_layers: int, num_kv_heads: int, cr: float, num_tokens: int) -> ImposedDecisions:
-    """Decisions whose heads' rates are spread evenly around their mean."""
+def even_weights(num_layers: int, num_kv_heads: int) -> torch.Tensor:
+    """A spread over heads that is even around the mean, up to a factor: float64 (L, G)."""
     heads = torch.linspace(1 - SPREAD, 1 + SPREAD, num_layers * num_kv_heads, dtype=torch.float64)
-    return ImposedDecisions.of(heads.view(num_layers, -1), cr, num_tokens=num_tokens)
+    return heads.view(num_layers, -1)
 
 
-def describe(settings: Settings, num_layers: int | None, length: int) -> ModelDescription:
+def random_llama(settings: Settings, num_layers: int | None, length: int) -> LoadedModel:
     """Llama-2-7B's shape, with other layers if so asked; on a CPU narrower, with its head dimension."""
-    return llama2_7b(
+    description = llama2_7b(
         settings, num_layers=num_layers or (32 if settings.on_gpu else 2), length=length,
         hidden_size=512, ffn_hidden_size=1376, num_attention_heads=4, num_query_groups=4,
         vocab_size=1024,
     )  # fmt: skip
+    return random_model(description, settings.device)
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -312,20 +257,19 @@ def run(args: argparse.Namespace) -> Result:
             raise DMCError(f"--{flag} {least:g}: use 1 or more")
     ceilings = Ceilings.measure(settings)
     rows: list[Row] = []
+    num_new = settings.repeats + WARMUP + 1
     for context in settings.lengths:
-        d = describe(settings, args.layers, context + settings.repeats + WARMUP + 2)
-        loaded = random_model(d, settings.device)
+        loaded = random_llama(settings, args.layers, context + num_new)
+        d = loaded.description
+        points = [Point(cr, args.batch, context, num_new) for cr in crs]
+        tested = ModelUnderTest(
+            loaded, ENGINE_SETTINGS | {"kv_cache_dtype": args.kv_cache_dtype},
+            even_weights(d.num_layers, d.num_query_groups),
+        )  # fmt: skip
+        tested.settings["num_pages"] = tested.pages_of(points[0])
         of_context: list[Row] = []
-        for together in [[cr] for cr in crs] if settings.on_gpu else [crs]:
-            of_context += measure(
-                loaded,
-                [
-                    impose(d.num_layers, d.num_query_groups, cr, context) if cr > 1 else None
-                    for cr in together
-                ],
-                ceilings, context=context, batch=args.batch, repeats=settings.repeats,
-                kv_cache_dtype=args.kv_cache_dtype,
-            )  # fmt: skip
+        for together in [[point] for point in points] if settings.on_gpu else [points]:
+            of_context += measure(tested, together, ceilings, repeats=settings.repeats)
         for row in of_context:
             row |= {
                 "batch": args.batch,

@@ -1,4 +1,4 @@
-"""The model that `bench throughput` and `bench latency` run, by path or by name, and engines around it.
+"""The model that a benchmark of the engine runs, by path or by name, and engines around it.
 
 Dimension letters: L layers, G key/value heads.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_dmc.bench.baselines import DenseContext
 from megatron_dmc.bench.imposed import (
@@ -26,6 +27,7 @@ from megatron_dmc.checkpoint.load import LoadedModel, build_model, check_divisib
 from megatron_dmc.checkpoint.tokenizer import load_tokenizer
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.engine import LLM
+from megatron_dmc.engine.config import settings
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.flags import engine_settings, model_path, tokenizer_path
 from megatron_dmc.engine.sizes import model_dtype, pages_in_memory
@@ -38,7 +40,7 @@ DEVIATIONS = 3.0
 
 
 @dataclass(frozen=True)
-class Case:
+class Point:
     """One point of a sweep."""
 
     cr: float | None
@@ -134,135 +136,175 @@ def random_model(description: Any, device: torch.device) -> LoadedModel:
     return LoadedModel(model, description, None)
 
 
+@dataclass
 class ModelUnderTest:
-    """The model that the flags name, loaded once for all cases.
+    """A model, loaded once for all cases of a benchmark, and engines around it.
 
-    Raises:
-        DMCError: it cannot be loaded, or flags contradict each other.
+    Attributes:
+        settings: of its engines, by the names of `EngineConfig`.
+        weights_LG: how imposed decisions spread over the heads; None: `spread_weights`.
+        has_fixed_lengths: requests have the lengths that a point says.
+        most_requests: as many as there are; None: no limit.
+        is_random: its weights are.
     """
 
-    def __init__(self, args: argparse.Namespace, longest: int):
-        if args.tensor_parallel_size > 1:
-            size = args.tensor_parallel_size
+    loaded: LoadedModel
+    settings: dict[str, Any]
+    weights_LG: Tensor | None = None
+    has_fixed_lengths: bool = True
+    most_requests: int | None = None
+    is_random: bool = True
+
+    def __post_init__(self) -> None:
+        self.settings = {setting.name: setting.default for setting in settings()} | self.settings
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace, longest: int) -> "ModelUnderTest":
+        """The model that the flags of `bench throughput` name.
+
+        Args:
+            longest: tokens of a sequence, at most.
+
+        Raises:
+            DMCError: it cannot be loaded, or flags contradict each other.
+        """
+        if (size := args.tensor_parallel_size) > 1:
             raise DMCError(
                 f"--tensor-parallel-size {size}: this benchmark uses one process; measure several with "
                 f"`serve --tensor-parallel-size {size}` and `bench serve`, or one rank's part with "
                 f"--tensor-parallel-slice {size} --load-format dummy"
             )
-        self.args = args
-        self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = model_dtype(args.dtype)
-        self.is_random = args.load_format == "dummy"
-        if self.is_random:
-            found: Any = find_model(model_path(args), revision=args.revision)
-            if args.tensor_parallel_slice > 1:
-                found = slice_of(found, args.tensor_parallel_slice)
-            description = replace(
-                found,
-                dtype=dtype or found.dtype,
-                # random weights know no longest context
-                max_position_embeddings=max(found.max_position_embeddings, longest),
-            )
-            self.loaded = random_model(description, self.device)
-        elif args.tensor_parallel_slice > 1:
+        is_random = args.load_format == "dummy"
+        if args.tensor_parallel_slice > 1 and not is_random:
             raise DMCError("--tensor-parallel-slice takes random weights: add --load-format dummy")
-        else:
-            trusted = args.trust_remote_code
-            self.loaded = load_model(
-                model_path(args), revision=args.revision, device=self.device, dtype=dtype,
-                allow_pickle=args.allow_pickle, verify_checkpoint=args.verify_checkpoint, trust_remote_code=trusted,
-            )  # fmt: skip
-            if (place := tokenizer_path(args)) is not None:
-                self.loaded = replace(
-                    self.loaded, tokenizer=load_tokenizer(place, trust_remote_code=trusted)
-                )
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        loaded = _random(args, longest, device) if is_random else _loaded(args, device)
+        d, profile = loaded.description, args.simulate_cr_profile
+        weights = None
+        if profile is not None:
+            weights = profile_weights(profile, d.num_layers, d.num_query_groups)
+        return cls(
+            loaded, engine_settings(args) | {"device": device}, weights,
+            has_fixed_lengths=not args.dataset_path, most_requests=args.num_prompts,
+            is_random=is_random,
+        )  # fmt: skip
 
     @property
     def description(self) -> ModelDescription:
         return self.loaded.description
 
+    @property
+    def heads(self) -> int:
+        """KV heads over all layers."""
+        return self.description.num_layers * self.description.num_query_groups
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.loaded.model.parameters()).device
+
     def release(self) -> None:
         """Let go of the weights."""
         self.loaded = replace(self.loaded, model=None)
 
-    def decisions(self, case: Case) -> ImposedDecisions | None:
+    def decisions(self, point: Point) -> ImposedDecisions | None:
         """Decisions to impose on the model; None: none."""
-        if case.cr is None or case.cr == 1:
+        if point.cr is None or point.cr == 1:
             return None
-        d, profile = self.description, self.args.simulate_cr_profile
-        shape = (d.num_layers, d.num_query_groups)
-        weights = spread_weights(*shape) if profile is None else profile_weights(profile, *shape)
+        d, weights = self.description, self.weights_LG
+        if weights is None:
+            weights = spread_weights(d.num_layers, d.num_query_groups)
         shared = d.dmc is not None and d.dmc.shared_decisions
-        return ImposedDecisions.of(weights, case.cr, num_tokens=case.num_cached, shared=shared)
+        return ImposedDecisions.of(weights, point.cr, num_tokens=point.num_cached, shared=shared)
 
-    def share_pages(self, cases: Sequence[Case]) -> None:
-        """Fix the number of pages, the same for all cases: what the memory holds now, but not more
+    def pages_of(self, point: Point) -> int:
+        """Pages of its requests where nothing merges; the largest number if it says no batch."""
+        if point.max_num_seqs is None:
+            return sys.maxsize
+        pages = -(-(point.num_cached + 1) // self.settings["block_size"])
+        return point.max_num_seqs * self.heads * pages
+
+    def share_pages(self, points: Sequence[Point]) -> None:
+        """Fix the number of pages, the same for all points: what the memory holds now, but not more
         than any of them can use."""
-        args, d = self.args, self.description
-        if args.num_pages is not None:
+        given, d = self.settings, self.description
+        if given["num_pages"] is not None:
             return
-        heads, size = d.num_layers * d.num_query_groups, args.block_size
-        worst = [
-            sys.maxsize
-            if case.max_num_seqs is None
-            else case.max_num_seqs * heads * -(-(case.num_cached + 1) // size)
-            for case in cases
-        ]
-        if args.dataset_path or args.max_model_len is not None:
-            worst = [sys.maxsize]  # longer requests than the cases say
-        dtype = parse_kv_cache_dtype(args.kv_cache_dtype) or d.dtype
-        args.num_pages = pages_in_memory(
-            2 * size * entry_bytes(d.kv_channels, dtype),
-            worst_case=max(worst),
-            kv_cache_memory_bytes=args.kv_cache_memory_bytes,
-            gpu_memory_utilization=args.gpu_memory_utilization,
+        is_known = self.has_fixed_lengths and given["max_model_len"] is None
+        dtype = parse_kv_cache_dtype(given["kv_cache_dtype"]) or d.dtype
+        given["num_pages"] = pages_in_memory(
+            2 * given["block_size"] * entry_bytes(d.kv_channels, dtype),
+            worst_case=max(map(self.pages_of, points)) if is_known else sys.maxsize,
+            kv_cache_memory_bytes=given["kv_cache_memory_bytes"],
+            gpu_memory_utilization=given["gpu_memory_utilization"],
             device=self.device,
         )
 
-    def engine(self, case: Case) -> tuple[LLM, ImposedDecisions | None]:
-        """An engine for the case, with nothing in it.
-
-        Raises:
-            DMCError: no request fits into the cache.
-        """
-        decisions = self.decisions(case)
-        options = engine_settings(self.args)
-        batch = case.max_num_seqs
-        if batch is None:
-            batch = self.largest_batch(case, decisions)
-        if options["max_model_len"] is None and not self.args.dataset_path:
-            options["max_model_len"] = case.input_len + case.output_len
-        # every running request decodes one token, and a prompt needs room in addition
-        options["max_num_batched_tokens"] = max(options["max_num_batched_tokens"], batch + 1)
-        options["max_num_seqs"], options["device"] = batch, self.device
-        dmc = self.description.dmc
-        make_context: Any = PagedContext
-        if case.cr == 1:
-            dmc = None
-        elif decisions is not None:
-            if dmc is None or not dmc.compresses:
-                dmc = DMCConfig(stage="finetune", target_cr=decisions.cr)
-            make_context = functools.partial(
-                ImposingContext, decisions=decisions,
-                max_num_batched_tokens=options["max_num_batched_tokens"],
-            )  # fmt: skip
-        if self.args.dense_baseline:
-            if case.cr not in (None, 1) or dmc is not None:
-                raise DMCError("--dense-baseline is for CR 1: use --simulate-cr 1")
-            make_context = DenseContext
-        loaded = replace(self.loaded, description=replace(self.description, dmc=dmc))
-        return LLM(loaded, make_context=make_context, **options), decisions
-
-    def largest_batch(self, case: Case, decisions: ImposedDecisions | None) -> int:
+    def largest_batch(self, point: Point) -> int:
         """Number of requests of this length that the cache holds when they end (`--max-num-seqs auto`).
 
         Raises:
             DMCError: none.
         """
-        args, d = self.args, self.description
-        assert args.num_pages is not None, "share_pages comes first"
+        num_pages = self.settings["num_pages"]
+        assert num_pages is not None, "share_pages comes first"
         batch = requests_that_fit(
-            args.num_pages, d.num_layers * d.num_query_groups, args.block_size, case.num_cached,
-            decisions,
+            num_pages, self.heads, self.settings["block_size"], point.num_cached,
+            self.decisions(point),
         )  # fmt: skip
-        return batch if args.num_prompts is None else min(batch, args.num_prompts)
+        return batch if self.most_requests is None else min(batch, self.most_requests)
+
+    def engine(
+        self, point: Point, *, is_dense: bool = False, **further: Any
+    ) -> tuple[LLM, ImposedDecisions | None]:
+        """An engine for the point, with nothing in it.
+
+        Args:
+            is_dense: with dense attention over contiguous caches.
+            further: settings.
+
+        Raises:
+            DMCError: no request fits into the cache.
+        """
+        decisions, options = self.decisions(point), self.settings | further
+        batch = self.largest_batch(point) if point.max_num_seqs is None else point.max_num_seqs
+        if options["max_model_len"] is None and self.has_fixed_lengths:
+            options["max_model_len"] = point.input_len + point.output_len
+        # every running request decodes one token, and a prompt needs room in addition
+        most_tokens = max(options["max_num_batched_tokens"], batch + 1)
+        options |= {"max_num_seqs": batch, "max_num_batched_tokens": most_tokens}
+        dmc = None if point.cr == 1 else self.description.dmc
+        make_context: Any = PagedContext
+        if decisions is not None:
+            if dmc is None or not dmc.compresses:
+                dmc = DMCConfig(stage="finetune", target_cr=decisions.cr)
+            make_context = functools.partial(
+                ImposingContext, decisions=decisions, max_num_batched_tokens=most_tokens
+            )
+        if is_dense:
+            if point.cr not in (None, 1) or dmc is not None:
+                raise DMCError("--dense-baseline is for CR 1: use --simulate-cr 1")
+            make_context = DenseContext
+        loaded = replace(self.loaded, description=replace(self.description, dmc=dmc))
+        return LLM(loaded, make_context=make_context, **options), decisions
+
+
+def _random(args: argparse.Namespace, longest: int, device: torch.device) -> LoadedModel:
+    found: Any = find_model(model_path(args), revision=args.revision)
+    if args.tensor_parallel_slice > 1:
+        found = slice_of(found, args.tensor_parallel_slice)
+    # random weights know no longest context
+    context = max(found.max_position_embeddings, longest)
+    dtype = model_dtype(args.dtype) or found.dtype
+    return random_model(replace(found, dtype=dtype, max_position_embeddings=context), device)
+
+
+def _loaded(args: argparse.Namespace, device: torch.device) -> LoadedModel:
+    trusted = args.trust_remote_code
+    loaded = load_model(
+        model_path(args), revision=args.revision, device=device, dtype=model_dtype(args.dtype),
+        allow_pickle=args.allow_pickle, verify_checkpoint=args.verify_checkpoint,
+        trust_remote_code=trusted,
+    )  # fmt: skip
+    if (place := tokenizer_path(args)) is None:
+        return loaded
+    return replace(loaded, tokenizer=load_tokenizer(place, trust_remote_code=trusted))

@@ -33,7 +33,7 @@ from megatron_dmc.bench.measure import (
     release_memory,
     synchronize,
 )
-from megatron_dmc.bench.model_under_test import Case, ModelUnderTest
+from megatron_dmc.bench.model_under_test import ModelUnderTest, Point
 from megatron_dmc.bench.output import Curves, Panel, Result, Row
 from megatron_dmc.checkpoint.hub import local_path
 from megatron_dmc.engine import LLM, RequestOutput, SamplingParams
@@ -45,7 +45,7 @@ SHOWN = (
     "tokens_per_second", "output_tokens_per_second", "decode_tokens_per_second",
     "roofline_tokens_per_second", "fraction_of_roofline", "decode_step_ms", "spread",
 )  # fmt: skip
-"""Columns of the line that is printed for each case."""
+"""Columns of the line that is printed for each point."""
 
 
 @dataclass
@@ -166,28 +166,30 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Measure all cases of the sweep that `args.benchmark` (throughput or latency) asks for.
+    """Measure all points of the sweep that `args.benchmark` (throughput or latency) asks for.
 
     Returns:
-        the document has one row for each case; where there is only one, its columns are the document's too.
+        the document has one row for each point; where there is only one, its columns are the document's too.
 
     Raises:
         DMCError: a flag is wrong, or a request can never run.
     """
-    cases = _cases(args)
-    tested = ModelUnderTest(args, max(case.input_len + case.output_len for case in cases))
+    points = _points(args)
+    tested = ModelUnderTest.from_args(
+        args, max(point.input_len + point.output_len for point in points)
+    )
     settings = Settings(
         tested.device, tested.description.dtype, (), args.num_iters,
         Path(args.output) if args.output else None,
     )  # fmt: skip
     ceilings = Ceilings.measure(settings)
-    tested.share_pages(cases)
+    tested.share_pages(points)
     rows = []
-    for case in cases:
-        rows.append(_measure_case(args, tested, case, ceilings))
+    for point in points:
+        rows.append(_measure_point(args, tested, point, ceilings))
         release_memory()
     if args.compare:
-        rows += _compare(args, tested, cases, settings)
+        rows += _compare(args, tested, points, settings)
     name = args.benchmark
     result = document(
         name, settings, model=model_path(args), load_format=args.load_format,
@@ -209,7 +211,7 @@ def run(args: argparse.Namespace) -> Result:
     return Result(result, settings.output, [panel], curves, csv=rows)
 
 
-def _cases(args: argparse.Namespace) -> list[Case]:
+def _points(args: argparse.Namespace) -> list[Point]:
     for name in ("num_prompts", "num_iters"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -222,20 +224,20 @@ def _cases(args: argparse.Namespace) -> list[Case]:
         )
     outputs = args.output_len * (len(args.input_len) // len(args.output_len))
     return [
-        Case(cr, batch, input_len, output_len)
+        Point(cr, batch, input_len, output_len)
         for (input_len, output_len), batch, cr in itertools.product(
             zip(args.input_len, outputs, strict=True), batches, args.simulate_cr or [None]
         )
     ]
 
 
-def _measure_case(
-    args: argparse.Namespace, tested: ModelUnderTest, case: Case, ceilings: Ceilings
+def _measure_point(
+    args: argparse.Namespace, tested: ModelUnderTest, point: Point, ceilings: Ceilings
 ) -> Row:
-    llm, decisions = tested.engine(case)
+    llm, decisions = tested.engine(point, is_dense=args.dense_baseline)
     batch = llm.engine.config.max_num_seqs
     count = args.num_prompts or batch
-    asked = _prompts(args, case, count)
+    asked = _prompts(args, point, count)
     running = min(batch, count)
     for name, some in (
         ("warm-up of a prompt", [(asked[0][0], min(2, asked[0][1]))]),
@@ -252,7 +254,7 @@ def _measure_case(
     cost = ModelCost.of(tested.loaded.model, tested.description, stats.entry_bytes)
     row: Row = {
         "engine": "megatron-dmc, dense" if args.dense_baseline else "megatron-dmc",
-        "cr": case.cr, "batch_size": running, "input_len": case.input_len, "output_len": case.output_len,
+        "cr": point.cr, "batch_size": running, "input_len": point.input_len, "output_len": point.output_len,
         **_summary(args, runs, [decode_figures(run, cost, ceilings) for run in runs]),
         "measured_cr": runs[-1].measured_cr, "fragmentation": runs[-1].fragmentation,
         "peak_pages": stats.peak_pages_in_use, "num_pages": stats.num_pages,
@@ -303,13 +305,13 @@ def _summary(args: argparse.Namespace, runs: list[Run], figures: list[Row]) -> R
 
 
 def _compare(
-    args: argparse.Namespace, tested: ModelUnderTest, cases: list[Case], settings: Settings
+    args: argparse.Namespace, tested: ModelUnderTest, points: list[Point], settings: Settings
 ) -> list[Row]:
-    """Another engine, on the cases at CR 1 (its cache does not compress)."""
+    """Another engine, on the points at CR 1 (its cache does not compress)."""
     asked = []
-    for input_len, output_len in dict.fromkeys((c.input_len, c.output_len) for c in cases):
-        ours = Case(1.0, cases[0].max_num_seqs, input_len, output_len)
-        count = args.num_prompts or ours.max_num_seqs or tested.largest_batch(ours, None)
+    for input_len, output_len in dict.fromkeys((c.input_len, c.output_len) for c in points):
+        ours = Point(1.0, points[0].max_num_seqs, input_len, output_len)
+        count = args.num_prompts or ours.max_num_seqs or tested.largest_batch(ours)
         asked.append((ours, _prompts(args, ours, count)))
     description = tested.description
     path = None if tested.is_random else local_path(model_path(args), revision=args.revision)
@@ -329,8 +331,8 @@ def _compare(
     return rows
 
 
-def _prompts(args: argparse.Namespace, case: Case, count: int) -> list[tuple[Any, int]]:
+def _prompts(args: argparse.Namespace, point: Point, count: int) -> list[tuple[Any, int]]:
     given = argparse.Namespace(
-        input_len=case.input_len, output_len=case.output_len, dataset_path=args.dataset_path
+        input_len=point.input_len, output_len=point.output_len, dataset_path=args.dataset_path
     )
     return prompts(given, count, seed=args.seed)

@@ -5,27 +5,22 @@ the others; merge decisions are imposed. On a CPU a model of two layers.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from megatron_dmc.bench import decode_step
 from megatron_dmc.bench import train_step as training
-from megatron_dmc.bench.baselines import DenseContext
-from megatron_dmc.bench.decode_step import PAGE_SIZE, filled_engine
-from megatron_dmc.bench.imposed import ImposedDecisions, spread_weights
-from megatron_dmc.bench.measure import Ceilings, release_memory, synchronize
-from megatron_dmc.bench.model_under_test import random_model, requests_that_fit
+from megatron_dmc.bench.decode_step import ENGINE_SETTINGS, filled_engine
+from megatron_dmc.bench.measure import Ceilings, synchronize
+from megatron_dmc.bench.model_under_test import ModelUnderTest, Point, random_model
 from megatron_dmc.bench.output import Case, Row
 from megatron_dmc.bench.suite import E1_MUST_REACH, E7_MUST_REACH
 from megatron_dmc.bench.window_kernels import ceiling, run_tests, settings_of
 from megatron_dmc.bench.window_stages import Child
-from megatron_dmc.checkpoint.load import LoadedModel
-from megatron_dmc.engine.context import PagedContext
-from megatron_dmc.engine.sizes import pages_in_memory
 from megatron_dmc.errors import DMCError
-from megatron_dmc.ops.paged.kv_pages import entry_bytes
 
 E2_MUST_REACH = 0.8
 """Part of the roofline at CR 1."""
@@ -35,61 +30,28 @@ WARMUP, STEPS = 12, 48
 class WindowModel:
     """The model of a stage, made when its first case asks for it."""
 
-    def __init__(self, stage: Child, num_layers: int | None = None):
-        self.stage = stage
+    def __init__(self, stage: Child):
+        self.is_small = stage.cpu
         self.settings = settings_of(stage, STEPS)
-        self._num_layers = num_layers
+        self.warmup, self.repeats = (1, 3) if stage.cpu else (WARMUP, STEPS)
+        names = ("copy", "matrix product")
+        self.ceilings = Ceilings(*(ceiling(stage, name, self.settings) for name in names))
 
     @functools.cached_property
-    def loaded(self) -> LoadedModel:
-        num_layers = self._num_layers or (2 if self.stage.cpu else 32)
-        length = 512 if self.stage.cpu else 4096
-        description = training.describe(self.settings, num_layers=num_layers, length=length)
-        return random_model(description, self.settings.device)
+    def tested(self) -> ModelUnderTest:
+        layers, length = (2, 512) if self.is_small else (32, 4096)
+        description = training.describe(self.settings, num_layers=layers, length=length)
+        return ModelUnderTest(random_model(description, self.settings.device), ENGINE_SETTINGS)
 
-    @functools.cached_property
-    def ceilings(self) -> Ceilings:
-        return Ceilings(
-            *(ceiling(self.stage, name, self.settings) for name in ("copy", "matrix product"))
-        )
-
-    @property
-    def heads(self) -> int:
-        """KV heads over all layers."""
-        d = self.loaded.description
-        return d.num_layers * d.num_query_groups
-
-    @functools.cached_property
-    def most_pages(self) -> int:
-        """Pages of a cache that takes the GPU's memory, the same for all cases."""
-        d, _ = self.loaded.description, self.ceilings
-        release_memory()
-        return pages_in_memory(
-            2 * PAGE_SIZE * entry_bytes(d.kv_channels, d.dtype),
-            worst_case=1000 if self.stage.cpu else 1 << 40,
-            kv_cache_memory_bytes=None,
-            gpu_memory_utilization=0.9,
-            device=self.settings.device,
-        )
-
-    def decisions(self, cr: float, num_tokens: int) -> ImposedDecisions | None:
-        """Decisions to impose; none at CR 1."""
-        d = self.loaded.description
-        weights = spread_weights(d.num_layers, d.num_query_groups)
-        return None if cr == 1 else ImposedDecisions.of(weights, cr, num_tokens=num_tokens)
-
-    def measure(
-        self, cr: float, *, batch: int, context: int, num_pages: int | None = None,
-        make_context: Callable[..., PagedContext] = PagedContext,
-    ) -> Row:  # fmt: skip
+    def measure(self, cr: float, batch: int, context: int, **options: Any) -> Row:
         """An engine's steps from `context` tokens on; its memory is free again afterwards."""
-        warmup, repeats = (1, 3) if self.stage.cpu else (WARMUP, STEPS)
+        point = Point(cr, batch, context, self.warmup + self.repeats + 1)
+        if self.tested.settings["num_pages"] is None:
+            options["num_pages"] = self.tested.pages_of(point)
         (row,) = decode_step.measure(
-            self.loaded, [self.decisions(cr, context + warmup + repeats + 1)], self.ceilings,
-            context=context, batch=batch, repeats=repeats, warmup=warmup, num_pages=num_pages,
-            make_context=make_context,
-        )  # fmt: skip
-        return {"engine": "dense" if make_context is DenseContext else "paged", **row}
+            self.tested, [point], self.ceilings, repeats=self.repeats, warmup=self.warmup, **options
+        )
+        return {"engine": "dense" if options.get("is_dense") else "paged", **row}
 
 
 # --- E1, E2 ---------------------------------------------------------------------------------------
@@ -98,13 +60,15 @@ class WindowModel:
 def throughput(stage: Child) -> None:
     """2k + 2k tokens, as many requests as the cache holds at their ends, timed in the middle."""
     model = WindowModel(stage)
-    longest, context = (96, 80) if stage.cpu else (4096, 3072)
+    prompt, new, context = (48, 48, 80) if stage.cpu else (2048, 2048, 3072)
     plain: Row = {}
 
     def measure(cr: float) -> Iterator[Row]:
-        pages, decisions = model.most_pages, model.decisions(cr, longest - 1)
-        batch = requests_that_fit(pages, model.heads, PAGE_SIZE, longest - 1, decisions)
-        row = model.measure(cr, batch=batch, context=context, num_pages=pages)
+        tested, whole = model.tested, Point(cr, None, prompt, new)
+        if stage.cpu:
+            tested.settings["num_pages"] = 1000
+        tested.share_pages([whole])
+        row = model.measure(cr, tested.largest_batch(whole), context)
         if cr == 1:
             plain.update(row)
             row["must_reach"] = f"{E2_MUST_REACH:.0%} of the roofline"
@@ -129,7 +93,7 @@ def latency(stage: Child) -> None:
     plain: dict[int, Row] = {}
 
     def at_equal_batch(batch: int, cr: float) -> Iterator[Row]:
-        row = model.measure(cr, batch=batch, context=context)
+        row = model.measure(cr, batch, context)
         if cr == 1:
             plain[batch] = row
         elif batch in plain:
@@ -137,10 +101,7 @@ def latency(stage: Child) -> None:
         yield row
 
     def against_dense(batch: int) -> Iterator[Row]:
-        dense, paged = (
-            model.measure(1.0, batch=batch, context=context, make_context=make)
-            for make in (DenseContext, PagedContext)
-        )
+        dense, paged = (model.measure(1.0, batch, context, is_dense=x) for x in (True, False))
         yield dense
         ratio = dense["step_ms"] / paged["step_ms"]
         yield {**paged, "ratio": ratio, "must_reach": E7_MUST_REACH}
@@ -178,12 +139,10 @@ def profile(stage: Child) -> None:
     context, batch, shown = (60, 2, 5) if stage.cpu else (2048, 64, 25)
 
     def table() -> Iterator[Row]:
-        num_new = 8
-        decisions = model.decisions(4.0, context + num_new)
-        engine = filled_engine(
-            model.loaded, decisions, context=context, batch=batch, num_new=num_new,
-            num_pages=batch * model.heads * (-(-context // 2 // PAGE_SIZE) + 1),
-        )  # fmt: skip
+        # fewer pages than CR 1 would need
+        point, at_cr_2 = (Point(4.0, batch, context // n, 8) for n in (1, 2))
+        pages = model.tested.pages_of(at_cr_2)
+        engine, _ = filled_engine(model.tested, point, num_pages=pages)
         for _ in range(3):
             engine.step()
         synchronize()

@@ -52,10 +52,12 @@ def parsed(*flags):
 
 
 def engine(shape, *flags):
-    """The parsed flags' engine for their only case."""
+    """The parsed flags' engine for their only point."""
     args = parsed(*shape, *flags)
-    (case,) = offline._cases(args)
-    return model_under_test.ModelUnderTest(args, case.input_len + case.output_len).engine(case)[0]
+    (point,) = offline._points(args)
+    longest = point.input_len + point.output_len
+    tested = model_under_test.ModelUnderTest.from_args(args, longest)
+    return tested.engine(point, is_dense=args.dense_baseline)[0]
 
 
 # --- imposed decisions ----------------------------------------------------------------------------
@@ -198,11 +200,11 @@ def test_sweep(shape, capsys, tmp_path):
 def test_lists_are_a_sweep():
     args = parsed("--simulate-cr", "1,2.5", "--input-len", "8,90", "--output-len", "4,7",
                   "--max-num-seqs", "3,auto", "--model", "x")  # fmt: skip
-    cases = offline._cases(args)
+    cases = offline._points(args)
     assert len(set(cases)) == len(cases) == 8
     assert {(c.input_len, c.output_len) for c in cases} == {(8, 4), (90, 7)}
     assert {c.max_num_seqs for c in cases} == {3, None} and {c.cr for c in cases} == {1, 2.5}
-    assert [c.cr for c in offline._cases(parsed("--model", "x"))] == [None]
+    assert [c.cr for c in offline._points(parsed("--model", "x"))] == [None]
 
 
 def test_latency_of_a_slice_with_a_profile(shape, capsys, tmp_path):

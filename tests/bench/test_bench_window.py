@@ -363,8 +363,9 @@ def test_the_engines_check_widens_four_requests_pages(monkeypatch):
     from megatron_dmc.ops.paged import kv_pages
 
     settings = measure.Settings(torch.device("cpu"), torch.float32, (), 1, None)
-    loaded = model_under_test.random_model(decode_step.describe(settings, 1, 80), settings.device)
-    engine = decode_step.filled_engine(loaded, None, context=64, batch=6, num_new=4, num_pages=500)
+    loaded = decode_step.random_llama(settings, 1, 80)
+    tested = model_under_test.ModelUnderTest(loaded, {"num_pages": 500})
+    engine, _ = decode_step.filled_engine(tested, model_under_test.Point(1.0, 6, 64, 4))
     loaded_pages, load = [], kv_pages.load
     monkeypatch.setattr(
         kv_pages, "load", lambda x, ids, dtype: loaded_pages.append(len(ids)) or load(x, ids, dtype)

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from megatron_dmc import SamplingParams
-from megatron_dmc.bench.decode_step import impose
-from megatron_dmc.bench.imposed import ImposingContext
+from megatron_dmc.bench.decode_step import even_weights
+from megatron_dmc.bench.imposed import ImposedDecisions, ImposingContext
 from megatron_dmc.checkpoint.load import load_model
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.engine import EngineConfig, LLMEngine
@@ -65,9 +65,10 @@ def logits_of(loaded, windows, *, kv_cache_dtype, cr, num_decoded) -> tuple[Tens
     make_context: Any = PagedContext
     if cr > 1:
         description.dmc = DMCConfig(stage="finetune", target_cr=cr)
+        weights = even_weights(description.num_layers, description.num_query_groups)
         make_context = functools.partial(
             ImposingContext, max_num_batched_tokens=length + 1,
-            decisions=impose(description.num_layers, description.num_query_groups, cr, length),
+            decisions=ImposedDecisions.of(weights, cr, num_tokens=length),
         )  # fmt: skip
     heads = description.num_layers * description.num_query_groups
     engine = LLMEngine(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_dmc.bench import command
-from megatron_dmc.bench.model_under_test import Case, ModelUnderTest
+from megatron_dmc.bench.model_under_test import ModelUnderTest, Point
 from megatron_dmc.engine import SamplingParams
 
 from . import cases
@@ -22,11 +22,11 @@ def measure(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
     parser = argparse.ArgumentParser(conflict_handler="resolve")
     command.add_throughput(parser)
     args = parser.parse_args([asked["model"], "--dtype", asked["dtype"], "--device", "cpu"])
-    tested = ModelUnderTest(args, longest)
+    tested = ModelUnderTest.from_args(args, longest)
 
     def run(case: dict[str, Any], name: str) -> dict[str, Any]:
-        point = Case(case["cr"], case["batch"], case["context"], case["new_tokens"])
-        args.num_pages = None
+        point = Point(case["cr"], case["batch"], case["context"], case["new_tokens"])
+        tested.settings["num_pages"] = None
         tested.share_pages([point])
         engine = tested.engine(point)[0].engine
         params = SamplingParams(
