@@ -17,6 +17,8 @@ from megatron_dmc.training.arguments import add_dmc_args
 from megatron_dmc.training.data import is_plain
 
 TABLE = Path(__file__).with_name("flags.toml")
+OWN = "--dmc-"
+"""Prefix of the flags that are not Megatron's, and not in the table."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def _refuse(given: dict[str, Any], refusals: dict[str, str]) -> None:
     listed = {flag for group in flag_table() for flag in group.flags}
     for flag, value in given.items():
         why = refusals.get(flag) or refusals.get(f"{flag}={value}")
-        if flag not in listed:
+        if flag not in listed and not flag.startswith(OWN):
             why = f"a flag that {TABLE.name} does not list; what it does here is not known"
         if why:
             shown = flag if isinstance(value, bool) else f"{flag} {value}"
