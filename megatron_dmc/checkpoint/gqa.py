@@ -66,8 +66,7 @@ def pool_kv_heads(
     if description.dmc is not None:
         raise UnsupportedConfig(
             f"--kv-heads {num_kv_heads}: this is a DMC model (stage {description.dmc.stage}), and "
-            "the mean of heads that decided for themselves means nothing; pool the base model, then "
-            "retrofit it"
+            "its heads have different entries, whose mean is meaningless; pool the base model, then retrofit it"
         )
     pooled = PooledKVHeads(source, description, num_kv_heads)
     return replace(description, num_query_groups=num_kv_heads), pooled

@@ -59,8 +59,8 @@ def newest_folder(path: Path) -> Path:
         newest = tracker.read_text().strip()
     except (OSError, UnicodeDecodeError) as e:
         raise CheckpointError(
-            f"{tracker}: cannot be read ({e}); a Megatron checkpoint folder has it, and so does "
-            "none that was only begun"
+            f"{tracker}: cannot be read ({e}); every Megatron checkpoint that was saved to its end "
+            "has this file"
         ) from e
     if newest != RELEASE and not re.fullmatch("[0-9]{1,12}", newest):
         raise CheckpointError(f"{tracker}: {shown(newest)} is neither an iteration nor {RELEASE!r}")

@@ -52,7 +52,7 @@ class DMCTransformerConfig(TransformerConfig):
             (self.experimental_attention_variant is not None,
              f"experimental_attention_variant={self.experimental_attention_variant} replaces the "
              "attention that DMC compresses"),
-            (bool(self.mtp_num_layers), "multi-token prediction layers have no DMC form"),
+            (bool(self.mtp_num_layers), "multi-token prediction layers are not supported"),
             (self.softmax_type != "vanilla",
              f"softmax_type={self.softmax_type!r}: attention sinks are not in DMC's softmax"),
             (bool(self.no_rope_freq and any(self.no_rope_freq)),
@@ -71,7 +71,7 @@ class DMCTransformerConfig(TransformerConfig):
              "key and replayed with it: the same noise and the same count of merges at every step"),
             (self.overlap_moe_expert_parallel_comm,
              "--overlap-moe-expert-parallel-comm runs a layer's parts one by one, and DMC's attention is "
-             "not cut into them"),
+             "not divided that way"),
             (self.qk_clip or self.log_max_attention_logit,
              "--qk-clip and --log-max-attention-logit read the largest score from Transformer Engine's "
              "attention, which DMC replaces"),

@@ -27,7 +27,7 @@ def torch_norm(
     if config.memory_efficient_layer_norm:
         raise UnsupportedConfig(
             "--memory-efficient-layer-norm is Apex's norm, with LayerNorm and Transformer Engine's "
-            "layers; PyTorch's has no such form; leave it out"
+            "layers; PyTorch's norm has no such mode; leave it out"
         )
     norm = classes[config.normalization](hidden_size, eps=eps)
     for parameter in norm.parameters():

@@ -49,8 +49,8 @@ def with_dmc_attention(spec: Any, recorder: DecisionRecorder | None = None) -> A
         )
     if spec.submodules.cross_attention is not IdentityOp:
         raise UnsupportedConfig(
-            "this layer spec has cross attention: its keys are an encoder's, all of them needed at "
-            "every step, and DMC compresses those of a decoder alone"
+            "this layer spec has cross attention, over an encoder's keys; DMC compresses a decoder's own keys "
+            "only"
         )
     submodules = copy.copy(attention.submodules)
     submodules.core_attention = NoCoreAttention

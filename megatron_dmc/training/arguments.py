@@ -148,8 +148,8 @@ def check_teacher(args: Namespace) -> None:
     if args.pipeline_model_parallel_size > 1:
         raise UnsupportedConfig(
             f"--dmc-teacher with --pipeline-model-parallel-size {args.pipeline_model_parallel_size}: "
-            "the teacher's logits are needed where the student's are, and the teacher is not cut "
-            "into stages; use tensor, context and data parallelism"
+            "the teacher's logits are needed where the student's are, and the teacher has no pipeline "
+            "stages; use tensor, context and data parallelism"
         )
     if not 0 <= args.dmc_teacher_weight <= 1:
         raise UnsupportedConfig(f"--dmc-teacher-weight={args.dmc_teacher_weight}: use 0 to 1")

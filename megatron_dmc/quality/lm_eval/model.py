@@ -323,7 +323,7 @@ def _sampling_params(settings: dict[str, Any], max_tokens: int) -> SamplingParam
         known = name in ("until", "temperature", *_SAMPLING) or value is None
         if not known and value not in _NO_EFFECT.get(name, ()):
             raise DMCError(
-                f"generation argument {name}={value!r}: the engine has no such thing; take it out of "
+                f"generation argument {name}={value!r}: the engine does not support it; remove it from "
                 "the task's generation_kwargs or --gen-kwargs"
             )
     return SamplingParams(

@@ -110,7 +110,7 @@ class ReportData:
     def __post_init__(self):
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} is {value}: there is no report of what is not finite")
+                raise ValueError(f"{name} is {value}; a report needs finite numbers")
 
     def to_json(self, path: str | os.PathLike) -> None:
         """Write `report.json`; an interrupted write leaves the old file as it was."""
