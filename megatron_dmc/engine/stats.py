@@ -205,7 +205,8 @@ class StatsCollector:
     def update_all_metrics(self, requests: Sequence[Request]) -> None:
         """`update_metrics` of several requests."""
         running = [request for request in requests if request.row is not None]
-        counts = self._context.tables.counts.figures([request.row for request in running])
+        rows = [row for request in running if (row := request.row) is not None]
+        counts = self._context.tables.counts.figures(rows)
         num_heads = self._finished_entries_LG.size
         for request, in_flight, entries, pages in zip(running, *counts, strict=True):
             metrics = request.metrics

@@ -148,8 +148,8 @@ class DMCSelfAttention(SelfAttention):
             rotary_pos_emb = rotary_pos_emb[0]
         if context is not None:
             freqs = None if rotary_pos_emb is None else rotary_pos_emb.flatten(0, 2)
-            projections = (x.squeeze(1) for x in (q_TBND, k_TBGD, v_TBGD))
-            out = self.attend_cached(context, *projections, freqs).unsqueeze(1)
+            q, k, v = (x.squeeze(1) for x in (q_TBND, k_TBGD, v_TBGD))
+            out = self.attend_cached(context, q, k, v, freqs).unsqueeze(1)
         else:
             q_TBND = self._with_importance(q_TBND)
             key, starts = self._gate_key(attention_mask)
