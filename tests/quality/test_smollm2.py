@@ -273,6 +273,7 @@ def test_the_report_holds_every_figure(tmp_path):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
 def test_the_whole_command_at_toy_scale(model, tmp_path):
     """Every step with a random model of two layers, then again: nothing is done twice."""
     english, code = write_texts(tmp_path)
@@ -282,7 +283,7 @@ def test_the_whole_command_at_toy_scale(model, tmp_path):
     for old, new in {
         "seq_length = 512": "seq_length = 64", "merge_delay = 16": "merge_delay = 4",
         "zero-out = 20, retrofit = 120, finetune = 100": "zero-out = 2, retrofit = 2",
-        "0.02": "0.3", "0.01": "0.2", "windows = 48": "windows = 2", "problems = 164": "problems = 2",
+        "0.02": "0.3", "0.01": "0.2", "\nwindows = 48": "\nwindows = 2", "eviction_windows = 16": "eviction_windows = 2", "problems = 164": "problems = 2",
         "answer_tokens = 160": "answer_tokens = 8", "needle_lengths = [512, 1024, 2048, 4096]":
         "needle_lengths = [120]", "needle_samples = 10": "needle_samples = 2",
         "chat_tokens = 128": "chat_tokens = 4", "context_lengths = [512, 1024, 2048, 4096, 8000]":
@@ -301,6 +302,11 @@ def test_the_whole_command_at_toy_scale(model, tmp_path):
     subprocess.run(command, check=True, timeout=3000)
     found = json.loads((tmp_path / "out" / "report" / "smollm2.json").read_text())
     assert set(found["targets"]) == {"4", "8"} and found["control_perplexity"] > 1
+    assert found["dms"]["4"]["perplexity"] > 1 and set(found["eviction"]["policies"]["h2o"][0]) == {
+        "budget",
+        "cache_cr",
+        "perplexity",
+    }
     steps = json.loads((tmp_path / "out" / "steps.json").read_text())
     again = subprocess.run(command, check=True, timeout=600, capture_output=True, text=True).stdout
     assert json.loads((tmp_path / "out" / "steps.json").read_text()) == steps
