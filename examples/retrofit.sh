@@ -19,9 +19,9 @@
 # plan` ranks first for this machine, kept in RUN_DIR/flags), PROCESSES_PER_NODE (default: the GPUs),
 # GPU_MEMORY (for the plan; default: 80 % of the GPU's), SEQ_LENGTH (4096), GLOBAL_BATCH_SIZE (1024), LR (3e-5),
 # ZERO_OUT_STEPS (250), RETROFIT_STEPS (3000 for each unit of CR above 1), FINETUNE_STEPS (2000), SAVE_INTERVAL
-# (250), HELDOUT_DATA (VALID_DATA), REPORT_FLAGS (of `megatron-dmc report`; "skip" for a model that does not
-# fit one GPU), DMC_PYTHON. With tasks that srun starts in a container, CONTAINER_IMAGE and CONTAINER_MOUNTS as
-# in slurm/README.md.
+# (250), HELDOUT_DATA (VALID_DATA), CONVERT_FLAGS (of `megatron-dmc convert`, such as "--calibration-data
+# $TRAIN_DATA"), REPORT_FLAGS (of `megatron-dmc report`; "skip" for a model that does not fit one GPU), DMC_PYTHON.
+# With tasks that srun starts in a container, CONTAINER_IMAGE and CONTAINER_MOUNTS as in slurm/README.md.
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
 #SBATCH --signal=B:USR1@900
@@ -68,7 +68,8 @@ if [[ -s $BASE_CHECKPOINT/latest_checkpointed_iteration.txt ]]; then
     say "convert is done"
 else
     say "convert $model"
-    dmc convert --to megatron --force "$model" "$BASE_CHECKPOINT"
+    # shellcheck disable=SC2086
+    dmc convert --to megatron --force ${CONVERT_FLAGS:-} "$model" "$BASE_CHECKPOINT"
 fi
 if [[ -f $BASE_CHECKPOINT/tokenizer/tokenizer.model ]]; then
     TOKENIZER_TYPE=SentencePieceTokenizer TOKENIZER_MODEL=$BASE_CHECKPOINT/tokenizer/tokenizer.model
