@@ -62,8 +62,8 @@ def perplexity(subject: Subject) -> dict[str, Any]:
     loaded = load_model(
         subject.checkpoint, device=subject.device, dtype=getattr(torch, subject.dtype)
     )
-    options = {"length": subject.settings.training.seq_length, "batch": 2,
-               "limit": subject.settings.measure.windows}  # fmt: skip
+    amounts = subject.settings.measure
+    options = {"length": amounts.window_length, "batch": 2, "limit": amounts.windows}
     kinds = {
         kind: evaluate(loaded, subject.tokens(kind), label=f"{subject.name}, {kind}", **options)
         for kind in KINDS
@@ -96,7 +96,7 @@ def evicted(subject: Subject, cache_crs: list[float]) -> dict[str, Any]:
         perplexity: with the whole cache, of the same windows; policies: of each its rows (budget, cache_cr,
         perplexity).
     """
-    length, batch = subject.settings.training.seq_length, 4
+    length, batch = subject.settings.measure.window_length, 4
     loaded = load_model(
         subject.checkpoint, device=subject.device, dtype=getattr(torch, subject.dtype)
     )

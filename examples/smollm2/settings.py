@@ -56,6 +56,7 @@ class Arm:
 class Measure:
     """Amounts of what is measured."""
 
+    window_length: int
     windows: int
     eviction_windows: int
     problems: int
