@@ -142,15 +142,11 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
 def _add_engine_and_sweep(
     parser: argparse.ArgumentParser, *, num_in: int, num_out: int, repeats: int
 ) -> None:
+    """Flags of the engine, of the sweep, and of its output files."""
     add_engine_arguments(parser)
-    _add_sweep(parser, num_in, num_out)
     parser.add_argument(
         "--num-iters", type=int, default=repeats, help=f"repeats (default: {repeats})"
     )
-
-
-def _add_sweep(parser: argparse.ArgumentParser, num_in: int, num_out: int) -> None:
-    """Flags of the sweep and of its output files."""
     group = parser.add_argument_group("benchmark")
     group.add_argument(
         "--load-format", choices=["auto", "dummy"], default="auto",

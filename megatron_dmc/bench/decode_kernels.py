@@ -261,10 +261,10 @@ def _library_figures(
     few = slice(CHECKED_REQUESTS)
     cache = cache_of(lengths[few], 0)
     error = decode_case.check_attention(
-        lambda cache, rows, q, **_: library.make(q, cache, settings)(), q[few], cache,
+        lambda cache, rows, q, **_: library.make(q, cache)(), q[few], cache,
         torch.arange(len(q[few]), device=settings.device), softmax_scale=dim**-0.5,
     )  # fmt: skip
-    layers = [library.make(q, cache_of(lengths, seed), settings) for seed in range(num_layers)]
+    layers = [library.make(q, cache_of(lengths, seed)) for seed in range(num_layers)]
 
     def attend() -> None:
         for layer in layers:

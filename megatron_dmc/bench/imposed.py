@@ -142,6 +142,22 @@ class ImposedDecisions:
         mean = num_sequences * self.expected_entries(self.num_tokens).sum().item()
         return max(0.01, 5 * deviation / mean)
 
+    def check(self, measured_cr: float, num_sequences: int, *, more: float = 0.0) -> None:
+        """Check that the engine followed the decisions.
+
+        Args:
+            more: relative deviation that is allowed besides `tolerance`.
+
+        Raises:
+            DMCError: it did not.
+        """
+        allowed = self.tolerance(num_sequences) + more
+        if abs(measured_cr / self.cr - 1) > allowed:
+            raise DMCError(
+                f"CR {measured_cr:.3f} was measured where {self.cr:g} was imposed, more than "
+                f"{100 * allowed:.1f} % off: the engine did not follow the imposed decisions"
+            )
+
     def thresholds(self, device: torch.device, heads: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Of some heads on a device, int64 (L, 1, G): hash below which a token is appended, and salt."""
         num_layers, num_heads = self.rate_LG.shape

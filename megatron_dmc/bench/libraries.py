@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_dmc.bench.measure import Settings
 from megatron_dmc.ops.paged.layer_cache import LayerCache
 from megatron_dmc.ops.testing import decode_case
 
@@ -34,13 +33,13 @@ class Library:
     """A library's attention.
 
     Attributes:
-        make: (queries [B, N, D], cache, settings) -> a function that gives the outputs [B, N, D]; raises
+        make: (queries [B, N, D], cache) -> a function that gives the outputs [B, N, D]; raises
             `Absent`.
         page_size: of the cache that it is given.
     """
 
     name: str
-    make: Callable[[Tensor, LayerCache, Settings], Attend]
+    make: Callable[[Tensor, LayerCache], Attend]
     page_size: int = 16
 
 
@@ -59,18 +58,18 @@ def _plain_pages(cache: LayerCache) -> tuple[Tensor, Tensor]:
     return k.unsqueeze(2), v.unsqueeze(2)
 
 
-def _need_gpu(settings: Settings) -> None:
-    if not settings.on_gpu:
+def _need_gpu(q_BND: Tensor) -> None:
+    if not q_BND.is_cuda:
         raise Absent("needs a GPU")
 
 
-def flashinfer(q_BND: Tensor, cache: LayerCache, settings: Settings) -> Attend:
+def flashinfer(q_BND: Tensor, cache: LayerCache) -> Attend:
     """FlashInfer's batch decode over our own pages."""
     try:
         from flashinfer import BatchDecodeWithPagedKVCacheWrapper
     except ImportError as e:
         raise Absent("not installed") from e
-    _need_gpu(settings)
+    _need_gpu(q_BND)
     q, lengths, table = _folded(q_BND, cache)
     size = cache.page_size
     pages = (lengths + size - 1) // size
@@ -108,12 +107,12 @@ def flash_attention(module: str, name_of_table: str) -> Callable[..., Attend]:
         name_of_table: its argument for the block table.
     """
 
-    def make(q_BND: Tensor, cache: LayerCache, settings: Settings) -> Attend:
+    def make(q_BND: Tensor, cache: LayerCache) -> Attend:
         try:
             attention = importlib.import_module(module).flash_attn_with_kvcache
         except (ImportError, AttributeError) as e:
             raise Absent("not installed") from e
-        _need_gpu(settings)
+        _need_gpu(q_BND)
         q, lengths, table = _folded(q_BND, cache)
         k, v = _plain_pages(cache)
         tables = {name_of_table: table.clamp_min(0)}
@@ -127,13 +126,13 @@ def flash_attention(module: str, name_of_table: str) -> Callable[..., Attend]:
     return make
 
 
-def torch_varlen(q_BND: Tensor, cache: LayerCache, settings: Settings) -> Attend:
+def torch_varlen(q_BND: Tensor, cache: LayerCache) -> Attend:
     """PyTorch's variable-length attention; the queries of a group are tokens that see everything."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError as e:
         raise Absent("not in this PyTorch") from e
-    _need_gpu(settings)
+    _need_gpu(q_BND)
     q, lengths, _ = _folded(q_BND, cache)
     num_sequences, group, dim = q.shape
     k, v = (
@@ -152,7 +151,7 @@ def torch_varlen(q_BND: Tensor, cache: LayerCache, settings: Settings) -> Attend
     return attend
 
 
-def torch_sdpa(q_BND: Tensor, cache: LayerCache, settings: Settings) -> Attend:
+def torch_sdpa(q_BND: Tensor, cache: LayerCache) -> Attend:
     """PyTorch's scaled-dot-product attention, padded to the longest; group as in `torch_varlen`."""
     q, lengths, _ = _folded(q_BND, cache)
     num_sequences, _, dim = q.shape

@@ -23,7 +23,6 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_dmc.bench.baselines import Asked, token_rates, transformers_row
-from megatron_dmc.bench.imposed import ImposedDecisions
 from megatron_dmc.bench.load import prompts
 from megatron_dmc.bench.measure import (
     Ceilings,
@@ -262,22 +261,12 @@ def _measure_point(
         "weight_bytes": cost.weight_bytes, "entry_bytes": cost.entry_bytes,
     }  # fmt: skip
     if decisions is not None and not args.dataset_path:
-        _check_cr(runs, decisions)
+        for run in runs:
+            decisions.check(run.measured_cr, len(run.outputs))
     print(
         ", ".join(f"{key} {row[key]:.5g}" for key in SHOWN if row.get(key) is not None), flush=True
     )
     return row
-
-
-def _check_cr(runs: list[Run], decisions: ImposedDecisions) -> None:
-    """Check that the measured CR is the imposed one."""
-    for run in runs:
-        allowed = decisions.tolerance(len(run.outputs))
-        if abs(run.measured_cr / decisions.cr - 1) > allowed:
-            raise DMCError(
-                f"CR {run.measured_cr:.3f} was measured where {decisions.cr:g} was imposed, more than "
-                f"{100 * allowed:.1f} % off: the engine did not follow the imposed decisions"
-            )
 
 
 def _summary(args: argparse.Namespace, runs: list[Run], figures: list[Row]) -> Row:

@@ -6,7 +6,6 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -94,15 +93,9 @@ class Reporter:
 
     def __init__(self, stage: Child):
         self.stage = stage
-        self.announced: set[str] = set()
-
-    def _announce(self, names: list[str]) -> None:
-        if new := [name for name in names if name not in self.announced]:
-            self.announced.update(new)
-            self.stage.announce(new)
 
     def pytest_collection_finish(self, session: Any) -> None:
-        self._announce([item.nodeid for item in session.items])
+        self.stage.announce(item.nodeid for item in session.items)
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
@@ -143,12 +136,6 @@ def run_tests(stage: Child, files: Sequence[str], *arguments: str) -> None:
     except ImportError as error:
         raise DMCError("pytest is not installed: the cases did not run") from error
 
-    def collected(self: Reporter, node: Any, ids: list[str]) -> None:
-        self._announce(ids)
-
-    # pytest-xdist's, where it is there: the cases are collected in its processes
-    hook = pytest.hookimpl(optionalhook=True)(collected)
-    Reporter.pytest_xdist_node_collection_finished = hook  # type: ignore[attr-defined]
     os.chdir(TESTS)
     sys.path.insert(0, str(TESTS / "support"))
     status = pytest.main(
@@ -181,13 +168,12 @@ def cuda_cases(stage: Child) -> None:
 
 
 def triton_cases(stage: Child) -> None:
-    """The small set, compiled in eight processes where pytest-xdist is there."""
+    """The small set, compiled as it runs."""
     if stage.cpu:
         some = "taken_pages or workers or gradient"
         _kernel_cases(stage, "triton", ("decode", "pages", "merge"), "-k", some)
-        return
-    at_once = ("-p", "xdist", "-n", "8") if find_spec("xdist") else ()
-    _kernel_cases(stage, "triton", ("decode", "pages", "prefill", "merge", "diagonal"), *at_once)
+    else:
+        _kernel_cases(stage, "triton", ("decode", "pages", "prefill", "merge", "diagonal"))
 
 
 # --- K1, K2, K4 to K6 -----------------------------------------------------------------------------

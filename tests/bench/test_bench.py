@@ -97,10 +97,10 @@ def test_kernels(capsys, tmp_path):
 
 
 def test_a_library_that_is_wrong_or_breaks_is_a_row():
-    def wrong(q, cache, settings):
+    def wrong(q, cache):
         return lambda: torch.zeros_like(q)
 
-    def breaks(q, cache, settings):
+    def breaks(q, cache):
         raise RuntimeError("no kernel\nfor this")
 
     settings = measure.Settings(torch.device("cpu"), torch.float32, (32,), 1, None)
