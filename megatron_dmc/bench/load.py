@@ -9,13 +9,14 @@ JSON document with vLLM's keys. A request that fails counts as failed and enters
 
 import argparse
 import asyncio
+import functools
 import json
 import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_dmc import __version__
-from megatron_dmc.bench.output import Result
+from megatron_dmc.bench.output import Result, markdown
 from megatron_dmc.errors import DMCError
 
 _LIMITS = ("ttft", "tpot", "e2el")
@@ -228,6 +229,7 @@ def summarize(
     """
     good = [r for r in results if r.error is None]
     kept = [r for r in good if all((getattr(r, n) or 0.0) <= s for n, s in limits.items())]
+    crs = [r.measured_cr for r in good if r.measured_cr is not None]
     num_in, num_out = sum(r.prompt_tokens for r in good), sum(r.output_tokens for r in good)
     summary: dict[str, Any] = {
         "duration": duration,
@@ -239,7 +241,7 @@ def summarize(
         "request_goodput": len(kept) / duration if limits else None,
         "output_throughput": num_out / duration,
         "total_token_throughput": (num_in + num_out) / duration,
-        "mean_measured_cr": _mean([r.measured_cr for r in good if r.measured_cr is not None]),
+        "mean_measured_cr": statistics.fmean(crs) if crs else None,
     }
     for name, values in (
         ("ttft", [r.ttft for r in good]),
@@ -247,17 +249,17 @@ def summarize(
         ("itl", [gap for r in good for gap in r.itl]),
         ("e2el", [r.e2el for r in good]),
     ):
-        in_ms = sorted(1e3 * value for value in values)
-        summary[f"mean_{name}_ms"] = _mean(in_ms)
-        summary[f"median_{name}_ms"] = statistics.median(in_ms) if in_ms else None
-        summary[f"std_{name}_ms"] = statistics.pstdev(in_ms) if in_ms else None
-        for p in percentiles:
-            summary[f"p{p:g}_{name}_ms"] = float(np.percentile(in_ms, p)) if in_ms else None
+        in_ms = 1e3 * np.array(values)
+        for statistic, of in _statistics(percentiles).items():
+            summary[f"{statistic}_{name}_ms"] = float(of(in_ms)) if values else None
     return summary
 
 
-def _mean(values: list[float]) -> float | None:
-    return statistics.fmean(values) if values else None
+def _statistics(percentiles: list[float]) -> dict[str, Callable[[np.ndarray], Any]]:
+    return {
+        "mean": np.mean, "median": np.median, "std": np.std,
+        **{f"p{p:g}": functools.partial(np.percentile, q=p) for p in percentiles},
+    }  # fmt: skip
 
 
 def _parse_goodput(items: list[str]) -> dict[str, float]:
@@ -292,12 +294,12 @@ def _print_table(document: dict[str, Any], percentiles: list[float]) -> None:
     )
     if document["request_goodput"] is not None:
         print(f"goodput: {document['request_goodput']:.2f} requests/s within the limits")
-    columns = ["mean", "median", *(f"p{p:g}" for p in percentiles)]
-    print("ms    " + "".join(f"{column:>10}" for column in columns))
-    for name in ("ttft", "tpot", "itl", "e2el"):
-        values = [document[f"{column}_{name}_ms"] for column in columns]
-        cells = "".join(f"{'-' if v is None else format(v, '.1f'):>10}" for v in values)
-        print(f"{name.upper():6}{cells}")
+    columns = _statistics(percentiles)
+    rows = [
+        {"ms": name.upper(), **{c: document[f"{c}_{name}_ms"] for c in columns}}
+        for name in ("ttft", "tpot", "itl", "e2el")
+    ]
+    print(markdown(rows, {c: c for c in ("ms", *columns)}))
 
 
 def prompts(

@@ -166,6 +166,18 @@ def _run_command(words: list[str]) -> list[Row]:
     return result.document["rows"]
 
 
+def _rows_of(words: list[str], number: int, failures: list[str]) -> list[Row]:
+    try:
+        rows = _run_command(words)
+    except (DMCError, RuntimeError, ValueError, OSError) as e:
+        # out of memory is a RuntimeError too
+        reason = f"{type(e).__name__}: {e}".splitlines()[0]
+        failures.append(f"{' '.join(words)}: {reason}")
+        return [{"command": number, "skipped": reason}]
+    model = Path(words[words.index("--model") + 1]).stem if "--model" in words else None
+    return [{"command": number, "model": model, **row} for row in rows]
+
+
 def run(args: argparse.Namespace) -> Result:
     """Run the experiments; prints their tables.
 
@@ -217,18 +229,6 @@ def run(args: argparse.Namespace) -> Result:
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     return Result(result, folder, curves=curves, exit_code=1 if failures else 0)
-
-
-def _rows_of(words: list[str], number: int, failures: list[str]) -> list[Row]:
-    try:
-        rows = _run_command(words)
-    except (DMCError, RuntimeError, ValueError, OSError) as e:
-        # out of memory is a RuntimeError too
-        reason = f"{type(e).__name__}: {e}".splitlines()[0]
-        failures.append(f"{' '.join(words)}: {reason}")
-        return [{"command": number, "skipped": reason}]
-    model = Path(words[words.index("--model") + 1]).stem if "--model" in words else None
-    return [{"command": number, "model": model, **row} for row in rows]
 
 
 def compare(experiment: Experiment, rows: list[Row]) -> None:

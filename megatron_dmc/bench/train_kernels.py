@@ -158,9 +158,9 @@ def measure_merge(
         for name in dict.fromkeys((backend, "torch") if alternatives else (backend,)):
             variants.append((name, window, functools.partial(ops.merge, backend=name)))
     if alternatives:
-        compiled = ("unrolled, compiled", RELEASED_WINDOW, torch.compile(unrolled_merge))
-        eager = ("unrolled", RELEASED_WINDOW, unrolled_merge)
-        variants.append(compiled if settings.on_gpu else eager)
+        name = "unrolled, compiled" if settings.on_gpu else "unrolled"
+        unrolled = torch.compile(unrolled_merge) if settings.on_gpu else unrolled_merge
+        variants.append((name, RELEASED_WINDOW, unrolled))
     needed = merge_bytes(shape, settings.dtype)
     names = ["y_k", "y_v", "grad k", "grad v", "grad alpha", "grad omega"]
     for name, window, merge in variants:

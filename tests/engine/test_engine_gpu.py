@@ -4,6 +4,7 @@ Where tokens are compared exactly, batches are the same ones or the model is in 
 rounding may depend on the number of its rows.
 """
 
+import functools
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from random_models import VOCAB, random_model, retrofitted
 from test_no_waiting import EVERYTHING
 
 from megatron_dmc import LLM, SamplingParams, ops
+from megatron_dmc.bench import imposed
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.load import LoadedModel, build_model
 from megatron_dmc.config import DMCConfig
@@ -85,6 +87,19 @@ def test_padded_steps_give_what_eager_ones_give():
     # the first token of each comes out of the same prefill; what follows may round differently
     results = [[tokens[0] for tokens, *_ in generated(llm)] for llm in (eager, captured)]
     assert results[0] == results[1]
+
+
+def test_imposed_decisions_are_captured_too():
+    loaded, most = half_precision_model(), 256
+    decisions = imposed.ImposedDecisions.of(imposed.spread_weights(3, 4), 2.0, num_tokens=40)
+    options = {
+        "device": DEVICE, "max_num_seqs": 5, "max_num_batched_tokens": most,
+        "make_context": functools.partial(
+            imposed.ImposingContext, decisions=decisions, max_num_batched_tokens=most
+        ),
+    }  # fmt: skip
+    eager = generated(LLM(loaded, enforce_eager=True, **options))
+    assert generated(LLM(loaded, cudagraph_capture_sizes=[1, 2, 3, 4, 5], **options)) == eager
 
 
 @pytest.mark.parametrize(
