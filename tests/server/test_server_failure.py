@@ -106,7 +106,7 @@ def test_an_exception_in_the_engine(tmp_path):
         fails_as_it_should(server, fault.touch, "illegal memory access")
 
 
-def children(server, module="megatron_dmc.engine.parallel.children"):
+def children(server, module="megatron_dmc.engine.parallel.child"):
     return [
         p
         for p in psutil.Process(server.process.pid).children(recursive=True)

@@ -1,30 +1,23 @@
-"""Spawn tensor-parallel ranks 1 to N-1 as children of rank 0, where no launcher started them.
+"""Spawn tensor-parallel ranks 1 to N-1 as children of rank 0 (`parallel.child`), where no launcher started them."""
 
-`python -m megatron_dmc.engine.parallel.children` is a child. It receives its arguments on standard input, and
-ends when the pipe closes: no child outlives rank 0.
-"""
-
-import logging
 import os
 import pickle
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-import warnings
 import weakref
 from datetime import timedelta
-from typing import Any, BinaryIO
+from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 
-from megatron_dmc.errors import DMCError, EngineDead, UnsupportedConfig
+from megatron_dmc.errors import EngineDead, UnsupportedConfig
 
-_HOST = "127.0.0.1"
+HOST = "127.0.0.1"
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _START = timedelta(minutes=10)
 
@@ -52,7 +45,7 @@ class ChildRanks:
         path = os.pathsep.join(map(os.path.abspath, sys.path))
         for rank in range(1, size):
             process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_dmc.engine.parallel.children"],
+                [sys.executable, "-m", "megatron_dmc.engine.parallel.child"],
                 stdin=subprocess.PIPE,
                 env=os.environ | {"PYTHONPATH": path, "LOCAL_RANK": str(rank)},
             )
@@ -80,7 +73,7 @@ class ChildRanks:
                     f"tensor parallel: {exited} while it started; its own output says why"
                 )
             time.sleep(0.02)
-        _join_group(0, self._size, self._store, device)
+        join_group(0, self._size, self._store, device)
 
     def exited(self) -> str | None:
         """The first child that has ended, in words; None while all run."""
@@ -136,7 +129,7 @@ def _use_loopback() -> list[str]:
     interfaces = [
         name
         for name, addresses in psutil.net_if_addrs().items()
-        if any(address.address == _HOST for address in addresses)
+        if any(address.address == HOST for address in addresses)
     ]
     unset = [v for v in _INTERFACE_VARIABLES if interfaces and v not in os.environ]
     os.environ.update(dict.fromkeys(unset, interfaces[0] if interfaces else ""))
@@ -145,66 +138,16 @@ def _use_loopback() -> list[str]:
 
 def _local_store(size: int) -> dist.TCPStore:
     """A store on the loopback interface and a free port; TCPStore itself would bind every interface."""
-    listener = socket.create_server((_HOST, 0))
+    listener = socket.create_server((HOST, 0))
     return dist.TCPStore(
-        _HOST, listener.getsockname()[1], size, is_master=True, wait_for_workers=False,
+        HOST, listener.getsockname()[1], size, is_master=True, wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )  # fmt: skip
 
 
-def _join_group(rank: int, size: int, store: Any, device: torch.device) -> None:
+def join_group(rank: int, size: int, store: Any, device: torch.device) -> None:
+    """Form the process group of all ranks, on the store of rank 0."""
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=_START,
     )  # fmt: skip
-
-
-# In a child.
-
-
-def main() -> int:
-    """Load this rank's part of the model and follow rank 0.
-
-    Returns:
-        exit code: 0 after rank 0's `close`.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 gets these too, and decides
-        signal.signal(number, signal.SIG_IGN)
-    # rank 0 gives the same warnings
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    pipe = sys.stdin.buffer
-    rank, size, port, device_type, arguments = pickle.load(pipe)
-    threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
-
-    from megatron_dmc.engine.build import build_engine
-
-    device = torch.device(device_type)
-    if device.type == "cuda":
-        device = torch.device("cuda", rank)
-        torch.cuda.set_device(device)
-    try:
-        store = dist.TCPStore(_HOST, port, size, is_master=False, wait_for_workers=False)
-        store.set(f"here-{rank}", "1")
-        _join_group(rank, size, store, device)
-        model, tokenizer, make_context, config = arguments
-        engine: Any = build_engine(model, tokenizer, config, make_context=make_context)
-        engine.follow()
-    except EngineDead as error:
-        print(f"megatron-dmc: rank {rank}: {error}", file=sys.stderr)
-        return 1
-    except DMCError:  # raised on rank 0 too, which reports it
-        return 2
-    return 0
-
-
-def _end_with_parent(pipe: BinaryIO) -> None:
-    pipe.read()
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    code = main()
-    sys.stderr.flush()
-    # without torch's destructors, which would wait for ranks that are gone
-    os._exit(code)
