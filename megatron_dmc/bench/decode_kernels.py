@@ -76,9 +76,13 @@ class Shape:
     num_heads: int
     head_dim: int
 
+    @property
+    def num_kv_heads(self) -> int:
+        return self.num_heads // self.group
+
     def lengths(self) -> Tensor:
         """Entries of every head (B, G), at most `tokens`."""
-        shape, mean = (self.batch, self.num_heads // self.group), self.tokens / self.cr
+        shape, mean = (self.batch, self.num_kv_heads), self.tokens / self.cr
         if not self.skewed:
             return torch.full(shape, max(1, round(mean)))
         generator = torch.Generator().manual_seed(0)
@@ -94,9 +98,7 @@ class Shape:
         """Queries read and written, key and value read and written, the open segment read and written."""
         dim, written = self.head_dim, 2 * entry_bytes(self.head_dim, cache_dtype)
         read = (2 * self.group + 2) * dim * dtype.itemsize
-        return (
-            self.batch * (self.num_heads // self.group) * (read + written + 2 * (2 * dim + 1) * 4)
-        )
+        return self.batch * self.num_kv_heads * (read + written + 2 * (2 * dim + 1) * 4)
 
     def columns(self) -> Row:
         """Columns of its rows."""
@@ -145,9 +147,7 @@ def _layers_of(settings: Settings, needed: int) -> int:
     return min(MAX_LAYERS, math.ceil(BYTES_OF_LAYERS / needed)) if settings.on_gpu else 1
 
 
-def _time_of_layers(
-    function: Callable[[], object], settings: Settings, num_layers: int
-) -> Timing:  # fmt: skip
+def _time_of_layers(function: Callable[[], object], settings: Settings, num_layers: int) -> Timing:
     """A layer's share of one run."""
     timing = measure_time(captured(function, settings), settings.device, repeats=settings.repeats)
     return timing.share(num_layers)
@@ -230,7 +230,7 @@ def measure(
 
 def measure_library(
     settings: Settings, shape: Shape, bandwidth: float, library: Library
-) -> list[Row]:  # fmt: skip
+) -> list[Row]:
     """Its attention's row; `skipped` says why it did not run."""
     row = {"op": "attention", "variant": library.name, **shape.columns()}
     try:
@@ -244,9 +244,7 @@ def measure_library(
     return [row]
 
 
-def _library_figures(
-    settings: Settings, shape: Shape, bandwidth: float, library: Library
-) -> Row:  # fmt: skip
+def _library_figures(settings: Settings, shape: Shape, bandwidth: float, library: Library) -> Row:
     make: dict[str, Any] = dict(dtype=settings.dtype, device=settings.device)
     lengths, dim = shape.lengths(), shape.head_dim
     size = shape.attention_bytes(settings.dtype, settings.dtype)
@@ -285,9 +283,8 @@ def cases(
     others: Sequence[Library] = (),
 ) -> list[Case]:  # fmt: skip
     """K4 and K5 of every shape: of our back ends `variants`, then of the libraries `others`."""
-    more = (", 8-bit pages" if cache_dtype not in (None, settings.dtype) else "") + (
-        ", pages in order" if in_order else ""
-    )
+    more = "" if cache_dtype in (None, settings.dtype) else ", 8-bit pages"
+    more += ", pages in order" if in_order else ""
     found = []
     for shape in shapes:
         given = (settings, shape, bandwidth)

@@ -52,13 +52,9 @@ def script(folder, *flags):
 
 def test_the_window_without_megatron(bare, tmp_path):
     result = subprocess.run(
-        script(tmp_path, "--budget", "550"),
-        cwd=ROOT,
-        env=bare,
-        capture_output=True,
-        text=True,
+        script(tmp_path, "--budget", "550"), cwd=ROOT, env=bare, capture_output=True, text=True,
         timeout=580,
-    )
+    )  # fmt: skip
     assert result.returncode == 1, result.stderr  # the engine's stages count as failed
     document = json.loads(result.stdout.splitlines()[-1])
     rows = rows_of(tmp_path)
