@@ -33,6 +33,7 @@ from megatron_dmc.cache.strategies.merging import MergingStore
 from megatron_dmc.checkpoint.hf_config import to_hf_config
 from megatron_dmc.engine.chunk import Chunk
 from megatron_dmc.engine.context import PagedContext
+from megatron_dmc.engine.decode_batch import DecodeBatch
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops.paged import decode
 from megatron_dmc.ops.paged import pages as page_ops
@@ -117,6 +118,11 @@ class DenseContext(PagedContext):
         """As `PagedContext.begin_step`."""
         super().begin_step(chunks)
         self._longest = max((chunk.end for chunk in chunks if chunk.num_tokens == 1), default=1)
+
+    def begin_decode(self, batch: DecodeBatch) -> None:
+        """As `PagedContext.begin_decode`."""
+        super().begin_decode(batch)
+        self._longest = int(batch.starts_B.max()) + 1
 
     def set_decode(self, rows_B: Tensor, positions_B: Tensor) -> None:
         """As `PagedContext.set_decode`; also where the requests' keys begin and how many they are."""

@@ -8,9 +8,8 @@ from typing import Any
 from megatron_dmc.checkpoint.tokenizer import load_tokenizer
 from megatron_dmc.engine.config import EngineConfig
 from megatron_dmc.engine.input_processor import InputProcessor
-from megatron_dmc.engine.output_processor import OutputProcessor, output_of
-from megatron_dmc.engine.request import Request, RequestOutput, RequestStatus
-from megatron_dmc.engine.sampler import SampledToken
+from megatron_dmc.engine.output_processor import OutputProcessor
+from megatron_dmc.engine.request import Request, RequestStatus
 from megatron_dmc.engine.sampling_params import SamplingParams
 
 _TEXT = "    def append(self, token_id: int) -> None:\n        self.tokens.append(token_id)\n\n"
@@ -77,31 +76,31 @@ class StubEngine:
         self._output.add(request)
         self._requests[request_id] = request
 
-    def abort_request(self, request_id: str) -> RequestOutput | None:
-        """See `LLMEngine.abort_request`."""
+    def abort(self, request_id: str) -> Request | None:
+        """See `LLMEngine.abort`."""
         request = self._requests.get(request_id)
-        return None if request is None else self._finish(request, "abort")
+        if request is not None:
+            self._finish(request, "abort")
+        return request
 
     @property
     def has_unfinished_requests(self) -> bool:
         """See `LLMEngine.has_unfinished_requests`."""
         return bool(self._requests)
 
-    def step(self) -> list[RequestOutput]:
-        """See `LLMEngine.step`."""
+    def advance(self) -> list[Request]:
+        """See `LLMEngine.advance`."""
         while self._progress.count < self._num_sent and time.monotonic() < self._due:
             time.sleep(_POLL_S)
         self._due = time.monotonic() + self._step_s
         self._num_sent = self._progress.count + len(self._requests)
-        outputs = []
-        for request in list(self._requests.values()):
+        requests = list(self._requests.values())
+        for request in requests:
             token_id = self._token_ids[len(request.output_token_ids) % len(self._token_ids)]
-            ending = self._output.append(request, SampledToken(token_id, None, None))
-            if ending is None:
-                outputs.append(output_of(request, self._output.text(request)))
-            else:
-                outputs.append(self._finish(request, ending.finish_reason))
-        return outputs
+            ending = self._output.append(request, token_id)
+            if ending is not None:
+                self._finish(request, ending.finish_reason)
+        return requests
 
     def check_health(self) -> None:
         """See `LLMEngine.check_health`."""
@@ -109,9 +108,7 @@ class StubEngine:
     def close(self) -> None:
         """See `LLMEngine.close`."""
 
-    def _finish(self, request: Request, reason: str) -> RequestOutput:
+    def _finish(self, request: Request, reason: str) -> None:
         request.status, request.finish_reason = RequestStatus.FINISHED, reason
-        output = output_of(request, self._output.text(request))
         self._output.forget(request)
         del self._requests[request.request_id]
-        return output

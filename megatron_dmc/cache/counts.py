@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_dmc.errors import OutOfPages
+
 _NO_LIMIT = np.iinfo(np.int64).max
 
 
@@ -55,6 +57,8 @@ class PageCounts:
     def __init__(self, num_pages: int, page_size: int, shape_KLRG: tuple[int, int, int, int]):
         num_ranks, _, num_rows, _ = shape_KLRG
         self.num_pages, self.page_size = num_pages, page_size
+        is_power = page_size & (page_size - 1) == 0
+        self._shift = page_size.bit_length() - 1 if is_power else None
         self.entries_KLRG = np.zeros(shape_KLRG, dtype=np.int64)
         self.limit_R = np.full(num_rows, _NO_LIMIT)
         self.runs: list[list[Run]] = [[] for _ in range(num_rows)]
@@ -122,9 +126,24 @@ class PageCounts:
         return needed - self._promised_KR[:, rows_B]
 
     def promise(self, rows_B: np.ndarray, num_new_B: np.ndarray) -> None:
-        """Put more tokens of these rows in flight."""
-        self.in_flight_R[rows_B] += num_new_B
-        self._promised_KR[:, rows_B] = self._worst_KB(rows_B, self.in_flight_R[rows_B])
+        """Put more tokens of these rows in flight.
+
+        Raises:
+            OutOfPages: their pages are not free; nothing changes.
+        """
+        flying_B = self.in_flight_R[rows_B] + num_new_B
+        worst_KB = self._worst_KB(rows_B, flying_B)
+        needed_K = worst_KB.sum(1) - self._promised_KR[:, rows_B].sum(1)
+        available_K = self.available_K
+        short = needed_K > available_K
+        if short.any():
+            raise OutOfPages(
+                f"{needed_K[short][0]} pages wanted, {available_K[short][0]} of "
+                f"{self.num_pages} free; give the cache more memory (num_pages, "
+                "kv_cache_memory_bytes) or run fewer sequences (max_num_seqs)"
+            )
+        self.in_flight_R[rows_B] = flying_B
+        self._promised_KR[:, rows_B] = worst_KB
 
     def land(self, rows_B: np.ndarray, num_new_B: np.ndarray, entries_KLBG: np.ndarray) -> None:
         """Count the entries of these rows after their earliest tokens in flight, of these numbers."""
@@ -137,12 +156,13 @@ class PageCounts:
         self.entries_KLRG[:, :, rows_B] = entries_KLBG
         self._entries_KR[:, rows_B] = entries_KLBG.sum(axis=(1, 3))
         num_slots, num_ranks, num_rows = self.page_size, len(entries_KLBG), len(rows_B)
-        free_KLBG = -entries_KLBG % num_slots
-        total_KB = (entries_KLBG + free_KLBG).sum(axis=(1, 3))
-        self._pages_KR[:, rows_B] = total_KB // num_slots
+        pages_KLBG = self.pages_of(entries_KLBG)
+        self._pages_KR[:, rows_B] = pages_KLBG.sum(axis=(1, 3))
         group_KLBG = np.arange(num_ranks * num_rows).reshape(num_ranks, 1, num_rows, 1) * num_slots
-        groups = (free_KLBG + group_KLBG).ravel()
-        heads = np.bincount(groups, minlength=num_ranks * num_rows * num_slots)
+        groups_KLBG = pages_KLBG * num_slots
+        groups_KLBG -= entries_KLBG
+        groups_KLBG += group_KLBG
+        heads = np.bincount(groups_KLBG.ravel("K"), minlength=num_ranks * num_rows * num_slots)
         self._heads_KRS[:, rows_B] = heads.reshape(num_ranks, num_rows, num_slots)
 
     def _worst_KB(self, rows_B: np.ndarray, num_new_B: np.ndarray) -> np.ndarray:
@@ -198,7 +218,11 @@ class PageCounts:
 
     def pages_of(self, num_entries: np.ndarray) -> np.ndarray:
         """Number of pages for a head's entries."""
-        return -(-num_entries // self.page_size)
+        if self._shift is None:
+            return -(-num_entries // self.page_size)
+        return (
+            num_entries + (self.page_size - 1)
+        ) >> self._shift  # divisions would be most of the work
 
     def _change(self, run: Run, rows: int = 0, prefixes: int = 0) -> None:
         self._duplicates_K -= run.duplicates_K

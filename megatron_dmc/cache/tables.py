@@ -16,7 +16,6 @@ from megatron_dmc.cache.async_copy import AsyncCopy
 from megatron_dmc.cache.counts import PageCounts, Run
 from megatron_dmc.cache.pool import PagePool
 from megatron_dmc.cache.segments import OpenSegments
-from megatron_dmc.errors import OutOfPages
 from megatron_dmc.ops.paged.layer_cache import LayerCache
 
 _MOST_UNCOUNTED = 8
@@ -174,27 +173,26 @@ class BlockTables:
         )
         return needed
 
-    def begin_step(self, rows: Sequence[int], num_new_tokens: Sequence[int]) -> None:
+    def may_decode(self, rows_B: np.ndarray, ones_B: np.ndarray) -> bool:
+        """Whether the pages that one more token of each row takes at worst are free on every rank; `ones_B` are
+        their numbers of tokens."""
+        free_K = self.counts.free_K
+        if len(rows_B) * self.num_layers * self.num_kv_heads <= free_K.min():
+            return True  # even if every head needs one
+        return bool((self.counts.pages_needed_KB(rows_B, ones_B).sum(1) <= free_K).all())
+
+    def begin_step(
+        self, rows: Sequence[int] | np.ndarray, num_new_tokens: Sequence[int] | np.ndarray
+    ) -> None:
         """Reserve the worst-case number of pages for new tokens of these rows: they stay free from here on.
         Appending allocates them.
 
         Raises:
             OutOfPages: if the cache is short; nothing changes.
         """
-        counts = self.counts
-        rows_B = np.asarray(rows, dtype=np.int64)
         num_new_B = np.asarray(num_new_tokens, dtype=np.int64)
-        needed_K = counts.pages_needed_KB(rows_B, num_new_B).sum(1)
-        available_K = counts.available_K
-        short = needed_K > available_K
-        if short.any():
-            raise OutOfPages(
-                f"{needed_K[short][0]} pages wanted, {available_K[short][0]} of "
-                f"{counts.num_pages} free; give the cache more memory (num_pages, "
-                "kv_cache_memory_bytes) or run fewer sequences (max_num_seqs)"
-            )
+        self.counts.promise(np.asarray(rows, dtype=np.int64), num_new_B)
         self._num_new_B = num_new_B
-        counts.promise(rows_B, num_new_B)
         self.take_room(0)
 
     def may_take(self, count: int) -> bool:

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -222,7 +222,7 @@ class AsyncLLM:
 
     def _receive(self, message: Message) -> None:
         if isinstance(message, StepOutputs):
-            self._deliver(message.changes)
+            self._deliver(message.changes())
         elif isinstance(message, Reply):
             with self._lock:
                 future = self._calls.pop(message.number, None)
@@ -234,7 +234,7 @@ class AsyncLLM:
         else:
             self._end(message.error)
 
-    def _deliver(self, changes: list[Change]) -> None:
+    def _deliver(self, changes: Iterable[Change]) -> None:
         """Give each event loop its requests' changes, in one call; those of several steps together if the loop
         is behind."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, Change]]] = {}

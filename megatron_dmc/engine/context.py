@@ -1,9 +1,9 @@
 """The paged inference context: the only engine object that attention touches."""
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from megatron.core.inference.config import InferenceConfig
 from megatron.core.inference.contexts.base_context import BaseInferenceContext
@@ -19,6 +19,7 @@ from megatron_dmc.cache.strategies import (
 )
 from megatron_dmc.cache.tables import Exchange
 from megatron_dmc.engine.chunk import Chunk
+from megatron_dmc.engine.decode_batch import DecodeBatch
 from megatron_dmc.engine.flipped_decisions import FlipCounter
 from megatron_dmc.engine.request import Request
 from megatron_dmc.engine.scheduler import NO_PREFIX, CachedPrefix
@@ -111,7 +112,7 @@ class PagedContext(BaseInferenceContext):
         self.num_queried_tokens = self.num_hit_tokens = 0
         self._like = torch.empty(0, head_dim, dtype=dtype, device=device)
         self._backend = backend
-        self._chunks: list[Chunk] = []
+        self._given: list[Chunk] | DecodeBatch = []
         self._snapshots: list[Snapshot] = []
         self._step = self._next = Step(*torch.zeros(2, 0, dtype=torch.int64, device=device))
 
@@ -147,6 +148,16 @@ class PagedContext(BaseInferenceContext):
     def pages_needed_each(self, requests: Sequence[Request]) -> list[int]:
         rows = [request.row for request in requests if request.row is not None]
         return self.tables.pages_needed_each(rows)
+
+    def may_decode(self, batch: DecodeBatch) -> bool:
+        if self.flips is not None:
+            return False
+        if (
+            self.prefixes is not None
+            and not ((batch.starts_B + 1) % self.prefixes.block_size).all()
+        ):
+            return False
+        return self.tables.may_decode(batch.rows_B, batch.ones_B)
 
     def num_cached_tokens(self, request: Request) -> int:
         assert request.row is not None
@@ -220,9 +231,9 @@ class PagedContext(BaseInferenceContext):
         Raises:
             OutOfPages: if the scheduler promised too much; nothing has changed then.
         """
-        self._rows = [c.row for c in chunks]
+        self._rows = np.array([c.row for c in chunks], dtype=np.int64)
         self.tables.begin_step(self._rows, [c.num_tokens for c in chunks])
-        self._chunks, self._snapshots = list(chunks), []
+        self._given, self._snapshots = list(chunks), []
         # Prompts of all requests are prefilled together, in rounds: one, and one more for each place within a
         # chunk where a snapshot is taken.
         rounds: list[list[tuple[Chunk, int]]] = []
@@ -246,8 +257,20 @@ class PagedContext(BaseInferenceContext):
         nothing = self._next.rows_B[:0]
         self._next = Step(
             nothing, nothing, [self._packed(*zip(*parts, strict=True)) for parts in rounds],
-            snapshots, functools.partial(self._packed, self._chunks, None),
+            snapshots, lambda: self._packed(self._chunks, None),
         )  # fmt: skip
+
+    def begin_decode(self, batch: DecodeBatch) -> None:
+        """`begin_step` of a step that `may_decode`."""
+        self._rows, self._given, self._snapshots = batch.rows_B, batch, []
+        self.tables.begin_step(batch.rows_B, batch.ones_B)
+        nothing = self._next.rows_B[:0]
+        self._next = Step(nothing, nothing, make_chunks=lambda: self._packed(self._chunks, None))
+
+    @property
+    def _chunks(self) -> list[Chunk]:
+        """The step's."""
+        return self._given.chunks() if isinstance(self._given, DecodeBatch) else self._given
 
     def _packed(self, chunks: Sequence[Chunk], firsts: Sequence[int] | None) -> Chunks:
         return Chunks.of(
@@ -319,7 +342,7 @@ class PagedContext(BaseInferenceContext):
                     late.append(counts)
         compare = None if self.flips is None else self.flips.end_step(self._chunks)
         self.tables.end_step(self._rows, late, compare)
-        self._chunks = []
+        self._given = []
 
     def land(self, keep: int = 0) -> None:
         """Wait for the counters of the steps in flight, except for the `keep` newest; they are applied when

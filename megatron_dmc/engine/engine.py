@@ -9,26 +9,23 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.checkpoint.tokenizer import as_tokenizer
-from megatron_dmc.engine.batch import Batch
-from megatron_dmc.engine.chunk import Chunk
+from megatron_dmc.engine.batch import Batch, Launcher
 from megatron_dmc.engine.config import EngineConfig
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.input_processor import InputProcessor
 from megatron_dmc.engine.isolation import failure_of, own_work
-from megatron_dmc.engine.logit_rules import reads_last_token
 from megatron_dmc.engine.output_processor import OutputProcessor, output_of
 from megatron_dmc.engine.parallel.group import TensorParallel
-from megatron_dmc.engine.request import Request, RequestOutput
+from megatron_dmc.engine.request import Request, RequestOutput, RequestStatus
 from megatron_dmc.engine.rule import check_combinations, compression_rule
 from megatron_dmc.engine.runner import ModelRunner, device_of_weights
-from megatron_dmc.engine.sampler import SampledToken, Sampler, Sampling
+from megatron_dmc.engine.sampler import Sampled, Sampler, Sampling
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.engine.scheduler import Scheduler
 from megatron_dmc.engine.sizes import resolve_sizes
 from megatron_dmc.engine.stats import EngineStats, StatsCollector
 from megatron_dmc.errors import InvalidRequest, RequestFailed
 from megatron_dmc.ops.paged.kv_pages import parse_kv_cache_dtype
-from megatron_dmc.ops.tensors import take_rows
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +137,9 @@ class LLMEngine:
             num_kv_heads=description.num_query_groups,
             plain_entry_bytes=2 * description.kv_channels * dtype.itemsize,
         )
+        self._launcher = Launcher(
+            self.runner, self._sample, self.output_processor, keeps_sampled=self._is_async
+        )
         self._requests: dict[str, Request] = {}
         self._num_added = 0
         self._in_flight: Batch | None = None
@@ -194,6 +194,12 @@ class LLMEngine:
         self._forget(request)
         return output
 
+    def abort(self, request_id: str) -> Request | None:
+        """`abort_request` without an output: the request itself."""
+        request = self._requests.get(request_id)
+        self.abort_request(request_id)
+        return request
+
     @property
     def has_unfinished_requests(self) -> bool:
         return self.scheduler.has_unfinished_requests
@@ -206,7 +212,7 @@ class LLMEngine:
     # A step.
 
     def step(self) -> list[RequestOutput]:
-        """Compute one batch: schedule and launch it, then read, append and report.
+        """Compute one batch and report.
 
         With asynchronous scheduling the tokens read are those of the batch that was launched by the call
         before, while the device computes the new one. A token that turns out to follow the end of its
@@ -216,83 +222,65 @@ class LLMEngine:
             outputs of every request that got a token or ended. A request whose own work fails ends with
             finish_reason "error"; the others continue.
         """
+        changed = self._step()
+        self._stats.update_metrics(changed)
+        outputs = [self._output(request) for request in changed]
+        self._forget_finished(changed)
+        return outputs
+
+    def advance(self) -> list[Request]:
+        """As `step`, without outputs and their texts: the requests themselves."""
+        changed = self._step()
+        self._stats.update_metrics(changed)
+        self._forget_finished(changed)
+        return changed
+
+    def _step(self) -> list[Request]:
+        """Schedule and launch a batch, then read tokens and append them. Returns the requests that got one or
+        ended."""
         self._began = time.perf_counter() - self._carried_seconds
         schedule = self.scheduler.schedule()
-        chunks, landing = schedule.chunks, self._in_flight
-        assert chunks or landing or schedule.preempted or not self.has_unfinished_requests, (
-            "nothing can be scheduled"
-        )
-        outputs: list[RequestOutput] = []
-        if landing is not None and not self._may_launch(chunks):
-            outputs, landing = self._land(landing), None
-            chunks = [chunk for chunk in chunks if not chunk.request.is_finished]
-        launched = self._launch(chunks) if chunks else None
+        chunks, decode, landing = schedule.chunks, schedule.decode, self._in_flight
+        assert (
+            decode or chunks or landing or schedule.preempted or not self.has_unfinished_requests
+        ), "nothing can be scheduled"
+        changed: list[Request] = []
+        launched = None
+        if decode is not None:
+            launched = self._launcher.decode(decode)
+        else:
+            if landing is not None and not self._launcher.may_launch(chunks):
+                changed, landing = self._land(landing), None
+                chunks = [chunk for chunk in chunks if not chunk.request.is_finished]
+            if chunks:
+                self._stats.step_scheduled(chunks)
+                launched = self._launcher.launch(chunks)
         if not self._is_async:
             landing, launched = launched, None
         if landing is not None:
-            outputs = self._land(landing, num_behind=0 if launched is None else 1)
+            changed = self._land(landing, num_behind=0 if launched is None else 1)
         self._in_flight = launched
         self._carried_seconds = time.perf_counter() - self._began
-        return outputs
-
-    def _may_launch(self, chunks: list[Chunk]) -> bool:
-        """Whether the host need not know the tokens of the batch in flight before this one. It has to for
-        rules that read the completion, for the key of a cached prefix that ends with such a token, and
-        where a preempted request computes it with others."""
-        for chunk in chunks:
-            request = chunk.request
-            if request.num_pending_tokens and (
-                chunk.num_tokens > 1
-                or reads_last_token(request)
-                or self.context.takes_snapshot(chunk)
-            ):
-                return False
-        return bool(chunks)
-
-    def _launch(self, chunks: list[Chunk]) -> Batch:
-        """Enqueue the work of the model and the sampler on the device."""
-        self._stats.step_scheduled(chunks)
-        offsets = [chunk.logit_offsets for chunk in chunks]
-        logits_XV = self.runner.run(chunks, offsets)
-        batch = Batch([chunk.num_tokens for chunk in chunks])
-        sample_rows: list[int] = []
-        row = 0
-        for chunk, of_chunk in zip(chunks, offsets, strict=True):
-            request, first, row = chunk.request, row, row + len(of_chunk)
-            end = row
-            if of_chunk and (request.params.prompt_logprobs is None or chunk.samples):
-                batch.sampling.append(request)
-                end -= 1
-                sample_rows.append(end)
-            if end > first:
-                logits, start = logits_XV[first:end], chunk.start + of_chunk[0]
-                batch.begin_prompt_logprobs(self.output_processor, request, start, logits)
-            request.num_computed_tokens = chunk.start + chunk.num_tokens
-        if batch.sampling:
-            batch.sampled = self._sample(take_rows(logits_XV, sample_rows), batch.sampling)
-        for request in batch.sampling:
-            request.num_pending_tokens += 1
-        if self._is_async:
-            for part in batch.sampled:
-                if isinstance(part, Sampling):
-                    self.runner.keep_sampled(part.token_ids_B, part.requests)
-        return batch
+        return changed
 
     def _sample(self, logits_BV: Tensor, requests: list[Request]) -> list[Sampling | RequestFailed]:
         return self.sampler.sample_all(logits_BV, requests)
 
-    def _read(self, sampled: list[Sampling | RequestFailed]) -> list[SampledToken | RequestFailed]:
+    def _read(self, sampled: list[Sampling | RequestFailed]) -> list[Sampled]:
         """Wait for the tokens: the only wait for the device in a step."""
-        tokens: list[SampledToken | RequestFailed] = []
+        tokens: list[Sampled] = []
         for part in sampled:
             tokens += [part] if isinstance(part, RequestFailed) else part.read()
         return tokens
 
-    def _land(self, batch: Batch, *, num_behind: int = 0) -> list[RequestOutput]:
+    def _land(self, batch: Batch, *, num_behind: int = 0) -> list[Request]:
         """Read a batch's tokens, append them, and end the requests that are done or have failed.
 
         Args:
             num_behind: batches launched after it.
+
+        Returns:
+            the requests that got a token, ended, or failed.
         """
         tokens = self._read(batch.sampled) if batch.sampling else []
         # the device is done with this batch: its entry counts are there
@@ -302,7 +290,7 @@ class LLMEngine:
         changed: list[Request] = []
         for request, token in zip(batch.sampling, tokens, strict=True):
             request.num_pending_tokens -= 1
-            if request.is_finished or request in failed:
+            if request.status is RequestStatus.FINISHED or (failed and request in failed):
                 continue
             changed.append(request)
             try:
@@ -314,22 +302,20 @@ class LLMEngine:
                 continue
             if ending is not None:
                 self._finish(request, *ending)
-        self._stats.tokens_generated(len(changed) - sum(request in failed for request in changed))
-        for request, failure in failed.items():
-            self._fail(request, failure)
-        outputs = self._collect(list(dict.fromkeys([*changed, *failed])))
+        num_failed = sum(request in failed for request in changed) if failed else 0
+        self._stats.tokens_generated(len(changed) - num_failed)
+        if failed:
+            for request, failure in failed.items():
+                self._fail(request, failure)
+            changed = list(dict.fromkeys([*changed, *failed]))
         began, self._began = self._began, time.perf_counter()
-        self._stats.step_finished(batch.sizes, self._began - began)
-        return outputs
+        self._stats.step_finished(batch.num_single, batch.num_prefilled, self._began - began)
+        return changed
 
-    def _collect(self, changed: list[Request]) -> list[RequestOutput]:
-        self._stats.update_all_metrics(changed)
-        outputs = []
+    def _forget_finished(self, changed: list[Request]) -> None:
         for request in changed:
-            outputs.append(self._output(request))
-            if request.is_finished:
+            if request.status is RequestStatus.FINISHED:
                 self._forget(request)
-        return outputs
 
     # The end of a request.
 

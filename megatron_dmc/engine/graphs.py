@@ -7,6 +7,7 @@ import bisect
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -90,26 +91,22 @@ class DecodeGraphs:
 
             self._graphs[size] = inputs_3B, capture(work)
 
-    def run(
-        self, token_ids: Sequence[int], positions: Sequence[int], rows: Sequence[int]
-    ) -> Tensor:
+    def run(self, given_3B: np.ndarray) -> Tensor:
         """A step of at most `largest` requests, one token each.
+
+        Args:
+            given_3B: token ids, positions and cache rows, int64.
 
         Returns:
             logits (B, V) of these requests, valid until the next run.
         """
-        count = len(token_ids)
+        count = given_3B.shape[1]
         size = self._sizes[bisect.bisect_left(self._sizes, count)]
-        padding = size - count
         inputs_3B, captured = self._graphs[size]
-        values = torch.tensor(
-            [
-                [*token_ids, *[0] * padding],
-                [*positions, *[0] * padding],
-                [*rows, *[-1] * padding],
-            ],
-            dtype=torch.int64,
-        )
+        padded_3B = np.zeros((3, size), dtype=np.int64)
+        padded_3B[2] = -1
+        padded_3B[:, :count] = given_3B
+        values = torch.from_numpy(padded_3B)
         if self._device.type == "cuda":
             values = values.pin_memory()
         inputs_3B.copy_(values, non_blocking=True)

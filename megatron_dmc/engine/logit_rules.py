@@ -91,10 +91,6 @@ class LogitRules:
         """Drop the state of a finished request."""
         self._states.pop(request.number, None)
 
-    def counts(self, requests: Sequence[Request]) -> bool:
-        """Whether a rule of one of these depends on how often a token came."""
-        return any(request.params.has_penalties for request in requests)
-
     def count(self, token_ids_B: Tensor, requests: Sequence[Request]) -> None:
         """Count each request's new token, on the device."""
         for b, request in enumerate(requests):

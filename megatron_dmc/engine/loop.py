@@ -7,14 +7,14 @@ last message, which answers every open call. Between processes they are pickled:
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from megatron_dmc.checkpoint.tokenizer import Tokenizer
 from megatron_dmc.engine.config import EngineConfig
 from megatron_dmc.engine.engine import LLMEngine
-from megatron_dmc.engine.request import Logprob, RequestMetrics, RequestOutput
+from megatron_dmc.engine.request import Logprob, Request, RequestMetrics
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.engine.stats import EngineStats
 from megatron_dmc.errors import DMCError, EngineDead, InvalidRequest, RequestFailed
@@ -94,9 +94,20 @@ class More(NamedTuple):
 
 
 class StepOutputs(NamedTuple):
-    """The changes of all requests in one step."""
+    """The changes of all requests in one step, those of one token and nothing more as columns."""
 
-    changes: list[Change]
+    keys: list[int]
+    token_ids: list[int]
+    num_cached_tokens: list[int]
+    num_entries: list[int]
+    num_pages: list[int]
+    others: list[Change]
+
+    def changes(self) -> Iterator[Change]:
+        """All of them."""
+        for key, token_id, *figures in zip(*self[:5], strict=True):
+            yield Change(key, [token_id], *figures, None)
+        yield from self.others
 
 
 class Ended(NamedTuple):
@@ -108,13 +119,15 @@ class Ended(NamedTuple):
 type Message = Reply | StepOutputs | Ended
 
 
-@dataclass
+@dataclass(slots=True)
 class _Sent:
     """The part of a request's output that the front has."""
 
     key: int
     num_tokens: int = 0
     num_preemptions: int = 0
+    is_plain: bool = False
+    """Whether each further token is one number: the first one is sent, and no log-probabilities are asked for."""
 
 
 class EngineLoop:
@@ -158,7 +171,7 @@ class EngineLoop:
                 self._make_calls()
                 self._engine.check_health()
                 if self._engine.has_unfinished_requests:
-                    self._deliver(self._engine.step())
+                    self._deliver(self._engine.advance())
         except BaseException as e:  # callers must not wait forever, whatever it is
             logger.exception("the engine failed")
             self._send(Ended(_as_engine_dead(e)))
@@ -199,44 +212,64 @@ class EngineLoop:
         self._sent[request_id] = _Sent(key)
 
     def abort_request(self, request_id: str) -> None:
-        output = self._engine.abort_request(request_id)
-        if output is not None:
-            self._deliver([output])
+        request = self._engine.abort(request_id)
+        if request is not None:
+            self._deliver([request])
 
     def stats(self) -> EngineStats:
         return self._engine.stats()
 
     # Outputs.
 
-    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
-        changes = [self._change(output) for output in outputs if output.request_id in self._sent]
-        if changes:
-            self._send(StepOutputs(changes))
+    def _deliver(self, requests: Sequence[Request]) -> None:
+        """Send what has changed of requests since their last changes."""
+        columns: tuple[list[int], ...] = ([], [], [], [], [])
+        keys, token_ids, cached_tokens, entries, pages = columns
+        others: list[Change] = []
+        for request in requests:
+            sent = self._sent.get(request.request_id)
+            if sent is None:
+                continue
+            metrics, output = request.metrics, request.output_token_ids
+            if (
+                sent.is_plain and request.finish_reason is None
+                and len(output) == sent.num_tokens + 1
+                and metrics.num_preemptions == sent.num_preemptions
+            ):  # fmt: skip
+                sent.num_tokens += 1
+                keys.append(sent.key)
+                token_ids.append(output[-1])
+                cached_tokens.append(metrics.num_cached_tokens)
+                entries.append(metrics.num_entries)
+                pages.append(metrics.num_pages)
+            else:
+                others.append(self._change(request, sent))
+        if keys or others:
+            self._send(StepOutputs(*columns, others))
 
-    def _change(self, output: RequestOutput) -> Change:
-        sent, completion, metrics = self._sent[output.request_id], output.outputs[0], output.metrics
-        is_first, start = sent.num_tokens == 0, sent.num_tokens
-        more = None
-        if (
-            is_first or output.finished or completion.request_logprobs is not None
-            or metrics.num_preemptions != sent.num_preemptions
-        ):  # fmt: skip
-            logprobs = completion.logprobs
-            more = More(
-                replace(metrics),
-                completion.finish_reason,
-                completion.stop_reason,
-                output.error,
-                None if logprobs is None else logprobs[start:],
-                completion.cumulative_logprob,
-                output.prompt_logprobs if is_first else None,
-            )
-        sent.num_tokens, sent.num_preemptions = completion.num_tokens, metrics.num_preemptions
-        if output.finished:
-            del self._sent[output.request_id]
+    def _change(self, request: Request, sent: _Sent) -> Change:
+        metrics, params, start = request.metrics, request.params, sent.num_tokens
+        wants_logprobs = params.logprobs is not None
+        is_first = start == 0
+        more = More(
+            replace(metrics),
+            request.finish_reason,
+            request.stop_reason,
+            request.error,
+            request.logprobs[start:] if wants_logprobs else None,
+            request.cumulative_logprob if wants_logprobs else None,
+            request.prompt_logprobs if is_first and params.prompt_logprobs is not None else None,
+        )
+        sent.num_tokens, sent.num_preemptions = (
+            len(request.output_token_ids),
+            metrics.num_preemptions,
+        )
+        sent.is_plain = sent.num_tokens > 0 and not wants_logprobs
+        if request.is_finished:
+            del self._sent[request.request_id]
         return Change(
             sent.key,
-            completion.request_token_ids[start : completion.num_tokens],
+            request.output_token_ids[start:],
             metrics.num_cached_tokens,
             metrics.num_entries,
             metrics.num_pages,

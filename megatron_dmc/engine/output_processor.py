@@ -36,6 +36,9 @@ class OutputProcessor:
 
     def add(self, request: Request) -> None:
         """Prepare for a new request."""
+        params = request.params
+        ends = () if params.ignore_eos else self._eos_ids
+        request.ending_token_ids = frozenset((*ends, *params.stop_token_ids))
         if self._tokenizer is not None and request.params.detokenize:
             self._texts[request.request_id] = CompletionText(
                 self._tokenizer, request.prompt_token_ids, request.params
@@ -45,27 +48,31 @@ class OutputProcessor:
         """Drop the state of a request that has ended."""
         self._texts.pop(request.request_id, None)
 
-    def append(self, request: Request, token: SampledToken) -> Ending | None:
+    def append(self, request: Request, token: int | SampledToken) -> Ending | None:
         """Append a token to its request; the ending if it is the last one."""
-        if request.metrics.first_token_time is None:
-            request.metrics.first_token_time = time.monotonic()
-        request.output_token_ids.append(token.token_id)
-        if token.logprobs is not None and token.logprob is not None:
+        if isinstance(token, int):
+            token_id = token
+        else:
             request.logprobs.append(token.logprobs)
             request.cumulative_logprob += token.logprob
-        is_eos = token.token_id in self._eos_ids and not request.params.ignore_eos
-        is_stop_token = token.token_id in request.params.stop_token_ids
-        is_full = request.num_known_tokens >= request.max_total_tokens
+            token_id = token.token_id
+        output = request.output_token_ids
+        output.append(token_id)
+        number = len(output)
+        if number == 1 and request.metrics.first_token_time is None:
+            request.metrics.first_token_time = time.monotonic()
+        ends = token_id in request.ending_token_ids
+        is_full = number + len(request.prompt_token_ids) >= request.max_total_tokens
+        if not (ends or is_full or self._texts):
+            return None
         text = self._texts.get(request.request_id)
         if text is not None:
-            number, ends = len(request.output_token_ids), is_eos or is_stop_token
-            stop_text = text.append(token.token_id, number, ends=ends, is_last=is_full)
+            stop_text = text.append(token_id, number, ends=ends, is_last=is_full)
             if stop_text is not None:
                 return Ending("stop", stop_text)
-        if is_eos:
-            return Ending("stop", None if token.token_id == self._eos_id else token.token_id)
-        if is_stop_token:
-            return Ending("stop", token.token_id)
+        if ends:
+            is_plain = token_id == self._eos_id and not request.params.ignore_eos
+            return Ending("stop", None if is_plain else token_id)
         return Ending("length", None) if is_full else None
 
     def begin_prompt_logprobs(

@@ -106,6 +106,8 @@ class Request:
     """Merge decisions about its tokens, where flipped ones are counted."""
     bad_words_token_ids: list[list[int]] = field(default_factory=list)
     """Token sequences that are never generated."""
+    ending_token_ids: frozenset[int] = frozenset()
+    """Tokens that end the completion, as `OutputProcessor` finds them."""
     output_token_ids: list[int] = field(default_factory=list)
     num_pending_tokens: int = 0
     """Tokens of the completion that are sampled on the device and not yet in `output_token_ids`."""

@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_dmc.engine.chunk import Chunk
 from megatron_dmc.engine.context import PagedContext
+from megatron_dmc.engine.decode_batch import DecodeBatch
 from megatron_dmc.engine.graphs import Capture, CudaGraphs, DecodeGraphs
 from megatron_dmc.engine.request import Request
 from megatron_dmc.errors import UnsupportedConfig
@@ -145,11 +147,33 @@ class ModelRunner:
         self.context.begin_step(packed)
         graphs = self._graphs
         if graphs is not None and len(packed) == num_single <= graphs.largest:
-            logits_XV = take_rows(graphs.run(token_ids, positions, decode_rows), logit_rows)
+            inputs_3B = np.array([token_ids, positions, decode_rows], dtype=np.int64)
+            logits_XV = take_rows(graphs.run(inputs_3B), logit_rows)
         else:
             parts = (token_ids, positions, decode_rows, logit_rows)
             ids_T, positions_T, rows_B, rows_X = self._on_device(parts)
             logits_XV = self._forward(ids_T, positions_T, rows_B, rows_X)
+        self.context.end_step()
+        if self._gather is not None:
+            logits_XV = self._gather(logits_XV)
+        return logits_XV[:, : self.vocab_size]
+
+    @torch.no_grad()
+    def decode(self, batch: DecodeBatch) -> Tensor:
+        """`run` of a step of one token of each request: their logits_BV."""
+        if not batch.num_steps:
+            starts = batch.starts_B.tolist()
+            token_ids = [_token_at(r, at) for r, at in zip(batch.requests, starts, strict=True)]
+        elif self._reads_sampled:
+            token_ids = [_SAMPLED] * len(batch.requests)
+        else:
+            token_ids = [request.output_token_ids[-1] for request in batch.requests]
+        inputs_3B = np.array([token_ids, batch.starts_B, batch.rows_B])
+        self.context.begin_decode(batch)
+        if self._graphs is not None and len(token_ids) <= self._graphs.largest:
+            logits_XV = self._graphs.run(inputs_3B)
+        else:
+            logits_XV = self._forward(*to_device(inputs_3B, self.device).unbind(0), None)
         self.context.end_step()
         if self._gather is not None:
             logits_XV = self._gather(logits_XV)

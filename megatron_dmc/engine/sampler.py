@@ -30,12 +30,16 @@ _FEW = 1024
 
 @dataclass(slots=True)
 class SampledToken:
-    """The next token of one request."""
+    """The next token of a request that asks for log-probabilities."""
 
     token_id: int
-    logprob: float | None
-    """Of the model itself: before biases, penalties, temperature and truncation. None if not asked for."""
-    logprobs: dict[int, Logprob] | None
+    logprob: float
+    """Of the model itself: before biases, penalties, temperature and truncation."""
+    logprobs: dict[int, Logprob]
+
+
+type Sampled = int | SampledToken | RequestFailed
+"""The next token of a request, its id alone where no log-probabilities are asked for, or the failure."""
 
 
 def _not_finite(request: Request) -> RequestFailed:
@@ -86,50 +90,80 @@ def _rows_of_logprobs(
     return rows
 
 
-def _by_width(params: Sequence[SamplingParams], vocab_size: int) -> Iterator[tuple[int, list[int]]]:
-    """Requests whose unlikely tokens are cut off, those of a small top-k apart: the number of tokens to put
-    in order for them, and which they are."""
+def _by_widths(
+    params: Sequence[SamplingParams], vocab_size: int, *, may_wait: bool
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Requests whose unlikely tokens are cut off, those of a small top-k apart: numbers of tokens to put in order for
+    them, the next one where the one before did not suffice, and which requests they are.
+
+    Args:
+        may_wait: whether the host may ask if they did; on a GPU it would wait.
+    """
     cut = [b for b, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
     few = [b for b in cut if 0 < params[b].top_k <= _FEW]
     if few:
-        yield min(max(params[b].top_k for b in few), vocab_size), few
+        yield [min(max(params[b].top_k for b in few), vocab_size)], few
     if len(few) < len(cut):
-        yield vocab_size, [b for b in cut if b not in set(few)]
+        widths = [_FEW, vocab_size] if may_wait and vocab_size > _FEW else [vocab_size]
+        yield widths, [b for b in cut if b not in set(few)]
 
 
 def truncate(
     scores_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor, *, most: int
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Cut off the unlikely tokens: top-k, of what is left top-p, of that min-p, as transformers' warpers
     do one after the other. A token that is as likely as the last one kept stays.
 
-    Only the `most` likely tokens are put in order; what others are as likely as the k-th adds to the mass.
+    Only the `most` likely tokens are put in order; of the others only the mass is used.
 
     Args:
         scores_BV: after temperature.
         top_k_B: int64; 0 or less: no limit.
-        top_p_B: in (0, 1].
-        min_p_B: in [0, 1], relative to the most likely token.
-        most: at least each row's limit; the vocabulary's size where a row has none.
+        top_p_B: float64 in (0, 1].
+        min_p_B: float64 in [0, 1], relative to the most likely token.
 
     Returns:
-        scores with -inf where cut off; at least one is left.
+        scores with -inf where cut off; at least one is left. And bool (B,), whether this is the result: no token
+        that was not put in order stays, except for those as likely as the last one that was.
     """
-    lowest = float("-inf")
-    k_B = torch.where(top_k_B > 0, top_k_B, most).clamp(max=most)
     top_BK = scores_BV.topk(most, -1).values
+    is_limited_B1 = ((top_k_B > 0) & (top_k_B <= most))[:, None]
+    k_B = torch.where(is_limited_B1[:, 0], top_k_B, most)
     last_B1 = top_BK.gather(1, k_B[:, None] - 1)
     is_cut_BK = top_BK < last_B1
-    mass_BK = (top_BK - top_BK[:, :1]).exp().masked_fill(is_cut_BK, 0)
-    num_more_B1 = (scores_BV >= last_B1).sum(-1, keepdim=True) - (~is_cut_BK).sum(-1, keepdim=True)
-    more_B1 = num_more_B1 * (last_B1 - top_BK[:, :1]).exp()
+    mass_BK = (top_BK.double() - top_BK[:, :1]).exp().masked_fill(is_cut_BK, 0)
+    # of those not in order: as likely as the k-th, or any without a limit
+    is_more_BV = (scores_BV >= last_B1) | ~is_limited_B1
+    mass_BV = (scores_BV.double() - top_BK[:, :1]).exp().masked_fill(~is_more_BV, 0)
+    more_B1 = (mass_BV.sum(-1, keepdim=True) - mass_BK.sum(-1, keepdim=True)).clamp_min(0)
     # a token goes if it and all that are less likely come to no more than 1 - top_p
     tail_BK = mass_BK.flip(-1).cumsum(-1).flip(-1) + more_B1
     is_cut_BK |= tail_BK <= (1 - top_p_B[:, None]) * tail_BK[:, :1]
     is_cut_BK |= mass_BK < min_p_B[:, None]
     is_cut_BK[:, 0] = False
     threshold_B1 = top_BK.masked_fill(is_cut_BK, float("inf")).amin(-1, keepdim=True)
-    return scores_BV.masked_fill(scores_BV < threshold_B1, lowest)
+    if most == scores_BV.shape[1]:
+        is_done_B = torch.ones_like(top_k_B, dtype=torch.bool)
+    else:
+        is_done_B = (is_cut_BK[:, -1] & (top_k_B <= most)) | is_limited_B1[:, 0]
+    return scores_BV.masked_fill(scores_BV < threshold_B1, float("-inf")), is_done_B
+
+
+def truncate_in_order(scores_BV: Tensor, draws: "_Draws") -> None:
+    """`truncate` in place, of the rows that ask for it, with as few tokens in order as suffice."""
+    for widths, index in draws.by_widths:
+        for most in widths:
+            kept_BV, is_done_B = truncate(
+                scores_BV[index], draws.top_k_B[index], draws.top_p_B[index], draws.min_p_B[index],
+                most=most,
+            )  # fmt: skip
+            if most == widths[-1]:
+                scores_BV[index] = kept_BV
+            else:
+                scores_BV[index[is_done_B]] = kept_BV[is_done_B]
+                index = index[~is_done_B]
+            if not len(index):
+                break
 
 
 class Sampling:
@@ -139,17 +173,15 @@ class Sampling:
         requests: whose tokens they are.
     """
 
-    def __init__(self, requests: Sequence[Request], chosen_B: Tensor, logits_BV: Tensor):
+    def __init__(self, plan: "_Plan", chosen_B: Tensor, logits_BV: Tensor):
         """Start to copy them, with the log-probabilities that are asked for.
 
         Args:
             chosen_B: token ids, or `_NO_TOKEN`.
             logits_BV: the model's.
         """
-        self.requests = list(requests)
+        self.requests, self._asked, self._counts = plan.requests, plan.asked, plan.counts
         self._chosen_B = chosen_B
-        self._asked = [b for b, r in enumerate(requests) if r.params.logprobs is not None]
-        self._counts = [requests[b].params.logprobs or 0 for b in self._asked]
         late = [chosen_B]
         if self._asked:
             late += _likeliest(
@@ -163,23 +195,20 @@ class Sampling:
         """The tokens on the device, int64; 0 for a request that has none."""
         return self._chosen_B.clamp(min=0)
 
-    def read(self) -> list[SampledToken | RequestFailed]:
+    def read(self) -> list[Sampled]:
         """One token for each request; an error for one whose logits have NaN or +inf, or nothing above -inf.
         The host's one wait of a step."""
         token_ids_B, *found = self._late.read()
         token_ids = token_ids_B.tolist()
-        sampled: list[SampledToken | RequestFailed] = [
-            SampledToken(token_id, None, None) if token_id != _NO_TOKEN else _not_finite(request)
-            for token_id, request in zip(token_ids, self.requests, strict=True)
-        ]
+        sampled: list[Sampled] = list(token_ids)
+        for b in np.flatnonzero(token_ids_B == _NO_TOKEN):
+            sampled[b] = _not_finite(self.requests[b])
         for i, b in enumerate(self._asked):
             if token_ids[b] != _NO_TOKEN:
                 sampled[b] = self._with_logprobs(b, token_ids[b], i, found)
         return sampled
 
-    def _with_logprobs(
-        self, b: int, token_id: int, i: int, found: list[np.ndarray]
-    ) -> SampledToken | RequestFailed:
+    def _with_logprobs(self, b: int, token_id: int, i: int, found: list[np.ndarray]) -> Sampled:
         own = [x[i : i + 1] for x in found]
         try:
             with own_work(self.requests[b].request_id):
@@ -187,6 +216,47 @@ class Sampling:
         except RequestFailed as error:
             return error
         return SampledToken(token_id, row[token_id].logprob, row)
+
+
+@dataclass
+class _Draws:
+    """Requests whose tokens are drawn.
+
+    Attributes:
+        rows_B: rows of the logits, int64, on the device.
+        temperature_B, top_k_B, top_p_B, min_p_B: on the device.
+        by_widths: see `_by_widths`, with the requests' places on the device.
+    """
+
+    requests: list[Request]
+    seeds: list[int]
+    rows_B: Tensor
+    temperature_B: Tensor
+    top_k_B: Tensor
+    top_p_B: Tensor
+    min_p_B: Tensor
+    by_widths: list[tuple[list[int], Tensor]]
+
+
+class _Plan:
+    """The parameters of a step's requests; those of the next step of the same requests too.
+
+    Attributes:
+        asked, counts: rows that want log-probabilities, and of how many tokens.
+        drawn: rows that are not greedy.
+        draws: how their tokens are drawn.
+        has_rules, has_penalties: whether a row has some.
+    """
+
+    def __init__(self, requests: Sequence[Request]):
+        self.requests = requests
+        params = [request.params for request in requests]
+        self.asked = [b for b, p in enumerate(params) if p.logprobs is not None]
+        self.counts = [params[b].logprobs or 0 for b in self.asked]
+        self.drawn = [b for b, p in enumerate(params) if not p.greedy]
+        self.draws: _Draws | None = None
+        self.has_rules = any(p.has_logit_rules for p in params)
+        self.has_penalties = any(p.has_penalties for p in params)
 
 
 class Sampler:
@@ -202,24 +272,30 @@ class Sampler:
     def __init__(self, seed: int = 0, eos_ids: Collection[int] = ()):
         self.seed = seed
         self._rules = LogitRules(eos_ids)
+        self._plan = _Plan([])
 
     def sample(self, logits_BV: Tensor, requests: Sequence[Request]) -> Sampling:
         """One token for each request. Waits for nothing.
 
         Args:
             logits_BV: any floating dtype; the vocabulary without padding. Not changed.
+            requests: the same list as in the last call, if they are the same: then it is not read again.
         """
+        if self._plan.requests is not requests:
+            self._plan = _Plan(requests)
+        plan = self._plan
         logits_BV = logits_BV.to(accumulator_dtype(logits_BV.dtype))
-        scores_BV = self._rules.apply(logits_BV, requests)
+        scores_BV = self._rules.apply(logits_BV, requests) if plan.has_rules else logits_BV
         most_B, chosen_B = scores_BV.max(-1)
-        drawn = [b for b, request in enumerate(requests) if not request.params.greedy]
-        if drawn:
-            index = to_device(drawn, logits_BV.device)
-            chosen_B[index] = self._draw(scores_BV[index], [requests[b] for b in drawn])
+        if plan.drawn:
+            if plan.draws is None:
+                plan.draws = self._draws([requests[b] for b in plan.drawn], plan.drawn, scores_BV)
+            rows_B = plan.draws.rows_B
+            chosen_B[rows_B] = self._draw(scores_BV[rows_B], plan.draws)
         # NaN is the largest of a row that has one, and not below infinity
         chosen_B = chosen_B.masked_fill(~(most_B.abs() < math.inf), _NO_TOKEN)
-        sampling = Sampling(requests, chosen_B, logits_BV)
-        if self._rules.counts(requests):
+        sampling = Sampling(plan, chosen_B, logits_BV)
+        if plan.has_penalties:
             self._rules.count(sampling.token_ids_B, requests)
         return sampling
 
@@ -246,25 +322,33 @@ class Sampler:
         """The request has ended."""
         self._rules.forget(request)
 
-    def _draw(self, scores_BV: Tensor, requests: Sequence[Request]) -> Tensor:
-        """Token ids by inverse transform sampling, all rows at once."""
+    def _draws(self, requests: list[Request], rows: list[int], scores_BV: Tensor) -> _Draws:
         device, params = scores_BV.device, [request.params for request in requests]
-        numbers_B2 = to_device([[self._seed_of(r), r.num_output_tokens] for r in requests], device)
         values_B4 = to_device(
             [[p.temperature, p.top_k, p.top_p, p.min_p] for p in params],
             device, dtype=torch.float64,
         )  # fmt: skip
-        temperature_B, top_k_B, top_p_B, min_p_B = values_B4.to(scores_BV.dtype).unbind(1)
-        scores_BV = scores_BV / temperature_B[:, None]
-        for most, cut in _by_width(params, scores_BV.shape[1]):
-            index = to_device(cut, device)
-            top_k_B = values_B4[:, 1].long()
-            scores_BV[index] = truncate(
-                scores_BV[index], top_k_B[index], top_p_B[index], min_p_B[index], most=most
-            )
+        temperature_B, top_k_B, top_p_B, min_p_B = values_B4.unbind(1)
+        return _Draws(
+            requests, [self._seed_of(request) for request in requests], to_device(rows, device),
+            temperature_B.to(scores_BV.dtype), top_k_B.long(), top_p_B, min_p_B,
+            [
+                (widths, to_device(of, device))
+                for widths, of in _by_widths(
+                    params, scores_BV.shape[1], may_wait=device.type == "cpu"
+                )
+            ],
+        )  # fmt: skip
+
+    def _draw(self, scores_BV: Tensor, draws: _Draws) -> Tensor:
+        """Token ids by inverse transform sampling, all rows at once."""
+        positions = [request.num_output_tokens for request in draws.requests]
+        numbers_2B = to_device([draws.seeds, positions], scores_BV.device)
+        scores_BV = scores_BV / draws.temperature_B[:, None]
+        truncate_in_order(scores_BV, draws)
         mass_BV = scores_BV.double().softmax(-1).cumsum(-1)
         total_B1 = mass_BV[:, -1:]
-        wanted_B1 = uniforms(*numbers_B2.unbind(1))[:, None] * total_B1
+        wanted_B1 = uniforms(*numbers_2B.unbind(0))[:, None] * total_B1
         # below the total: a token of no mass at the end is never chosen
         wanted_B1 = torch.minimum(wanted_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
         chosen_B1 = torch.searchsorted(mass_BV, wanted_B1, right=True)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from megatron_dmc.errors import InvalidRequest
@@ -165,12 +164,12 @@ class SamplingParams:
         self._require("min_tokens", _is_int(self.min_tokens, 0, most),
                       f"use 0 to max_tokens={self.max_tokens}")  # fmt: skip
 
-    @cached_property
+    @property
     def has_penalties(self) -> bool:
         """Whether the tokens so far change the logits."""
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
 
-    @cached_property
+    @property
     def has_logit_rules(self) -> bool:
         """Whether the logits are changed before temperature and truncation."""
         return bool(
@@ -178,7 +177,7 @@ class SamplingParams:
             or self.bad_words or self.min_tokens
         )  # fmt: skip
 
-    @cached_property
+    @property
     def greedy(self) -> bool:
         """True where no randomness is involved; below 1e-5 the scores would overflow."""
         return self.temperature < 1e-5

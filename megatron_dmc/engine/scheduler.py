@@ -21,8 +21,12 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, get_args
 
 from megatron_dmc.engine.chunk import Chunk
+from megatron_dmc.engine.decode_batch import DecodeBatch
 from megatron_dmc.engine.request import Request, RequestStatus
 from megatron_dmc.errors import InvalidRequest, UnsupportedConfig
+
+_STEPS_BETWEEN_LOOKS = 8
+"""While no request ends, a waiting one that lacks pages is looked at again after this number of steps."""
 
 SchedulingPolicy = Literal["fcfs", "priority"]
 
@@ -58,6 +62,10 @@ class PageAccount(Protocol):
 
     def pages_needed_each(self, requests: Sequence[Request]) -> list[int]:
         """`pages_needed` of running requests for one more token each."""
+        ...
+
+    def may_decode(self, batch: DecodeBatch) -> bool:
+        """Whether the pages of this step are free, and nothing but its tokens has to be known of it."""
         ...
 
     def num_cached_tokens(self, request: Request) -> int:
@@ -99,6 +107,8 @@ class Schedule:
 
     chunks: list[Chunk] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
+    decode: DecodeBatch | None = None
+    """Instead of chunks, where every running request decodes one token and nothing else happens."""
 
     @property
     def num_tokens(self) -> int:
@@ -146,6 +156,8 @@ class Scheduler:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self._batch: DecodeBatch | None = None
+        self._steps_to_next_look = 0
         self._released_tokens = self._released_entries = 0
 
     @property
@@ -226,10 +238,16 @@ class Scheduler:
         """
         self.check_feasible(request)
         bisect.insort(self.waiting, request, key=self.order)
+        if self.waiting[0] is request:
+            self._steps_to_next_look = 0
 
     def schedule(self) -> Schedule:
         """Choose a step's tokens: one for every running request, then the rest of their prompts, then
         new requests, each in order and while all bounds allow."""
+        batch = self._decode_batch()
+        if batch is not None and self.account.may_decode(batch):
+            return Schedule(decode=batch)
+        self._batch = None
         schedule = Schedule()
         free = self._continue(schedule)
         if not schedule.preempted:
@@ -238,12 +256,25 @@ class Scheduler:
 
     def finish(self, request: Request) -> None:
         """Take a request out, running or waiting, and give back what it holds."""
+        self._batch, self._steps_to_next_look = None, 0
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
             self._release(request)
         else:
             self.waiting.remove(request)
         request.status = RequestStatus.FINISHED
+
+    def _decode_batch(self) -> DecodeBatch | None:
+        """The step in which every running request decodes one token; None where something else is due."""
+        if len(self.running) > self.max_num_batched_tokens:
+            return None
+        if self.waiting and len(self.running) < self.max_num_seqs:
+            if not self._steps_to_next_look:
+                return None
+            self._steps_to_next_look -= 1
+        if self._batch is None or not self._batch.num_left:
+            self._batch = DecodeBatch.of(self.running)
+        return self._batch
 
     def _continue(self, schedule: Schedule) -> int:
         """Chunks for the running requests, preempting where needed. Returns pages left free."""
@@ -293,26 +324,26 @@ class Scheduler:
 
     def _admit(self, schedule: Schedule, free: int) -> None:
         budget = self.max_num_batched_tokens - schedule.num_tokens
-        heads = self.account.num_heads_total
+        cr, others = 1.0, None
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
-            prefix = self.account.find_prefix(request)
-            if prefix.num_pages + heads > free and not self.running:
-                prefix = NO_PREFIX  # alone, it must start whatever is cached
-            # one token may need a new page of every head
-            if prefix.num_pages + heads > free:
-                break
-            if self.running:
+            if self.running and others is None:
                 cr = self.measured_cr
-                expected = prefix.num_pages + self.expected_pages(request, prefix.num_tokens, cr)
-                for r in self.running:
-                    expected += self.expected_pages(r, r.num_computed_tokens, cr)
-                if expected > self.account.num_free_pages:
-                    break
+                others = sum(
+                    self.expected_pages(r, r.num_computed_tokens, cr) for r in self.running
+                )
+            prefix = self._fitting_prefix(request, free, cr, others)
+            if prefix is None:
+                self._steps_to_next_look = _STEPS_BETWEEN_LOOKS - 1
+                break
             self.waiting.pop(0)
             self.account.start(request, use_prefix=prefix.num_tokens > 0)
             request.status = RequestStatus.RUNNING
             bisect.insort(self.running, request, key=self.order)
+            if prefix.num_tokens:
+                others = None  # its entries change the measured CR
+            elif others is not None:
+                others += self.expected_pages(request, 0, cr)
             free -= prefix.num_pages
             num_tokens = self._most_tokens(
                 request, min(request.num_uncomputed_tokens, budget), free
@@ -320,6 +351,26 @@ class Scheduler:
             schedule.chunks.append(Chunk.next_of(request, num_tokens))
             free -= self.account.pages_needed(request, num_tokens)
             budget -= num_tokens
+
+    def _fitting_prefix(
+        self, request: Request, free: int, cr: float, others: float | None
+    ) -> CachedPrefix | None:
+        """The cached prefix from which a request can start now; None if it has to wait for pages.
+
+        Args:
+            others: pages that the running requests will probably need; None: there are none.
+        """
+        heads = self.account.num_heads_total
+        prefix = self.account.find_prefix(request)
+        if prefix.num_pages + heads > free and others is None:
+            prefix = NO_PREFIX  # alone, it must start whatever is cached
+        # one token may need a new page of every head
+        if prefix.num_pages + heads > free:
+            return None
+        if others is None:
+            return prefix
+        expected = prefix.num_pages + self.expected_pages(request, prefix.num_tokens, cr)
+        return prefix if expected + others <= self.account.num_free_pages else None
 
     def _most_tokens(self, request: Request, most: int, num_pages: int) -> int:
         """The most tokens, from 1 to `most`, for which `num_pages` pages suffice at worst."""

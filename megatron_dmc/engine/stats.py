@@ -168,17 +168,12 @@ class StatsCollector:
         """Note the pages in use, once the step's entry counts are known."""
         self._peak_pages = max(self._peak_pages, self._context.tables.num_pages_after_step)
 
-    def step_finished(self, sizes: Sequence[int], seconds: float) -> None:
-        """Count a step's tokens and time.
-
-        Args:
-            sizes: tokens of each of its chunks.
-        """
-        singles = sum(size == 1 for size in sizes)
-        self._num_decode += singles
-        self._num_prefill += sum(sizes) - singles
-        if singles == len(sizes):
-            self._num_decode_only += singles
+    def step_finished(self, num_single: int, num_prefilled: int, seconds: float) -> None:
+        """Count a step's tokens, those of requests that have one and those of the others, and its time."""
+        self._num_decode += num_single
+        self._num_prefill += num_prefilled
+        if not num_prefilled:
+            self._num_decode_only += num_single
             self._decode_seconds += seconds
         else:
             self._prefill_seconds += seconds
@@ -191,19 +186,15 @@ class StatsCollector:
         """Count a request that is about to leave the scheduler."""
         if request.row is not None:
             self._context.tables.count_row(request.row)
-        self.update_metrics(request)
+        self.update_metrics([request])
         if request.row is not None:
             self._finished_tokens += self._context.num_cached_tokens(request)
             self._finished_raw += self._num_raw(request)
             self._finished_entries_LG += self._entries_LG(request)
         self._num_finished += 1
 
-    def update_metrics(self, request: Request) -> None:
-        """Update the cache figures in a running request's metrics; others keep their last ones."""
-        self.update_all_metrics([request])
-
-    def update_all_metrics(self, requests: Sequence[Request]) -> None:
-        """`update_metrics` of several requests."""
+    def update_metrics(self, requests: Sequence[Request]) -> None:
+        """Update the cache figures in running requests' metrics; others keep their last ones."""
         running = [request for request in requests if request.row is not None]
         rows = [row for request in running if (row := request.row) is not None]
         counts = self._context.tables.counts.figures(rows)
@@ -228,7 +219,7 @@ class StatsCollector:
         tokens, raw = self._finished_tokens, self._finished_raw
         crs = {}
         for request in scheduler.running:
-            self.update_metrics(request)
+            self.update_metrics([request])
             tokens += context.num_cached_tokens(request)
             raw += self._num_raw(request)
             running_LG += self._entries_LG(request)

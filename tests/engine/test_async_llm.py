@@ -128,7 +128,7 @@ def test_a_slow_reader_stalls_nobody_and_costs_no_memory():
 def test_failure_and_shutdown_end_every_stream(caplog):
     llm = make()
     params = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
-    run, steps = llm.client.engine.runner.run, []
+    run, steps = llm.client.engine.runner._forward, []
 
     def failing(*args):
         steps.append(1)
@@ -136,7 +136,7 @@ def test_failure_and_shutdown_end_every_stream(caplog):
             raise RuntimeError("CUDA error: device lost")
         return run(*args)
 
-    llm.client.engine.runner.run = failing
+    llm.client.engine.runner._forward = failing
 
     async def main():
         both = await asyncio.gather(

@@ -147,8 +147,8 @@ def test_the_next_step_is_launched_before_tokens_are_read(monkeypatch):
     """And waits are one a step: for the tokens."""
     events = []
     engine = make_engine(dmc_config(), async_scheduling=True)
-    run, read = engine.runner.run, Sampling.read
-    engine.runner.run = lambda *args: events.append("launch") or run(*args)
+    run, read = engine.runner._forward, Sampling.read
+    engine.runner._forward = lambda *args: events.append("launch") or run(*args)
     monkeypatch.setattr(Sampling, "read", lambda self: events.append("read") or read(self))
     engine.add_request("a", [4, 5, 6], SamplingParams(temperature=0, max_tokens=5))
     assert engine.step() == []

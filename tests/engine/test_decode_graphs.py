@@ -5,6 +5,7 @@ There is no GPU here: what is captured is run again, on the same static tensors,
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from random_models import VOCAB, random_model
@@ -143,10 +144,10 @@ def test_inputs_are_padded_to_the_next_size():
     )
     assert [len(ids) for ids, _, _ in seen] == [4, 2]  # the largest first
     assert all(set(rows) == {-1} for _, _, rows in seen)
-    out = graphs.run([7, 8, 9], [1, 2, 3], [5, 0, 2])
+    out = graphs.run(np.array([[7, 8, 9], [1, 2, 3], [5, 0, 2]]))
     assert seen[-1] == [[7, 8, 9, 0], [1, 2, 3, 0], [5, 0, 2, -1]]
     assert out.tolist() == [[7, 1], [8, 2], [9, 3]]
-    graphs.run([6], [4], [3])
+    graphs.run(np.array([[6], [4], [3]]))
     assert seen[-1] == [[6, 0], [4, 0], [3, -1]]
 
 

@@ -80,7 +80,7 @@ def forbidden_tokens(engine, patch):
 @fault
 def random_numbers(engine, patch):
     is_meant = lambda self, request: request.request_id == VICTIM
-    broken = raising(Sampler._seed_of, is_meant, OverflowError("seed"), after=2)
+    broken = raising(Sampler._seed_of, is_meant, OverflowError("seed"))
     patch.setattr(Sampler, "_seed_of", broken)
 
 
@@ -184,19 +184,19 @@ def test_streams_of_a_failed_request_raise_and_others_go_on(monkeypatch):
 
     async def main():
         is_meant = lambda self, request: request.request_id == VICTIM
-        broken = raising(Sampler._seed_of, is_meant, RuntimeError("no numbers"), after=3)
-        monkeypatch.setattr(Sampler, "_seed_of", broken)
+        broken = raising(LogitRules._forbidden, is_meant, RuntimeError("no rules"), after=3)
+        monkeypatch.setattr(LogitRules, "_forbidden", broken)
         return await asyncio.gather(*map(collect, "abc"), return_exceptions=True)
 
     a, b, c = asyncio.run(main())
-    assert isinstance(b, RequestFailed) and str(b) == "request b: RuntimeError: no numbers"
+    assert isinstance(b, RequestFailed) and str(b) == "request b: RuntimeError: no rules"
     assert (a, c) == (alone("a"), alone("c"))
     assert llm.failure is None and not llm.unfinished()
     llm.shutdown()
 
 
 FATAL = {
-    "device": ("runner.run", RuntimeError("CUDA error: an illegal memory access")),
+    "device": ("runner._forward", RuntimeError("CUDA error: an illegal memory access")),
     "device, seen by one request's work": (
         "sampler._seed_of",
         torch.AcceleratorError("device lost"),

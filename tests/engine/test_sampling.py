@@ -16,6 +16,7 @@ from transformers.generation.logits_process import (
 )
 
 from megatron_dmc import SamplingParams
+from megatron_dmc.engine import sampler
 from megatron_dmc.engine.counter_rng import mix_seeds, uniforms
 from megatron_dmc.engine.logit_rules import penalised
 from megatron_dmc.engine.sampler import Sampler, truncate
@@ -59,13 +60,41 @@ def test_truncation_is_transformers():
     few = [b for b in range(200) if 0 < top_k[b] <= 20]
     for rows, most in (range(200), 50), (few, 20), (few, 50):
         cut = [x[list(rows)] for x in (top_k, top_p, min_p)]
-        got = truncate(scores[list(rows)], *cut, most=most)
+        got, is_done = truncate(scores[list(rows)], *cut, most=most)
+        assert is_done.all()
         for b, kept in zip(rows, got, strict=True):
             want = warped(scores[b : b + 1], int(top_k[b]), float(top_p[b]), float(min_p[b]))[0]
             if b < 20:  # of equal tokens at the edge of top-p, all stay
                 least = want[want > float("-inf")].min()
                 want = scores[b].masked_fill(scores[b] < least, float("-inf"))
             assert torch.equal(kept, want), b
+
+
+def test_truncation_sorts_only_where_the_likely_tokens_do_not_suffice(monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    sizes = [1, 4, 30, 0.01] * 16
+    scores = torch.tensor(sizes)[:, None] * torch.randn(64, 3000, generator=generator)
+    scores[:16] = scores[:16].round()  # ties
+    scores[16:24, 5:] = float("-inf")  # few tokens are allowed
+    scores[24:28] = 0.5
+    top_k = torch.randint(-1, 3100, (64,), generator=generator)
+    top_k[::2] = 0
+    top_p = torch.rand(64, generator=generator, dtype=torch.float64).clamp(0.01, 1)
+    min_p = 0.2 * torch.rand(64, generator=generator, dtype=torch.float64)
+    top_p[::5], min_p[::3] = 1.0, 0.0
+    want, _ = truncate(scores, top_k, top_p, min_p, most=3000)
+    got = scores.clone()
+    draws = SimpleNamespace(top_k_B=top_k, top_p_B=top_p, min_p_B=min_p)
+    draws.by_widths = [([1024, 3000], torch.arange(64))]
+    sizes = []
+    few = lambda scores, *rest, most: (
+        sizes.append(len(scores)) or truncate(scores, *rest, most=most)
+    )
+    monkeypatch.setattr(sampler, "truncate", few)
+    sampler.truncate_in_order(got, draws)
+    assert torch.equal(got, want)
+    first, again = sizes
+    assert first == 64 and 0 < again < 48
 
 
 def test_penalties_are_their_definitions():
@@ -193,7 +222,7 @@ def test_extreme_logits_and_parameters(dtype):
                         num_output_tokens=b, bad_words_token_ids=[])
         for b in range(3)
     ]  # fmt: skip
-    tokens = [s.token_id for s in Sampler().sample(logits, requests).read()]
+    tokens = [s for s in Sampler().sample(logits, requests).read()]
     assert all(0 <= t < 4 for t in tokens) and tokens[1] != 0
 
 

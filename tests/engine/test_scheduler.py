@@ -34,6 +34,9 @@ class CountingAccount:
     def pages_needed_each(self, requests):
         return [self.pages_needed(request, 1) for request in requests]
 
+    def may_decode(self, batch):
+        return False
+
     def num_cached_tokens(self, request):
         return request.num_computed_tokens
 
@@ -56,9 +59,11 @@ class CountingAccount:
         assert not use_prefix
         assert request.request_id not in self.entries
         self.entries[request.request_id] = [0] * NUM_HEADS
+        request.row = request.number
 
     def release(self, request):
         del self.entries[request.request_id]
+        request.row = None
 
     def grow(self, request, num_tokens, rng):
         entries = self.entries[request.request_id]

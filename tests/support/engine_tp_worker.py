@@ -73,7 +73,7 @@ def main():
 
 
 def in_third_step(engine, act):
-    run, count = engine.runner.run, 0
+    run, count = engine.runner._forward, 0
 
     def counted(*arguments):
         nonlocal count
@@ -82,7 +82,7 @@ def in_third_step(engine, act):
             act()
         return run(*arguments)
 
-    engine.runner.run = counted
+    engine.runner._forward = counted
 
 
 def fail_on_this_rank(engine, number):

@@ -4,7 +4,7 @@ Rank 0 is called like any engine, and sends its calls to the other ranks, which 
 schedule; rank 0 samples and sends the tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_dmc.engine.engine import LLMEngine
 from megatron_dmc.engine.parallel.group import Command, TensorParallel
 from megatron_dmc.engine.request import Request, RequestOutput
-from megatron_dmc.engine.sampler import SampledToken, Sampling
+from megatron_dmc.engine.sampler import Sampled, Sampling
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.errors import EngineDead, RequestFailed
 
@@ -52,17 +52,24 @@ class TensorParallelEngine(LLMEngine):
         Raises:
             EngineDead: another rank is lost, or the step failed.
         """
+        return self._with_other_ranks("step", super().step)
+
+    def advance(self) -> list[Request]:
+        """See `LLMEngine.advance`. Errors as `step`."""
+        return self._with_other_ranks("advance", super().advance)
+
+    def _with_other_ranks[T](self, name: str, step: Callable[[], T]) -> T:
         if not self._leads:
             if self._failed_here:
                 raise RuntimeError(
                     f"requests failed on this rank alone: {sorted(self._failed_here)}"
                 )
-            return super().step()
+            return step()
         self._check_alive()
         try:
-            self._queue("step")
+            self._queue(name)
             self._send()
-            return super().step()
+            return step()
         except BaseException as error:
             dead = self._end(self.parallel.monitor.diagnose(error))
             if dead is error or not isinstance(error, Exception):
@@ -113,7 +120,7 @@ class TensorParallelEngine(LLMEngine):
         """On ranks other than 0 nothing is sampled."""
         return super()._sample(logits_BV, requests) if self._leads else []
 
-    def _read(self, sampled: list[Sampling | RequestFailed]) -> list[SampledToken | RequestFailed]:
+    def _read(self, sampled: list[Sampling | RequestFailed]) -> list[Sampled]:
         read = super()._read
         return self.parallel.from_first(lambda: read(sampled))
 
