@@ -8,12 +8,14 @@ from argparse import Namespace
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_dmc.checkpoint.companions import copy_companion
-from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.hub import local_path
 from megatron_dmc.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from megatron_dmc.checkpoint.description import ModelDescription
 
 _logger = logging.getLogger(__name__)
 
@@ -362,7 +364,7 @@ def find_tokenizer(path: str | Path, args: Namespace | None = None) -> Path | No
     return None
 
 
-def check_vocab(tokenizer: Tokenizer, description: ModelDescription) -> None:
+def check_vocab(tokenizer: Tokenizer, description: "ModelDescription") -> None:
     """Warn where the tokenizer has ids for which the model has no embedding: a padding token that was
     added later, or the tokenizer of another model. A prompt that uses one is refused."""
     if tokenizer.vocab_size > description.vocab_size:

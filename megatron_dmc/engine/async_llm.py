@@ -13,13 +13,11 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_dmc.engine.build import build_engine
 from megatron_dmc.engine.clients import EngineClient, EngineThread
 from megatron_dmc.engine.config import EngineConfig
 from megatron_dmc.engine.detokenizer import CompletionText
-from megatron_dmc.engine.engine import LLMEngine
 from megatron_dmc.engine.isolation import own_work
 from megatron_dmc.engine.loop import Call, Change, EngineInfo, Message, Reply, StepOutputs
 from megatron_dmc.engine.process import EngineProcess
@@ -29,6 +27,9 @@ from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.engine.stats import EngineStats
 from megatron_dmc.engine.stream import RequestStream
 from megatron_dmc.errors import EngineDead, InvalidRequest
+
+if TYPE_CHECKING:
+    from megatron_dmc.engine.engine import LLMEngine
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class AsyncLLM:
     The engine ends with `shutdown` or the process.
     """
 
-    def __init__(self, engine: LLMEngine | EngineProcess, *, observer: Observer | None = None):
+    def __init__(self, engine: "LLMEngine | EngineProcess", *, observer: Observer | None = None):
         self.client: EngineClient = (
             engine if isinstance(engine, EngineProcess) else EngineThread(engine)
         )
@@ -72,6 +73,8 @@ class AsyncLLM:
     ) -> "AsyncLLM":
         """Load a model into a thread's engine; the arguments are those of `LLM`."""
         config = EngineConfig.from_settings(settings)
+        from megatron_dmc.engine.build import build_engine
+
         return cls(build_engine(model, tokenizer, config), observer=observer)
 
     @property

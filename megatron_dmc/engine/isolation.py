@@ -6,24 +6,24 @@ the device, or of what all requests share (pages, tables, the other ranks), pass
 engine. Device work is done for all requests together, on numbers that were checked when they were added.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from megatron_dmc.errors import EngineDead, InvalidRequest, OutOfPages, RequestFailed
 
-_ENDS_ENGINE = (
-    EngineDead, OutOfPages, torch.AcceleratorError, torch.distributed.DistError, KeyboardInterrupt,
-    SystemExit,
-)  # fmt: skip
+_ENDS_ENGINE = (EngineDead, OutOfPages, KeyboardInterrupt, SystemExit)
 
 
 def ends_engine(error: BaseException) -> bool:
     """Whether the state that requests share is unreliable after this error. Running out of memory in one
     request's own work ends only that request."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return False
+    torch = sys.modules.get("torch")  # the front of a server does not import it for this
+    if torch is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return False
+        if isinstance(error, torch.AcceleratorError | torch.distributed.DistError):
+            return True
     return isinstance(error, _ENDS_ENGINE) or "CUDA error" in str(error)
 
 

@@ -9,15 +9,17 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_dmc.checkpoint.tokenizer import Tokenizer
 from megatron_dmc.engine.config import EngineConfig
-from megatron_dmc.engine.engine import LLMEngine
 from megatron_dmc.engine.request import Logprob, Request, RequestMetrics
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.engine.stats import EngineStats
 from megatron_dmc.errors import DMCError, EngineDead, InvalidRequest, RequestFailed
+
+if TYPE_CHECKING:
+    from megatron_dmc.engine.engine import LLMEngine
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ class EngineInfo:
     tokenizer: Tokenizer | None = field(repr=False)
 
     @classmethod
-    def of(cls, engine: LLMEngine) -> "EngineInfo":
+    def of(cls, engine: "LLMEngine") -> "EngineInfo":
         """From the engine."""
         return cls(
             config=engine.config,
@@ -137,7 +139,7 @@ class EngineLoop:
         send: called with every message, from that thread.
     """
 
-    def __init__(self, engine: LLMEngine, send: Callable[[Message], None]):
+    def __init__(self, engine: "LLMEngine", send: Callable[[Message], None]):
         self._engine, self._send = engine, send
         self._calls: deque[Call] = deque()
         self._condition = threading.Condition()

@@ -6,13 +6,16 @@ Dimension letters: L layers, G key/value heads of the model (of all ranks).
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_dmc.engine.chunk import Chunk
-from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.request import Request
-from megatron_dmc.engine.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from megatron_dmc.engine.context import PagedContext
+    from megatron_dmc.engine.scheduler import Scheduler
 
 
 @dataclass
@@ -140,8 +143,8 @@ class StatsCollector:
 
     def __init__(
         self,
-        context: PagedContext,
-        scheduler: Scheduler,
+        context: "PagedContext",
+        scheduler: "Scheduler",
         *,
         num_layers: int,
         num_kv_heads: int,
