@@ -207,7 +207,7 @@ class BlockTables:
 
     def end_step(
         self,
-        rows: Sequence[int],
+        rows: Sequence[int] | np.ndarray,
         late: Sequence[CopiedCounts] = (),
         on_growth: Callable[[np.ndarray, np.ndarray], None] | None = None,
     ) -> None:

@@ -107,8 +107,11 @@ class StepOutputs(NamedTuple):
 
     def changes(self) -> Iterator[Change]:
         """All of them."""
-        for key, token_id, *figures in zip(*self[:5], strict=True):
-            yield Change(key, [token_id], *figures, None)
+        figures = (self.num_cached_tokens, self.num_entries, self.num_pages)
+        for key, token_id, tokens, entries, pages in zip(
+            self.keys, self.token_ids, *figures, strict=True
+        ):
+            yield Change(key, [token_id], tokens, entries, pages, None)
         yield from self.others
 
 
@@ -225,9 +228,9 @@ class EngineLoop:
 
     def _deliver(self, requests: Sequence[Request]) -> None:
         """Send what has changed of requests since their last changes."""
-        columns: tuple[list[int], ...] = ([], [], [], [], [])
-        keys, token_ids, cached_tokens, entries, pages = columns
-        others: list[Change] = []
+        keys, token_ids, cached_tokens, entries, pages, others = step = StepOutputs(
+            [], [], [], [], [], []
+        )
         for request in requests:
             sent = self._sent.get(request.request_id)
             if sent is None:
@@ -247,7 +250,7 @@ class EngineLoop:
             else:
                 others.append(self._change(request, sent))
         if keys or others:
-            self._send(StepOutputs(*columns, others))
+            self._send(step)
 
     def _change(self, request: Request, sent: _Sent) -> Change:
         metrics, params, start = request.metrics, request.params, sent.num_tokens

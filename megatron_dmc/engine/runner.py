@@ -173,7 +173,8 @@ class ModelRunner:
         if self._graphs is not None and len(token_ids) <= self._graphs.largest:
             logits_XV = self._graphs.run(inputs_3B)
         else:
-            logits_XV = self._forward(*to_device(inputs_3B, self.device).unbind(0), None)
+            ids_B, positions_B, rows_B = to_device(inputs_3B, self.device)
+            logits_XV = self._forward(ids_B, positions_B, rows_B, None)
         self.context.end_step()
         if self._gather is not None:
             logits_XV = self._gather(logits_XV)

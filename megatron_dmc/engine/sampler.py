@@ -201,7 +201,7 @@ class Sampling:
         token_ids_B, *found = self._late.read()
         token_ids = token_ids_B.tolist()
         sampled: list[Sampled] = list(token_ids)
-        for b in np.flatnonzero(token_ids_B == _NO_TOKEN):
+        for b in np.flatnonzero(token_ids_B == _NO_TOKEN).tolist():
             sampled[b] = _not_finite(self.requests[b])
         for i, b in enumerate(self._asked):
             if token_ids[b] != _NO_TOKEN:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,10 @@ def dense_channels(x: Tensor) -> Tensor:
 
 
 def to_device(
-    values: Tensor | Sequence, device: torch.device | str, *, dtype: torch.dtype = torch.int64
+    values: Tensor | Sequence | np.ndarray,
+    device: torch.device | str,
+    *,
+    dtype: torch.dtype = torch.int64,
 ) -> Tensor:
     """Copy host numbers to a device; non-blocking, from pinned memory, on a GPU."""
     x = torch.as_tensor(values, dtype=dtype)
