@@ -56,38 +56,6 @@ class Point:
         return self.input_len + self.output_len - 1
 
 
-def requests_that_fit(
-    num_pages: int, heads: int, page_size: int, num_cached: int, decisions: ImposedDecisions | None
-) -> int:
-    """Number of requests of `num_cached` tokens each that a cache holds.
-
-    Args:
-        heads: KV heads over all layers.
-        decisions: None: nothing merges.
-
-    Raises:
-        DMCError: none.
-    """
-    if decisions is None:
-        per_request, deviation = float(heads * -(-num_cached // page_size)), 0.0
-    else:
-        # a step needs room for one more entry of every head; where a head stands within its last page
-        # is unknown: half a page on average
-        rate, entries = decisions.rate_LG, decisions.expected_entries(num_cached)
-        per_request = (entries.sum().item() + heads) / page_size + heads * (1 - 1 / page_size) / 2
-        drawn = (rate * (1 - rate)).sum().item() * num_cached / page_size**2
-        deviation = math.sqrt(heads / 12 + drawn)
-    # batch * per_request + DEVIATIONS * sqrt(batch) * deviation = num_pages
-    half = DEVIATIONS * deviation / 2
-    root = (math.sqrt(half**2 + per_request * num_pages) - half) / per_request
-    if (batch := int(root**2 + 1e-9)) < 1:
-        raise DMCError(
-            f"--max-num-seqs auto: the cache of {num_pages} pages holds no request of {num_cached + 1} "
-            f"tokens, which needs {per_request:.0f}; give it more memory"
-        )
-    return batch
-
-
 def slice_of(description: Any, ranks: int) -> Any:
     """One tensor-parallel rank's share: its heads, its part of the MLP and of the vocabulary.
 
@@ -245,12 +213,25 @@ class ModelUnderTest:
         Raises:
             DMCError: none.
         """
-        num_pages = self.settings["num_pages"]
+        num_pages, page_size = self.settings["num_pages"], self.settings["block_size"]
         assert num_pages is not None, "share_pages comes first"
-        batch = requests_that_fit(
-            num_pages, self.heads, self.settings["block_size"], point.num_cached,
-            self.decisions(point),
-        )  # fmt: skip
+        heads, num_cached, decisions = self.heads, point.num_cached, self.decisions(point)
+        per_request, deviation = float(heads * -(-num_cached // page_size)), 0.0
+        if decisions is not None:
+            # a step needs room for one more entry of every head; where a head stands within its last page
+            # is unknown: half a page on average
+            rate, entries = decisions.rate_LG, decisions.expected_entries(num_cached).sum().item()
+            per_request = (entries + heads) / page_size + heads * (1 - 1 / page_size) / 2
+            drawn = (rate * (1 - rate)).sum().item() * num_cached / page_size**2
+            deviation = math.sqrt(heads / 12 + drawn)
+        # batch * per_request + DEVIATIONS * sqrt(batch) * deviation = num_pages
+        half = DEVIATIONS * deviation / 2
+        root = (math.sqrt(half**2 + per_request * num_pages) - half) / per_request
+        if (batch := int(root**2 + 1e-9)) < 1:
+            raise DMCError(
+                f"--max-num-seqs auto: the cache of {num_pages} pages holds no request of {num_cached + 1} "
+                f"tokens, which needs {per_request:.0f}; give it more memory"
+            )
         return batch if self.most_requests is None else min(batch, self.most_requests)
 
     def engine(

@@ -232,8 +232,7 @@ class Window:
             yield f"{markdown(good, used)}\n" if used and good else f"{len(good)} passed\n"
             for row in of_stage:
                 if row["outcome"] != "ok":
-                    label = " ".join(str(row[k]) for k in ("case", "variant") if row.get(k))
-                    yield f"- {label}: {row['outcome']}: {row.get('reason', '')}"
+                    yield f"- {row['case']}: {row['outcome']}: {row.get('reason', '')}"
             yield ""
 
     def document(self) -> Row:
