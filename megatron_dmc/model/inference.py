@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from megatron_dmc.model.attention import DMCSelfAttention, PagedAttentionContext
 from megatron_dmc.ops.backends import LINEAR, NORM, SWIGLU, Op
+from megatron_dmc.ops.cpu import advise_huge_pages
 
 
 def use_inference_kernels(model: GPTModel) -> None:
@@ -27,6 +28,8 @@ def use_inference_kernels(model: GPTModel) -> None:
 
     Changes these modules of the model alone. With gradients enabled they compute as before.
     """
+    for parameter in model.parameters():
+        advise_huge_pages(parameter, is_filled=True)
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear):
             weight = module.weight

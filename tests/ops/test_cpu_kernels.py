@@ -258,3 +258,12 @@ def test_layers_on_a_cpu_are_those_of_megatron(dtype, monkeypatch):
     for ours, theirs in zip(*logprobs, strict=True):
         common = ours.keys() & theirs.keys()
         assert common and all(abs(ours[token] - theirs[token]) < tolerance for token in common)
+
+
+@needs_extension
+@pytest.mark.parametrize("is_filled", [False, True])
+def test_advice_about_memory_changes_no_number(is_filled):
+    for count in (1, cpu.LEAST_HUGE_BYTES, 3 * cpu.LEAST_HUGE_BYTES + 5):
+        x = torch.arange(count)[1:]
+        cpu.advise_huge_pages(x, is_filled=is_filled)
+        assert torch.equal(x, torch.arange(1, count))

@@ -16,8 +16,8 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/products.h"
 #include "cpu/rows.h"
-#include "cpu/vectors.h"
 
 namespace dmc::cpu {
 inline namespace CPU_CAPABILITY {
@@ -47,22 +47,26 @@ struct Octets {
   }
 };
 
-// Four entries' products with each of R queries: out[r * kTile + e].
+// Into the cache, a line for each of E rows of `dim` channels; null: nothing. One at a time among the products that do
+// not need them: several at once wait for each other.
+template <int E, class S>
+inline void fetch_rows(const S* next, int dim) {
+  if (!next) return;
+#pragma GCC unroll 4
+  for (int e = 0; e < E; ++e) __builtin_prefetch(next + e * dim, 0, 3);
+}
+
+// Four entries' products with each of R queries: out[r * kTile + e]; `next` are four to fetch.
 template <class S, int R>
-inline void dot_four(const S* k, int dim, const float* q_RD, float* out) {
+inline void dot_four(const S* k, int dim, const float* q_RD, float* out, const S* next) {
   Vec sums[R][4];
   for (auto& row : sums)
     for (auto& sum : row) sum = Vec(0.0f);
-  for (int c = 0; c < dim; c += kStep) {
-#pragma GCC unroll 4
-    for (int e = 0; e < 4; ++e) {
-      Vec a, b;
-      load(k + e * dim + c, a, b);
-#pragma GCC unroll 3
-      for (int r = 0; r < R; ++r) {
-        sums[r][e] = at::vec::fmadd(a, Vec::loadu(q_RD + r * dim + c), sums[r][e]);
-        sums[r][e] = at::vec::fmadd(b, Vec::loadu(q_RD + r * dim + c + kLanes), sums[r][e]);
-      }
+  for (int c = 0; c < dim; c += kDimStep) {
+    fetch_rows<4>(next ? next + c : nullptr, dim);
+    for (int i = c; i < c + kDimStep; i += kStep) {
+      add_half<0>(k + i, dim, q_RD + i, dim, sums);
+      add_half<1>(k + i, dim, q_RD + i, dim, sums);
     }
   }
   for (int r = 0; r < R; ++r)
@@ -72,11 +76,12 @@ inline void dot_four(const S* k, int dim, const float* q_RD, float* out) {
 #ifdef __AVX512BF16__
 // The same with queries in bfloat16, channels as they lie.
 template <int R>
-inline void dot_four(const bf16* k, int dim, const bf16* q_RD, float* out) {
+inline void dot_four(const bf16* k, int dim, const bf16* q_RD, float* out, const bf16* next) {
   __m512 sums[R][4];
   for (auto& row : sums)
     for (auto& sum : row) sum = _mm512_setzero_ps();
   for (int c = 0; c < dim; c += 32) {
+    fetch_rows<4>(next ? next + c : nullptr, dim);
 #pragma GCC unroll 4
     for (int e = 0; e < 4; ++e) {
       const auto key = (__m512bh)_mm512_loadu_si512(k + e * dim + c);
@@ -92,47 +97,53 @@ inline void dot_four(const bf16* k, int dim, const bf16* q_RD, float* out) {
 }
 #endif
 
-// One step of channels of R outputs: out = out * decay + sum over a tile's entries of weight * value. Even and
-// odd entries have sums of their own where registers are left.
+// kDimStep channels of R outputs: out = out * decay + sum over a tile's entries of weight * value. Even and odd entries
+// have sums of their own where registers are left. The values of `ahead` are fetched.
 template <class S, int R>
-inline void add_values(const S* v_pages, const Octets& tile, int dim, int channel,
+inline void add_values(const S* v_pages, const Octets& tile, const Octets& ahead, int dim, int channel,
                        const float* weights, const float* decay, float* out_RD) {
-  constexpr int kSums = R < 3 ? 2 : 1;
-  Vec sums[kSums][R][2];
+  constexpr int kVectors = kDimStep / kLanes, kSets = R * kVectors > 6 ? 1 : 2;
+  Vec sums[kSets][R][kVectors];
 #pragma GCC unroll 3
-  for (int r = 0; r < R; ++r) {
-    load(out_RD + r * dim + channel, sums[0][r][0], sums[0][r][1]);
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      sums[0][r][i] = sums[0][r][i] * Vec(decay[r]);
-      if (kSums == 2) sums[kSums - 1][r][i] = Vec(0.0f);
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      sums[0][r][i] = Vec::loadu(out_RD + r * dim + channel + i * kLanes) * Vec(decay[r]);
+      if (kSets == 2) sums[kSets - 1][r][i] = Vec(0.0f);
     }
-  }
-  const auto add = [&](const S* v, const float* weight, Vec(&to)[R][2]) {
-    Vec a, b;
-    load(v, a, b);
+  const auto add = [&](const S* v, const float* weight, Vec(&to)[R][kVectors]) {
+    Vec w[R];
 #pragma GCC unroll 3
-    for (int r = 0; r < R; ++r) {
-      const Vec w(weight[r * kTile]);
-      to[r][0] = at::vec::fmadd(a, w, to[r][0]);
-      to[r][1] = at::vec::fmadd(b, w, to[r][1]);
+    for (int r = 0; r < R; ++r) w[r] = Vec(weight[r * kTile]);
+#pragma GCC unroll 2
+    for (int i = 0; i < kVectors; i += 2) {
+      const Vec a = half<0>(v + i * kLanes);
+#pragma GCC unroll 3
+      for (int r = 0; r < R; ++r) add_product(a, w[r], to[r][i]);
+      const Vec b = half<1>(v + i * kLanes);
+#pragma GCC unroll 3
+      for (int r = 0; r < R; ++r) add_product(b, w[r], to[r][i + 1]);
     }
   };
   for (int o = 0; o * kOctet < tile.count; ++o) {
     const S* v = v_pages + tile.slot[o] * dim + channel;
     const float* weight = weights + o * kOctet;
+    const S* next = o * kOctet < ahead.count ? v_pages + ahead.slot[o] * dim + channel : nullptr;
     if ((o + 1) * kOctet <= tile.count) {
 #pragma GCC unroll 8
-      for (int e = 0; e < kOctet; ++e) add(v + e * dim, weight + e, sums[e % kSums]);
+      for (int e = 0; e < kOctet; ++e) {
+        fetch_rows<1>(next ? next + e * dim : nullptr, dim);
+        add(v + e * dim, weight + e, sums[e % kSets]);
+      }
     } else {  // slots without entries hold anything
       for (int e = 0; o * kOctet + e < tile.count; ++e) add(v + e * dim, weight + e, sums[0]);
     }
   }
 #pragma GCC unroll 3
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      const Vec sum = kSums == 2 ? sums[0][r][i] + sums[kSums - 1][r][i] : sums[0][r][i];
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      const Vec sum = kSets == 2 ? sums[0][r][i] + sums[kSets - 1][r][i] : sums[0][r][i];
       sum.store(out_RD + r * dim + channel + i * kLanes);
     }
 }
@@ -163,10 +174,6 @@ inline void by_threes(int group, F f) {
   for (; group - r == 3 || group - r > 4; r += 3) f(r, std::integral_constant<int, 3>{});
   for (; group - r >= 2; r += 2) f(r, std::integral_constant<int, 2>{});
   if (r < group) f(r, std::integral_constant<int, 1>{});
-}
-
-inline void fetch(const void* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 3);
 }
 
 template <class S, class T>
@@ -267,8 +274,8 @@ struct Attention {
                                     : Octets(p.kv, nullptr, 0, 0);
       score(s, tile, ahead);
       if constexpr (is_8bit<S>) {
-        gather(p.kv.k_scales_PS, tile, s.k_scales);
-        gather(p.kv.v_scales_PS, tile, s.v_scales);
+        gather(p.kv.k_scales_PS, tile, ahead, s.k_scales);
+        gather(p.kv.v_scales_PS, tile, ahead, s.v_scales);
       }
       for (int r = 0; r < group; ++r) weigh(s, r, tile);
       add(s, tile, ahead);
@@ -286,21 +293,18 @@ struct Attention {
   }
 
   void score(State<S>& s, const Octets& tile, const Octets& ahead) const {
-    for (int o = 0; o < kOctets; ++o) {
-      if (o * kOctet < ahead.count) {
-        fetch(k_pages + ahead.slot[o] * dim, kOctet * dim * sizeof(S));
-        if constexpr (is_8bit<S>) fetch(p.kv.k_scales_PS + ahead.slot[o], 1);
-      }
-      if (o * kOctet >= tile.count) continue;
+    for (int o = 0; o * kOctet < tile.count; ++o) {
+      const S* next = o * kOctet < ahead.count ? k_pages + ahead.slot[o] * dim : nullptr;
       for (int e = 0; e < kOctet; e += 4) {
         const S* k = k_pages + (tile.slot[o] + e) * dim;
         float* scores = s.scores + o * kOctet + e;
         by_threes(group, [&](int r, auto count) {
           constexpr int R = decltype(count)::value;
+          const S* fetched = next && r == 0 ? next + e * dim : nullptr;
           if constexpr (kProductsOfBf16<S>) {
-            dot_four<R>(k, dim, s.q + r * dim, scores + r * kTile);
+            dot_four<R>(k, dim, s.q + r * dim, scores + r * kTile, fetched);
           } else {
-            dot_four<S, R>(k, dim, s.q + r * dim, scores + r * kTile);
+            dot_four<S, R>(k, dim, s.q + r * dim, scores + r * kTile, fetched);
           }
         });
       }
@@ -308,9 +312,11 @@ struct Attention {
   }
 
   // The scales of a tile's entries, in order.
-  static void gather(const float* scales_PS, const Octets& tile, float* to) {
-    for (int o = 0; o * kOctet < tile.count; ++o)
+  static void gather(const float* scales_PS, const Octets& tile, const Octets& ahead, float* to) {
+    for (int o = 0; o * kOctet < tile.count; ++o) {
       std::copy_n(scales_PS + tile.slot[o], kOctet, to + o * kOctet);
+      if (o * kOctet < ahead.count) __builtin_prefetch(scales_PS + ahead.slot[o], 0, 3);
+    }
   }
 
   // Scores of a query become weights.
@@ -345,19 +351,12 @@ struct Attention {
   }
 
   void add(State<S>& s, const Octets& tile, const Octets& ahead) const {
-    const int steps = dim / kStep;
-    int fetched = 0;
-    for (int at = 0; at < steps; ++at) {
-      for (; fetched < kOctets * (at + 1) / steps; ++fetched) {
-        if (fetched * kOctet >= ahead.count) continue;
-        fetch(v_pages + ahead.slot[fetched] * dim, kOctet * dim * int(sizeof(S)));
-        if constexpr (is_8bit<S>) fetch(p.kv.v_scales_PS + ahead.slot[fetched], 1);
-      }
+    const Octets nothing(p.kv, nullptr, 0, 0);
+    for (int c = 0; c < dim; c += kDimStep)
       by_threes(group, [&](int r, auto count) {
-        add_values<S, decltype(count)::value>(v_pages, tile, dim, at * kStep, s.scores + r * kTile,
-                                              s.decay + r, s.out + r * dim);
+        add_values<S, decltype(count)::value>(v_pages, tile, r == 0 ? ahead : nothing, dim, c,
+                                              s.scores + r * kTile, s.decay + r, s.out + r * dim);
       });
-    }
   }
 
   void write(const float* out_RD, const float* sum_R, T* out) const {

@@ -4,6 +4,10 @@
 #include <Python.h>
 #include <torch/library.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <string>
 
 #include "append_operator.h"
@@ -204,6 +208,19 @@ void release_pages(const Tensor& ids, const Tensor& free_ids, const Tensor& free
   }
 }
 
+// Advice, which the system may ignore: also about what else lies in the first and the last huge page.
+void advise_huge_pages(const Tensor& x, bool is_filled) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = 1 << 21;
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE, of Linux 6.1 and later
+  const uintptr_t first = reinterpret_cast<uintptr_t>(x.data_ptr()) / kHuge * kHuge;
+  const size_t size = reinterpret_cast<uintptr_t>(x.data_ptr()) + x.nbytes() - first;
+  const size_t bytes = (size + kHuge - 1) / kHuge * kHuge;
+  madvise(reinterpret_cast<void*>(first), bytes, MADV_HUGEPAGE);
+  if (is_filled) madvise(reinterpret_cast<void*>(first), bytes, kCollapse);
+#endif
+}
+
 }  // namespace
 
 TORCH_LIBRARY(megatron_dmc_cpu, m) {
@@ -218,6 +235,7 @@ TORCH_LIBRARY(megatron_dmc_cpu, m) {
   m.def("swiglu(Tensor x, Tensor(a!) out) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, Tensor(a!) out, float eps) -> ()");
   m.def("linear(Tensor x, Tensor weight, Tensor? residual, Tensor(a!) out) -> ()");
+  m.def("advise_huge_pages(Tensor x, bool is_filled) -> ()");
   m.def("instruction_set() -> str");
 }
 
@@ -228,6 +246,7 @@ TORCH_LIBRARY_IMPL(megatron_dmc_cpu, CompositeExplicitAutograd, m) {
   m.impl("swiglu", &swiglu);
   m.impl("rms_norm", &rms_norm);
   m.impl("release_pages", &release_pages);
+  m.impl("advise_huge_pages", &advise_huge_pages);
   m.impl("instruction_set", &instruction_set);
 }
 

@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "cpu/vectors.h"
+#include "cpu/products.h"
 
 namespace dmc::cpu {
 inline namespace CPU_CAPABILITY {
@@ -24,35 +24,6 @@ constexpr int kFewRows = 16;                    // widen weights in registers
 constexpr int kChannels = 512, kChannelsOfFew = 2048;  // of rows and weights that stay in the first cache
 constexpr int64_t kBlock = 1 << 16;             // channels of rows that stay in the second cache
 constexpr int64_t kProductsOfThread = 1 << 18;  // fewer are not worth one
-
-// The two vectors of a step of channels, one at a time.
-template <int I>
-inline Vec half(const float* w) {
-  return Vec::loadu(w + I * kLanes);
-}
-template <int I>
-inline Vec half(const bf16* w) {
-  const Ints pairs = Ints::loadu(w);
-  return float_of_bits(upwards(I == 0 ? pairs : downwards(pairs)));  // a mask would take a register
-}
-
-template <int I, int R, int E, class W>
-inline void add_half(const W* w, int64_t w_stride, const float* x, int64_t x_stride, Vec (&sums)[R][E]) {
-  constexpr bool kHoldsRows = R < E;
-  const auto row = [&](int r) { return Vec::loadu(x + r * x_stride + I * kLanes); };
-  const auto weight = [&](int e) { return half<I>(w + e * w_stride); };
-  Vec all[kHoldsRows ? R : E];
-#pragma GCC unroll 4
-  for (int i = 0; i < (kHoldsRows ? R : E); ++i) all[i] = kHoldsRows ? row(i) : weight(i);
-#pragma GCC unroll 12
-  for (int i = 0; i < (kHoldsRows ? E : R); ++i) {
-    const Vec one = kHoldsRows ? weight(i) : row(i);
-#pragma GCC unroll 4
-    for (int j = 0; j < (kHoldsRows ? R : E); ++j) {
-      add_product(one, all[j], kHoldsRows ? sums[j][i] : sums[i][j]);
-    }
-  }
-}
 
 // A part of a product: rows of x and w lie `stride` apart.
 template <class W>

@@ -107,21 +107,6 @@ inline void restore(const float* from, T* to, int dim, float scale) {
   for (int c = 0; c < dim; ++c) from_float(from[place<S>(c)] * scale, to[c]);
 }
 
-// sum += a b, in place: left to itself the compiler copies sums around and spills them.
-inline void add_product(const Vec& a, const Vec& b, Vec& sum) {
-#if defined(CPU_CAPABILITY_AVX512)
-  __m512 x = sum;
-  asm("vfmadd231ps %1, %2, %0" : "+v"(x) : "v"(__m512(a)), "v"(__m512(b)));
-  sum = x;
-#elif defined(CPU_CAPABILITY_AVX2)
-  __m256 x = sum;
-  asm("vfmadd231ps %1, %2, %0" : "+x"(x) : "x"(__m256(a)), "x"(__m256(b)));
-  sum = x;
-#else
-  sum = at::vec::fmadd(a, b, sum);
-#endif
-}
-
 // The sums over the lanes of four vectors.
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 inline __m256 folded(__m256 x) { return x; }

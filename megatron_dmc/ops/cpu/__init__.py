@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 OPERATORS = (
-    "decode_append", "linear", "paged_decode_attention", "release_pages", "rms_norm", "swiglu",
+    "advise_huge_pages", "decode_append", "linear", "paged_decode_attention", "release_pages", "rms_norm", "swiglu",
 )  # fmt: skip
 DIM_STEP, MAX_DIM = 32, 256
 """Head dimensions are multiples of the first, up to the second."""
 MIN_PAGE_SIZE = 8
 MAX_GROUP = 32
 """Query heads of a KV head that decode attention takes."""
+LEAST_HUGE_BYTES = 1 << 19
+"""Of a tensor that is worth advice about its memory."""
 
 
 @functools.cache
@@ -49,3 +51,14 @@ def refusal(x: Tensor, page_size: int, group: int = 1) -> str:
     if x.dtype not in (torch.bfloat16, torch.float32):
         return f"dtype {x.dtype}"
     return ""
+
+
+def advise_huge_pages(x: Tensor, *, is_filled: bool = False) -> None:
+    """Ask the system for huge pages of memory under a large tensor, where it has them and the extension is built:
+    with pages of 4 KB every other page of a cache is a miss of the address translation.
+
+    Args:
+        is_filled: the tensor has been written; its memory is moved at once, where Linux can.
+    """
+    if x.device.type == "cpu" and x.nbytes >= LEAST_HUGE_BYTES and not absence():
+        torch.ops.megatron_dmc_cpu.advise_huge_pages.default(x, is_filled)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.errors import UnsupportedConfig
+from megatron_dmc.ops.cpu import advise_huge_pages
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """The 8-bit dtypes, and what an entry's largest channel becomes."""
@@ -74,6 +75,7 @@ def empty_pages(
 ) -> Pages:
     """Pages of zeros; `ScaledPages` where `dtype` is one of `LARGEST`."""
     values = torch.zeros(num_pages, page_size, head_dim, dtype=dtype, device=device)
+    advise_huge_pages(values)  # nothing of it is touched yet
     if dtype not in LARGEST:
         return values
     return ScaledPages(values, torch.zeros(values.shape[:2], device=device))
