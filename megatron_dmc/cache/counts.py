@@ -63,6 +63,7 @@ class PageCounts:
         self.limit_R = np.full(num_rows, _NO_LIMIT)
         self.runs: list[list[Run]] = [[] for _ in range(num_rows)]
         self.num_unfinished = 0
+        self._has_limits = False
         self._entries_KR = np.zeros((num_ranks, num_rows), dtype=np.int64)
         self._pages_KR = np.zeros_like(self._entries_KR)
         self.in_flight_R = np.zeros(num_rows, dtype=np.int64)
@@ -118,6 +119,7 @@ class PageCounts:
     def open(self, row: int, limit: int | None) -> None:
         """Prepare an empty row whose heads never exceed `limit` entries; None: whatever their tokens are."""
         self.limit_R[row] = _NO_LIMIT if limit is None else limit
+        self._has_limits |= limit is not None
         self.set_entries(np.array([row]), self.entries_KLRG[:, :, [row]])
 
     def pages_needed_KB(self, rows_B: np.ndarray, num_new_B: np.ndarray) -> np.ndarray:
@@ -169,7 +171,8 @@ class PageCounts:
         """Pages that rows take at worst for tokens beyond the entries counted."""
         beyond_BS = np.maximum(num_new_B[:, None] - np.arange(self.page_size), 0)
         worst_KB: np.ndarray = (self._heads_KRS[:, rows_B] * self.pages_of(beyond_BS)).sum(-1)
-        for b in np.flatnonzero(self.limit_R[rows_B] < _NO_LIMIT):
+        limited = np.flatnonzero(self.limit_R[rows_B] < _NO_LIMIT) if self._has_limits else ()
+        for b in limited:
             entries_KLG = self.entries_KLRG[:, :, rows_B[b]]
             most_KLG = np.minimum(entries_KLG + num_new_B[b], self.limit_R[rows_B[b]])
             worst_KB[:, b] = (self.pages_of(most_KLG) - self.pages_of(entries_KLG)).sum((1, 2))

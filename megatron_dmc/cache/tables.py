@@ -193,7 +193,8 @@ class BlockTables:
         num_new_B = np.asarray(num_new_tokens, dtype=np.int64)
         self.counts.promise(np.asarray(rows, dtype=np.int64), num_new_B)
         self._num_new_B = num_new_B
-        self.take_room(0)
+        if self.make_room is not None:
+            self.take_room(0)
 
     def may_take(self, count: int) -> bool:
         """Whether `count` pages are available beyond the reservation, reclaiming cached prefixes if needed."""

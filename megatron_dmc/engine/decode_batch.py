@@ -52,7 +52,7 @@ class DecodeBatch:
         return [Chunk(request, 1, at) for request, at in zip(self.requests, starts, strict=True)]
 
     def launched(self) -> None:
-        """Go on to the next step."""
+        """Advance to the next step."""
         for request in self.requests:
             request.num_computed_tokens += 1
         self.starts_B = self.starts_B + 1
