@@ -39,9 +39,9 @@ def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
     Returns:
         (..., outputs), bfloat16.
     """
-    inputs, outputs = x.shape[-1], weight.shape[0]
-    rows = x.reshape(-1, inputs)
+    outputs, is_flat = weight.shape[0], x.dim() == 2
+    rows = x if is_flat else x.reshape(-1, x.shape[-1])
     out = torch.empty(rows.shape[0], outputs, dtype=x.dtype)
-    added = None if residual is None else residual.view(-1, outputs)
+    added = residual if residual is None or is_flat else residual.view(-1, outputs)
     operators().linear.default(rows, weight, added, out)
-    return out.view(*x.shape[:-1], outputs)
+    return out if is_flat else out.view(*x.shape[:-1], outputs)

@@ -24,7 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Args:
         x: (..., C); weight: (C); the same dtype, bfloat16 or float32.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     out = torch.empty(rows.shape, dtype=x.dtype)
     operators().rms_norm.default(rows, weight, out, eps)
-    return out.view(x.shape)
+    return out if rows is x else out.view(x.shape)
