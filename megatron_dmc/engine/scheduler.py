@@ -256,7 +256,7 @@ class Scheduler:
 
     def finish(self, request: Request) -> None:
         """Take a request out, running or waiting, and give back what it holds."""
-        self._batch, self._steps_to_next_look = None, 0
+        self._steps_to_next_look = 0
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
             self._release(request)
@@ -392,6 +392,7 @@ class Scheduler:
         return request
 
     def _release(self, request: Request) -> None:
+        self._batch = None
         tokens = self.account.num_cached_tokens(request)
         self._released_tokens += tokens * self.account.num_heads_total
         self._released_entries += self.account.num_entries(request)
