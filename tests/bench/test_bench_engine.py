@@ -141,17 +141,17 @@ def test_kernel_compiles_without_a_gpu():
 
 def test_decisions_depend_on_neither_batch_nor_chunks_nor_preemption(shape):
     """Nor does the cache: entries of every head of every request are the same."""
-    asked = [([5 + i] * 40, 20) for i in range(4)]
+    asked = [([5 + i] * 40, 60) for i in range(4)]
 
     def entries(*flags):
-        llm = engine(shape, "--simulate-cr", "4", "--input-len", "40", "--output-len", "20", *flags)
+        llm = engine(shape, "--simulate-cr", "4", "--input-len", "40", "--output-len", "60", *flags)
         run = run_requests(llm, asked, name="a", batch=4)
         llm.engine.check_integrity()
         return llm.stats(), run
 
     alone, run = entries("--max-num-seqs", "1")
     chunked, _ = entries("--max-num-seqs", "4", "--max-num-batched-tokens", "7")
-    tight, _ = entries("--max-num-seqs", "4", "--num-pages", "36")
+    tight, _ = entries("--max-num-seqs", "4", "--num-pages", "60")
     assert alone.entries_LG == chunked.entries_LG == tight.entries_LG
     assert alone.num_preemptions == 0 < tight.num_preemptions
     assert run.measured_cr == pytest.approx(alone.measured_cr)
