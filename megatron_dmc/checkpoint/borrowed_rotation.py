@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_dmc.checkpoint.convert import read_weights
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.load import build_model, full_forward
 from megatron_dmc.checkpoint.weights import WeightSource, megatron_shapes, read_tensor
@@ -21,6 +22,8 @@ from megatron_dmc.model.attention import DMCSelfAttention
 
 WINDOWS, LENGTH = 8, 512
 """Sample that the rotation is chosen on: windows, spread over the text, and tokens of each."""
+MOST_TOKENS = 1_000_000
+"""Of a dataset, the first that a caller reads for it."""
 ANGLES = 360
 """Angles that are tried, in half a turn; the other half changes signs only."""
 
@@ -53,8 +56,7 @@ def pair_moments(
     dtype = torch.promote_types(torch.float32, description.dtype)
     model = build_model(description, dtype=dtype)
     state = model.state_dict()
-    for name in megatron_shapes(description):
-        source.fill(name, state[name])
+    read_weights(source, {name: state[name] for name in megatron_shapes(description)})
     d = description
     q = torch.zeros(d.num_layers, d.num_query_groups, 2, 2, dtype=torch.float64)
     k, k_mean = torch.zeros_like(q), torch.zeros(q.shape[:3], dtype=torch.float64)
@@ -134,7 +136,7 @@ def rotate_borrowed_pair(
     Raises:
         UnsupportedConfig: the model has DMC, whose borrowed channels are in use, or QK-norm, whose weights
             differ between the two channels.
-        DMCError: less than two tokens.
+        DMCError: less than two tokens, or tokens of a larger vocabulary.
     """
     if description.dmc is not None:
         raise UnsupportedConfig(
@@ -148,5 +150,10 @@ def rotate_borrowed_pair(
         )
     if len(tokens) < 2:
         raise DMCError(f"{len(tokens)} tokens of calibration data; give some thousands")
+    if int(tokens.max()) >= description.vocab_size:
+        raise DMCError(
+            f"calibration data: token {int(tokens.max())}, but the model's vocabulary has "
+            f"{description.vocab_size}; tokenise the text with this model's tokenizer"
+        )
     moments = pair_moments(description, source, tokens)
     return description, RotatedPairs(source, description, least_angles(*moments))

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     """Run `megatron-dmc convert`."""
     import torch
 
-    from megatron_dmc.checkpoint.borrowed_rotation import rotate_borrowed_pair
+    from megatron_dmc.checkpoint.borrowed_rotation import MOST_TOKENS, rotate_borrowed_pair
     from megatron_dmc.checkpoint.convert import FLAGS_FILE, convert
     from megatron_dmc.checkpoint.description import parse_dtype
     from megatron_dmc.checkpoint.gqa import pool_kv_heads
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             raise DMCError(
                 "--calibration-data with --kv-heads: convert twice, and train the pooled model before"
             )
-        tokens = torch.from_numpy(read_tokens(args.calibration_data))
+        tokens = torch.from_numpy(read_tokens(args.calibration_data, limit=MOST_TOKENS))
         transform = functools.partial(rotate_borrowed_pair, tokens=tokens)
     description = convert(
         args.from_format,

@@ -116,8 +116,11 @@ class Evaluation:
         return (self.num_tokens / self.num_entries_LG).tolist()
 
 
-def read_tokens(prefix: str | Path) -> np.ndarray:
-    """All tokens of a Megatron `.bin/.idx` dataset in a row, int64.
+def read_tokens(prefix: str | Path, *, limit: int | None = None) -> np.ndarray:
+    """Tokens of a Megatron `.bin/.idx` dataset in a row, int64 (num_tokens,).
+
+    Args:
+        limit: read whole documents up to this many tokens; None: all.
 
     Raises:
         DMCError: if there is no such dataset.
@@ -127,7 +130,14 @@ def read_tokens(prefix: str | Path) -> np.ndarray:
     if not Path(f"{prefix}.idx").is_file():
         raise DMCError(f"{prefix}.idx does not exist; build it with tools/preprocess_data.py")
     dataset = IndexedDataset(str(prefix))
-    return np.concatenate([np.array(dataset[i], dtype=np.int64) for i in range(len(dataset))])
+    documents: list[np.ndarray] = []
+    count = 0
+    for i in range(len(dataset)):
+        if limit is not None and count >= limit:
+            break
+        documents.append(np.array(dataset[i], dtype=np.int64))
+        count += len(documents[-1])
+    return np.concatenate(documents)
 
 
 def windows(tokens: np.ndarray, length: int, batch: int, limit: int | None) -> Iterator[Tensor]:

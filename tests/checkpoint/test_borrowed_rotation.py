@@ -17,6 +17,7 @@ from megatron_dmc.checkpoint.weights import StateSource, megatron_shapes, read_t
 from megatron_dmc.cli import main as cli
 from megatron_dmc.errors import DMCError, UnsupportedConfig
 from megatron_dmc.ops import gates
+from megatron_dmc.quality.likelihood import read_tokens
 
 TEXT = tokens().flatten().repeat(4)
 
@@ -111,3 +112,16 @@ def test_refusals(tmp_path):
     description, source, _ = open_checkpoint(tmp_path / "llama")
     with pytest.raises(DMCError, match="1 tokens of calibration data"):
         rotate_borrowed_pair(description, source, tokens=TEXT[:1])
+    with pytest.raises(DMCError, match="tokenise the text with this model's tokenizer"):
+        rotate_borrowed_pair(description, source, tokens=TEXT + description.vocab_size)
+
+
+def test_a_limit_reads_whole_documents_from_the_start(tmp_path):
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "d.bin"), dtype=np.int32)
+    for i in range(3):
+        builder.add_document(torch.full((4,), i), [4])
+    builder.finalize(str(tmp_path / "d.idx"))
+    assert read_tokens(tmp_path / "d").tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert read_tokens(tmp_path / "d", limit=5).tolist() == [0] * 4 + [1] * 4
