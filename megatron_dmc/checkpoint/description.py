@@ -94,6 +94,10 @@ class ModelDescription:
     rope_linear_factor: int | None = None
     """Positions are divided by this before RoPE."""
 
+    borrowed_rope_pair: int | None = None
+    """RoPE pair that has exchanged its frequency with the last one, whose second channel DMC borrows. None: the
+    usual order, as is the last pair itself."""
+
     num_experts: int | None = None
     """Experts of every layer's MLP; None: a dense MLP."""
 
@@ -134,6 +138,8 @@ class ModelDescription:
         if self.num_experts is not None and self.moe_ffn_hidden_size is None:
             self.moe_ffn_hidden_size = self.ffn_hidden_size
         self.rotary_base = int(self.rotary_base)
+        if self.borrowed_rope_pair == self.kv_channels // 2 - 1:
+            self.borrowed_rope_pair = None
         self.dtype = parse_dtype(self.dtype)
         if not self.padded_vocab_size:
             self.padded_vocab_size = -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

@@ -49,6 +49,7 @@ BOUNDS = {
     "moe_router_pre_softmax": Bounds(bool),
     "rope_scaling_factor": Bounds(float, 1e-3, 1e6, "rope_scaling.factor", optional=True),
     "rope_linear_factor": Bounds(int, 1, 10**6, "rope_scaling.factor", optional=True),
+    "borrowed_rope_pair": Bounds(int, 0, 2**13 - 1, optional=True),
     "num_experts": Bounds(int, 1, 2**14, optional=True),
     "moe_router_topk": Bounds(int, 1, 2**14, "num_experts_per_tok"),
     "moe_ffn_hidden_size": Bounds(int, 1, 2**22, "moe_intermediate_size", optional=True),
@@ -116,6 +117,13 @@ def field_problems(values: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"kv_channels={values['kv_channels']} (head dim) is odd: RoPE rotates pairs"
         )
+    if sound("kv_channels", "borrowed_rope_pair"):
+        pair, pairs = values["borrowed_rope_pair"], values["kv_channels"] // 2
+        if pair >= pairs:
+            problems.append(
+                f"borrowed_rope_pair={pair}: a head of kv_channels={values['kv_channels']} has the RoPE "
+                f"pairs 0 to {pairs - 1}"
+            )
     if sound("rotary_base") and int(values["rotary_base"]) != values["rotary_base"]:
         problems.append(
             f"rotary_base={values['rotary_base']}: Megatron's --rotary-base is a positive integer"

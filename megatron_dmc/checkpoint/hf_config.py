@@ -110,6 +110,7 @@ def _description_fields(config: dict[str, Any]) -> tuple[dict[str, Any], list[st
         "qk_layernorm": family.qk_layernorm,
         "dtype": next((config[n] for n in _DTYPE_KEYS if config.get(n) is not None), "float32"),
         "dmc": dmc,
+        "borrowed_rope_pair": config.get("borrowed_rope_pair"),
         "init_method_std": config.get("initializer_range", 0.02),
         # a key that is absent means the family's default; a null means none
         "bos_token_id": config.get("bos_token_id"),
@@ -230,7 +231,15 @@ def _rope_config(d: ModelDescription) -> dict[str, Any]:
 
 
 def to_hf_config(d: ModelDescription) -> dict[str, Any]:
-    """The contents of a `config.json`, readable by transformers 4 and 5."""
+    """The contents of a `config.json`, readable by transformers 4 and 5.
+
+    Raises:
+        UnsupportedConfig: the order of RoPE pairs is not the usual one.
+    """
+    if d.borrowed_rope_pair is not None:
+        raise UnsupportedConfig(
+            f"borrowed_rope_pair={d.borrowed_rope_pair}: models with exchanged RoPE pairs are not exported"
+        )
     family = family_named(d.model_type)
     dtype = str(d.dtype).removeprefix("torch.")
     config: dict[str, Any] = {

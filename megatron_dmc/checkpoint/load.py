@@ -37,6 +37,7 @@ from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.model.build import build_gpt
 from megatron_dmc.model.config import DMCTransformerConfig
 from megatron_dmc.model.specs import dmc_layer_spec
+from megatron_dmc.ops.gates import exchange_borrowed_pair
 
 
 @dataclass
@@ -151,7 +152,7 @@ def transformer_config(
 
 
 def rotary_embedding(description: ModelDescription, device: str | torch.device) -> RotaryEmbedding:
-    """RoPE angles for the model, computed on `device`."""
+    """RoPE angles for the model, in its order of pairs, computed on `device`."""
     rotary = _RotaryEmbedding(
         description.kv_channels,
         rotary_percent=1.0,
@@ -161,7 +162,8 @@ def rotary_embedding(description: ModelDescription, device: str | torch.device) 
         rope_scaling_factor=description.rope_scaling_factor or 8.0,
         use_cpu_initialization=True,
     )
-    rotary.inv_freq = rotary.inv_freq.to(device)
+    inv_freq = rotary.inv_freq.to(device)
+    rotary.inv_freq = exchange_borrowed_pair(inv_freq, description.borrowed_rope_pair)
     return rotary
 
 

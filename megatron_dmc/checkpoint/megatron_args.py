@@ -33,7 +33,7 @@ def saved_args(args: Any, folder: Path) -> Namespace:
 def megatron_flags(d: ModelDescription) -> list[str]:
     """Flags with which Megatron's parser builds this model.
 
-    Training's own choices (--seq-length, --bf16, the tokenizer, --dmc-*) are left out.
+    Training's own choices (--seq-length, --bf16, the tokenizer, DMC's settings) are left out.
     """
     flags = {
         "--num-layers": d.num_layers,
@@ -66,6 +66,8 @@ def megatron_flags(d: ModelDescription) -> list[str]:
         out += ["--use-rope-scaling", "--rope-scaling-factor", str(d.rope_scaling_factor)]
     if d.rope_linear_factor is not None:
         out += ["--rotary-seq-len-interpolation-factor", str(d.rope_linear_factor)]
+    if d.borrowed_rope_pair is not None:
+        out += ["--dmc-borrowed-rope-pair", str(d.borrowed_rope_pair)]
     if d.num_experts is not None:
         out += [
             "--num-experts", str(d.num_experts),
@@ -100,6 +102,7 @@ def to_megatron_args(d: ModelDescription) -> Namespace:
         rotary_seq_len_interpolation_factor=d.rope_linear_factor,
         use_rope_scaling=d.rope_scaling_factor is not None,
         rope_scaling_factor=d.rope_scaling_factor or 8.0,
+        dmc_borrowed_rope_pair=d.borrowed_rope_pair,
         normalization="RMSNorm",
         layernorm_epsilon=d.layernorm_epsilon,
         swiglu=True,
@@ -240,6 +243,7 @@ def from_megatron_args(args: Namespace, *, vocab_size: int | None = None) -> Mod
         qk_layernorm=family.qk_layernorm,
         rope_scaling_factor=getattr(args, "rope_scaling_factor", 8.0) if scaled else None,
         rope_linear_factor=getattr(args, "rotary_seq_len_interpolation_factor", None),
+        borrowed_rope_pair=getattr(args, "dmc_borrowed_rope_pair", None),
         num_layers=size("num_layers"),
         hidden_size=hidden,
         ffn_hidden_size=size("ffn_hidden_size"),

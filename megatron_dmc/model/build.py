@@ -9,6 +9,19 @@ from torch import Tensor
 from megatron_dmc.model.config import DMCTransformerConfig
 from megatron_dmc.model.decisions import DecisionRecorder, GateKey, append_counts, split_counts
 from megatron_dmc.model.specs import dmc_layer_spec
+from megatron_dmc.ops.gates import exchange_borrowed_pair
+
+
+def order_rope_pairs(model: GPTModel, borrowed_pair: int | None) -> None:
+    """Exchange the frequency of a RoPE pair with the last one's.
+
+    Args:
+        model: new, since Megatron keeps the angles of a forward; mutated.
+        borrowed_pair: None: nothing changes.
+    """
+    if borrowed_pair is not None:
+        rotary = model.rotary_pos_emb
+        rotary.inv_freq = exchange_borrowed_pair(rotary.inv_freq, borrowed_pair)
 
 
 class DMCGPTModel(GPTModel):
@@ -16,7 +29,7 @@ class DMCGPTModel(GPTModel):
 
     On the last pipeline stage `counts_LB` holds, after a forward, the counts of all layers of the
     model with the graph that leads back to them; on earlier stages the counts leave with the
-    activation, in a few extra rows.
+    activation, in a few extra rows. Its RoPE pairs stand in the order of `config.borrowed_rope_pair`.
 
     Args (in addition to GPTModel's):
         recorder: the one that the attention layers report to.
@@ -27,6 +40,7 @@ class DMCGPTModel(GPTModel):
         self.recorder = recorder
         self.counts_LB: Tensor | None = None
         self._incoming_LB: Tensor | None = None
+        order_rope_pairs(self, self.config.borrowed_rope_pair)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Megatron's hook for the activation of the previous stage: hidden state and counts."""

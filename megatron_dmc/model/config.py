@@ -10,10 +10,13 @@ from megatron_dmc.errors import UnsupportedConfig
 
 @dataclass
 class DMCTransformerConfig(TransformerConfig):
-    """Megatron's TransformerConfig with DMC's settings in `dmc`."""
+    """Megatron's TransformerConfig with DMC's settings in `dmc`, and the order of RoPE pairs."""
 
     dmc: DMCConfig = field(default_factory=DMCConfig)
     """DMC settings."""
+
+    borrowed_rope_pair: int | None = None
+    """RoPE pair that exchanges its frequency with the last one's; None: the usual order."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -52,6 +52,16 @@ def content_channels(x: Tensor) -> Tensor:
     return torch.cat([x[..., :channel], x[..., channel + 1 :]], dim=-1)
 
 
+def exchange_borrowed_pair(x: Tensor, pair: int | None) -> Tensor:
+    """A copy of (..., D / 2), one value of each RoPE pair, in which those of `pair` and of the last pair, which
+    holds the borrowed channel, are exchanged. Its own inverse. None: `x` itself."""
+    if pair is None:
+        return x
+    order = torch.arange(x.shape[-1], device=x.device)
+    order[pair], order[-1] = x.shape[-1] - 1, pair
+    return x[..., order]
+
+
 def decision_logit(k_TBGD: Tensor, *, alpha_offset: float) -> Tensor:
     """`alpha_logit_t = k_t[d] - alpha_offset`.
 

@@ -50,6 +50,12 @@ def add_dmc_args(parser: ArgumentParser) -> ArgumentParser:
         help="learning rate of the rows that feed the borrowed channels, as a multiple of the model's "
         "(default: 1.0)",
     )  # fmt: skip
+    dmc.add_argument(
+        "--dmc-borrowed-rope-pair", type=int, metavar="PAIR",
+        help="part of the model in every stage: the RoPE pair that exchanges its frequency with the last "
+        "one's, as `megatron-dmc convert --calibration-data` writes it into the model's flags "
+        "(default: the usual order)",
+    )  # fmt: skip
     group = parser.add_argument_group("distillation")
     group.add_argument(
         "--dmc-teacher", metavar="CHECKPOINT",
@@ -73,6 +79,34 @@ def dmc_config_from_args(args: Namespace) -> DMCConfig:
     return DMCConfig(**{f.name: getattr(args, f"dmc_{f.name}") for f in fields(DMCConfig)})
 
 
+def check_borrowed_rope_pair(args: Namespace) -> None:
+    """Refuse a pair that the model does not have.
+
+    Args:
+        args: validated by Megatron; the last pair becomes None, which means the same.
+
+    Raises:
+        UnsupportedConfig: it is out of range, or heads have no such pairs.
+    """
+    pair = args.dmc_borrowed_rope_pair
+    if pair is None:
+        return
+    name, pairs = f"--dmc-borrowed-rope-pair {pair}", args.kv_channels // 2
+    if args.position_embedding_type != "rope" or args.multi_latent_attention:
+        raise UnsupportedConfig(f"{name}: needs --position-embedding-type rope on keys per head")
+    if args.rotary_percent != 1 or args.rotary_interleaved:
+        raise UnsupportedConfig(
+            f"{name} with --rotary-percent {args.rotary_percent:g}, --rotary-interleaved "
+            f"{args.rotary_interleaved}: it needs RoPE on whole heads in the half-split layout"
+        )
+    if not 0 <= pair < pairs:
+        raise UnsupportedConfig(
+            f"{name}: heads of --kv-channels {args.kv_channels} have the pairs 0 to {pairs - 1}"
+        )
+    if pair == pairs - 1:
+        args.dmc_borrowed_rope_pair = None
+
+
 def transformer_config_from_args(args: Namespace) -> DMCTransformerConfig:
     """Megatron's `core_transformer_config_from_args` with DMC's settings in it, validated.
 
@@ -80,11 +114,13 @@ def transformer_config_from_args(args: Namespace) -> DMCTransformerConfig:
         UnsupportedConfig: for what is not installed, and what DMC cannot be combined with.
     """
     accelerators.check(args)
+    check_borrowed_rope_pair(args)
     dmc = dmc_config_from_args(args)
     config = core_transformer_config_from_args(args, config_class=DMCTransformerConfig)
     if config.transformer_impl == "local":  # PyTorch's norms, which have no such kernel
         config.persist_layer_norm = False
     config.dmc = dmc
+    config.borrowed_rope_pair = args.dmc_borrowed_rope_pair
     config.validate_dmc()
     return config
 

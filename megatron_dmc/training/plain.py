@@ -28,7 +28,9 @@ from megatron.training.training import stimer, update_seqlen_stats_from_cu_seqle
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from megatron_dmc.model.build import order_rope_pairs
 from megatron_dmc.model.specs import with_torch_norm
+from megatron_dmc.training.arguments import check_borrowed_rope_pair
 from megatron_dmc.training.step import check_loss, micro_batch_size
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens",
@@ -38,11 +40,23 @@ KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_s
 def model_config(args: Namespace) -> GPTModelConfig:
     """The config from which Megatron's `pretrain()` builds the model, by `GPTModelBuilder`.
 
-    Adds to Megatron's what its own conversion of the arguments leaves out: `--rope-scaling-factor`, and
-    without Transformer Engine norms that work wherever the model does.
+    Adds to Megatron's what its own conversion of the arguments leaves out: `--rope-scaling-factor`, the order of
+    RoPE pairs, and without Transformer Engine norms that work wherever the model does.
+
+    Raises:
+        UnsupportedConfig: `--dmc-borrowed-rope-pair` is no pair of the model.
     """
+    check_borrowed_rope_pair(args)
     model = gpt_config_from_args(args)
     model.rope_scaling_factor = args.rope_scaling_factor
+    if (pair := args.dmc_borrowed_rope_pair) is not None:
+
+        def exchange(chunks):
+            for chunk in chunks:
+                order_rope_pairs(chunk, pair)
+            return chunks
+
+        model.pre_wrap_hooks.append(exchange)
     config = model.transformer
     if config.transformer_impl != "local":
         return model

@@ -57,6 +57,7 @@ def check_stage(args: Namespace) -> None:
         return
     iteration = common.get("iteration", 0)
     name = f"{flag} {path}"
+    _check_rope_pairs(args, saved, name)
     if starts:
         _check_start(args, saved, name, iteration)
     else:
@@ -70,6 +71,17 @@ def _setting(args: Namespace, name: str) -> Any:
 
 def _stage(args: Namespace) -> Stage:
     return Stage(_setting(args, "stage"))
+
+
+def _check_rope_pairs(args: Namespace, saved: Namespace, name: str) -> None:
+    """The order of RoPE pairs is the weights', whatever the stage."""
+    theirs = getattr(saved, "dmc_borrowed_rope_pair", None)
+    if theirs == (ours := args.dmc_borrowed_rope_pair):
+        return
+    raise CheckpointError(
+        f"{name}: its weights are for --dmc-borrowed-rope-pair {theirs}, and here it is {ours} (None: leave "
+        f"the flag out){REMEDY}"
+    )
 
 
 def _check_start(args: Namespace, saved: Namespace, name: str, iteration: int) -> None:

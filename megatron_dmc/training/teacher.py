@@ -24,7 +24,8 @@ SAME = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "
         "qk_layernorm", "num_experts", "untie_embeddings_and_output_weights",
         "position_embedding_type", "rotary_base", "rotary_percent", "use_rope_scaling",
         "rotary_seq_len_interpolation_factor")  # fmt: skip
-"""Arguments of Megatron in which teacher and student agree; the number of KV heads is not among them."""
+"""Arguments of Megatron in which teacher and student agree. The number of KV heads is not among them, nor is
+the order of RoPE pairs: a teacher has its own."""
 
 
 class Teacher:
@@ -107,6 +108,7 @@ def load_teacher(args: Namespace, config: DMCTransformerConfig) -> Teacher:
     plain.num_query_groups = (
         saved.num_query_groups if saved.group_query_attention else saved.num_attention_heads
     )
+    plain.borrowed_rope_pair = getattr(saved, "dmc_borrowed_rope_pair", None)
     plain.perform_initialization = False
     plain.recompute_granularity = None
     plain.tp_comm_overlap = False  # its buffers are of the student's sizes

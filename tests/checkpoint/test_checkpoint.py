@@ -300,15 +300,17 @@ def test_saved_in_parallel_read_in_one_process(llama, tmp_path):
         assert_same_weights(llama, tmp_path / f"{layout}-back")
 
 
-def test_megatron_flags_are_accepted_and_say_the_same(llama):
+@pytest.mark.parametrize("pair", [None, 3])
+def test_megatron_flags_are_accepted_and_say_the_same(llama, pair):
     import argparse
 
     from megatron.training.arguments import add_megatron_arguments
 
-    description = from_hf_folder(llama)
+    from megatron_dmc.training.arguments import add_dmc_args
+
+    description = replace(from_hf_folder(llama), borrowed_rope_pair=pair)
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    add_megatron_arguments(parser)
-    args = parser.parse_args(megatron_flags(description))
+    args = add_dmc_args(add_megatron_arguments(parser)).parse_args(megatron_flags(description))
     again = from_megatron_args(args)
     assert replace(description, bos_token_id=None, eos_token_id=None) == again
     saved = to_megatron_args(description)
@@ -469,6 +471,8 @@ def test_nothing_there(tmp_path):
         ({"num_key_value_heads": 3}, "num_query_groups=3"),
         ({"dmc": {"stage": "finetune", "target_cr": 0.5}}, "target-cr"),
         ({"dmc": {"colour": 1}}, "colour"),
+        ({"borrowed_rope_pair": 16}, "borrowed_rope_pair=16: .*pairs 0 to 15"),
+        ({"borrowed_rope_pair": True}, "borrowed_rope_pair=True must be a whole number"),
         ({"torch_dtype": "float8", "dtype": "float8"}, "float8"),
     ],
 )

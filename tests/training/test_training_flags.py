@@ -238,6 +238,7 @@ def saved_by(**values) -> dict:
         ("start", "finetune", {"dmc_stage": "retrofit", "dmc_alpha_offset": 1.0}, "alpha-offset 1"),
         ("start", "zero-out", {"dmc_stage": "finetune"}, "is of --dmc-stage finetune"),
         ("start", "off", {"dmc_stage": "retrofit"}, "is of --dmc-stage retrofit"),
+        ("start", "off", {"dmc_borrowed_rope_pair": 2}, "rope-pair 2, and here it is None"),
     ],
 )
 def test_a_stage_starts_from_the_one_before(tmp_path, monkeypatch, flag, stage, saved, message):
@@ -248,6 +249,7 @@ def test_a_stage_starts_from_the_one_before(tmp_path, monkeypatch, flag, stage, 
         dmc_stage_check=True, ckpt_format="torch_dist", finetune=False, ckpt_step=None,
         load=str(tmp_path) if flag == "--load" else None, pretrained_checkpoint=str(tmp_path),
         dmc_stage=stage, train_iters=10, train_samples=None, dmc_target_cr=4.0,
+        dmc_borrowed_rope_pair=None,
     )  # fmt: skip
     if message is None:
         stages.check_stage(args)
