@@ -2,7 +2,7 @@
 prefilled: `megatron-dmc bench decode` (C2; on a GPU a step to E1, E3), and E1 to E3 and E7 of `bench window`.
 
 Regime: `LLMEngine` with a random model, every request with the same number of tokens in its cache; merge decisions are
-imposed (`bench.imposed`), and a request's heads hold what they would have left. CR 1 is the engine without DMC. `bench
+imposed (`engine.imposed`), and a request's heads hold what they would have left. CR 1 is the engine without DMC. `bench
 decode` spreads the part of its tokens that a head appends evenly between half and one and a half times the mean, and
 gives all engines the pages that CR 1 needs. On a CPU they take turns step by step; on a GPU they follow one another, as
 their caches do not fit together. Metric: a step is timed whole (schedule, model, append, attention, sampling, page
@@ -21,7 +21,6 @@ import torch
 from tqdm import tqdm
 
 from megatron_dmc.bench.baselines import DenseContext
-from megatron_dmc.bench.imposed import ImposedDecisions
 from megatron_dmc.bench.measure import (
     Ceilings,
     ModelCost,
@@ -36,6 +35,7 @@ from megatron_dmc.bench.output import Panel, Result, Row
 from megatron_dmc.checkpoint.load import LoadedModel
 from megatron_dmc.engine import LLMEngine, SamplingParams
 from megatron_dmc.engine.context import PagedContext
+from megatron_dmc.engine.imposed import EVEN_SPREAD, ImposedDecisions, even_weights
 from megatron_dmc.engine.request import RequestStatus
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops import gates
@@ -46,7 +46,6 @@ PAGE_SIZE = 16
 ENGINE_SETTINGS: dict[str, Any] = {
     "block_size": PAGE_SIZE, "max_num_batched_tokens": 2048, "count_flipped_decisions": False,
 }  # fmt: skip
-SPREAD = 0.5
 WARMUP = 3
 CHECKED_REQUESTS = 4
 _AT_ONCE = 1 << 20
@@ -230,12 +229,6 @@ def measure(
     return rows
 
 
-def even_weights(num_layers: int, num_kv_heads: int) -> torch.Tensor:
-    """A spread over heads that is even around the mean, up to a factor: float64 (L, G)."""
-    heads = torch.linspace(1 - SPREAD, 1 + SPREAD, num_layers * num_kv_heads, dtype=torch.float64)
-    return heads.view(num_layers, -1)
-
-
 def random_llama(settings: Settings, num_layers: int | None, length: int) -> LoadedModel:
     """Llama-2-7B's shape, with other layers if so asked; on a CPU narrower, with its head dimension."""
     description = llama2_7b(
@@ -278,7 +271,7 @@ def run(args: argparse.Namespace) -> Result:
     shape = {
         "layers": d.num_layers, "hidden": d.hidden_size, "query_heads": d.num_attention_heads,
         "kv_heads": d.num_query_groups, "head_dim": d.kv_channels, "page_size": PAGE_SIZE,
-        "kv_cache_dtype": args.kv_cache_dtype, "spread_of_rates": SPREAD,
+        "kv_cache_dtype": args.kv_cache_dtype, "spread_of_rates": EVEN_SPREAD,
     }  # fmt: skip
     result = document(
         "decode", settings, model=shape, copy_bytes_per_second=ceilings.bytes_per_second, rows=rows

@@ -15,12 +15,6 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.bench.baselines import DenseContext
-from megatron_dmc.bench.imposed import (
-    ImposedDecisions,
-    ImposingContext,
-    profile_weights,
-    spread_weights,
-)
 from megatron_dmc.bench.measure import Settings
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.load import LoadedModel, build_model, check_divisible, load_model
@@ -30,6 +24,12 @@ from megatron_dmc.engine import LLM
 from megatron_dmc.engine.config import settings
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.flags import engine_settings, model_path, tokenizer_path
+from megatron_dmc.engine.imposed import (
+    ImposedDecisions,
+    ImposingContext,
+    profile_weights,
+    spread_weights,
+)
 from megatron_dmc.engine.sizes import model_dtype, pages_in_memory
 from megatron_dmc.errors import DMCError
 from megatron_dmc.ops.paged.kv_pages import entry_bytes, parse_kv_cache_dtype

@@ -8,11 +8,12 @@ import pytest
 import torch
 from kernel_tools import compile_for, run_cases
 
-from megatron_dmc.bench import imposed, model_under_test, offline
+from megatron_dmc.bench import model_under_test, offline
 from megatron_dmc.bench.command import add_arguments
 from megatron_dmc.bench.measure import Ceilings, ModelCost
 from megatron_dmc.bench.offline import run_requests
 from megatron_dmc.cli.main import main
+from megatron_dmc.engine import imposed
 from megatron_dmc.errors import DMCError, UnsupportedConfig
 
 CONFIG = {
@@ -126,7 +127,7 @@ def test_kernel_decides_the_same():
 
 def test_kernel_compiles_without_a_gpu():
     pytest.importorskip("triton")
-    from megatron_dmc.bench import imposed_kernel
+    from megatron_dmc.engine import imposed_kernel
 
     types = {
         **dict.fromkeys(("p_positions", "p_rows", "p_seeds", "p_limit", "p_salt"), "*i64"),

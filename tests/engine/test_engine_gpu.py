@@ -13,10 +13,10 @@ from random_models import VOCAB, random_model, retrofitted
 from test_no_waiting import EVERYTHING
 
 from megatron_dmc import LLM, SamplingParams, ops
-from megatron_dmc.bench import imposed
 from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.load import LoadedModel, build_model
 from megatron_dmc.config import DMCConfig
+from megatron_dmc.engine import imposed
 from megatron_dmc.ops import gates
 from megatron_dmc.ops.backends import DECODE
 from megatron_dmc.ops.paged import decode

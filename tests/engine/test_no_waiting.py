@@ -17,8 +17,8 @@ from random_models import VOCAB
 from test_decode_graphs import Recorder
 
 from megatron_dmc import SamplingParams
-from megatron_dmc.bench import imposed
 from megatron_dmc.cache.strategies import CompressionRule
+from megatron_dmc.engine import imposed
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.runner import ModelRunner
 
@@ -144,7 +144,7 @@ def operations(calls):
 def test_operations_of_a_decode_step(imposes, monkeypatch):
     """A linear layer is one product of all tokens, an MLP has no operation that does nothing, and imposed
     decisions are one launch a step."""
-    imposed_kernel = pytest.importorskip("megatron_dmc.bench.imposed_kernel")
+    imposed_kernel = pytest.importorskip("megatron_dmc.engine.imposed_kernel")
     model, description = small_model()
     decisions = imposed.ImposedDecisions.of(imposed.spread_weights(3, 2), 4.0, num_tokens=100)
     options = {

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from megatron_dmc.bench import imposed, imposed_kernel
+from megatron_dmc.engine import imposed, imposed_kernel
 
 DEVICE = os.environ["DMC_DEVICE"]
 

@@ -22,13 +22,12 @@ import torch
 from torch import Tensor
 
 from megatron_dmc import SamplingParams
-from megatron_dmc.bench.decode_step import even_weights
-from megatron_dmc.bench.imposed import ImposedDecisions, ImposingContext
 from megatron_dmc.checkpoint.load import load_model
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.engine import EngineConfig, LLMEngine
 from megatron_dmc.engine.chunk import Chunk
 from megatron_dmc.engine.context import PagedContext
+from megatron_dmc.engine.imposed import ImposedDecisions, ImposingContext, even_weights
 from megatron_dmc.engine.request import Request
 from megatron_dmc.ops.paged import kv_pages
 

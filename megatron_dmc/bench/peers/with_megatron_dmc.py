@@ -1,4 +1,4 @@
-"""This engine; a CR other than 1 is imposed (`bench.imposed`)."""
+"""This engine; a CR other than 1 is imposed (`engine.imposed`)."""
 
 import argparse
 import importlib.metadata

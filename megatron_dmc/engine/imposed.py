@@ -33,6 +33,7 @@ from megatron_dmc.ops.paged.decode import Gates
 from megatron_dmc.ops.tensors import accumulator_dtype, to_device
 
 SPREAD = 0.6
+EVEN_SPREAD = 0.5
 _MASK = 0xFFFFFFFF
 _ELEMENTS_AT_ONCE = 1 << 20
 
@@ -42,6 +43,14 @@ def spread_weights(num_layers: int, num_kv_heads: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (num_layers, num_kv_heads)
     return (SPREAD * torch.randn(shape, generator=generator, dtype=torch.float64)).exp()
+
+
+def even_weights(num_layers: int, num_kv_heads: int) -> Tensor:
+    """A spread over heads that is even around the mean, up to a factor: float64 (L, G)."""
+    heads = torch.linspace(
+        1 - EVEN_SPREAD, 1 + EVEN_SPREAD, num_layers * num_kv_heads, dtype=torch.float64
+    )
+    return heads.view(num_layers, -1)
 
 
 def profile_weights(path: str | Path, num_layers: int, num_kv_heads: int) -> Tensor:
@@ -241,7 +250,7 @@ class ImposingContext(PagedContext):
         self._seeds_R = torch.zeros(others["max_num_seqs"], dtype=torch.int64, device=device)
         self._decide_on_device = decide
         if device.type == "cuda" and find_spec("triton"):
-            from megatron_dmc.bench import imposed_kernel
+            from megatron_dmc.engine import imposed_kernel
 
             self._decide_on_device = imposed_kernel.decide
 

@@ -1,4 +1,4 @@
-"""Imposed decisions of a step's tokens in all layers, as one Triton kernel; `bench.imposed.decide` has the
+"""Imposed decisions of a step's tokens in all layers, as one Triton kernel; `engine.imposed.decide` has the
 contract.
 
 Dimension letters: L layers, T tokens, R rows of running requests, G key/value heads.
@@ -16,7 +16,7 @@ BLOCK = 256
 
 @triton.jit
 def _mix(x):
-    """`bench.imposed._mix` of uint32, which wraps around."""
+    """`engine.imposed._mix` of uint32, which wraps around."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
