@@ -6,9 +6,12 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_dmc.errors import DMCError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 
@@ -76,6 +79,7 @@ class Result:
         folder: where the document, the CSV and the plots go; None: nowhere.
         panels: a plot of bars, named as the benchmark.
         curves: plots of lines, by file name.
+        figures: what draws other plots, by file name.
         csv: rows that are also written as `BENCHMARK.csv`.
     """
 
@@ -83,6 +87,7 @@ class Result:
     folder: Path | None = None
     panels: list[Panel] = field(default_factory=list)
     curves: dict[str, Curves] = field(default_factory=dict)
+    figures: dict[str, Callable[[], "Figure"]] = field(default_factory=dict)
     csv: Sequence[Row] = ()
     exit_code: int = 0
 
@@ -101,7 +106,7 @@ class Result:
             write_csv(self.csv, self.folder / f"{name}.csv")
         drawn = {file: (c, lines) for file, c in self.curves.items() if (lines := c.lines())}
         panels = [(p.title, p.unit, bars) for p in self.panels if (bars := p.bars())]
-        if not panels and not drawn:
+        if not panels and not drawn and not self.figures:
             return
         try:
             from megatron_dmc import plotting
@@ -114,6 +119,8 @@ class Result:
         for file, (c, lines) in drawn.items():
             x, y = (key.replace("_", " ") for key in (c.x, c.y))
             plotting.save(plotting.lines(lines, x=x, y=y, title=c.title), self.folder / file)
+        for file, draw in self.figures.items():
+            plotting.save(draw(), self.folder / file)
 
 
 def finish(result: Result) -> int:

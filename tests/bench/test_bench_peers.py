@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dmc.bench.peers import cases, command, environments
+from megatron_dmc.bench.peers import cases, command, environments, report
 from megatron_dmc.bench.peers.environments import Peer, python_of
 from megatron_dmc.cli.main import main
 from megatron_dmc.errors import DMCError
@@ -26,26 +26,31 @@ def rows_of(tmp_path, capsys, *flags):
 
 def test_engines_side_by_side(tmp_path, capsys):
     rows = rows_of(
-        tmp_path, capsys, "--engines", "megatron-dmc", "transformers", "llama.cpp", "--batches", "2", "--contexts",
-        "24", "--crs", "1", "4", "--new-tokens", "5", "--threads", "1", "--dtype", "float32",
+        tmp_path, capsys, "--engines", "megatron-dmc", "transformers", "--shapes", "2x24", "2x8",
+        "--crs", "4", "--new-tokens", "5", "--threads", "1", "--dtype", "float32", "--clock", "cpu",
+        "--output", str(tmp_path),
     )  # fmt: skip
-    assert [(r["engine"], r["cr"]) for r in rows] == [
-        ("megatron-dmc", 1.0), ("megatron-dmc", 4.0), ("transformers", 1.0), ("llama.cpp", 1.0),
+    assert [(r["engine"], r["context"], r["cr"]) for r in rows] == [
+        ("megatron-dmc", 8, 1.0), ("megatron-dmc", 24, 1.0), ("megatron-dmc", 24, 4.0),
+        ("transformers", 8, 1.0), ("transformers", 24, 1.0),
     ]  # fmt: skip
-    for row in rows[:3]:
+    for row in rows:
         assert row["prefill_s"] > 0 and row["decode_tokens_per_s"] > 0 and row["version"]
         assert row["peak_memory_bytes"] > 100e6 and "skipped" not in row
-    assert "give --gguf FILE" in rows[3]["skipped"]
+    plain, compressed = rows[1:3]
+    assert compressed["bound_tokens_per_s"] > plain["bound_tokens_per_s"] > 0
+    picture = (tmp_path / "peers.svg").read_text()
+    assert "batch 2" in picture and "CR 4" in picture and "vllm" not in picture
 
 
 def test_figures_begin_at_the_last_first_token(monkeypatch):
-    clock = iter([0.0, 1.0, 3.0, 4.0, 6.0])
-    monkeypatch.setattr(cases.time, "perf_counter", lambda: next(clock))
+    clock = iter([0.0, 1.0, 3.0, 4.0, 6.0, 9.0])
+    monkeypatch.setitem(cases.CLOCKS, "wall", lambda: next(clock))
     progress = cases.Progress({"batch": 2})
-    for requests in (["a"], ["a", "b"], ["a", "b"], ["b"]):
+    for requests in (["a"], ["a", "b"], ["a", "b"], ["a", "b"], ["b"]):
         progress.step(requests)
     row = progress.row()
-    assert row["prefill_s"] == 3.0 and row["decode_tokens_per_s"] == 3 / 3.0
+    assert row["prefill_s"] == 3.0 and row["decode_tokens_per_s"] == 4 / 3.0
     same = [cases.prompts({"batch": 2, "context": 7}) for _ in range(2)]
     assert same[0] == same[1] and [len(p) for p in same[0]] == [7, 7]
 
@@ -64,21 +69,20 @@ def test_rows_that_a_peer_did_not_reach_say_why(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(environments.PEERS, "vllm", Peer("fails"))
     monkeypatch.setitem(environments.PEERS, "transformers", Peer("slow"))
     rows = rows_of(
-        tmp_path, capsys, "--engines", "transformers", "vllm", "--batches", "1", "2", "--contexts", "8",
+        tmp_path, capsys, "--engines", "transformers", "vllm", "--shapes", "1x8", "2x8",
         "--timeout", "0.5", "--threads", "1",
     )  # fmt: skip
     assert [r.get("skipped") for r in rows] == [
         *["it took longer than --timeout 0.5"] * 2, None, "no more memory",
     ]  # fmt: skip
     ours = {
-        "engine": "megatron-dmc",
-        "threads": 1,
-        "batch": 1,
-        "context": 8,
-        "decode_tokens_per_s": 25.0,
-    }
-    command.add_ratios(rows := [*rows, ours])
-    assert ours["ratio"] == 2.5 and rows[2]["ratio"] == 1.0 and "ratio" not in rows[0]
+        "engine": "megatron-dmc", "threads": 1, "batch": 1, "context": 8, "cr": 1.0, "prefill_s": 0.5,
+        "decode_tokens_per_s": 25.0, "bound_tokens_per_s": 50.0, "peak_memory_bytes": 2**30,
+    }  # fmt: skip
+    text = report.tables([*rows, ours])
+    assert "| 1, 1 x 8 | 1 | 25 | - | 10 | - | 2.50 | - | 50 |" in text
+    assert "| 1, 1 x 8 | 1 | 0.5, 1.00 | - |" in text
+    assert "transformers is not measured: it took longer than --timeout 0.5." in text
 
 
 def test_an_environment_is_made_once_or_not_at_all(tmp_path, monkeypatch):
@@ -102,4 +106,7 @@ def test_an_environment_is_made_once_or_not_at_all(tmp_path, monkeypatch):
 
 def test_flags_out_of_range(capsys):
     assert main(["bench", "peers", "--model", str(MODEL), "--new-tokens", "1"]) == 2
-    assert "--new-tokens 1: at least 2" in capsys.readouterr().err
+    assert "--new-tokens 1: at least 3" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench", "peers", "--model", str(MODEL), "--shapes", "8x0"])
+    assert "8x0: two positive numbers, for instance 8x1024" in capsys.readouterr().err

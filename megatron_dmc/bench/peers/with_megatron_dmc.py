@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_dmc.bench import command
+from megatron_dmc.bench.measure import ModelCost, Settings, copy_bandwidth
 from megatron_dmc.bench.model_under_test import ModelUnderTest, Point
 from megatron_dmc.engine import SamplingParams
 
@@ -23,6 +24,14 @@ def measure(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
     command.add_throughput(parser)
     args = parser.parse_args([asked["model"], "--dtype", asked["dtype"], "--device", "cpu"])
     tested = ModelUnderTest.from_args(args, longest)
+    settings = Settings(tested.device, tested.description.dtype, (), repeats=20, output=None)
+    bandwidth = copy_bandwidth(settings, cases.CLOCKS[asked["clock"]])
+
+    def bound(case: dict[str, Any], entry_bytes: int) -> float:
+        """Tokens per second if the bytes of a step moved like a copy; halfway through the new tokens."""
+        cost = ModelCost.of(tested.loaded.model, tested.description, entry_bytes)
+        entries = (case["context"] + case["new_tokens"] / 2) * tested.heads / case["cr"]
+        return case["batch"] * bandwidth / cost.step_bytes(case["batch"] * entries)
 
     def run(case: dict[str, Any], name: str) -> dict[str, Any]:
         point = Point(case["cr"], case["batch"], case["context"], case["new_tokens"])
@@ -33,12 +42,15 @@ def measure(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
             temperature=0, max_tokens=case["new_tokens"], ignore_eos=True, detokenize=False
         )
         requests = cases.prompts(case, min(cases.VOCAB, tested.description.vocab_size))
-        progress = cases.Progress(case)
+        progress = cases.Progress(case, asked["clock"])
         for number, ids in enumerate(requests):
             engine.add_request(f"{name}-{number}", {"prompt_token_ids": ids}, params)
         while engine.has_unfinished_requests:
             progress.step(output.request_id for output in engine.step())
-        return progress.row()
+        return progress.row() | {
+            "copy_bytes_per_s": bandwidth,
+            "bound_tokens_per_s": bound(case, engine.stats().entry_bytes),
+        }
 
     run(all_cases[0] | {"context": 8, "new_tokens": 2}, "warm-up")
     for number, case in enumerate(all_cases):

@@ -30,7 +30,7 @@ def measure(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
     def run(case: dict[str, Any]) -> dict[str, Any]:
         ids = torch.tensor(cases.prompts(case, min(cases.VOCAB, model.config.vocab_size)))
-        progress = cases.Progress(case)
+        progress = cases.Progress(case, asked["clock"])
         model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
             min_new_tokens=case["new_tokens"], max_new_tokens=case["new_tokens"],

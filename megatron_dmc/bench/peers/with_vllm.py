@@ -31,7 +31,7 @@ def measure(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
             temperature=0, max_tokens=case["new_tokens"], ignore_eos=True, detokenize=False
         )
         requests = cases.prompts(case)
-        progress = cases.Progress(case)
+        progress = cases.Progress(case, asked["clock"])
         for number, ids in enumerate(requests):
             engine.add_request(f"{name}-{number}", {"prompt_token_ids": ids}, params)
         while engine.has_unfinished_requests():
