@@ -199,13 +199,14 @@ class ModelUnderTest:
             return
         is_known = self.has_fixed_lengths and given["max_model_len"] is None
         dtype = parse_kv_cache_dtype(given["kv_cache_dtype"]) or d.dtype
-        given["num_pages"] = pages_in_memory(
+        in_memory = pages_in_memory(
             2 * given["block_size"] * entry_bytes(d.kv_channels, dtype),
-            worst_case=max(map(self.pages_of, points)) if is_known else sys.maxsize,
             kv_cache_memory_bytes=given["kv_cache_memory_bytes"],
             gpu_memory_utilization=given["gpu_memory_utilization"],
             device=self.device,
         )
+        used = max(map(self.pages_of, points)) if is_known else sys.maxsize
+        given["num_pages"] = min(in_memory, used)
 
     def largest_batch(self, point: Point) -> int:
         """Number of requests of this length that the cache holds when they end (`--max-num-seqs auto`).

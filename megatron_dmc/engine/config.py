@@ -79,8 +79,9 @@ class EngineConfig:
     max_model_len: int | None = None
     """Longest sequence, prompt and completion together. Default: the model's."""
 
-    max_num_seqs: int = 64
-    """Requests that run at a time."""
+    max_num_seqs: int | None = None
+    """Requests that run at a time. Default: 256; down to 64 where their page tables would take more than
+    1/32 of the cache's memory; no more than the pages can hold a token of."""
 
     max_num_batched_tokens: int = 2048
     """Tokens computed in a step. Longer prompts are computed in chunks."""
@@ -176,7 +177,7 @@ class EngineConfig:
                 f"cudagraph_capture_sizes={sizes!r}: use positive whole numbers, or enforce_eager=True "
                 "for none"
             )
-        if min(sizes) > self.max_num_seqs:
+        if self.max_num_seqs is not None and min(sizes) > self.max_num_seqs:
             raise UnsupportedConfig(
                 f"cudagraph_capture_sizes={sizes!r}: all are larger than max_num_seqs="
                 f"{self.max_num_seqs}; choose smaller ones, or enforce_eager=True"
@@ -231,11 +232,12 @@ class EngineConfig:
 
     def capture_sizes(self) -> list[int]:
         """Batch sizes whose decode steps become CUDA graphs, none larger than `max_num_seqs`. The default
-        is vLLM's: 1, 2, 4, multiples of 8 up to 256 and of 16 up to 512; and `max_num_seqs`."""
-        sizes = self.cudagraph_capture_sizes
+        is vLLM's: 1, 2, 4, multiples of 8 up to 256 and of 16 up to 512; and `max_num_seqs`, which is set."""
+        sizes, most = self.cudagraph_capture_sizes, self.max_num_seqs
+        assert most is not None
         if sizes is None:
-            sizes = [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16), min(self.max_num_seqs, 512)]
-        return sorted({size for size in sizes if size <= self.max_num_seqs})
+            sizes = [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16), min(most, 512)]
+        return sorted({size for size in sizes if size <= most})
 
 
 class Setting(NamedTuple):

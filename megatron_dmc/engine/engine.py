@@ -66,6 +66,7 @@ class LLMEngine:
         device = device_of_weights(model, config.device)
         config = resolve_sizes(config, description, dtype=dtype, device=device, parallel=parallel)
         assert config.num_pages is not None and config.max_model_len is not None
+        assert config.max_num_seqs is not None
         rule = compression_rule(description.dmc, config.enable_dmc)
         check_combinations(config, rule)
         self.config, self.description, self.parallel = config, description, parallel

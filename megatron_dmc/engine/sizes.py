@@ -16,6 +16,9 @@ from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.ops.paged.kv_pages import entry_bytes, parse_kv_cache_dtype
 
 _DEFAULT_CPU_CACHE_BYTES = 2**30
+_DEFAULT_MAX_NUM_SEQS = range(64, 257)
+_TABLES_PART = 32
+"""More requests than the least default run only if their tables take at most 1/32 of the cache's memory."""
 
 
 def model_dtype(name: str | torch.dtype) -> torch.dtype | None:
@@ -36,7 +39,7 @@ def resolve_sizes(
     device: torch.device,
     parallel: TensorParallel | None,
 ) -> EngineConfig:
-    """The configuration with `max_model_len` and `num_pages` set, the same on every rank.
+    """The configuration with `max_model_len`, `num_pages` and `max_num_seqs` set, the same on every rank.
 
     Args:
         dtype: the model's; `device`: its weights', in whose memory the cache is.
@@ -44,28 +47,35 @@ def resolve_sizes(
     Raises:
         UnsupportedConfig: the sizes do not fit the model, or no memory is left for the cache.
     """
-    max_model_len, num_pages = config.max_model_len, config.num_pages
     num_ranks = 1 if parallel is None else parallel.size
+    max_model_len = config.max_model_len
     if max_model_len is None:
         max_model_len = int(description.max_position_embeddings)
-    if num_pages is None:
-        cache_dtype = parse_kv_cache_dtype(config.kv_cache_dtype) or dtype
-        pages_per_sequence = (
-            -(-max_model_len // config.block_size)
-            * description.num_layers
-            * description.num_query_groups
-            // num_ranks
-        )
-        num_pages = pages_in_memory(
-            2 * config.block_size * entry_bytes(description.kv_channels, cache_dtype),
-            worst_case=pages_per_sequence * config.max_num_seqs,
+    heads = description.num_layers * description.num_query_groups // num_ranks
+    cache_dtype = parse_kv_cache_dtype(config.kv_cache_dtype) or dtype
+    page_bytes = 2 * config.block_size * entry_bytes(description.kv_channels, cache_dtype)
+    most_pages = config.num_pages
+    if most_pages is None:
+        most_pages = pages_in_memory(
+            page_bytes,
             kv_cache_memory_bytes=config.kv_cache_memory_bytes,
             gpu_memory_utilization=config.gpu_memory_utilization,
             device=device,
         )
     if parallel is not None:
-        num_pages = parallel.least(num_pages)
-    config = replace(config, max_model_len=max_model_len, num_pages=num_pages)
+        most_pages = parallel.least(most_pages)
+    max_num_seqs = config.max_num_seqs
+    if max_num_seqs is None:
+        tables = table_bytes(description, config, max_model_len, num_ranks)
+        in_memory = most_pages * page_bytes // _TABLES_PART // tables
+        in_memory = min(max(in_memory, _DEFAULT_MAX_NUM_SEQS[0]), _DEFAULT_MAX_NUM_SEQS[-1])
+        max_num_seqs = max(1, min(in_memory, most_pages // heads))
+    num_pages = most_pages
+    if config.num_pages is None:  # more than all requests need if nothing merges is never used
+        num_pages = min(most_pages, -(-max_model_len // config.block_size) * heads * max_num_seqs)
+    config = replace(
+        config, max_model_len=max_model_len, num_pages=num_pages, max_num_seqs=max_num_seqs
+    )
     check_fits_model(config, description, num_ranks)
     return config
 
@@ -73,16 +83,14 @@ def resolve_sizes(
 def pages_in_memory(
     page_bytes: int,
     *,
-    worst_case: int,
     kv_cache_memory_bytes: int | None,
     gpu_memory_utilization: float,
     device: torch.device,
 ) -> int:
-    """Pages that fit into the given memory, at most `worst_case`.
+    """Pages that fit into the given memory.
 
     Args:
         page_bytes: of one page, key and value together, with their scales.
-        worst_case: pages that all requests need together if nothing merges.
         kv_cache_memory_bytes: memory of the cache. None: on a GPU the part `gpu_memory_utilization` of its
             memory less all that is in use, on a CPU 1 GiB.
 
@@ -98,7 +106,17 @@ def pages_in_memory(
                 "raise it, or use kv_cache_memory_bytes"
             )
     limit = _DEFAULT_CPU_CACHE_BYTES if kv_cache_memory_bytes is None else kv_cache_memory_bytes
-    return min(worst_case, limit // page_bytes)
+    return limit // page_bytes
+
+
+def table_bytes(
+    description: ModelDescription, config: EngineConfig, max_model_len: int, num_ranks: int
+) -> int:
+    """Bytes of a running request on one rank besides its pages: page tables and the strategy's state."""
+    heads = description.num_layers * -(-description.num_query_groups // num_ranks)
+    rule = compression_rule(description.dmc, config.enable_dmc)
+    state = store_class(rule).state_bytes(rule, description.kv_channels)
+    return heads * (4 * -(-max_model_len // config.block_size) + state)
 
 
 def check_fits_model(config: EngineConfig, description: Any, num_ranks: int) -> None:
@@ -133,16 +151,14 @@ def check_memory(description: ModelDescription, config: EngineConfig, device: to
     weights = weight_bytes(replace(description, dtype=dtype)) // ranks
     setting, pages = _cache_bytes(config, description, dtype)
     max_model_len = config.max_model_len or description.max_position_embeddings
-    rows = description.num_layers * -(-description.num_query_groups // ranks) * config.max_num_seqs
-    tables = rows * -(-max_model_len // config.block_size) * 4
-    rule = compression_rule(description.dmc, config.enable_dmc)
-    tables += rows * store_class(rule).state_bytes(rule, description.kv_channels)
+    max_num_seqs = config.max_num_seqs or _DEFAULT_MAX_NUM_SEQS[0]
+    tables = max_num_seqs * table_bytes(description, config, max_model_len, ranks)
     if weights + pages + tables <= total:
         return
     parts = [
         f"the model {weights:,} bytes",
         *([f"{setting}={getattr(config, setting)} {pages:,}"] if pages else []),
-        f"tables for max_num_seqs={config.max_num_seqs} of max_model_len={max_model_len} {tables:,}",
+        f"tables for max_num_seqs={max_num_seqs} of max_model_len={max_model_len} {tables:,}",
     ]
     _, remedy = max(
         (weights, "use a GPU with more memory, or more of them"),

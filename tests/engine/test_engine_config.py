@@ -52,7 +52,7 @@ def test_some_flags_and_other_defaults():
         ({"max_num_seq": 4}, "max_num_seq=4: no such engine setting; did you mean max_num_seqs"),
         ({"qqq": 4}, "qqq=4: no such engine setting; see docs/settings.md"),
         ({"max_num_seqs": True}, "max_num_seqs=True: use a positive whole number"),
-        ({"max_num_seqs": None}, "max_num_seqs=None: use a positive whole number"),
+        ({"block_size": None}, "block_size=None: use a positive whole number"),
         ({"num_pages": 2.0}, r"num_pages=2\.0: use a positive whole number"),
         ({"scheduling_policy": "lifo"}, "scheduling_policy='lifo': use one of fcfs, priority"),
         ({"enforce_eager": 1}, "enforce_eager=1: use True or False"),

@@ -5,9 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_dmc import LLM
+from megatron_dmc.checkpoint.convert import open_checkpoint
 from megatron_dmc.cli import main as cli
+from megatron_dmc.engine.config import EngineConfig
+from megatron_dmc.engine.sizes import resolve_sizes, table_bytes
 from megatron_dmc.errors import UnsupportedConfig
 
 MODEL = Path(__file__).parents[2] / "examples" / "models" / "stdlib-llama-3m"
@@ -71,3 +75,25 @@ def test_what_all_sizes_ask_for_together_is_compared_with_the_memory(tmp_path, n
 def test_a_device_that_is_not_there(capsys, no_loading):
     assert cli.main(["generate", str(MODEL), "--prompt", "x", "--device", "cuda:99"]) == 2
     assert "device=cuda:99: this machine has" in capsys.readouterr().err
+
+
+def test_default_number_of_requests():
+    """256; down to 64 by the memory of the tables; no more than the pages hold a token of; at least one."""
+    description, _, _ = open_checkpoint(MODEL)
+    heads = 4 * 8
+
+    def of(**settings):
+        config = EngineConfig(**settings)
+        sizes = resolve_sizes(
+            config, description, dtype=torch.float32, device=torch.device("cpu"), parallel=None
+        )
+        return sizes.max_num_seqs, sizes.num_pages
+
+    assert of() == (256, 256 * heads * 32)
+    assert of(max_num_seqs=3) == (3, 3 * heads * 32)
+    assert of(num_pages=100 * heads + 5) == (100, 100 * heads + 5)
+    assert of(num_pages=heads) == (1, heads)
+    tables = table_bytes(description, EngineConfig(block_size=1), 512, 1)
+    for most, expected in ((7, 64), (90, 90), (300, 256)):
+        found, _ = of(block_size=1, kv_cache_memory_bytes=32 * most * tables)
+        assert found == expected
