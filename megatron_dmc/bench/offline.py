@@ -235,6 +235,7 @@ def _measure_point(
 ) -> Row:
     llm, decisions = tested.engine(point, is_dense=args.dense_baseline)
     batch = llm.engine.config.max_num_seqs
+    assert batch is not None
     count = args.num_prompts or batch
     asked = _prompts(args, point, count)
     running = min(batch, count)
