@@ -129,6 +129,10 @@ run_stage() { # STAGE
         --log-interval 1 --eval-interval "${EVAL_INTERVAL:-250}" --eval-iters "${EVAL_ITERS:-8}"
         --tensorboard-dir "$save/tensorboard" --log-throughput --log-timers-to-tensorboard
     )
+    if [[ -f ${BASE_CHECKPOINT:-}/megatron_flags.txt ]] &&
+        [[ $(<"$BASE_CHECKPOINT/megatron_flags.txt") =~ --dmc-borrowed-rope-pair\ ([0-9]+) ]]; then
+        training+=(--dmc-borrowed-rope-pair "${BASH_REMATCH[1]}") # chosen by convert --calibration-data
+    fi
     local container=()
     if [[ -n ${CONTAINER_IMAGE:-} ]]; then # pyxis and enroot; without it: bare metal
         container=(

@@ -26,8 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--calibration-data", metavar="PREFIX",
-        help="tokenised text (.bin, .idx): rotate the last RoPE pair of each head, which changes no "
-        "output, so that the channel that a retrofit borrows carries as little as possible on it",
+        help="tokenised text (.bin, .idx), with --to megatron: choose the RoPE pair that a retrofit borrows a "
+        "channel of and rotate it in each head, which changes no output, so that this channel carries as "
+        "little as possible on it",
     )  # fmt: skip
     parser.add_argument("--tokenizer", metavar="PATH", help="where PATH's checkpoint has none")
     parser.add_argument(
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     """Run `megatron-dmc convert`."""
     import torch
 
-    from megatron_dmc.checkpoint.borrowed_rotation import MOST_TOKENS, rotate_borrowed_pair
+    from megatron_dmc.checkpoint.borrowed_pair import MOST_TOKENS, rotate_borrowed_pair
     from megatron_dmc.checkpoint.convert import FLAGS_FILE, convert
     from megatron_dmc.checkpoint.description import parse_dtype
     from megatron_dmc.checkpoint.gqa import pool_kv_heads
@@ -68,8 +69,13 @@ def run(args: argparse.Namespace) -> int:
             raise DMCError(
                 "--calibration-data with --kv-heads: convert twice, and train the pooled model before"
             )
+        if args.to_format != "megatron":
+            raise DMCError(
+                f"--calibration-data with --to {args.to_format}: a plain model of that format has its RoPE pairs "
+                "in the usual order; use --to megatron"
+            )
         tokens = torch.from_numpy(read_tokens(args.calibration_data, limit=MOST_TOKENS))
-        transform = functools.partial(rotate_borrowed_pair, tokens=tokens)
+        transform = functools.partial(rotate_borrowed_pair, tokens=tokens, report=print)
     description = convert(
         args.from_format,
         args.to_format,
