@@ -84,10 +84,16 @@ def heat_text_colour(depth: float) -> str:
 
 def save(figure: Figure, path: str | Path) -> None:
     """Write `path`.svg and `path`.png, whose bytes depend on the figure alone."""
+    save_svg(figure, path)
     with styled(9):
-        FigureCanvasSVG(figure).print_svg(f"{path}.svg", metadata={"Date": None, "Creator": None})
         figure.dpi = 160
         FigureCanvasAgg(figure).print_png(f"{path}.png")
+
+
+def save_svg(figure: Figure, path: str | Path) -> None:
+    """Write `path`.svg alone."""
+    with styled(9):
+        FigureCanvasSVG(figure).print_svg(f"{path}.svg", metadata={"Date": None, "Creator": None})
 
 
 def hide_spines(ax: Axes) -> None:

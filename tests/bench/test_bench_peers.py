@@ -75,14 +75,17 @@ def test_rows_that_a_peer_did_not_reach_say_why(tmp_path, capsys, monkeypatch):
     assert [r.get("skipped") for r in rows] == [
         *["it took longer than --timeout 0.5"] * 2, None, "no more memory",
     ]  # fmt: skip
-    ours = {
-        "engine": "megatron-dmc", "threads": 1, "batch": 1, "context": 8, "cr": 1.0, "prefill_s": 0.5,
-        "decode_tokens_per_s": 25.0, "bound_tokens_per_s": 50.0, "peak_memory_bytes": 2**30,
+    ours = rows[2] | {
+        "engine": "megatron-dmc", "cr": 4.0, "prefill_s": 0.5, "decode_tokens_per_s": 25.0,
+        "bound_tokens_per_s": 50.0, "peak_memory_bytes": 2**30, "version": "0.1",
     }  # fmt: skip
-    text = report.tables([*rows, ours])
-    assert "| 1, 1 x 8 | 1 | 25 | - | 10 | - | 2.50 | - | 50 |" in text
-    assert "| 1, 1 x 8 | 1 | 0.5, 1.00 | - |" in text
-    assert "transformers is not measured: it took longer than --timeout 0.5." in text
+    faster = rows[2] | {"dtype": "float32", "decode_tokens_per_s": 12.5}
+    _, decode, _, prefill, why = report.tables([*rows, faster, ours]).split("\n\n")
+    assert "| threads, batch x context | CR | megatron-dmc 0.1 | transformers | vllm |" in decode
+    assert "| 1, 1 x 8 | 1 | - | - | 12.5 (float32) | - |" in decode
+    assert "| 1, 1 x 8 | 4 | 25 | - | 12.5 (float32) | - | 2.00 | - | 50 |" in decode
+    assert "| 1, 1 x 8 | 4 | 0.5, 1.00 | - | - | - |" in prefill
+    assert why == "transformers is not measured: it took longer than --timeout 0.5."
 
 
 def test_an_environment_is_made_once_or_not_at_all(tmp_path, monkeypatch):

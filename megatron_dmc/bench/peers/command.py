@@ -94,7 +94,8 @@ def run(args: argparse.Namespace) -> Result:
             raise DMCError(f"--clock cpu adds up the threads' time: use --threads 1, not {threads}")
         for engine in args.engines:
             found = _measure(engine, cases_of(engine, args), str(model), threads, args)
-            rows += [{"engine": engine, "threads": threads, **row} for row in found]
+            same = {"engine": engine, "threads": threads, "dtype": args.dtype}
+            rows += [same | row for row in found]
             if args.json:
                 args.json.write_text(json.dumps(rows, indent=1) + "\n")
     print(report.tables(rows), file=sys.stderr)

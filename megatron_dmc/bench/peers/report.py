@@ -1,7 +1,7 @@
 """Tables and the figure of the rows that `bench peers` writes."""
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from megatron_dmc.bench.output import Row, markdown
 from megatron_dmc.bench.peers.environments import OURS, PEERS
@@ -10,11 +10,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHAPE = ("threads", "batch", "context")
+CASE = {"shape": "threads, batch x context", "cr": "CR"}
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """Decode, then the time to the first token and memory, in Markdown; a line for each shape and CR."""
-    parts = [_decode(rows), _prefill(rows)]
+    """Decode, then the time to the first token and memory, in Markdown; a line for each shape and CR.
+
+    Of an engine's rows in several dtypes each table has the faster one.
+    """
+    parts = ["Decode, tokens/s:", _decode(rows)]
+    parts += ["Seconds to the last request's first token, and peak memory in GiB:", _prefill(rows)]
     for engine, reason in _skipped(rows).items():
         parts.append(f"{engine} is not measured: {reason}.")
     return "\n\n".join(parts)
@@ -22,46 +27,53 @@ def tables(rows: Sequence[Row]) -> str:
 
 def _decode(rows: Sequence[Row]) -> str:
     found: list[Row] = []
-    for shape, cr, measured in _lines(rows):
-        rates = {e: row.get("decode_tokens_per_s") for e, row in measured.items()}
-        line = _named(shape, cr) | rates | {"bound": measured[OURS].get("bound_tokens_per_s")}
-        for peer in ("vllm", "transformers"):
-            if rates.get(OURS) and rates.get(peer):
-                line[f"/ {peer}"] = f"{rates[OURS] / rates[peer]:.2f}"
+    for line, measured in _lines([row for row in rows if row.get("decode_tokens_per_s")]):
+        best = {
+            e: max(same, key=lambda r: r["decode_tokens_per_s"]) for e, same in measured.items()
+        }
+        rates = {engine: row["decode_tokens_per_s"] for engine, row in best.items()}
+        line |= {e: _digits(rate) + _marked(best[e]) for e, rate in rates.items()}
+        if OURS in best:
+            line |= {f"/ {e}": f"{rates[OURS] / rates[e]:.2f}" for e in rates}
+            line["bound"] = _digits(best[OURS]["bound_tokens_per_s"])
         found.append(line)
-    titles = {"shape": "threads, batch x context", "cr": "CR"} | _titles(rows)
-    titles |= {"/ vllm": "ours / vLLM", "/ transformers": "ours / transformers", "bound": "bound"}
-    return "Decode, tokens/s:\n\n" + markdown(found, titles)
+    ratios = {"/ vllm": "ours / vLLM", "/ transformers": "ours / transformers"}
+    return markdown(found, CASE | _titles(rows) | ratios | {"bound": "bound"})
 
 
 def _prefill(rows: Sequence[Row]) -> str:
     found: list[Row] = []
-    for shape, cr, measured in _lines(rows):
-        line = _named(shape, cr)
-        for engine, row in measured.items():
-            if row.get("prefill_s"):
-                line[engine] = f"{row['prefill_s']:.3g}"
-                if (size := row.get("peak_memory_bytes")) is not None:
-                    line[engine] += f", {size / 2**30:.2f}"
+    for line, measured in _lines([row for row in rows if row.get("prefill_s")]):
+        for engine, same in measured.items():
+            row = min(same, key=lambda r: r["prefill_s"])
+            line[engine] = _digits(row["prefill_s"]) + _marked(row)
+            if (size := row["peak_memory_bytes"]) is not None:
+                line[engine] += f", {size / 2**30:.2f}"
         found.append(line)
-    titles = {"shape": "threads, batch x context", "cr": "CR"} | _titles(rows)
-    return "Seconds to the last request's first token, and peak memory in GiB:\n\n" + markdown(
-        found, titles
-    )
+    return markdown(found, CASE | _titles(rows))
 
 
-def _lines(rows: Sequence[Row]) -> Iterable[tuple[tuple[Any, ...], float, dict[str, Row]]]:
-    """Shape, this engine's CR, and the row of each engine; the others run uncompressed."""
-    for shape in dict.fromkeys(tuple(row[key] for key in SHAPE) for row in rows):
-        same = [row for row in rows if tuple(row[key] for key in SHAPE) == shape]
-        peers = {row["engine"]: row for row in same if row["engine"] != OURS}
-        for ours in [row for row in same if row["engine"] == OURS] or [{"cr": 1.0}]:
-            yield shape, ours["cr"], {OURS: ours} | peers
+def _lines(rows: Sequence[Row]) -> Iterator[tuple[Row, dict[str, list[Row]]]]:
+    """A line's first columns, and the rows of each engine; the others run uncompressed."""
+    shapes = sorted({tuple(row[key] for key in SHAPE) for row in rows})
+    for threads, batch, context in shapes:
+        here = [
+            row for row in rows if tuple(row[key] for key in SHAPE) == (threads, batch, context)
+        ]
+        for cr in sorted({row["cr"] for row in here}):
+            same: dict[str, list[Row]] = {}
+            for row in here:
+                if row["cr"] == (cr if row["engine"] == OURS else 1):
+                    same.setdefault(row["engine"], []).append(row)
+            yield {"shape": f"{threads}, {batch} x {context}", "cr": f"{cr:g}"}, same
 
 
-def _named(shape: tuple[Any, ...], cr: float) -> Row:
-    threads, batch, context = shape
-    return {"shape": f"{threads}, {batch} x {context}", "cr": f"{cr:g}"}
+def _digits(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _marked(row: Row) -> str:
+    return " (float32)" if row["dtype"] == "float32" else ""
 
 
 def _titles(rows: Sequence[Row]) -> dict[str, str]:
@@ -70,7 +82,7 @@ def _titles(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _skipped(rows: Sequence[Row]) -> dict[str, str]:
-    """Why an engine has not a single row with figures."""
+    """Reasons of the engines without a single row of figures."""
     measured = {row["engine"] for row in rows if "skipped" not in row}
     return {r["engine"]: r["skipped"] for r in rows if r["engine"] not in measured}
 
@@ -101,10 +113,14 @@ def figure(rows: Sequence[Row]) -> "Figure":
         for ax, batch in zip(panels, batches, strict=True):
             here = [r for r in rows if r["batch"] == batch]
             for engine, colour in zip(PEERS, (BLUE, GREEN, ORANGE, MUTED), strict=True):
-                points = sorted((r["context"], r["decode_tokens_per_s"]) for r in here
-                                if r["engine"] == engine and r["cr"] == 1)  # fmt: skip
+                plain = [r for r in here if r["engine"] == engine and r["cr"] == 1]
+                points = {  # the faster dtype's replaces the slower one's
+                    r["context"]: r["decode_tokens_per_s"]
+                    for r in sorted(plain, key=lambda r: r["decode_tokens_per_s"])
+                }
                 if points:
-                    ax.plot(*zip(*points, strict=True), marker="o", label=engine, color=colour)
+                    ax.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=engine,
+                            color=colour)  # fmt: skip
             ours = [r for r in here if r["engine"] == OURS]
             bound = sorted((r["context"], r["bound_tokens_per_s"]) for r in ours if r["cr"] == 1)
             if bound:
