@@ -108,7 +108,7 @@ def common_flags(settings: Settings, base: Path, data: Path, tokenizer: Path) ->
         "--valid-data-path", str(data / "validation_text_document"),
         "--test-data-path", str(data / "validation_text_document"),
         "--data-cache-path", str(data / "cache"), "--eval-interval", "1000000", "--eval-iters", "2",
-        "--log-interval", "1", "--adam-beta2", "0.95", "--weight-decay", "0.1", "--clip-grad", "1.0",
+        "--log-interval", "1", "--adam-beta2", str(t.adam_beta2), "--weight-decay", "0.1", "--clip-grad", "1.0",
         "--ckpt-format", "torch_dist", "--dmc-teacher", str(base),
     ]  # fmt: skip
 

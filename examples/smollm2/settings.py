@@ -31,6 +31,7 @@ class Training:
     batch: int
     lr: float
     borrowed_lr_mult: float
+    adam_beta2: float
     teacher_weight: float
     merge_delay: int
     merge_window: int

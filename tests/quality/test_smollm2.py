@@ -282,13 +282,13 @@ def test_the_whole_command_at_toy_scale(model, tmp_path):
     text = SETTINGS.read_text()
     for old, new in {
         "seq_length = 512": "seq_length = 64", "window_length = 512": "window_length = 64", "merge_delay = 64": "merge_delay = 4",
-        "zero-out = 10, retrofit = 70, finetune = 200": "zero-out = 2, retrofit = 2",
+        "zero-out = 8, retrofit = 70, finetune = 120": "zero-out = 2, retrofit = 2",
         "0.02": "0.3", "0.01": "0.2", "\nwindows = 48": "\nwindows = 2", "eviction_windows = 16": "eviction_windows = 2", "problems = 164": "problems = 2",
         "answer_tokens = 160": "answer_tokens = 8", "needle_lengths = [512, 1024, 2048, 4096]":
         "needle_lengths = [120]", "needle_samples = 10": "needle_samples = 2",
         "chat_tokens = 128": "chat_tokens = 4", "context_lengths = [512, 1024, 2048, 4096, 8000]":
         "context_lengths = [32, 64]", "speed_tokens = 64": "speed_tokens = 4",
-        "borrowed_lr_mult = 20.0": "borrowed_lr_mult = 4.0",
+        "borrowed_lr_mult = 67.0": "borrowed_lr_mult = 4.0",
     }.items():  # fmt: skip
         assert old in text, old
         text = text.replace(old, new)
