@@ -233,13 +233,8 @@ def _rope_config(d: ModelDescription) -> dict[str, Any]:
 def to_hf_config(d: ModelDescription) -> dict[str, Any]:
     """The contents of a `config.json`, readable by transformers 4 and 5.
 
-    Raises:
-        UnsupportedConfig: the order of RoPE pairs is not the usual one.
+    Their own models know no `borrowed_rope_pair`: a plain model has its usual order (`hf_folder.write_folder`).
     """
-    if d.borrowed_rope_pair is not None:
-        raise UnsupportedConfig(
-            f"borrowed_rope_pair={d.borrowed_rope_pair}: models with exchanged RoPE pairs are not exported"
-        )
     family = family_named(d.model_type)
     dtype = str(d.dtype).removeprefix("torch.")
     config: dict[str, Any] = {
@@ -278,4 +273,6 @@ def to_hf_config(d: ModelDescription) -> dict[str, Any]:
             config["norm_topk_prob"] = not d.moe_router_pre_softmax
     if d.dmc is not None:
         config["dmc"] = d.dmc.to_dict()
+    if d.borrowed_rope_pair is not None:
+        config["borrowed_rope_pair"] = d.borrowed_rope_pair
     return config

@@ -14,6 +14,7 @@ from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.field_checks import read_json_object, shown
 from megatron_dmc.checkpoint.hf_config import to_hf_config
 from megatron_dmc.checkpoint.hf_tensors import Piece, PieceSource, layer_rows, pieces
+from megatron_dmc.checkpoint.rope_pairs import in_usual_order
 from megatron_dmc.checkpoint.weights import (
     StateSource,
     WeightSource,
@@ -240,6 +241,8 @@ def write_folder(
 ) -> None:
     """Write `config.json` and the safetensors files, in `d.dtype`, one tensor at a time.
 
+    A plain model is written with its RoPE pairs in the usual order, which is all that transformers' own models know.
+
     Args:
         path: an existing folder.
         weights: a source, or Megatron's tensors by name.
@@ -249,6 +252,8 @@ def write_folder(
         CheckpointError: the source cannot be read.
     """
     source = StateSource(weights) if isinstance(weights, Mapping) else weights
+    if d.dmc is None:
+        d, source = in_usual_order(d, source)
     (path / "config.json").write_text(json.dumps(to_hf_config(d), indent=2) + "\n")
     files, total = _plan_files(d, shard_bytes)
     shapes = megatron_shapes(d)

@@ -1,12 +1,14 @@
 """Choice and rotation of the borrowed RoPE pair: the same model, with the least in the channel that DMC borrows."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from family_cases import CASES, save, tokens
+from family_cases import CASES, save, tokens, weights
 
 from megatron_dmc.checkpoint.borrowed_pair import Sample, least_scores, rotate_borrowed_pair
-from megatron_dmc.checkpoint.convert import FLAGS_FILE, open_checkpoint
+from megatron_dmc.checkpoint.convert import FLAGS_FILE, convert, open_checkpoint
 from megatron_dmc.checkpoint.load import (
     build_model,
     full_forward,
@@ -14,7 +16,7 @@ from megatron_dmc.checkpoint.load import (
     read_weights,
     rotary_embedding,
 )
-from megatron_dmc.checkpoint.rope_pairs import in_usual_order, pair_rows
+from megatron_dmc.checkpoint.rope_pairs import ExchangedPair, in_usual_order, pair_rows
 from megatron_dmc.checkpoint.weights import StateSource, megatron_shapes, read_tensor
 from megatron_dmc.cli import main as cli
 from megatron_dmc.errors import DMCError, UnsupportedConfig
@@ -151,6 +153,28 @@ def test_command(tmp_path, capsys):
     )
     weight = "decoder.layers.0.self_attention.linear_qkv.weight"
     assert not torch.equal(after.model.state_dict()[weight], before.model.state_dict()[weight])
+
+
+@pytest.mark.parametrize("case", ["llama2", "qwen2", "qwen3"])
+def test_a_plain_model_is_exported_in_the_usual_order(case, tmp_path):
+    """Its weights are transformers' again, with biases and QK-norm, and stock transformers runs them."""
+    model = save(CASES[case], tmp_path / "hf")
+
+    def exchange(description, source):
+        return replace(description, borrowed_rope_pair=2), ExchangedPair(source, description, 2)
+
+    convert("hf", "megatron", tmp_path / "hf", tmp_path / "megatron", transform=exchange)
+    loaded = load_model(tmp_path / "megatron")
+    assert loaded.description.borrowed_rope_pair == 2
+    with torch.no_grad():
+        expected = model(tokens()).logits
+    logits = full_forward(loaded.model, tokens())[..., : expected.shape[-1]]
+    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=0)
+    convert("megatron", "hf", tmp_path / "megatron", tmp_path / "back")
+    assert "borrowed_rope_pair" not in (tmp_path / "back" / "config.json").read_text()
+    before, after = weights(tmp_path / "hf"), weights(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def write_dataset(prefix, ids):

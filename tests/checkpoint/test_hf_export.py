@@ -39,6 +39,7 @@ def exported(tmp_path_factory) -> dict[str, Path]:
         "shared": {"shared_decisions": True, "alpha_offset": 0.1},
         "delay": {"merge_delay": 5},
         "dms": {"policy": "evict", "eviction_delay": 4},
+        "pair": {"sizes": {"borrowed_rope_pair": 1}},
     }.items():
         work = tmp_path_factory.mktemp(name)
         save_with_code(model_of(seed=5, **changes), work / "made")
@@ -96,13 +97,14 @@ def alone(exported, tmp_path_factory) -> tuple[list[list[int]], dict]:
     return prompts, json.loads((work / "results.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["gqa", "window", "shared", "delay", "dms"])
+@pytest.mark.parametrize("name", ["gqa", "window", "shared", "delay", "dms", "pair"])
 def test_without_the_package_it_generates_what_the_engine_does(exported, alone, name):
     """Ragged prompts, left-padded in one batch; tokens, entries and logits."""
     prompts, results = alone
     result = results[str(exported[name])]
     assert result["class"] == "DMCLlamaForCausalLM"
     loaded = load_model(exported[name], dtype=torch.float32)
+    assert loaded.description.borrowed_rope_pair == (1 if name == "pair" else None)
     llm = LLM(loaded, max_num_batched_tokens=9, device="cpu")
     outputs = llm.generate(
         [{"prompt_token_ids": p} for p in prompts],
@@ -364,6 +366,10 @@ def test_what_cannot_be_done_is_refused():
         model_of().set_dmc(stage="warmup")
     with pytest.raises(ValueError, match="sliding_window=16"):
         model_of("mistral", sizes={"sliding_window": 16})
+    with pytest.raises(
+        ValueError, match="borrowed_rope_pair=4: a head of 8 has the RoPE pairs 0 to 3"
+    ):
+        model_of(sizes={"borrowed_rope_pair": 4})
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
         model.train()(ids, past_key_values=DMCCache())
     model.gradient_checkpointing_enable({"use_reentrant": True})

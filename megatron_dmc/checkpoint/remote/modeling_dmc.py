@@ -9,6 +9,7 @@ Dimension letters: T tokens, B batch.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from megatron_dmc.config import DMCConfig
-from megatron_dmc.ops.gates import BORROWED_CHANNEL
+from megatron_dmc.ops.gates import BORROWED_CHANNEL, exchange_borrowed_pair
 
 from .attention_dmc import ForwardState
 from .cache_dmc import DMCCache
@@ -35,6 +36,16 @@ def complete_settings(dmc: dict[str, Any] | None) -> dict[str, Any]:
     return settings.to_dict()
 
 
+def exchange_angles(
+    pair: int, _module: nn.Module, _args: Any, angles: tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
+    """Forward hook of a rotary embedding: cos and sin (B, T, D) with a RoPE pair and the last one exchanged.
+
+    Not its buffer of frequencies, which `from_pretrained` computes anew.
+    """
+    return tuple(exchange_borrowed_pair(x.unflatten(-1, (2, -1)), pair).flatten(-2) for x in angles)
+
+
 @dataclass
 class DMCOutput(CausalLMOutputWithPast):
     """transformers' output, where `loss` in training holds the compression loss too."""
@@ -50,6 +61,7 @@ class DMCModel(nn.Module):
 
     config: Any
     embed_tokens: Any
+    rotary_emb: Any
     layers: Any
     attention_class: type[nn.Module]
     zero_out_scale: float = 0.0
@@ -64,6 +76,14 @@ class DMCModel(nn.Module):
             )
         for index, layer in enumerate(self.layers):
             layer.self_attn = self.attention_class(config, index)
+        if (pair := config.borrowed_rope_pair) is not None:
+            head_dim = self.layers[0].self_attn.head_dim
+            if not 0 <= pair < head_dim // 2:
+                raise ValueError(
+                    f"config.json: borrowed_rope_pair={pair}: a head of {head_dim} has the RoPE pairs 0 to "
+                    f"{head_dim // 2 - 1}"
+                )
+            self.rotary_emb.register_forward_hook(partial(exchange_angles, pair))
         self.post_init()
 
     def forward(

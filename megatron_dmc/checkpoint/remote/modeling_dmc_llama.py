@@ -10,12 +10,13 @@ from .modeling_dmc import DMCForCausalLM, DMCModel, complete_settings
 
 
 class DMCLlamaConfig(LlamaConfig):
-    """Llama's configuration and `dmc`, the settings of DMC."""
+    """Llama's configuration, `dmc`, the settings of DMC, and the RoPE pair in the last place."""
 
     model_type = "dmc_llama"
     keys_to_ignore_at_inference = ["past_key_values", "compression_loss", "measured_cr"]
 
     dmc: dict[str, Any] | None = None
+    borrowed_rope_pair: int | None = None
 
     def __post_init__(self, **kwargs):
         self.dmc = complete_settings(self.dmc)
