@@ -41,7 +41,7 @@ def exchange_angles(
 ) -> tuple[Tensor, ...]:
     """Forward hook of a rotary embedding: cos and sin (B, T, D) with a RoPE pair and the last one exchanged.
 
-    Not its buffer of frequencies, which `from_pretrained` computes anew.
+    Not its buffer of frequencies, which `from_pretrained` computes again.
     """
     return tuple(exchange_borrowed_pair(x.unflatten(-1, (2, -1)), pair).flatten(-2) for x in angles)
 
