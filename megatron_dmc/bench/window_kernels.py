@@ -173,7 +173,9 @@ def triton_cases(stage: Child) -> None:
         some = "taken_pages or workers or gradient"
         _kernel_cases(stage, "triton", ("decode", "pages", "merge"), "-k", some)
     else:
-        _kernel_cases(stage, "triton", ("decode", "pages", "prefill", "merge", "diagonal"))
+        _kernel_cases(
+            stage, "triton", ("decode", "pages", "prefill", "merge", "diagonal", "truncate")
+        )
 
 
 # --- K1, K2, K4 to K6 -----------------------------------------------------------------------------

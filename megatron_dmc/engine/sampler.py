@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,10 @@ from megatron_dmc.engine.logit_rules import LogitRules
 from megatron_dmc.engine.request import Logprob, Request
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.errors import RequestFailed
+from megatron_dmc.ops.backends import TRUNCATE
 from megatron_dmc.ops.gates import mix_seed
 from megatron_dmc.ops.tensors import accumulator_dtype, take_rows, to_device
+from megatron_dmc.ops.truncate import truncate
 
 _NO_TOKEN = -1
 """On the device, in place of a token: the row has no distribution to choose from."""
@@ -108,49 +111,14 @@ def _by_widths(
         yield widths, [b for b in cut if b not in set(few)]
 
 
-def truncate(
-    scores_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor, *, most: int
-) -> tuple[Tensor, Tensor]:
-    """Cut off the unlikely tokens: top-k, of what is left top-p, of that min-p, as transformers' warpers
-    do one after the other. A token that is as likely as the last one kept stays.
-
-    Only the `most` likely tokens are put in order; of the others only the mass is used.
-
-    Args:
-        scores_BV: after temperature.
-        top_k_B: int64; 0 or less: no limit.
-        top_p_B: float64 in (0, 1].
-        min_p_B: float64 in [0, 1], relative to the most likely token.
-
-    Returns:
-        scores with -inf where cut off; at least one is left. And bool (B,), whether this is the result: no token
-        that was not put in order stays, except for those as likely as the last one that was.
-    """
-    top_BK = scores_BV.topk(most, -1).values
-    is_limited_B1 = ((top_k_B > 0) & (top_k_B <= most))[:, None]
-    k_B = torch.where(is_limited_B1[:, 0], top_k_B, most)
-    last_B1 = top_BK.gather(1, k_B[:, None] - 1)
-    is_cut_BK = top_BK < last_B1
-    mass_BK = (top_BK.double() - top_BK[:, :1]).exp().masked_fill(is_cut_BK, 0)
-    # of those not in order: as likely as the k-th, or any without a limit
-    is_more_BV = (scores_BV >= last_B1) | ~is_limited_B1
-    mass_BV = (scores_BV.double() - top_BK[:, :1]).exp().masked_fill(~is_more_BV, 0)
-    more_B1 = (mass_BV.sum(-1, keepdim=True) - mass_BK.sum(-1, keepdim=True)).clamp_min(0)
-    # a token goes if it and all that are less likely come to no more than 1 - top_p
-    tail_BK = mass_BK.flip(-1).cumsum(-1).flip(-1) + more_B1
-    is_cut_BK |= tail_BK <= (1 - top_p_B[:, None]) * tail_BK[:, :1]
-    is_cut_BK |= mass_BK < min_p_B[:, None]
-    is_cut_BK[:, 0] = False
-    threshold_B1 = top_BK.masked_fill(is_cut_BK, float("inf")).amin(-1, keepdim=True)
-    if most == scores_BV.shape[1]:
-        is_done_B = torch.ones_like(top_k_B, dtype=torch.bool)
-    else:
-        is_done_B = (is_cut_BK[:, -1] & (top_k_B <= most)) | is_limited_B1[:, 0]
-    return scores_BV.masked_fill(scores_BV < threshold_B1, float("-inf")), is_done_B
-
-
 def truncate_in_order(scores_BV: Tensor, draws: "_Draws") -> None:
-    """`truncate` in place, of the rows that ask for it, with as few tokens in order as suffice."""
+    """`truncate` in place, of the rows that ask for it: by a kernel, or with as few tokens in order as suffice."""
+    if draws.kernels is not None:
+        for _, index in draws.by_widths:
+            draws.kernels.truncate(
+                scores_BV, index, draws.top_k_B[index], draws.top_p_B[index], draws.min_p_B[index]
+            )
+        return
     for widths, index in draws.by_widths:
         for most in widths:
             kept_BV, is_done_B = truncate(
@@ -226,6 +194,7 @@ class _Draws:
         rows_B: rows of the logits, int64, on the device.
         temperature_B, top_k_B, top_p_B, min_p_B: on the device.
         by_widths: see `_by_widths`, with the requests' places on the device.
+        kernels: what cuts off their unlikely tokens; None: `truncate`.
     """
 
     requests: list[Request]
@@ -236,6 +205,7 @@ class _Draws:
     top_p_B: Tensor
     min_p_B: Tensor
     by_widths: list[tuple[list[int], Tensor]]
+    kernels: Any
 
 
 class _Plan:
@@ -338,6 +308,7 @@ class Sampler:
                     params, scores_BV.shape[1], may_wait=device.type == "cpu"
                 )
             ],
+            TRUNCATE.kernels(TRUNCATE.choose(scores_BV)),
         )  # fmt: skip
 
     def _draw(self, scores_BV: Tensor, draws: _Draws) -> Tensor:

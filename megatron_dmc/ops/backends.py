@@ -163,10 +163,11 @@ def _cpu(op: str) -> Any:
 
 
 def _triton(op: str) -> Any:
-    from megatron_dmc.ops.triton import decode, diagonal, merge, pages, prefill
+    from megatron_dmc.ops.triton import decode, diagonal, merge, pages, prefill, truncate
 
     return {
         "decode": decode, "diagonal": diagonal, "merge": merge, "pages": pages, "prefill": prefill,
+        "truncate": truncate,
     }[op]  # fmt: skip
 
 
@@ -190,6 +191,9 @@ MERGE = Op("merge", triton=TRITON, torch=PYTORCH)
 
 DIAGONAL = Op("diagonal", triton=TRITON, torch=PYTORCH)
 """`ops.training.diagonal`: (q)."""
+
+TRUNCATE = Op("truncate", triton=TRITON, torch=PYTORCH)
+"""Top-k, top-p and min-p, `ops.truncate.truncate`: (scores)."""
 
 LINEAR = Op("linear", cpu=CPU, torch=PYTORCH)
 """Products of weights in inference, `model.inference`: (weight)."""

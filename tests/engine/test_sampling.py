@@ -84,7 +84,7 @@ def test_truncation_sorts_only_where_the_likely_tokens_do_not_suffice(monkeypatc
     top_p[::5], min_p[::3] = 1.0, 0.0
     want, _ = truncate(scores, top_k, top_p, min_p, most=3000)
     got = scores.clone()
-    draws = SimpleNamespace(top_k_B=top_k, top_p_B=top_p, min_p_B=min_p)
+    draws = SimpleNamespace(top_k_B=top_k, top_p_B=top_p, min_p_B=min_p, kernels=None)
     draws.by_widths = [([1024, 3000], torch.arange(64))]
     sizes = []
     few = lambda scores, *rest, most: (
