@@ -165,6 +165,7 @@ def rotate_borrowed_pair(
     source: WeightSource,
     *,
     tokens: Tensor,
+    keep_order: bool = False,
     report: Callable[[str], object] | None = None,
 ) -> tuple[ModelDescription, WeightSource]:
     """The same model with the least in its borrowed channels; neither argument changes.
@@ -173,6 +174,7 @@ def rotate_borrowed_pair(
 
     Args:
         tokens: [num_tokens] int64 of text that resembles the training data.
+        keep_order: rotate the last pair, whatever another would cost: the result is a stock model.
         report: called with a line about the pair that was chosen.
 
     Raises:
@@ -196,7 +198,7 @@ def rotate_borrowed_pair(
 
     added = {
         pair: sample.loss_after_zero_out(*with_pair(pair)) - loss
-        for pair in (last, *score_P[:last].argsort()[:TRIED].tolist())
+        for pair in (last, *score_P[:last].argsort()[: 0 if keep_order else TRIED].tolist())
     }
     pair = min(added, key=added.__getitem__)  # of equal ones the last pair, which comes first
     if report is not None:

@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--calibration-data", metavar="PREFIX",
-        help="tokenised text (.bin, .idx), with --to megatron: choose the RoPE pair that a retrofit borrows a "
-        "channel of and rotate it in each head, which changes no output, so that this channel carries as "
-        "little as possible on it",
+        help="tokenised text (.bin, .idx): choose the RoPE pair that a retrofit borrows a channel of and rotate "
+        "it in each head, which changes no output, so that this channel carries as little as possible on "
+        "it. With --to hf, whose plain models have one order of pairs, the last pair",
     )  # fmt: skip
     parser.add_argument("--tokenizer", metavar="PATH", help="where PATH's checkpoint has none")
     parser.add_argument(
@@ -69,13 +69,10 @@ def run(args: argparse.Namespace) -> int:
             raise DMCError(
                 "--calibration-data with --kv-heads: convert twice, and train the pooled model before"
             )
-        if args.to_format != "megatron":
-            raise DMCError(
-                f"--calibration-data with --to {args.to_format}: a plain model of that format has its RoPE pairs "
-                "in the usual order; use --to megatron"
-            )
         tokens = torch.from_numpy(read_tokens(args.calibration_data, limit=MOST_TOKENS))
-        transform = functools.partial(rotate_borrowed_pair, tokens=tokens, report=print)
+        transform = functools.partial(
+            rotate_borrowed_pair, tokens=tokens, keep_order=args.to_format == "hf", report=print
+        )
     description = convert(
         args.from_format,
         args.to_format,

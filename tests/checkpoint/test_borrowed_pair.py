@@ -145,14 +145,16 @@ def test_command(tmp_path, capsys):
     assert f"borrowed RoPE pair {7 if pair is None else pair} of 8" in capsys.readouterr().out
     flags = (tmp_path / "out" / FLAGS_FILE).read_text().split()
     assert ("--dmc-borrowed-rope-pair" in flags) == (pair is not None)
-    command[2] = "hf"
-    assert cli.main(command) != 0 and "use --to megatron" in capsys.readouterr().err
-    before, after = load_model(tmp_path / "hf"), load_model(tmp_path / "out")
-    torch.testing.assert_close(
-        full_forward(after.model, tokens()), full_forward(before.model, tokens()), atol=1e-4, rtol=0
-    )
-    weight = "decoder.layers.0.self_attention.linear_qkv.weight"
-    assert not torch.equal(after.model.state_dict()[weight], before.model.state_dict()[weight])
+    command[2], command[-1] = "hf", str(tmp_path / "stock")
+    assert cli.main(command) == 0 and "borrowed RoPE pair 7 of 8" in capsys.readouterr().out
+    before = load_model(tmp_path / "hf").model
+    for name in ("out", "stock"):
+        after = load_model(tmp_path / name).model
+        torch.testing.assert_close(
+            full_forward(after, tokens()), full_forward(before, tokens()), atol=1e-4, rtol=0
+        )
+        weight = "decoder.layers.0.self_attention.linear_qkv.weight"
+        assert not torch.equal(after.state_dict()[weight], before.state_dict()[weight])
 
 
 @pytest.mark.parametrize("case", ["llama2", "qwen2", "qwen3"])
