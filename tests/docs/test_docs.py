@@ -68,6 +68,13 @@ def test_pages_of_settings_are_up_to_date():
     ] == []
 
 
+def test_tables_of_the_performance_page():
+    """They are those of docs/results/peers.json: `python tools/peers_page.py` writes them."""
+    filled = runpy.run_path(str(ROOT / "tools/peers_page.py"))["filled"]
+    page = (ROOT / "docs/performance.md").read_text()
+    assert filled(page) == page and page.count("(float32)") > 5
+
+
 def test_tables_of_the_results_page(tmp_path):
     """They are those of docs/results/metrics.json, and say so of every measured group."""
     page = ROOT / "docs/results.md"

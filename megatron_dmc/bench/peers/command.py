@@ -46,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--new-tokens", type=int, default=32, metavar="N", help="per request (default: 32)")
     add("--crs", type=float, nargs="+", default=[4.0, 8.0], metavar="CR",
         help="imposed on this engine at the longest prompts, in addition to CR 1 (default: 4 8)")  # fmt: skip
+    add("--filled-caches", action="store_true", help="fill this engine's caches with random entries "
+        "instead of prefilling them: decode alone")  # fmt: skip
     add("--threads", type=int, nargs="+", default=None, metavar="N", help="default: all cores")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     add("--clock", choices=CLOCKS, default="wall", help="cpu: seconds of the process's CPU time, for "
@@ -131,7 +133,7 @@ def _measure(
         python = python_of(engine, args.environments or _environments(), args.peer_python)
         asked = {
             "model": model, "gguf": args.gguf, "dtype": args.dtype, "threads": threads,
-            "clock": args.clock, "cases": cases,
+            "clock": args.clock, "filled_caches": args.filled_caches, "cases": cases,
         }  # fmt: skip
         command = [python, "-c", RUN_SCRIPT, str(FOLDER), PEERS[engine].script]
         for row in _lines(command, asked, threads, args.timeout):

@@ -128,11 +128,13 @@ def figure(rows: Sequence[Row]) -> "Figure":
             for row in (r for r in ours if r["cr"] != 1):
                 at = (row["context"], row["decode_tokens_per_s"])
                 ax.plot(*at, marker="s", color=BLUE)
-                ax.annotate(f"CR {row['cr']:g} ", at, ha="right", va="center", color=BLUE)
+                ax.annotate(f"CR {row['cr']:g}", at, (-8, 3), textcoords="offset points", ha="right",
+                            color=BLUE)  # fmt: skip
             ax.set(xscale="log", xlabel="context, tokens", title=f"batch {batch}", ylim=(0, None))
             contexts = sorted({r["context"] for r in here})
             ax.set_xticks(contexts, [str(c) for c in contexts])
             ax.minorticks_off()
         panels[0].set_ylabel("decode, tokens/s")
-        panels[0].legend(fontsize=7)
+        named = panels[0].get_legend_handles_labels()
+        drawn.legend(*named, loc="outside upper center", ncols=len(named[1]), fontsize=8)
     return drawn

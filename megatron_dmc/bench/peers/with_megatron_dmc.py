@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from megatron_dmc.bench import command
-from megatron_dmc.bench.measure import ModelCost, Settings, copy_bandwidth
+from megatron_dmc.bench.decode_step import filled_engine
+from megatron_dmc.bench.measure import ModelCost, Settings, copy_bandwidth, release_memory
 from megatron_dmc.bench.model_under_test import ModelUnderTest, Point
 from megatron_dmc.engine import SamplingParams
+from megatron_dmc.engine.engine import LLMEngine
 
 from . import cases
 
@@ -33,24 +35,31 @@ def measure(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
         entries = (case["context"] + case["new_tokens"] / 2) * tested.heads / case["cr"]
         return case["batch"] * bandwidth / cost.step_bytes(case["batch"] * entries)
 
-    def run(case: dict[str, Any], name: str) -> dict[str, Any]:
-        point = Point(case["cr"], case["batch"], case["context"], case["new_tokens"])
-        tested.settings["num_pages"] = None
-        tested.share_pages([point])
+    def prompted(case: dict[str, Any], point: Point, name: str) -> LLMEngine:
         engine = tested.engine(point)[0].engine
         params = SamplingParams(
             temperature=0, max_tokens=case["new_tokens"], ignore_eos=True, detokenize=False
         )
         requests = cases.prompts(case, min(cases.VOCAB, tested.description.vocab_size))
-        progress = cases.Progress(case, asked["clock"])
         for number, ids in enumerate(requests):
             engine.add_request(f"{name}-{number}", {"prompt_token_ids": ids}, params)
+        return engine
+
+    def run(case: dict[str, Any], name: str) -> dict[str, Any]:
+        point = Point(case["cr"], case["batch"], case["context"], case["new_tokens"])
+        release_memory()  # of the case before
+        tested.settings["num_pages"] = None
+        tested.share_pages([point])
+        is_filled = asked["filled_caches"]
+        engine = filled_engine(tested, point)[0] if is_filled else prompted(case, point, name)
+        progress = cases.Progress(case, asked["clock"])
         while engine.has_unfinished_requests:
             progress.step(output.request_id for output in engine.step())
-        return progress.row() | {
+        row = progress.row() | {
             "copy_bytes_per_s": bandwidth,
             "bound_tokens_per_s": bound(case, engine.stats().entry_bytes),
         }
+        return row | {"prefill_s": None} if is_filled else row
 
     run(all_cases[0] | {"context": 8, "new_tokens": 2}, "warm-up")
     for number, case in enumerate(all_cases):
