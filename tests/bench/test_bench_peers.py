@@ -43,6 +43,14 @@ def test_engines_side_by_side(tmp_path, capsys):
     assert "batch 2" in picture and "CR 4" in picture and "vllm" not in picture
 
 
+def test_filled_caches_decode_alone(tmp_path, capsys):
+    (row,) = rows_of(
+        tmp_path, capsys, "--engines", "megatron-dmc", "--shapes", "2x24", "--crs", "--new-tokens", "5",
+        "--dtype", "float32", "--threads", "1", "--filled-caches",
+    )  # fmt: skip
+    assert row["prefill_s"] is None and row["decode_tokens_per_s"] > 0
+
+
 def test_figures_begin_at_the_last_first_token(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 4.0, 6.0, 9.0])
     monkeypatch.setitem(cases.CLOCKS, "wall", lambda: next(clock))

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="requests and tokens of each one's prompt "
         f"(default: {' '.join(f'{b}x{t}' for b, t in SHAPES)})")  # fmt: skip
     add("--new-tokens", type=int, default=32, metavar="N", help="per request (default: 32)")
-    add("--crs", type=float, nargs="+", default=[4.0, 8.0], metavar="CR",
+    add("--crs", type=float, nargs="*", default=[4.0, 8.0], metavar="CR",
         help="imposed on this engine at the longest prompts, in addition to CR 1 (default: 4 8)")  # fmt: skip
     add("--filled-caches", action="store_true", help="fill this engine's caches with random entries "
         "instead of prefilling them: decode alone")  # fmt: skip
