@@ -20,7 +20,8 @@
 # GPU_MEMORY (for the plan; default: 80 % of the GPU's), SEQ_LENGTH (4096), GLOBAL_BATCH_SIZE (1024), LR (3e-5),
 # ZERO_OUT_STEPS (250), RETROFIT_STEPS (3000 for each unit of CR above 1), FINETUNE_STEPS (2000), SAVE_INTERVAL
 # (250), HELDOUT_DATA (VALID_DATA), CONVERT_FLAGS (of `megatron-dmc convert`, such as "--calibration-data
-# $TRAIN_DATA"), REPORT_FLAGS (of `megatron-dmc report`; "skip" for a model that does not fit one GPU), DMC_PYTHON.
+# $TRAIN_DATA"), DMC_FLAGS (--dmc-* of all stages, such as "--dmc-merge-delay 16"), REPORT_FLAGS (of `megatron-dmc
+# report`; "skip" for a model that does not fit one GPU), DMC_PYTHON.
 # With tasks that srun starts in a container, CONTAINER_IMAGE and CONTAINER_MOUNTS as in slurm/README.md.
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive

@@ -133,6 +133,9 @@ run_stage() { # STAGE
         [[ $(<"$BASE_CHECKPOINT/megatron_flags.txt") =~ --dmc-borrowed-rope-pair\ ([0-9]+) ]]; then
         training+=(--dmc-borrowed-rope-pair "${BASH_REMATCH[1]}") # chosen by convert --calibration-data
     fi
+    local dmc_flags
+    read -ra dmc_flags <<<"${DMC_FLAGS:-}"
+    training+=("${dmc_flags[@]}")
     local container=()
     if [[ -n ${CONTAINER_IMAGE:-} ]]; then # pyxis and enroot; without it: bare metal
         container=(

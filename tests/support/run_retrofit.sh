@@ -20,7 +20,7 @@ source "$repo/tests/support/small_job.sh"
 
 export RUN_DIR=$work/run-dir PROCESSES_PER_NODE=2 SAVE_INTERVAL=5
 export ZERO_OUT_STEPS=5 RETROFIT_STEPS=30 FINETUNE_STEPS=30
-export CONVERT_FLAGS="--calibration-data $TRAIN_DATA"
+export CONVERT_FLAGS="--calibration-data $TRAIN_DATA" DMC_FLAGS="--dmc-merge-delay 4"
 export REPORT_FLAGS="--seq-length 64 --max-windows 2 --max-tokens 8"
 patience=${PATIENCE:-300}
 # The plan's layout has the distributed optimizer, which resumes only with Transformer Engine or Apex.
