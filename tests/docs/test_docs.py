@@ -2,6 +2,7 @@
 
 `run_tutorials.py` runs the commands of the tutorials."""
 
+import os
 import re
 import runpy
 import subprocess
@@ -20,6 +21,16 @@ def test_links_of_the_readme():
     local = [target for target in targets if not target.startswith("https://")]
     assert len(local) > 10
     assert not [target for target in local if not (ROOT / target).exists()]
+
+
+def test_links_of_the_site(tmp_path):
+    """mkdocs refuses links and anchors that its pages lack; its anchors are not quite GitHub's."""
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert (tmp_path / "site" / "index.html").is_file()
 
 
 def test_files_that_pages_name():
