@@ -26,7 +26,7 @@ def test_links_of_the_readme():
 def test_links_of_the_site(tmp_path):
     """mkdocs refuses links and anchors that its pages lack; its anchors are not quite GitHub's."""
     built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")],
+        [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")],
         cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert built.returncode == 0, built.stdout + built.stderr
