@@ -162,7 +162,7 @@ def test_sizes():
     assert config.capture_sizes() == [4, 8]
     for sizes in ([], [0], [2.5], [True], [65, 80]):
         with pytest.raises(UnsupportedConfig, match="cudagraph_capture_sizes="):
-            EngineConfig(max_model_len=8, num_pages=8, cudagraph_capture_sizes=sizes)
+            EngineConfig(max_num_seqs=64, cudagraph_capture_sizes=sizes)
 
 
 def test_a_step_waits_for_the_device_once(monkeypatch):

@@ -123,7 +123,7 @@ def test_a_decode_step_waits_for_the_sampled_tokens_alone(captured, is_async, mo
                 outputs = engine.step()
             assert len(outputs) == len(EVERYTHING)
             launched = ["plan"] + ["decode_append", "paged_decode_attention"] * 3
-            assert called == [*launched, "read", "read"]
+            assert called == [*launched, "truncate", "read", "read"]
             # tokens; log-probabilities of two requests; then the counts, of which nothing is left to do
             tokens, counts = MadeUpCopy.read_shapes
             assert tokens == [(7,), (2,), (2,), (2, 2), (2, 2)]

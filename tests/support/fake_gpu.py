@@ -20,6 +20,7 @@ from megatron_dmc.config import DMCConfig
 from megatron_dmc.engine import EngineConfig, LLMEngine, sampler
 from megatron_dmc.ops import backends
 from megatron_dmc.ops.cuda import decode as cuda_kernels
+from megatron_dmc.ops.triton import truncate
 
 aten = torch.ops.aten
 COPIES = (aten.copy_.default, aten._to_copy.default)
@@ -101,7 +102,7 @@ class MadeUpCounts(MadeUpCopy):
 
 @contextlib.contextmanager
 def fake_gpu(monkeypatch):
-    """Within it tensors "on cuda" compute nothing, and the CUDA kernels are called but not run. Gives the
+    """Within it tensors "on cuda" compute nothing, and the kernels are called but not run. Gives the
     list of kernels' names as they are called."""
     called = []
 
@@ -120,6 +121,7 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(block_tables, "AsyncCopy", MadeUpCounts)
     monkeypatch.setattr(sampler, "AsyncCopy", MadeUpCopy)
     monkeypatch.setattr(MadeUpCopy, "read_shapes", [])
+    monkeypatch.setattr(truncate, "truncate", lambda *args: called.append("truncate"))
     for op in (backends.DECODE, backends.PAGES):
         monkeypatch.setattr(op, "choose", lambda *args, **options: "cuda")
     with FakeTensorMode(), torch.no_grad():
