@@ -42,7 +42,7 @@ class Subject:
 
     @property
     def dtype(self) -> str:
-        """Every model is measured in one dtype; a CPU without bfloat16 instructions is slow in it."""
+        """Of all that is not timed: full forwards in bfloat16 are slow on a CPU without its instructions."""
         return "bfloat16" if self.device == "cuda" else "float32"
 
     def tokens(self, kind: str) -> np.ndarray:
@@ -59,15 +59,27 @@ class Subject:
 
 def perplexity(subject: Subject) -> dict[str, Any]:
     """Of each kind of text and of all, with the CR of the decisions, and of the cache over time."""
+    amounts = subject.settings.measure
+    return _perplexity(subject, amounts.window_length, amounts.windows, batch=2)
+
+
+def long_perplexity(subject: Subject) -> dict[str, Any]:
+    """The same in longer windows."""
+    amounts = subject.settings.measure
+    return _perplexity(subject, amounts.long_window_length, amounts.long_windows, batch=1)
+
+
+def _perplexity(subject: Subject, length: int, limit: int, batch: int) -> dict[str, Any]:
     loaded = load_model(
         subject.checkpoint, device=subject.device, dtype=getattr(torch, subject.dtype)
     )
-    amounts = subject.settings.measure
-    options = {"length": amounts.window_length, "batch": 2, "limit": amounts.windows}
     kinds = {
-        kind: evaluate(loaded, subject.tokens(kind), label=f"{subject.name}, {kind}", **options)
+        kind: evaluate(
+            loaded, subject.tokens(kind), length=length, limit=limit, batch=batch,
+            label=f"{subject.name}, {kind}, windows of {length}",
+        )
         for kind in KINDS
-    }
+    }  # fmt: skip
     total = Evaluation(
         *(sum(values) for values in zip(*(vars(e).values() for e in kinds.values()), strict=True))
     )
@@ -184,11 +196,11 @@ def cache(subject: Subject) -> dict[str, dict[str, float]]:
 
 
 def speeds(subject: Subject) -> dict[str, float]:
-    """Context length -> decode tokens per second of one stream through the server."""
+    """Context length -> decode tokens per second of one stream through the server, in bfloat16."""
     amounts = subject.settings.measure
     return speed.by_context(
         subject.checkpoint, subject.tokens("english").tolist(), amounts.context_lengths,
-        amounts.speed_tokens, subject.dtype, subject.logs / f"serve-{subject.name}.log",
+        amounts.speed_tokens, "bfloat16", subject.logs / f"serve-{subject.name}.log",
     )  # fmt: skip
 
 
@@ -197,11 +209,12 @@ type Measurement = Callable[[Subject], Any]
 
 def measurements_of(arm: Arm | None) -> dict[str, Measurement]:
     """Measurements of an arm; None: the original model. What the control shares with it is measured once."""
-    if arm is not None and arm.policy == "evict":
-        return {"perplexity": perplexity}
-    texts: dict[str, Measurement] = {
-        "perplexity": perplexity, "human_eval": programs, "chat": chats,
+    perplexities: dict[str, Measurement] = {
+        "perplexity": perplexity, "long_perplexity": long_perplexity,
     }  # fmt: skip
+    if arm is not None and arm.policy == "evict":
+        return perplexities
+    texts = {**perplexities, "human_eval": programs, "chat": chats}
     if arm is not None and arm.target_cr is None:
         return texts
     return {**texts, "needle": needles, "cache": cache, "speed": speeds}

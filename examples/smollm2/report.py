@@ -29,6 +29,7 @@ def summary(settings: Settings, results: Results, evicted: Evicted) -> dict[str,
     return {
         "base_perplexity": results["base"]["perplexity"]["perplexity"],
         "control_perplexity": results["control"]["perplexity"]["perplexity"],
+        "control_long_perplexity": results["control"]["long_perplexity"]["perplexity"],
         "targets": by_target("merge"),
         "dms": by_target("evict"),
         "eviction": evicted,
@@ -41,6 +42,9 @@ def _figures(found: dict[str, Any]) -> dict[str, Any]:
     figures = {
         name: found["perplexity"][name] for name in ("perplexity", "measured_cr", "cache_cr")
     }
+    if longer := found.get("long_perplexity"):
+        figures["long_perplexity"] = longer["perplexity"]
+        figures["long_cache_cr"] = longer["cache_cr"]
     if of_code := found.get("human_eval"):
         figures["human_eval_bits_per_byte"] = of_code["bits_per_byte"]
         figures["human_eval_pass_at_1"] = of_code["pass_at_1"]
@@ -72,6 +76,16 @@ def quality_table(results: Results) -> str:
     head = ["model", *(f"perplexity, {kind}" for kind in KINDS), "both", "against the control",
             "decided CR", "cache CR", "HumanEval, bits per byte", "pass@1"]  # fmt: skip
     return table(head, rows)
+
+
+def long_table(results: Results) -> str:
+    control = results["control"]["long_perplexity"]["perplexity"]
+    rows = [
+        [name, f"{p['perplexity']:.2f}", f"{100 * (p['perplexity'] / control - 1):+.1f} %",
+         f"{p['measured_cr']:.2f}", f"{p['cache_cr']:.2f}"]
+        for name, found in results.items() if (p := found.get("long_perplexity"))
+    ]  # fmt: skip
+    return table(["model", "perplexity", "against the control", "decided CR", "cache CR"], rows)
 
 
 def eviction_table(evicted: Evicted) -> str:
@@ -158,6 +172,11 @@ Held-out documents ({held} tokens), windows of {settings.measure.window_length} 
 the slots in use over time, raw tokens of the merge delay ({settings.training.merge_delay}) included. pass@1: greedy, each answer run in a process
 with limits.
 
+Windows of {settings.measure.long_window_length} tokens, {settings.measure.long_windows} of each kind, where those of training \
+had {settings.training.seq_length}:
+
+{long_table(results)}
+
 The control under eviction without training, at the budgets that hold as many slots over time as the
 retrofits ({settings.measure.eviction_windows} windows of each kind):
 
@@ -173,7 +192,7 @@ Pages of the cache by tokens of context:
 
 {by_length(results, "cache", lambda row: f"{sum(row[kind] for kind in KINDS) / len(KINDS) / 2**20:.2f} MiB")}
 
-Decode tokens per second, one stream through `megatron-dmc serve`:
+Decode tokens per second, one stream through `megatron-dmc serve`, bfloat16:
 
 {by_length(results, "speed", lambda value: f"{value:.1f}")}
 

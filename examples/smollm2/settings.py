@@ -59,6 +59,8 @@ class Measure:
 
     window_length: int
     windows: int
+    long_window_length: int
+    long_windows: int
     eviction_windows: int
     problems: int
     answer_tokens: int

@@ -237,6 +237,7 @@ def figures(perplexity, cr):
     return {
         "perplexity": {"perplexity": perplexity, "measured_cr": cr, "cache_cr": cr * 0.9, "kinds": kinds,
                        "measured_cr_per_layer_head": [[cr, cr], [1.0, cr]]},
+        "long_perplexity": {"perplexity": perplexity + 1, "measured_cr": cr, "cache_cr": cr * 0.95},
         "human_eval": {"bits_per_byte": 0.5, "pass_at_1": 0.125},
         "needle": {"512": 1.0, "1024": 0.5},
         "chat": ["```python\nyes\n```"] * 20,
@@ -260,11 +261,12 @@ def test_the_report_holds_every_figure(tmp_path):
     found = json.loads((tmp_path / "smollm2.json").read_text())
     assert found["base_perplexity"] == 9.0 and found["control_perplexity"] == 10.0
     assert found["targets"]["8"] == {
-        "perplexity": 10.5, "measured_cr": 8.0, "cache_cr": 7.2, "human_eval_bits_per_byte": 0.5,
-        "human_eval_pass_at_1": 0.125,
+        "perplexity": 10.5, "measured_cr": 8.0, "cache_cr": 7.2, "long_perplexity": 11.5, "long_cache_cr": 7.6,
+        "human_eval_bits_per_byte": 0.5, "human_eval_pass_at_1": 0.125,
     }  # fmt: skip
     text = (tmp_path / "README.md").read_text()
     assert found["dms"]["4"]["perplexity"] == 10.4 and found["eviction"] == evicted
+    assert "| 8x | 11.50 | +4.5 % | 8.00 | 7.60 |" in text, "longer windows"
     assert "| H2O | 60 | 3.00 | +20.0 % |" in text
     assert "+2.0 %" in text and "+5.0 %" in text and "12.5 %" in text and "20,000,000" in text
     assert text.count("```") == 2 * 4 * 20, "an answer's own fences do not end the quotation"
@@ -282,8 +284,9 @@ def test_the_whole_command_at_toy_scale(model, tmp_path):
     text = SETTINGS.read_text()
     for old, new in {
         "seq_length = 512": "seq_length = 64", "window_length = 512": "window_length = 64", "merge_delay = 64": "merge_delay = 4",
+        "long_windows = 4": "long_windows = 1",
         "zero-out = 8, retrofit = 70, finetune = 120": "zero-out = 2, retrofit = 2",
-        "0.02": "0.3", "0.01": "0.2", "\nwindows = 48": "\nwindows = 2", "eviction_windows = 16": "eviction_windows = 2", "problems = 164": "problems = 2",
+        "0.02": "0.3", "0.01": "0.2", "\nwindows = 48": "\nwindows = 2", "long_window_length = 2048": "long_window_length = 96", "eviction_windows = 16": "eviction_windows = 2", "problems = 164": "problems = 2",
         "answer_tokens = 160": "answer_tokens = 8", "needle_lengths = [512, 1024, 2048, 4096]":
         "needle_lengths = [120]", "needle_samples = 10": "needle_samples = 2",
         "chat_tokens = 128": "chat_tokens = 4", "context_lengths = [512, 1024, 2048, 4096, 8000]":
