@@ -75,13 +75,19 @@ def _stage(args: Namespace) -> Stage:
 
 def _check_rope_pairs(args: Namespace, saved: Namespace, name: str) -> None:
     """The order of RoPE pairs is the weights', whatever the stage."""
-    theirs = getattr(saved, "dmc_borrowed_rope_pair", None)
-    if theirs == (ours := args.dmc_borrowed_rope_pair):
+    theirs, ours = _rope_pair(saved), _rope_pair(args)
+    if theirs == ours:
         return
     raise CheckpointError(
         f"{name}: its weights are for --dmc-borrowed-rope-pair {theirs}, and here it is {ours} (None: leave "
         f"the flag out){REMEDY}"
     )
+
+
+def _rope_pair(args: Namespace) -> int | None:
+    """The borrowed pair; None: the last one, which may also be named."""
+    pair = getattr(args, "dmc_borrowed_rope_pair", None)
+    return None if pair is None or pair == args.kv_channels // 2 - 1 else pair
 
 
 def _check_start(args: Namespace, saved: Namespace, name: str, iteration: int) -> None:

@@ -217,7 +217,7 @@ def test_zero_out_fades_by_samples():
 
 def saved_by(**values) -> dict:
     args = {"dmc_stage": "off", "train_iters": 10, "train_samples": None, "dmc_target_cr": 4.0,
-            "iteration": 10} | values  # fmt: skip
+            "iteration": 10, "kv_channels": 16} | values  # fmt: skip
     return {"iteration": args.pop("iteration"), "args": Namespace(**args)}
 
 
@@ -239,6 +239,7 @@ def saved_by(**values) -> dict:
         ("start", "zero-out", {"dmc_stage": "finetune"}, "is of --dmc-stage finetune"),
         ("start", "off", {"dmc_stage": "retrofit"}, "is of --dmc-stage retrofit"),
         ("start", "off", {"dmc_borrowed_rope_pair": 2}, "rope-pair 2, and here it is None"),
+        ("start", "off", {"dmc_borrowed_rope_pair": 7}, None),  # the last of 8
     ],
 )
 def test_a_stage_starts_from_the_one_before(tmp_path, monkeypatch, flag, stage, saved, message):
@@ -249,7 +250,7 @@ def test_a_stage_starts_from_the_one_before(tmp_path, monkeypatch, flag, stage, 
         dmc_stage_check=True, ckpt_format="torch_dist", finetune=False, ckpt_step=None,
         load=str(tmp_path) if flag == "--load" else None, pretrained_checkpoint=str(tmp_path),
         dmc_stage=stage, train_iters=10, train_samples=None, dmc_target_cr=4.0,
-        dmc_borrowed_rope_pair=None,
+        dmc_borrowed_rope_pair=None, kv_channels=16,
     )  # fmt: skip
     if message is None:
         stages.check_stage(args)
