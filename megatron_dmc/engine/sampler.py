@@ -94,15 +94,19 @@ def _rows_of_logprobs(
 
 
 def _by_widths(
-    params: Sequence[SamplingParams], vocab_size: int, *, may_wait: bool
+    params: Sequence[SamplingParams], vocab_size: int, *, in_order: bool, may_wait: bool
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Requests whose unlikely tokens are cut off, those of a small top-k apart: numbers of tokens to put in order for
     them, the next one where the one before did not suffice, and which requests they are.
 
     Args:
+        in_order: False: a kernel cuts them off, which puts none in order; all are one group.
         may_wait: whether the host may ask if they did; on a GPU it would wait.
     """
     cut = [b for b, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
+    if not in_order:
+        yield [], cut
+        return
     few = [b for b in cut if 0 < params[b].top_k <= _FEW]
     if few:
         yield [min(max(params[b].top_k for b in few), vocab_size)], few
@@ -299,16 +303,14 @@ class Sampler:
             device, dtype=torch.float64,
         )  # fmt: skip
         temperature_B, top_k_B, top_p_B, min_p_B = values_B4.unbind(1)
+        kernels = TRUNCATE.kernels(TRUNCATE.choose(scores_BV))
+        groups = _by_widths(
+            params, scores_BV.shape[1], in_order=kernels is None, may_wait=device.type == "cpu"
+        )
         return _Draws(
             requests, [self._seed_of(request) for request in requests], to_device(rows, device),
             temperature_B.to(scores_BV.dtype), top_k_B.long(), top_p_B, min_p_B,
-            [
-                (widths, to_device(of, device))
-                for widths, of in _by_widths(
-                    params, scores_BV.shape[1], may_wait=device.type == "cpu"
-                )
-            ],
-            TRUNCATE.kernels(TRUNCATE.choose(scores_BV)),
+            [(widths, to_device(of, device)) for widths, of in groups if of], kernels,
         )  # fmt: skip
 
     def _draw(self, scores_BV: Tensor, draws: _Draws) -> Tensor:

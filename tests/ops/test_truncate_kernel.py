@@ -6,7 +6,9 @@ import pytest
 import torch
 from kernel_tools import compile_for, resource_usage, run_cases
 
-from megatron_dmc.engine.sampler import truncate_in_order
+from megatron_dmc import SamplingParams
+from megatron_dmc.engine.request import Request
+from megatron_dmc.engine.sampler import Sampler
 from megatron_dmc.ops.backends import TRUNCATE
 
 pytest.importorskip("triton")
@@ -30,7 +32,7 @@ def test_kernel_compiles_without_a_gpu():
     }  # fmt: skip
     for capability in (80, 90):
         compiled = compile_for(
-            kernels.truncate_kernel, capability, "fp32", 8, types=types,
+            kernels.truncate_kernel, capability, "fp32", kernels.NUM_WARPS, types=types,
             BITS=kernels.BITS, BLOCK=kernels.BLOCK,
         )  # fmt: skip
         usage = resource_usage(compiled)
@@ -38,19 +40,18 @@ def test_kernel_compiles_without_a_gpu():
         assert "STACK:0" in usage and "LOCAL:0" in usage
 
 
-def test_sampler_gives_the_kernel_its_rows():
+def test_the_sampler_cuts_all_rows_in_one_call(monkeypatch):
     calls = []
-    cut = {"top_k_B": [0, 5, 9], "top_p_B": [1.0, 0.5, 0.9], "min_p_B": [0.0, 0.1, 0.2]}
-    draws = SimpleNamespace(
-        **{name: torch.tensor(x) for name, x in cut.items()},
-        by_widths=[([5], torch.tensor([1])), ([90], torch.tensor([2]))],
-        kernels=SimpleNamespace(
-            truncate=lambda *args: calls.append([x.tolist() for x in args[1:]])
-        ),
-    )
-    scores = torch.zeros(3, 90)
-    truncate_in_order(scores, draws)
-    assert [c[0] for c in calls] == [[1], [2]] and [c[1] for c in calls] == [[5], [9]]
+    kernels = SimpleNamespace(truncate=lambda *args: calls.append([x.tolist() for x in args[1:]]))
+    scores = torch.zeros(4, 2000)
     assert TRUNCATE.choose(scores) == "torch"
     with pytest.raises(ValueError, match="only tensors on a GPU"):
         TRUNCATE.choose(scores, backend="triton")
+    monkeypatch.setattr(TRUNCATE, "kernels", lambda backend: kernels)
+    cut = [{"top_k": 5}, {}, {"top_p": 0.5}, {"top_k": 1500, "min_p": 0.25}]
+    requests = [
+        Request(f"r{i}", i, None, [1], SamplingParams(seed=i, **more), 8)
+        for i, more in enumerate(cut)
+    ]
+    Sampler().sample(scores, requests)
+    assert calls == [[[0, 2, 3], [5, 0, 1500], [1.0, 0.5, 1.0], [0.0, 0.0, 0.25]]]
