@@ -150,6 +150,11 @@ def dmc_flags(stage: str, recipe: Recipe) -> list[str]:
     ]  # fmt: skip
 
 
+def save_interval(steps: int) -> int:
+    """Steps of a stage between checkpoints."""
+    return max(4, steps // 4)
+
+
 def train(
     stage: str, steps: int, recipe: Recipe, work: Path, previous: Path | None, flags: list[str]
 ) -> None:
@@ -168,7 +173,7 @@ def train(
         "--seed", str(recipe.seed + STAGES.index(stage)),  # another order of the data
         "--train-iters", str(steps), *learning_rate(stage, steps, recipe),
         "--load", str(folder), "--save", str(folder),
-        "--save-interval", str(max(4, steps // 4)), "--tensorboard-dir", str(folder / "tensorboard"),
+        "--save-interval", str(save_interval(steps)), "--tensorboard-dir", str(folder / "tensorboard"),
         *(["--pretrained-checkpoint", str(previous)] if previous else []), *flags,
     ]  # fmt: skip
     log = work / f"{stage}.log"

@@ -127,10 +127,13 @@ def train(
             shutil.rmtree(folder / stage, ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{stage}.begun").write_text(json.dumps(wanted))
+        # of a stage's checkpoints, 1.6 GB each, the newest stays
+        newest = ["--save-retain-interval", str(demo.save_interval(count) * count)]
         steps.run(
             f"train {name} {stage}", wanted,
             functools.partial(
-                demo.train, stage, count, recipe_of(arm, settings), folder, previous, [*flags, *own]
+                demo.train, stage, count, recipe_of(arm, settings), folder, previous,
+                [*flags, *own, *newest],
             ),
         )  # fmt: skip
         previous = folder / stage
