@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dmc.checkpoint.convert import is_disk_full
 from megatron_dmc.checkpoint.integrity import forget_checksums, write_checksums
-from megatron_dmc.checkpoint.torch_dist import iteration_folder
 from megatron_dmc.errors import DMCError
 from megatron_dmc.model.config import DMCTransformerConfig
 from megatron_dmc.model.decisions import DecisionRecorder
@@ -119,19 +118,18 @@ def start_megatron(**options) -> None:
 
 
 def no_room_for_another(save: str | None) -> bool:
-    """Whether the newest checkpoint in a folder is larger than what is free there.
+    """Whether the largest checkpoint in a folder, finished or not, is larger than what is free there.
 
     Megatron's writers run in processes of their own and report a full disk as an error without its
     reason.
     """
     if not save or not Path(save).is_dir():
         return False
-    try:
-        newest = iteration_folder(save)
-    except DMCError:
-        return False
-    size = sum(f.stat().st_size for f in newest.rglob("*") if f.is_file())
-    return shutil.disk_usage(save).free < size
+    sizes = [
+        sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        for folder in Path(save).glob("iter_*")
+    ]
+    return shutil.disk_usage(save).free < max(sizes, default=0)
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
@@ -249,8 +247,8 @@ def main(argv: list[str] | None = None) -> None:
             raise
         exit_with(
             DMCError(
-                f"--save {args.save}: no space left on the device; the last finished checkpoint is "
-                "untouched. Make room and start the same command again"
+                f"--save {args.save}: no space left on the device; a finished checkpoint is untouched. "
+                "Make room and start the same command again"
             )
         )
     if torch.distributed.is_initialized():

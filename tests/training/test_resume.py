@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -122,28 +123,46 @@ def test_a_damaged_newest_checkpoint_is_passed_over(whole, killed, tmp_path, dam
     assert {i: got[i] for i in (5, 6, 7, 8)} == {i: expected[i] for i in (5, 6, 7, 8)}
 
 
-@pytest.mark.dist
-def test_a_full_disk_leaves_the_older_checkpoint_usable(killed, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    size = sum(f.stat().st_size for f in killed.rglob("*") if f.is_file()) + 300_000
+@contextmanager
+def small_disk(folder, size):
+    folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], check=False,
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=False,
         capture_output=True,
     )  # fmt: skip
     if mounted.returncode:
         pytest.skip("mounting a small disk takes root")
     try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def bytes_in(folder):
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def assert_says_that_the_disk_is_full(done):
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if "error: --save" in line]
+    assert len(errors) == 1 and "no space left" in errors[0], done.stderr[-3000:]
+
+
+@pytest.mark.dist
+def test_a_full_disk_leaves_the_older_checkpoint_usable(killed, tmp_path):
+    with small_disk(tmp_path / "disk", bytes_in(killed) + 300_000) as disk:
         folder = disk / "run"
         shutil.copytree(killed, folder)
-        done = Forked(*TRAIN, *to(folder)).wait()
-        assert done.returncode != 0
-        errors = [line for line in done.stderr.splitlines() if "error: --save" in line]
-        assert len(errors) == 1 and "no space left" in errors[0], done.stderr[-3000:]
+        assert_says_that_the_disk_is_full(Forked(*TRAIN, *to(folder)).wait())
         assert (folder / "latest_checkpointed_iteration.txt").read_text() == "4"
         shutil.copytree(folder, tmp_path / "more room")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
     again = Forked(*TRAIN, *to(tmp_path / "more room")).wait()
     assert again.returncode == 0, again.stderr[-3000:]
     assert max(by_step(again.stdout)) == STEPS
+
+
+@pytest.mark.dist
+def test_a_disk_without_room_for_the_first_checkpoint(killed, tmp_path):
+    size = bytes_in(killed / "iter_0000004") * 3 // 4
+    with small_disk(tmp_path / "disk", size) as disk:
+        assert_says_that_the_disk_is_full(Forked(*TRAIN, *to(disk / "run")).wait())
