@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -24,7 +28,7 @@ from megatron_dmc.ops.cpu import advise_huge_pages
 
 def use_inference_kernels(model: GPTModel) -> None:
     """Let linear layers and norms compute with the back ends that are best for their weights, where those are not
-    PyTorch; on a CPU whole blocks of dense layers with gated MLPs, with as few operators as they need.
+    PyTorch; and whole blocks of dense layers with RMSNorm and SwiGLU, with as few operators as they need.
 
     Changes these modules of the model alone. With gradients enabled they compute as before.
     """
@@ -103,7 +107,7 @@ def _eps(norm: torch.nn.RMSNorm) -> float:
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether `_Layer` computes what the layer does, on a CPU with kernels for its norms."""
+    """Whether `_Layer` computes what the layer does, and there are kernels for its norms."""
     if type(layer) is not TransformerLayer:
         return False
     config, norms = layer.config, (layer.input_layernorm, layer.pre_mlp_layernorm)
@@ -112,8 +116,7 @@ def _is_plain(layer: Any) -> bool:
         and isinstance(layer.mlp, MLP)
         and all(isinstance(x, IdentityOp) for x in (layer.cross_attention, layer.cross_attn_bda))
         and all(isinstance(norm, torch.nn.RMSNorm) for norm in norms)
-        and all(norm.weight.is_cpu and NORM.choose(norm.weight) == "cpu" for norm in norms)
-        and config.tensor_model_parallel_size == 1
+        and all(_kernels(NORM, norm.weight) is not None for norm in norms)
         and config.gated_linear_unit
         and config.activation_func is functional.silu
         and not config.activation_func_clamp_value
@@ -125,33 +128,33 @@ def _is_plain(layer: Any) -> bool:
 
 
 class _Layer:
-    """A dense layer that infers: two norms, four products and a gate, residuals added by the products."""
+    """A dense layer that infers: two norms, four products and a gate. Residuals are added by the products, or, where
+    these have to be summed over ranks first, by the norm that follows."""
 
     def __init__(self, layer: Any):
         attention, mlp = layer.self_attention, layer.mlp
         self.attention: DMCSelfAttention = attention
         self.num_groups = attention.num_query_groups_per_partition
         self.head_dim = attention.hidden_size_per_attention_head
-        self.norms = [(x.weight, _eps(x)) for x in (layer.input_layernorm, layer.pre_mlp_layernorm)]
-        self.qkv_bias = attention.linear_qkv.bias
-        modules = (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
-        self.qkv, self.proj, self.fc1, self.fc2 = (_Product(module.weight) for module in modules)
-        self.rms_norm = _kernels(NORM, layer.input_layernorm.weight).rms_norm
+        self.norm, self.mlp_norm = _Norm(layer.input_layernorm), _Norm(layer.pre_mlp_layernorm)
+        self.qkv, self.fc1 = _Product(attention.linear_qkv), _Product(mlp.linear_fc1)
+        self.proj, self.fc2 = _Product(attention.linear_proj), _Product(mlp.linear_fc2)
         gate = _kernels(SWIGLU, mlp.linear_fc1.weight)
         self.swiglu = _swiglu if gate is None else gate.swiglu
 
     def __call__(
-        self, x: Tensor, context: PagedAttentionContext, freqs_SF: Tensor | None
-    ) -> Tensor:
-        """The layer's output for x (T, hidden)."""
-        (weight, eps), (mlp_weight, mlp_eps) = self.norms
-        qkv = self.qkv(self.rms_norm(x, weight, eps))
-        if self.qkv_bias is not None:
-            qkv = qkv + self.qkv_bias
+        self,
+        x: Tensor,
+        added: Tensor | None,
+        context: PagedAttentionContext,
+        freqs_SF: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The layer's output for x + added, both (T, hidden), as such a sum itself; x is mutated."""
+        qkv = self.qkv(self.norm(x, added))
         out_TND = self.attention.attend_cached(context, *self.heads(qkv), freqs_SF)
-        x = self.proj(out_TND.flatten(1), x)
-        gated = self.swiglu(self.fc1(self.rms_norm(x, mlp_weight, mlp_eps)))
-        return self.fc2(gated, x)
+        x, added = self.proj.add_to(x, out_TND.flatten(1))
+        gated = self.swiglu(self.fc1(self.mlp_norm(x, added)))
+        return self.fc2.add_to(x, gated)
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q_TND, k_TGD and v_TGD, after QK-norm if the model has it."""
@@ -164,18 +167,43 @@ class _Layer:
         return q, k, v
 
 
+class _Norm:
+    """RMSNorm of x + added, which x becomes."""
+
+    def __init__(self, norm: torch.nn.RMSNorm):
+        self.weight, self.eps, kernels = norm.weight, _eps(norm), _kernels(NORM, norm.weight)
+        self.rms_norm, self.add_rms_norm = kernels.rms_norm, kernels.add_rms_norm
+
+    def __call__(self, x: Tensor, added: Tensor | None) -> Tensor:
+        if added is None:
+            return self.rms_norm(x, self.weight, self.eps)
+        return self.add_rms_norm(x, added, self.weight, self.eps)
+
+
 class _Product:
-    """x weight^T (+ residual) in the back end that is best for the weight."""
+    """x weight^T + bias in the back end that is best for the weight."""
 
-    def __init__(self, weight: Tensor):
-        kernels = _kernels(LINEAR, weight)
-        self.weight, self.kernel = weight, None if kernels is None else kernels.linear
+    def __init__(self, module: Any):
+        kernels = _kernels(LINEAR, module.weight)
+        self.weight, self.bias = module.weight, module.bias
+        self.kernel = None if kernels is None else kernels.linear
+        # the ranks whose products add up; None: this one's is all
+        self.ranks = module.tp_group if module.config.tensor_model_parallel_size > 1 else None
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.kernel is not None:
-            return self.kernel(x, self.weight, residual)
-        out = functional.linear(x, self.weight)
-        return out if residual is None else out.add_(residual)
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.kernel is None:
+            return functional.linear(x, self.weight, self.bias)
+        out = self.kernel(x, self.weight)
+        return out if self.bias is None else out + self.bias
+
+    def add_to(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """residual + the ranks' products, as a sum of which only the first part may be there; mutates residual."""
+        if self.ranks is not None:
+            out = reduce_from_tensor_model_parallel_region(self(x), group=self.ranks)
+            return residual, out
+        if self.kernel is None:
+            return residual.addmm_(x, self.weight.t()), None
+        return self.kernel(x, self.weight, residual), None
 
 
 def _swiglu(x: Tensor) -> Tensor:
@@ -193,7 +221,7 @@ def _block(
     rotary_pos_emb: Tensor | None = None,
     **options: Any,
 ) -> Any:
-    """`forward` of the block."""
+    """`forward` of the block; mutates `hidden_states`, which in inference are the embedding's."""
     if torch.is_grad_enabled() or inference_context is None:
         return type(block).forward(
             block, hidden_states, attention_mask, inference_context=inference_context,
@@ -202,9 +230,11 @@ def _block(
     if isinstance(hidden_states, WrappedTensor):
         hidden_states = hidden_states.unwrap()
     # Megatron's embedding leaves strides with which a product of the tokens becomes one for each
-    x = hidden_states.flatten(0, 1)
+    x, added = hidden_states.flatten(0, 1), None
     freqs = None if rotary_pos_emb is None else rotary_pos_emb.flatten(0, 2)
     for layer in layers:
-        x = layer(x, inference_context, freqs)
+        x, added = layer(x, added, inference_context, freqs)
+    if added is not None:
+        x.add_(added)
     x = x.unsqueeze(1)
     return x if block.final_layernorm is None else block.final_layernorm(x)

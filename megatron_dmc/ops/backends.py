@@ -163,11 +163,20 @@ def _cpu(op: str) -> Any:
 
 
 def _triton(op: str) -> Any:
-    from megatron_dmc.ops.triton import decode, diagonal, merge, pages, prefill, truncate
+    from megatron_dmc.ops.triton import (
+        decode,
+        diagonal,
+        merge,
+        norm,
+        pages,
+        prefill,
+        swiglu,
+        truncate,
+    )  # fmt: skip
 
     return {
-        "decode": decode, "diagonal": diagonal, "merge": merge, "pages": pages, "prefill": prefill,
-        "truncate": truncate,
+        "decode": decode, "diagonal": diagonal, "merge": merge, "norm": norm, "pages": pages,
+        "prefill": prefill, "swiglu": swiglu, "truncate": truncate,
     }[op]  # fmt: skip
 
 
@@ -198,8 +207,8 @@ TRUNCATE = Op("truncate", triton=TRITON, torch=PYTORCH)
 LINEAR = Op("linear", cpu=CPU, torch=PYTORCH)
 """Products of weights in inference, `model.inference`: (weight)."""
 
-NORM = Op("norm", cpu=CPU, torch=PYTORCH)
+NORM = Op("norm", triton=TRITON, cpu=CPU, torch=PYTORCH)
 """RMSNorm in inference, `model.inference`: (weight)."""
 
-SWIGLU = Op("swiglu", cpu=CPU, torch=PYTORCH)
+SWIGLU = Op("swiglu", triton=TRITON, cpu=CPU, torch=PYTORCH)
 """The gate of an MLP in inference, `model.inference`: (weight), the one whose product is gated."""

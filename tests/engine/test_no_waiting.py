@@ -10,6 +10,7 @@ from fake_gpu import (
     NoWaiting,
     engine_on_fake_gpu,
     fake_gpu,
+    launches,
     move_to_fake_gpu,
     small_model,
 )
@@ -21,6 +22,7 @@ from megatron_dmc.cache.strategies import CompressionRule
 from megatron_dmc.engine import imposed
 from megatron_dmc.engine.context import PagedContext
 from megatron_dmc.engine.runner import ModelRunner
+from megatron_dmc.model import inference
 
 EVERYTHING = [
     {"temperature": 0},
@@ -68,7 +70,7 @@ def test_the_model_asks_the_device_nothing(rule, stored, monkeypatch):
             logits = runner._forward(*inputs, None)
         assert logits.shape[0] == 5 and logits.device.type == "cuda"
         assert len(mode.calls) > 50
-    assert called == ["plan"] + ["decode_append", "paged_decode_attention"] * 3
+    assert called == launches(num_layers=3)
 
 
 WAITS = {
@@ -122,8 +124,7 @@ def test_a_decode_step_waits_for_the_sampled_tokens_alone(captured, is_async, mo
             with NoWaiting():
                 outputs = engine.step()
             assert len(outputs) == len(EVERYTHING)
-            launched = ["plan"] + ["decode_append", "paged_decode_attention"] * 3
-            assert called == [*launched, "truncate", "read", "read"]
+            assert called == [*launches(num_layers=3), "truncate", "read", "read"]
             # tokens; log-probabilities of two requests; then the counts, of which nothing is left to do
             tokens, counts = MadeUpCopy.read_shapes
             assert tokens == [(7,), (2,), (2,), (2, 2), (2, 2)]
@@ -140,10 +141,10 @@ def operations(calls):
     return [name for name in calls if name not in views]
 
 
-@pytest.mark.parametrize("imposes", [False, True])
-def test_operations_of_a_decode_step(imposes, monkeypatch):
-    """A linear layer is one product of all tokens, an MLP has no operation that does nothing, and imposed
-    decisions are one launch a step."""
+@pytest.mark.parametrize("imposes, ranks", [(False, 1), (True, 1), (False, 2)])
+def test_operations_of_a_decode_step(imposes, ranks, monkeypatch):
+    """A layer is four products, two norms, the MLP's gate and the cache's kernels: products add to the residual
+    themselves; between ranks the sum comes first, and the next norm adds. Imposed decisions are one launch a step."""
     imposed_kernel = pytest.importorskip("megatron_dmc.engine.imposed_kernel")
     model, description = small_model()
     decisions = imposed.ImposedDecisions.of(imposed.spread_weights(3, 2), 4.0, num_tokens=100)
@@ -156,6 +157,12 @@ def test_operations_of_a_decode_step(imposes, monkeypatch):
         fake = torch.zeros(3, 1, 2, dtype=torch.int64, device="cuda")
         monkeypatch.setattr(imposed.ImposedDecisions, "thresholds", lambda *args: (fake, fake))
         monkeypatch.setattr(imposed_kernel, "decide", lambda *args: called.append("decide"))
+        monkeypatch.setattr(
+            inference,
+            "reduce_from_tensor_model_parallel_region",
+            lambda x, group: called.append("sum") or x,
+        )
+        model.config.tensor_model_parallel_size = ranks
         engine = engine_on_fake_gpu(model, description, **(options if imposes else {}))
         for i in range(2):
             params = SamplingParams(temperature=0, max_tokens=9)
@@ -164,11 +171,14 @@ def test_operations_of_a_decode_step(imposes, monkeypatch):
         called.clear()
         with NoWaiting() as mode:
             engine.step()
-    layer = ["_fused_rms_norm", "mm", "clone", "mm", "add_.Tensor"]  # clone: queries of a group
-    layer += ["_fused_rms_norm", "mm", "silu", "mul.Tensor", "mm", "add_.Tensor"]
-    end = ["_fused_rms_norm", "mm", "_to_copy", "max.dim"]
+    add_product = "addmm_" if ranks == 1 else "mm"
+    layer = ["mm", "clone", add_product, "mm", add_product]  # clone: queries of a group
+    end = (
+        ["mm", "_to_copy", "max.dim"]
+        if ranks == 1
+        else ["add_.Tensor", "mm", "_to_copy", "max.dim"]
+    )
     # a row whose logits are not finite gets no token
     finite = ["abs", "lt.Scalar", "bitwise_not", "masked_fill.Scalar"]
     assert operations(mode.calls) == ["_to_copy", "embedding", *layer * 3, *end, *finite]
-    kernels = ["plan"] + ["decode_append", "paged_decode_attention"] * 3
-    assert called == (["decide"] if imposes else []) + kernels
+    assert called == (["decide"] if imposes else []) + launches(num_layers=3, ranks=ranks)

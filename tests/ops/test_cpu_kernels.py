@@ -179,8 +179,10 @@ def test_linear_layers_of_an_engine_use_the_kernel(monkeypatch):
         assert bool(calls) == (backend == "cpu")
     # of the MLP the first projection alone: the second has 48 inputs
     assert len(set(calls)) == 4, "the projections, and the logits"
-    for token, found in logits["cpu"].items():
-        assert abs(found.logprob - logits["torch"][token].logprob) < 0.05
+    common = logits["cpu"].keys() & logits["torch"].keys()
+    assert len(common) >= 4  # a sum with the residual is rounded once or twice
+    for token in common:
+        assert abs(logits["cpu"][token].logprob - logits["torch"][token].logprob) < 0.05
     with torch.enable_grad():
         calls.clear()
         layer = llm.engine.runner.model.decoder.layers[0]
@@ -240,24 +242,32 @@ def test_swiglu_against_float64():
 @needs_extension
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layers_on_a_cpu_are_those_of_megatron(dtype, monkeypatch):
-    """Logits of a prompt and of decoded tokens; biases and norms of queries and keys included."""
+    """Logits of a prompt and of decoded tokens; biases and norms of queries and keys included. Also as on several
+    ranks, where the norms add the products."""
     logprobs = []
-    for is_plain in (inference._is_plain, lambda layer: False):
-        monkeypatch.setattr(inference, "_is_plain", is_plain)
+    for patches in (
+        {},
+        {"_Product.add_to": lambda product, residual, x: (residual, product(x))},
+        {"_is_plain": lambda layer: False},
+    ):
+        for name, value in patches.items():
+            monkeypatch.setattr(f"{inference.__name__}.{name}", value)
         loaded = random_model(2, add_qkv_bias=True, qk_layernorm=True, ffn_hidden_size=64)
         loaded.model.to(dtype)
         llm = LLM(loaded, device="cpu")
         blocks = llm.engine.runner.model.decoder
-        assert ("forward" in vars(blocks)) == (not logprobs)
+        assert ("forward" in vars(blocks)) == ("_is_plain" not in patches)
         params = SamplingParams(temperature=0, max_tokens=4, logprobs=5, prompt_logprobs=5)
         prompt = {"prompt_token_ids": list(range(1, 20))}
         (output,) = llm.generate([prompt], params, use_tqdm=False)
         every = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs[:1]]
         logprobs.append([{token: x.logprob for token, x in of.items()} for of in every])
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
-    for ours, theirs in zip(*logprobs, strict=True):
-        common = ours.keys() & theirs.keys()
-        assert common and all(abs(ours[token] - theirs[token]) < tolerance for token in common)
+    *ours, theirs = logprobs
+    for one in ours:
+        for found, wanted in zip(one, theirs, strict=True):
+            common = found.keys() & wanted.keys()
+            assert common and all(abs(found[x] - wanted[x]) < tolerance for x in common)
 
 
 @needs_extension

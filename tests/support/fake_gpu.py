@@ -20,7 +20,7 @@ from megatron_dmc.config import DMCConfig
 from megatron_dmc.engine import EngineConfig, LLMEngine, sampler
 from megatron_dmc.ops import backends
 from megatron_dmc.ops.cuda import decode as cuda_kernels
-from megatron_dmc.ops.triton import truncate
+from megatron_dmc.ops.triton import norm, swiglu, truncate
 
 aten = torch.ops.aten
 COPIES = (aten.copy_.default, aten._to_copy.default)
@@ -121,11 +121,32 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(block_tables, "AsyncCopy", MadeUpCounts)
     monkeypatch.setattr(sampler, "AsyncCopy", MadeUpCopy)
     monkeypatch.setattr(MadeUpCopy, "read_shapes", [])
+
+    def result(name, parts=1):
+        def kernel(x, *args):
+            called.append(name)
+            return torch.empty(*x.shape[:-1], x.shape[-1] // parts, dtype=x.dtype, device=x.device)
+
+        return kernel
+
     monkeypatch.setattr(truncate, "truncate", lambda *args: called.append("truncate"))
+    monkeypatch.setattr(norm, "rms_norm", result("rms_norm"))
+    monkeypatch.setattr(norm, "add_rms_norm", result("add_rms_norm"))
+    monkeypatch.setattr(swiglu, "swiglu", result("swiglu", 2))
     for op in (backends.DECODE, backends.PAGES):
         monkeypatch.setattr(op, "choose", lambda *args, **options: "cuda")
+    for op in (backends.NORM, backends.SWIGLU):
+        monkeypatch.setattr(op, "choose", lambda *args, **options: "triton")
     with FakeTensorMode(), torch.no_grad():
         yield called
+
+
+def launches(*, num_layers, ranks=1):
+    """Names of the kernels of a decode step, as `fake_gpu` gives them; "sum" stands for the ranks' communication."""
+    attention, sums = ["decode_append", "paged_decode_attention"], ["sum"] if ranks > 1 else []
+    add = "add_rms_norm" if ranks > 1 else "rms_norm"
+    layer = [add, *attention, *sums, add, "swiglu", *sums]
+    return ["rms_norm", "plan", *(layer * num_layers)[1:], "rms_norm"]
 
 
 def small_model(merge_window=0):

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from kernel_cases_decode import BACKEND, DEVICE  # patches Triton
+from random_models import random_model
 from tiny_gpt import TinyGPT, dmc_config, drain, greedy_params, make_engine, make_prompts
 
+from megatron_dmc import LLM, SamplingParams
 from megatron_dmc.engine.graphs import Captured
 
 
@@ -31,3 +33,20 @@ def test_an_engine_on_the_kernels_gives_the_same_tokens(settings):
         outputs = drain(engine)
         results.append([(o.outputs[0].token_ids, o.metrics.num_entries) for o in outputs.values()])
     assert results[0] == results[1]
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or BACKEND != "triton", reason="a float32 model on the CPU")
+def test_layers_of_few_kernels_give_the_same_tokens(monkeypatch):
+    """Megatron's modules, and the block of a GPU: Triton's norms and SwiGLU, products that add."""
+    results = []
+    for backend in ("torch", "triton"):
+        for op in ("NORM", "SWIGLU", "LINEAR"):
+            monkeypatch.setenv(f"DMC_{op}_BACKEND", "torch" if op == "LINEAR" else backend)
+        llm = LLM(random_model(2, dtype=torch.float32, qk_layernorm=True), device="cpu")
+        assert ("forward" in vars(llm.engine.runner.model.decoder)) == (backend == "triton")
+        params = SamplingParams(temperature=0, max_tokens=3, logprobs=0)
+        prompts = [{"prompt_token_ids": list(range(3, 3 + n))} for n in (1, 7)]
+        outputs = [o.outputs[0] for o in llm.generate(prompts, params, use_tqdm=False)]
+        results.append(([o.token_ids for o in outputs], [o.cumulative_logprob for o in outputs]))
+    (tokens, logprobs), (wanted, theirs) = results
+    assert tokens == wanted and logprobs == pytest.approx(theirs, abs=1e-4)

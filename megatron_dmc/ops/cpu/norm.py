@@ -28,3 +28,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty(rows.shape, dtype=x.dtype)
     operators().rms_norm.default(rows, weight, out, eps)
     return out if rows is x else out.view(x.shape)
+
+
+def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `megatron_dmc.ops.triton.norm.add_rms_norm`."""
+    return rms_norm(x.add_(added), weight, eps)

@@ -33,6 +33,15 @@ def on_device(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+def gpu_only(x: Tensor) -> str:
+    """The refusals of kernels for any shape: dtypes, other devices; "" if there is none."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"dtype {x.dtype}"
+    if not (x.is_cuda or INTERPRETED):
+        return "only tensors on a GPU"
+    return "" if capability(x) >= 8 else "GPUs before compute capability 8.0"
+
+
 def capability(x: Tensor) -> int:
     """Major compute capability of the GPU; the interpreter stands for 9."""
     return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
