@@ -51,6 +51,21 @@ def test_filled_caches_decode_alone(tmp_path, capsys):
     assert row["prefill_s"] is None and row["decode_tokens_per_s"] > 0
 
 
+def test_largest_batch_of_a_cache(tmp_path, capsys):
+    plain, compressed = rows_of(
+        tmp_path, capsys, "--engines", "megatron-dmc", "transformers", "--shapes", "autox150", "--crs", "4",
+        "--new-tokens", "5", "--dtype", "float32", "--threads", "1", "--filled-caches",
+        "--kv-cache-memory-bytes", str(2**22),
+    )  # fmt: skip
+    assert plain["cache_bytes"] == 2**22 and 1 < plain["batch"] < compressed["batch"]
+    decode = report.tables([plain, compressed]).split("\n\n")[1]
+    assert "| 1, 0.00390625 GiB x 150 | 4 | " in decode
+    assert f" (float32, batch {plain['batch']}) |" in decode
+    shared = plain | {"engine": "vllm", "shared_prompt": True, "decode_tokens_per_s": 12.5}
+    assert f"| 12.5 (float32, one prompt, batch {plain['batch']}) |" in report.tables([shared])
+    assert not report.plotted_batches([plain, compressed])
+
+
 def test_figures_begin_at_the_last_first_token(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 4.0, 6.0, 9.0])
     monkeypatch.setitem(cases.CLOCKS, "wall", lambda: next(clock))
@@ -120,4 +135,4 @@ def test_flags_out_of_range(capsys):
     assert "--new-tokens 1: at least 3" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["bench", "peers", "--model", str(MODEL), "--shapes", "8x0"])
-    assert "8x0: two positive numbers, for instance 8x1024" in capsys.readouterr().err
+    assert "8x0: two positive numbers, for instance 8x1024, or autox1024" in capsys.readouterr().err

@@ -3,10 +3,11 @@ import the package.
 
 A script reads one JSON object from its standard input,
 
-    model, gguf, dtype, threads, clock, filled_caches, cases: [{batch, context, new_tokens, cr}, ...]
+    model, gguf, dtype, threads, clock, filled_caches, cache_bytes, cases: [{batch, context, new_tokens, cr}, ...]
 
 and prints a JSON object for each case as the last thing on its line. All of a case's requests are given at once:
-`context` random tokens each, `new_tokens` greedy ones asked for, the end-of-text token ignored.
+`context` random tokens each, `new_tokens` greedy ones asked for, the end-of-text token ignored. A batch that is
+None is the largest that `cache_bytes` of cache hold; its row has the number.
 """
 
 import json

@@ -9,7 +9,9 @@ rows after each engine, one for each case, and a row that could not be measured 
 
 import argparse
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,12 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--engines", nargs="+", choices=PEERS, default=list(PEERS), help="default: all")
     add("--shapes", type=shape, nargs="+", default=SHAPES, metavar="BxT",
         help="requests and tokens of each one's prompt "
-        f"(default: {' '.join(f'{b}x{t}' for b, t in SHAPES)})")  # fmt: skip
+        f"(default: {' '.join(f'{b}x{t}' for b, t in SHAPES)}); autox4096: as many as the cache holds, "
+        f"for {' and '.join(WITH_LIMITED_CACHE)}")  # fmt: skip
     add("--new-tokens", type=int, default=32, metavar="N", help="per request (default: 32)")
     add("--crs", type=float, nargs="*", default=[4.0, 8.0], metavar="CR",
         help="imposed on this engine at the longest prompts, in addition to CR 1 (default: 4 8)")  # fmt: skip
-    add("--filled-caches", action="store_true", help="fill this engine's caches with random entries "
-        "instead of prefilling them: decode alone")  # fmt: skip
+    add("--filled-caches", action="store_true", help="decode alone: this engine's caches are filled with "
+        "random entries, and vLLM's requests share one prompt in its prefix cache")  # fmt: skip
+    add("--kv-cache-memory-bytes", type=int, default=2**32, metavar="N",
+        help="of this engine's cache and vLLM's (default: 4 GiB)")  # fmt: skip
     add("--threads", type=int, nargs="+", default=None, metavar="N", help="default: all cores")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     add("--clock", choices=CLOCKS, default="wall", help="cpu: seconds of the process's CPU time, for "
@@ -67,16 +72,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 SHAPES = [(b, t) for b in (1, 8, 64) for t in (32, 1024, 4096) if b * t <= 2**16]
 
 
-def shape(text: str) -> tuple[int, int]:
-    """Of `BxT`.
+WITH_LIMITED_CACHE = (OURS, "vllm")
+"""Engines that allocate a cache of a given size."""
+
+
+def shape(text: str) -> tuple[int | None, int]:
+    """Of `BxT`; None for `auto`.
 
     Raises:
         argparse.ArgumentTypeError: it is not that.
     """
     batch, _, context = text.partition("x")
-    if not (batch.isdigit() and context.isdigit() and int(batch) and int(context)):
-        raise argparse.ArgumentTypeError(f"{text}: two positive numbers, for instance 8x1024")
-    return int(batch), int(context)
+    is_auto = batch == "auto"
+    if not ((is_auto or batch.isdigit() and int(batch)) and context.isdigit() and int(context)):
+        raise argparse.ArgumentTypeError(
+            f"{text}: two positive numbers, for instance 8x1024, or autox1024"
+        )
+    return None if is_auto else int(batch), int(context)
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -114,14 +126,15 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def cases_of(engine: str, args: argparse.Namespace) -> list[Row]:
-    """Cases of an engine, small ones first."""
+    """Cases of an engine, small ones first; those of the largest batch only where a cache has a limit."""
     longest = max(context for _, context in args.shapes)
     cases = [
         {"batch": batch, "context": context, "new_tokens": args.new_tokens, "cr": cr}
         for batch, context in args.shapes
+        if batch or engine in WITH_LIMITED_CACHE
         for cr in (1.0, *(args.crs if engine == OURS and context == longest else ()))
     ]
-    return sorted(cases, key=lambda case: case["batch"] * case["context"])
+    return sorted(cases, key=lambda case: (case["batch"] or math.inf) * case["context"])
 
 
 def _measure(
@@ -133,7 +146,8 @@ def _measure(
         python = python_of(engine, args.environments or _environments(), args.peer_python)
         asked = {
             "model": model, "gguf": args.gguf, "dtype": args.dtype, "threads": threads,
-            "clock": args.clock, "filled_caches": args.filled_caches, "cases": cases,
+            "clock": args.clock, "filled_caches": args.filled_caches,
+            "cache_bytes": args.kv_cache_memory_bytes, "cases": cases,
         }  # fmt: skip
         command = [python, "-c", RUN_SCRIPT, str(FOLDER), PEERS[engine].script]
         for row in _lines(command, asked, threads, args.timeout):
@@ -179,6 +193,8 @@ def _lines(command: list[str], asked: Row, threads: int, timeout: float) -> Iter
             process.kill()
         if is_late:
             raise DMCError(f"it took longer than --timeout {timeout:g}")
+        if process.returncode == -signal.SIGKILL:
+            raise DMCError("it was killed, as happens where memory runs out")
         if process.returncode:
             log.seek(0)
             last = [text for text in log.read().splitlines() if text.strip()][-1:]

@@ -9,12 +9,12 @@ from megatron_dmc.bench.peers.environments import OURS, PEERS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHAPE = ("threads", "batch", "context")
 CASE = {"shape": "threads, batch x context", "cr": "CR"}
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """Decode, then the time to the first token and memory, in Markdown; a line for each shape and CR.
+    """Decode, then the time to the first token and memory, in Markdown; a line for each shape and CR. Where the
+    cache sets the batch, a shape is its size, and the batch is in the cell.
 
     Of an engine's rows in several dtypes each table has the faster one.
     """
@@ -55,17 +55,22 @@ def _prefill(rows: Sequence[Row]) -> str:
 
 def _lines(rows: Sequence[Row]) -> Iterator[tuple[Row, dict[str, list[Row]]]]:
     """A line's first columns, and the rows of each engine; the others run uncompressed."""
-    shapes = sorted({tuple(row[key] for key in SHAPE) for row in rows})
-    for threads, batch, context in shapes:
-        here = [
-            row for row in rows if tuple(row[key] for key in SHAPE) == (threads, batch, context)
-        ]
+    for shape in sorted(set(map(_shape, rows))):
+        here = [row for row in rows if _shape(row) == shape]
         for cr in sorted({row["cr"] for row in here}):
             same: dict[str, list[Row]] = {}
             for row in here:
                 if row["cr"] == (cr if row["engine"] == OURS else 1):
                     same.setdefault(row["engine"], []).append(row)
-            yield {"shape": f"{threads}, {batch} x {context}", "cr": f"{cr:g}"}, same
+            threads, cache_bytes, batch, context = shape
+            label = f"{cache_bytes / 2**30:g} GiB" if cache_bytes else str(batch)
+            yield {"shape": f"{threads}, {label} x {context}", "cr": f"{cr:g}"}, same
+
+
+def _shape(row: Row) -> tuple[int, int, int, int]:
+    """Threads, bytes of cache, batch and context; the batch is 0 where it is the largest that the cache holds."""
+    cache_bytes = row.get("cache_bytes", 0)
+    return row["threads"], cache_bytes, 0 if cache_bytes else row["batch"], row["context"]
 
 
 def _digits(value: float) -> str:
@@ -73,7 +78,12 @@ def _digits(value: float) -> str:
 
 
 def _marked(row: Row) -> str:
-    return " (float32)" if row["dtype"] == "float32" else ""
+    notes = ["float32"] if row["dtype"] == "float32" else []
+    if "shared_prompt" in row:
+        notes.append("one prompt")
+    if "cache_bytes" in row:
+        notes.append(f"batch {row['batch']}")
+    return f" ({', '.join(notes)})" if notes else ""
 
 
 def _titles(rows: Sequence[Row]) -> dict[str, str]:
@@ -91,7 +101,7 @@ def plotted_batches(rows: Sequence[Row]) -> list[int]:
     """Batches that were measured at several contexts."""
     contexts: dict[int, set[int]] = {}
     for row in rows:
-        if row.get("decode_tokens_per_s"):
+        if row.get("decode_tokens_per_s") and "cache_bytes" not in row:
             contexts.setdefault(row["batch"], set()).add(row["context"])
     return sorted(batch for batch, found in contexts.items() if len(found) > 1)
 
@@ -107,6 +117,7 @@ def figure(rows: Sequence[Row]) -> "Figure":
 
     threads, batches = max(row["threads"] for row in rows), plotted_batches(rows)
     rows = [r for r in rows if r["threads"] == threads and r.get("decode_tokens_per_s")]
+    rows = [r for r in rows if "cache_bytes" not in r]
     with styled(9):
         drawn = Figure(figsize=(3.6 * len(batches) + 0.4, 3.4), layout="constrained")
         panels = drawn.subplots(1, len(batches), squeeze=False)[0]

@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,10 @@ def measure(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
     longest = max(c["context"] + c["new_tokens"] for c in all_cases)
     parser = argparse.ArgumentParser(conflict_handler="resolve")
     command.add_throughput(parser)
-    args = parser.parse_args([asked["model"], "--dtype", asked["dtype"], "--device", "cpu"])
+    args = parser.parse_args(
+        [asked["model"], "--dtype", asked["dtype"], "--device", "cpu",
+         "--kv-cache-memory-bytes", str(asked["cache_bytes"])]
+    )  # fmt: skip
     tested = ModelUnderTest.from_args(args, longest)
     settings = Settings(tested.device, tested.description.dtype, (), repeats=20, output=None)
     bandwidth = copy_bandwidth(settings, cases.CLOCKS[asked["clock"]])
@@ -50,22 +54,28 @@ def measure(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
         release_memory()  # of the case before
         tested.settings["num_pages"] = None
         tested.share_pages([point])
+        if point.max_num_seqs is None:
+            case |= {"batch": tested.largest_batch(point), "cache_bytes": asked["cache_bytes"]}
+            point = replace(point, max_num_seqs=case["batch"])
         is_filled = asked["filled_caches"]
         engine = filled_engine(tested, point)[0] if is_filled else prompted(case, point, name)
         progress = cases.Progress(case, asked["clock"])
         while engine.has_unfinished_requests:
             progress.step(output.request_id for output in engine.step())
-        row = progress.row() | {
-            "copy_bytes_per_s": bandwidth,
-            "bound_tokens_per_s": bound(case, engine.stats().entry_bytes),
-        }
+        row = (
+            case
+            | progress.row()
+            | {
+                "copy_bytes_per_s": bandwidth,
+                "bound_tokens_per_s": bound(case, engine.stats().entry_bytes),
+            }
+        )
         return row | {"prefill_s": None} if is_filled else row
 
-    run(all_cases[0] | {"context": 8, "new_tokens": 2}, "warm-up")
+    run(all_cases[0] | {"batch": 1, "context": 8, "new_tokens": 2}, "warm-up")
+    version = importlib.metadata.version("megatron-dmc")
     for number, case in enumerate(all_cases):
-        yield (
-            case | run(case, str(number)) | {"version": importlib.metadata.version("megatron-dmc")}
-        )
+        yield run(case, str(number)) | {"version": version}
 
 
 if __name__ == "__main__":
