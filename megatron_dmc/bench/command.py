@@ -99,6 +99,11 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", help="also write the JSON here")
 
 
+def _add_startup(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="as of `generate` and `serve`")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs (default: 3)")
+
+
 def _add_server(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench server`."""
     parser.add_argument(
@@ -251,6 +256,9 @@ BENCHMARKS = (
     Benchmark("server", "server",
               "the server's own work for each streamed token, with an engine without a model",
               _add_server),
+    Benchmark("startup", "startup",
+              "the time from the start of a process to its first token, generate and serve",
+              _add_startup),
     Benchmark("throughput", "offline",
               "tokens per second of the engine, all requests given at once; lists (1,2,4) make a sweep",
               add_throughput),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_dmc.checkpoint.companions import copy_companion
 from megatron_dmc.checkpoint.hub import local_path
+from megatron_dmc.checkpoint.transformers_tokenizer import read_tokenizer
 from megatron_dmc.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -138,9 +139,7 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, place: Path | Any, *, trust_remote_code: bool = False):
-        self.inner = (
-            _read_with_transformers(place, trust_remote_code) if isinstance(place, Path) else place
-        )
+        self.inner = read_tokenizer(place, trust_remote_code) if isinstance(place, Path) else place
         # settles padding and truncation: from then on encoding changes nothing, in no thread
         self.inner.encode("")
         self._decodes_plainly = _decodes_plainly(self.inner)
@@ -248,24 +247,6 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Toke
     raise CheckpointError(
         f"{path}: no tokenizer; expected {SENTENCEPIECE_FILE} or {_FAST_FILES[0]} there"
     )
-
-
-def _read_with_transformers(folder: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        # trust_remote_code=None would ask at the keyboard where a folder brings code
-        return AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    except Exception as e:  # transformers raises many kinds
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        if not trust_remote_code and "trust_remote_code" in str(e):
-            reason = (
-                "it needs code that lies in the folder; read that code, then pass "
-                "--trust-remote-code (trust_remote_code=True)"
-            )
-        raise CheckpointError(f"{folder}: no tokenizer can be read from it ({reason})") from e
 
 
 def _decodes_plainly(inner: Any) -> bool:

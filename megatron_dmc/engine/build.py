@@ -16,15 +16,18 @@ from megatron_dmc.checkpoint.generation_config import (
 from megatron_dmc.checkpoint.hub import local_path
 from megatron_dmc.checkpoint.tokenizer import load_tokenizer
 from megatron_dmc.engine.config import EngineConfig
-from megatron_dmc.engine.context import PagedContext
-from megatron_dmc.engine.engine import LLMEngine
-from megatron_dmc.engine.parallel.engine import TensorParallelEngine
-from megatron_dmc.engine.parallel.launch import ended_on_failure, start_ranks
-from megatron_dmc.engine.runner import device_of_weights
 from megatron_dmc.engine.sampling_params import SamplingParams
-from megatron_dmc.engine.sizes import check_memory, model_dtype
 from megatron_dmc.errors import InvalidRequest, UnsupportedConfig
+from megatron_dmc.late_compile import compiling_at_first_call
 from megatron_dmc.quiet import quietly
+
+with compiling_at_first_call():  # these import Megatron
+    from megatron_dmc.engine.context import PagedContext
+    from megatron_dmc.engine.engine import LLMEngine
+    from megatron_dmc.engine.parallel.engine import TensorParallelEngine
+    from megatron_dmc.engine.parallel.launch import ended_on_failure, start_ranks
+    from megatron_dmc.engine.runner import device_of_weights
+    from megatron_dmc.engine.sizes import check_memory, model_dtype
 
 
 def build_engine(
