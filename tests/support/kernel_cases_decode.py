@@ -102,13 +102,15 @@ def test_attention_equals_the_specification(case):
 
 
 @pytest.mark.skipif(not HAS_WORKERS, reason="this back end does not divide the work so")
-@pytest.mark.parametrize("num_workers", [1, 5, 64])
-def test_any_number_of_workers_gives_the_same(num_workers):
+@pytest.mark.parametrize("lengths", [[150, 0, 97], [1, 17, 0, 0, 33, 2, 64, 9, 0]], ids=str)
+@pytest.mark.parametrize("num_workers", [1, 3, 5, 64])
+def test_any_number_of_workers_gives_the_same(num_workers, lengths):
+    """Shares end within a head's tiles, between heads, and within the cost of a head."""
     cache = decode_case.random_cache(
-        torch.tensor([[150, 0, 97]]), dim=64, page_size=8, dtype=HALF, device=DEVICE
+        torch.tensor([lengths]), dim=64, page_size=8, dtype=HALF, device=DEVICE
     )
     rows = torch.tensor([0], device=DEVICE)
-    (q,) = decode_case.random_heads(1, [3], 64, dtype=HALF, device=DEVICE, seed=1)
+    (q,) = decode_case.random_heads(1, [len(lengths)], 64, dtype=HALF, device=DEVICE, seed=1)
 
     def attend(cache, rows, q, *, softmax_scale):
         return kernels.paged_decode_attention(

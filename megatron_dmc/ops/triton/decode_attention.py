@@ -2,11 +2,12 @@
 
 Local letters: X = B x G heads.
 
-All heads' tiles form one line, head after head. A plan is that line: `plan_Y` (Y = X + 1), the number
-of tiles before each head. Every worker takes an equal stretch of the line, so the work is balanced by
-true length, the grid does not depend on the lengths, and the host never sees them. A head inside one
-stretch is written at once; of others each worker leaves a part, and a second kernel joins the parts by
-their log-sum-exp. A worker has at most two such heads: that of its first and of its last tile.
+All heads' work forms one line, head after head: a head with entries is HEAD_COST units and then one unit
+for each of its tiles. A plan is that line: `plan_Y` (Y = X + 1), the number of units before each head. Every
+worker takes an equal stretch of the line, so the work is balanced by true length, the grid does not depend
+on the lengths, and the host never sees them. A head whose tiles lie inside one stretch is written at once; of
+others each worker leaves a part, and a second kernel joins the parts by their log-sum-exp. A worker has at
+most two such heads: that of its first and of its last tile.
 """
 
 import torch
@@ -21,6 +22,8 @@ from megatron_dmc.ops.triton.stored import decode, parts
 
 TILE = 32
 """Entries of a tile: what the plan counts."""
+HEAD_COST = tl.constexpr(1)
+"""Units of a change of heads, in tiles."""
 WORKERS_PER_MULTIPROCESSOR = 8
 
 
@@ -45,39 +48,40 @@ def plan_kernel(
         o_e = b_row * s_er + (i_x + o_x) % G * s_eg
         b_entries = tl.load(p_entries + o_e, mask=m_row, other=0)
         b_tiles = tl.where(m_row, (b_entries + ahead + I - 1) // I, 0).to(tl.int32)
-        tl.store(p_plan + 1 + i_x + o_x, before + tl.cumsum(b_tiles, axis=0), mask=m_x)
-        before += tl.sum(b_tiles, axis=0)
+        b_units = tl.where(b_tiles > 0, b_tiles + HEAD_COST, 0)
+        tl.store(p_plan + 1 + i_x + o_x, before + tl.cumsum(b_units, axis=0), mask=m_x)
+        before += tl.sum(b_units, axis=0)
 
 
 @triton.jit
-def _first_tile(i_c, num_tiles, num_workers):
-    """The first tile of worker i_c; the first `num_tiles % num_workers` workers have one tile more."""
+def _first_unit(i_c, num_units, num_workers):
+    """The first unit of worker i_c; the first `num_units % num_workers` workers have one more."""
     num_workers = tl.maximum(num_workers, 1)
-    return i_c * (num_tiles // num_workers) + tl.minimum(i_c, num_tiles % num_workers)
+    return i_c * (num_units // num_workers) + tl.minimum(i_c, num_units % num_workers)
 
 
 @triton.jit
-def _worker_of_tile(i_tile, num_tiles, num_workers):
+def _worker_of_unit(i_u, num_units, num_workers):
     """The inverse."""
     num_workers = tl.maximum(num_workers, 1)
-    own = tl.maximum(num_tiles // num_workers, 1)
-    longer = num_tiles % num_workers
-    in_shorter = tl.maximum(i_tile - longer * (own + 1), 0)
-    return tl.where(i_tile < longer * (own + 1), i_tile // (own + 1), longer + in_shorter // own)
+    own = tl.maximum(num_units // num_workers, 1)
+    longer = num_units % num_workers
+    in_shorter = tl.maximum(i_u - longer * (own + 1), 0)
+    return tl.where(i_u < longer * (own + 1), i_u // (own + 1), longer + in_shorter // own)
 
 
 @triton.jit
-def _head_of_tile(p_plan, X, i_tile, BLOCK: tl.constexpr):
-    """The head to which a tile belongs: the last one with `plan[x] <= i_tile`."""
+def _head_of_unit(p_plan, X, i_u, BLOCK: tl.constexpr):
+    """The head to which a unit belongs: the last one with `plan[x] <= i_u`."""
     o_x = tl.arange(0, BLOCK)
     step = tl.cdiv(X, BLOCK)
     b_before = tl.load(p_plan + o_x * step, mask=o_x * step < X, other=2147483647)
-    i_x = (tl.sum((b_before <= i_tile).to(tl.int32), axis=0) - 1) * step
+    i_x = (tl.sum((b_before <= i_u).to(tl.int32), axis=0) - 1) * step
     count = 0
     for i in range(0, step, BLOCK):
         m_x = (i + o_x < step) & (i_x + i + o_x < X)
         b_before = tl.load(p_plan + i_x + i + o_x, mask=m_x, other=2147483647)
-        count += tl.sum((b_before <= i_tile).to(tl.int32), axis=0)
+        count += tl.sum((b_before <= i_u).to(tl.int32), axis=0)
     return i_x + count - 1
 
 
@@ -91,18 +95,18 @@ def attend_kernel(
 ):  # fmt: skip
     """One worker. Scores are kept in base 2: `scale` contains log2(e). Entries of 8 bits are widened
     to the queries' dtype, which is exact; their scales multiply scores and weights."""
-    i_c, num_tiles = tl.program_id(0), tl.load(p_plan + X)
-    num_workers = tl.minimum(tl.num_programs(0), num_tiles)
-    begin = tl.minimum(_first_tile(i_c, num_tiles, num_workers), num_tiles)
-    end = tl.minimum(_first_tile(i_c + 1, num_tiles, num_workers), num_tiles)
+    i_c, num_units = tl.program_id(0), tl.load(p_plan + X)
+    num_workers = tl.minimum(tl.num_programs(0), num_units)
+    begin = tl.minimum(_first_unit(i_c, num_units, num_workers), num_units)
+    end = tl.minimum(_first_unit(i_c + 1, num_units, num_workers), num_units)
     o_i, o_d, o_r = tl.arange(0, I), tl.arange(0, F), tl.arange(0, Q)
     m_d = o_d < D
     m_rd = (o_r < R)[:, None] & m_d[None, :]
-    i_x = _head_of_tile(p_plan, X, begin, BLOCK)
-    i_tile = begin
-    while i_tile < end:
-        first, last = tl.load(p_plan + i_x), tl.load(p_plan + i_x + 1)
-        stop = tl.minimum(last, end)
+    i_x = _head_of_unit(p_plan, X, begin, BLOCK)
+    i_u = begin
+    while i_u < end:
+        first, last = tl.load(p_plan + i_x) + HEAD_COST, tl.load(p_plan + i_x + 1)
+        i_tile, stop = tl.maximum(i_u, first), tl.minimum(last, end)
         i_b, i_g = (i_x // G).to(tl.int64), i_x % G
         i_row = tl.load(p_rows + i_b)
         if stop > i_tile:
@@ -166,7 +170,7 @@ def attend_kernel(
                 o_part = (i_part * R + o_r)[:, None] * D + o_d[None, :]
                 tl.store(p_part + o_part, b_out, mask=m_rd)
                 tl.store(p_part_lse + i_part * R + o_r, b_max + tl.log2(b_sum), mask=o_r < R)
-        i_tile = stop
+        i_u = stop
         i_x += 1
 
 
@@ -178,21 +182,21 @@ def join_kernel(
     """Join the parts of one head, or write zeros for a head without tiles."""
     i_x = tl.program_id(0)
     i_b, i_g = (i_x // G).to(tl.int64), i_x % G
-    num_tiles = tl.load(p_plan + X)
-    num_workers = tl.minimum(C, num_tiles)
-    first, last = tl.load(p_plan + i_x), tl.load(p_plan + i_x + 1)
+    num_units = tl.load(p_plan + X)
+    num_workers = tl.minimum(C, num_units)
+    first, last = tl.load(p_plan + i_x) + HEAD_COST, tl.load(p_plan + i_x + 1)
     o_d, o_r = tl.arange(0, F), tl.arange(0, Q)
     m_rd = (o_r < R)[:, None] & (o_d < D)[None, :]
-    i_begin = _worker_of_tile(first, num_tiles, num_workers)
-    i_end = _worker_of_tile(last - 1, num_tiles, num_workers)
-    if (last == first) | (i_end > i_begin):
+    i_begin = _worker_of_unit(first, num_units, num_workers)
+    i_end = _worker_of_unit(last - 1, num_units, num_workers)
+    if (last < first) | (i_end > i_begin):
         # [Q]
         b_max = tl.full([Q], float("-inf"), tl.float32)
         b_sum = tl.zeros([Q], tl.float32)
         # [Q, F]
         b_out = tl.zeros([Q, F], tl.float32)
-        for i_c in range(i_begin, tl.where(last == first, i_begin, i_end + 1)):
-            m_first = first <= _first_tile(i_c, num_tiles, num_workers)
+        for i_c in range(i_begin, tl.where(last < first, i_begin, i_end + 1)):
+            m_first = first <= _first_unit(i_c, num_units, num_workers)
             i_part = i_c * 2 + tl.where(m_first, 0, 1)
             o_part = (i_part * R + o_r)[:, None] * D + o_d[None, :]
             b_part = tl.load(p_part + o_part, mask=m_rd, other=0.0)

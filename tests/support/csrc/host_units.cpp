@@ -60,12 +60,12 @@ void addresses_of_a_paged_cache() {
 }
 
 void stretches_cover_the_line_once() {
-  for (int tiles : {0, 1, 3, 4, 5, 63, 64, 1000, 1001}) {
+  for (int units : {0, 1, 3, 4, 5, 63, 64, 1000, 1001}) {
     for (int available : {1, 2, 7, 64}) {
-      const dmc::Stretches s(tiles, available);
+      const dmc::Stretches s(units, available);
       CHECK(s.num_workers >= 1 && s.num_workers <= available);
-      CHECK(s.begin(0) == 0 && s.begin(s.num_workers) == tiles);
-      int shortest = tiles, longest = 0;
+      CHECK(s.begin(0) == 0 && s.begin(s.num_workers) == units);
+      int shortest = units, longest = 0;
       for (int w = 0; w < s.num_workers; ++w) {
         const int length = s.begin(w + 1) - s.begin(w);
         shortest = dmc::smaller(shortest, length);

@@ -15,58 +15,9 @@
 // 2 (r - 8) + 1.
 #pragma once
 
-#include "dmc/paged_kv.h"
-#include "dmc/schedule.h"
+#include "dmc/attention_walk.h"
 
 namespace dmc {
-
-template <class T>
-struct AttentionParams {
-  PagedKV kv;
-  const T* q_BND;
-  T* out_BND;
-  const int64_t* rows_B;
-  const int32_t* plan_Y;
-  float* part_C2RD;
-  float* part_lse_C2R;
-  int64_t q_stride[2], out_stride[2];
-  int num_requests, num_kv_heads, group, num_workers;
-  float scale;  // of the scores, times log2(e): they are kept in base 2
-};
-
-// Position within a worker's share of tiles.
-template <class T>
-struct Cursor {
-  int x, tile, first, last;  // head, tile, and the head's tiles [first, last)
-  int entries;
-  const int32_t* table;
-
-  DMC_DEVICE void start(const AttentionParams<T>& p, int at) {
-    tile = at;
-    x = head_of_tile(p.plan_Y, p.num_requests * p.num_kv_heads, at);
-    first = p.plan_Y[x];
-    last = p.plan_Y[x + 1];
-    enter(p);
-  }
-  DMC_DEVICE void enter(const AttentionParams<T>& p) {
-    const int64_t row = p.rows_B[x / p.num_kv_heads];
-    const int head = x % p.num_kv_heads;
-    entries = int(*p.kv.num_entries(row, head));
-    table = p.kv.table(row, head);
-  }
-  // Advance to the next tile; `end` is the end of the share.
-  DMC_DEVICE void advance(const AttentionParams<T>& p, int end) {
-    ++tile;
-    if (tile < last || tile >= end) return;
-    do {
-      ++x;
-      first = last;
-      last = p.plan_Y[x + 1];
-    } while (tile >= last);
-    enter(p);
-  }
-  DMC_DEVICE int first_entry() const { return (tile - first) * kTile; }
-};
 
 // Sizes of a worker's shared memory, pages of S. A row has one chunk of padding: 8 rows fall into 8 bank
 // groups. A stage is keys, values and, for 8 bits, the scales of both.
@@ -109,15 +60,17 @@ struct Worker {
     return is_8bit<S> ? i / 2 * 16 + lane / 4 * 2 + i % 2 : i * 8 + lane / 4;
   }
 
-  DMC_DEVICE void fetch(const Cursor<T>& at, int stage) {
+  DMC_DEVICE void fetch(const Fetching<T>& at, int stage) {
     const int entry = at.first_entry();
     // a tile of a plan made in advance may lie beyond the last entry
-    const int behind = smaller(kTile, at.entries - entry);
+    const int behind = smaller(kTile, at.now.entries - entry);
     int64_t halves[2] = {0, 0};  // their first slots
     DMC_UNROLL
     for (int h = 0; h < 2; ++h) {
-      const int first = entry + h * kHalf;
-      if (behind > h * kHalf) halves[h] = p.kv.slot(at.table[p.kv.column(first)], first);
+      const int first = entry + h * kHalf, column = p.kv.column(first);
+      if (behind > h * kHalf) {
+        halves[h] = p.kv.slot(column == 0 ? at.now.page : at.now.table[column], first);
+      }
     }
     char* k = stages + stage * Sizes::kStage;
     const S* k_pages = static_cast<const S*>(p.kv.k_pages_PSD);
@@ -295,13 +248,13 @@ struct Worker {
   }
 
   DMC_DEVICE void walk(int worker, int begin, int end) {
-    Cursor<T> ahead;
-    ahead.start(p, begin);
-    Cursor<T> at = ahead;
-    int left = end - begin;  // tiles to fetch
+    Cursor<T> at;
+    at.start(p, begin);
+    Fetching<T> ahead;
+    ahead.start(p, at, end);
     DMC_UNROLL
     for (int s = 0; s < Sizes::kCount - 1; ++s) {
-      if (left-- > 0) {
+      if (ahead.tile < end) {
         fetch(ahead, s);
         ahead.advance(p, end);
       }
@@ -312,7 +265,7 @@ struct Worker {
       if (at.tile == begin || at.tile == at.first) begin_head(at.x);
       copy_async_wait<Sizes::kCount - 2>();
       sync_warp();  // the tile is here for all lanes, and all are done with the one before
-      if (left-- > 0) {
+      if (ahead.tile < end) {
         fetch(ahead, stage == 0 ? Sizes::kCount - 1 : stage - 1);
         ahead.advance(p, end);
       }
@@ -347,10 +300,11 @@ template <class T, int kHeadDim>
 DMC_DEVICE void join_parts(const AttentionParams<T>& p, int index) {
   const int x = index / p.group, r = index % p.group;
   const int b = x / p.num_kv_heads, g = x % p.num_kv_heads, lane = thread_index() % kWarp;
-  const int first = p.plan_Y[x], last = p.plan_Y[x + 1];
+  const int first = p.plan_Y[x] + kHeadCost, last = p.plan_Y[x + 1];
   const Stretches stretches(p.plan_Y[p.num_requests * p.num_kv_heads], p.num_workers);
-  const int begin = first == last ? 0 : stretches.worker_of(first);
-  const int end = first == last ? 0 : stretches.worker_of(last - 1) + 1;
+  const bool is_empty = last < first;
+  const int begin = is_empty ? 0 : stretches.worker_of(first);
+  const int end = is_empty ? 0 : stretches.worker_of(last - 1) + 1;
   if (end - begin == 1) return;  // written already
   const auto part = [&](int worker) {
     return (int64_t(worker) * 2 + (first > stretches.begin(worker) ? 1 : 0)) * p.group + r;

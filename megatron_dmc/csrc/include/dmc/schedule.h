@@ -1,5 +1,6 @@
-// The division of decode attention among workers. All heads' tiles form one sequence, head after head;
-// plan[x] is the number of tiles before head x. Every worker processes an equal share of the sequence.
+// The division of decode attention among workers. All heads' work forms one sequence, head after head: a head with
+// entries is kHeadCost units and then one unit for each of its tiles; plan[x] is the number of units before head x.
+// Every worker processes the tiles of an equal share of the sequence.
 #pragma once
 
 #include "dmc/platform.h"
@@ -7,20 +8,21 @@
 namespace dmc {
 
 constexpr int kTile = 16;     // entries
-constexpr int kMinTiles = 4;  // fewer are not worth a worker
+constexpr int kHeadCost = 1;  // of a change of heads, in tiles; tests/support/plan_simulator.py
+constexpr int kMinUnits = 4;  // fewer are not worth a worker
 
 struct Stretches {
-  int num_tiles, num_workers, own, longer;  // the first `longer` workers have own + 1 tiles
+  int num_workers, own, longer;  // the first `longer` workers have own + 1 units
 
-  DMC_HOST_DEVICE Stretches(int num_tiles, int available) : num_tiles(num_tiles) {
-    num_workers = larger(1, smaller(available, (num_tiles + kMinTiles - 1) / kMinTiles));
-    own = num_tiles / num_workers;
-    longer = num_tiles % num_workers;
+  DMC_HOST_DEVICE Stretches(int num_units, int available) {
+    num_workers = larger(1, smaller(available, (num_units + kMinUnits - 1) / kMinUnits));
+    own = num_units / num_workers;
+    longer = num_units % num_workers;
   }
   DMC_HOST_DEVICE int begin(int worker) const { return worker * own + smaller(worker, longer); }
-  DMC_HOST_DEVICE int worker_of(int tile) const {
+  DMC_HOST_DEVICE int worker_of(int unit) const {
     int in_longer = longer * (own + 1);
-    return tile < in_longer ? tile / (own + 1) : longer + (tile - in_longer) / larger(own, 1);
+    return unit < in_longer ? unit / (own + 1) : longer + (unit - in_longer) / larger(own, 1);
   }
 };
 
@@ -43,16 +45,17 @@ DMC_DEVICE void plan_layer(const PlanParams& p, int* shared) {
   int before = 0;
   for (int start = 0; start < heads; start += block_size()) {
     const int x = start + thread_index();
-    int tiles = 0;
+    int units = 0;
     if (x < heads) {
       const int64_t row = p.rows_B[x / p.num_kv_heads];
       if (row >= 0) {
         const int64_t n = entries[row * p.entries_row_stride +
                                   (x % p.num_kv_heads) * p.entries_head_stride];
-        tiles = int((n + p.ahead + kTile - 1) / kTile);
+        units = int((n + p.ahead + kTile - 1) / kTile);
+        if (units) units += kHeadCost;
       }
     }
-    int sum = tiles;  // inclusive, of this warp's lanes
+    int sum = units;  // inclusive, of this warp's lanes
     for (int by = 1; by < kWarp; by *= 2) {
       const int other = shuffle_up(sum, by);
       if (lane >= by) sum += other;
@@ -70,14 +73,14 @@ DMC_DEVICE void plan_layer(const PlanParams& p, int* shared) {
   }
 }
 
-// The head to which a tile belongs: the last one with plan[x] <= tile. Called by all lanes of a warp.
-DMC_DEVICE int head_of_tile(const int32_t* plan, int heads, int tile) {
+// The head to which a unit belongs: the last one with plan[x] <= unit. Called by all lanes of a warp.
+DMC_DEVICE int head_of_unit(const int32_t* plan, int heads, int unit) {
   const int lane = thread_index() % kWarp;
   int low = 0, width = heads;
   while (width > 1) {
     const int step = (width + kWarp - 1) / kWarp;
     const int x = low + lane * step;
-    const bool before = lane * step < width && plan[x] <= tile;
+    const bool before = lane * step < width && plan[x] <= unit;
     low += (count_lanes(before) - 1) * step;
     width = smaller(step, heads - low);
   }
