@@ -167,6 +167,17 @@ def cuda_cases(stage: Child) -> None:
         _kernel_cases(stage, "cuda", ("decode", "pages", "prefill"))
 
 
+def overlap_cases(stage: Child) -> None:
+    """Decoding's cases under programmatic dependent launch, which is off otherwise."""
+    if stage.cpu:
+        stage.row("all cases", "cpu", reason="needs a GPU")
+    elif reason := cuda.absence():
+        stage.row("all cases", "skipped", reason=reason)
+    else:
+        os.environ["DMC_PROGRAMMATIC_LAUNCH"] = "1"
+        _kernel_cases(stage, "cuda", ("decode",))
+
+
 def triton_cases(stage: Child) -> None:
     """The small set, compiled as it runs."""
     if stage.cpu:

@@ -83,6 +83,7 @@ STAGES = (
          "time_over_plain": "over no DMC", "memory_over_plain": "memory over no DMC"},
         waits=False, runs_model=True,
     ),
+    Stage("overlap-cases", "Cases of the CUDA kernels, launched to overlap", 40, {}),
     Stage(
         "profile", "Kernels of one replayed decode step", 60,
         {"name": "kernel", "calls": "calls", "us": "µs", "fraction": "of the step's kernels"}, runs_model=True,

@@ -1,5 +1,6 @@
 #include "dispatch.h"
 #include "kernels.h"
+#include "launch.h"
 
 namespace dmc {
 namespace {
@@ -8,6 +9,8 @@ constexpr int kThreads = 128;
 
 template <class T, class S, int kHeadDim, bool kDelayed>
 __global__ void __launch_bounds__(kThreads) append_kernel(__grid_constant__ const AppendParams<T> p) {
+  wait_for_kernels_before();
+  let_next_kernel_start();
   const int index = (blockIdx.x * kThreads + threadIdx.x) / kWarp;
   if (index < p.num_requests * p.num_kv_heads) append_token<T, S, kHeadDim, kDelayed>(p, index);
 }
@@ -16,12 +19,8 @@ template <class T, class S, int kHeadDim>
 cudaError_t launch(const AppendParams<T>& p, cudaStream_t stream) {
   const int heads = p.num_requests * p.num_kv_heads;
   const int blocks = (heads * kWarp + kThreads - 1) / kThreads;
-  if (p.delay) {
-    append_kernel<T, S, kHeadDim, true><<<blocks, kThreads, 0, stream>>>(p);
-  } else {
-    append_kernel<T, S, kHeadDim, false><<<blocks, kThreads, 0, stream>>>(p);
-  }
-  return cudaGetLastError();
+  const auto kernel = p.delay ? append_kernel<T, S, kHeadDim, true> : append_kernel<T, S, kHeadDim, false>;
+  return launch_early(kernel, blocks, kThreads, 0, stream, p);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include "dispatch.h"
 #include "kernels.h"
+#include "launch.h"
 
 namespace dmc {
 namespace {
@@ -16,12 +17,15 @@ template <class T, class S, int kHeadDim, int kQueryBlocks>
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarp)
     attend_kernel(__grid_constant__ const AttentionParams<T> p) {
   extern __shared__ __align__(16) char shared_memory[];
+  wait_for_kernels_before();
+  let_next_kernel_start();
   attend_stretch<T, S, kHeadDim, kQueryBlocks>(p, shared_memory);
 }
 
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kJoinThreads)
     join_kernel(__grid_constant__ const AttentionParams<T> p) {
+  wait_for_kernels_before();
   const int index = (blockIdx.x * kJoinThreads + threadIdx.x) / kWarp;
   if (index < p.num_requests * p.num_kv_heads * p.group) join_parts<T, kHeadDim>(p, index);
 }
@@ -33,13 +37,11 @@ cudaError_t launch(const AttentionParams<T>& p, cudaStream_t stream) {
   cudaError_t error = reserve_shared_memory(kernel, kBytes);
   if (error != cudaSuccess) return error;
   const int blocks = (p.num_workers + kWarpsPerBlock - 1) / kWarpsPerBlock;
-  kernel<<<blocks, kWarpsPerBlock * kWarp, kBytes, stream>>>(p);
-  error = cudaGetLastError();
+  error = launch_early(kernel, blocks, kWarpsPerBlock * kWarp, kBytes, stream, p);
   if (error != cudaSuccess) return error;
   const int64_t threads = int64_t(p.num_requests) * p.num_kv_heads * p.group * kWarp;
-  join_kernel<T, kHeadDim>
-      <<<int((threads + kJoinThreads - 1) / kJoinThreads), kJoinThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  const int join_blocks = int((threads + kJoinThreads - 1) / kJoinThreads);
+  return launch_early(join_kernel<T, kHeadDim>, join_blocks, kJoinThreads, 0, stream, p);
 }
 
 template <class T, class S, int kHeadDim>

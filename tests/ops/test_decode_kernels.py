@@ -26,15 +26,15 @@ def test_cases_in_the_interpreter(large):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_cases_on_the_gpu(backend):
+@pytest.mark.parametrize("backend, overlap", [("triton", "0"), ("cuda", "0"), ("cuda", "1")])
+def test_cases_on_the_gpu(backend, overlap):
     if backend == "cuda":
         cuda = pytest.importorskip("megatron_dmc.ops.cuda")
         if reason := cuda.absence():
             pytest.skip(reason)
     run_cases(
         "kernel_cases_decode.py", "kernel_cases_pages.py", TRITON_INTERPRET="0", DMC_LARGE_CASES="1",
-        DMC_TESTED_BACKEND=backend,
+        DMC_TESTED_BACKEND=backend, DMC_PROGRAMMATIC_LAUNCH=overlap,
     )  # fmt: skip
 
 

@@ -35,6 +35,19 @@ DMC_DEVICE int thread_index() { return threadIdx.x; }
 DMC_DEVICE int block_index() { return blockIdx.x; }
 DMC_DEVICE int block_size() { return blockDim.x; }
 
+// Programmatic dependent launch, of sm_90 and later (csrc/launch.h); without effect in an ordinary launch. Until the
+// first has returned, a kernel must neither read what any kernel before it in the stream writes, nor write.
+DMC_DEVICE void wait_for_kernels_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DMC_DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 DMC_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 DMC_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
 DMC_DEVICE float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
