@@ -173,7 +173,7 @@ the slots in use over time, raw tokens of the merge delay ({settings.training.me
 with limits.
 
 Windows of {settings.measure.long_window_length} tokens, {settings.measure.long_windows} of each kind, where those of training \
-had {settings.training.seq_length}:
+have {settings.training.seq_length}:
 
 {long_table(results)}
 

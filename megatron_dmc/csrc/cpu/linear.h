@@ -126,7 +126,7 @@ struct Linear {
   int some_rows(Factors f, const Sums& to, int m) const {
     alignas(64) float of[R * kSums];  // in the order in which they are computed
     if (R == 1) std::fill_n(of, kSums, 0.0f);
-    const int count = R == 1 ? to.num_outputs : kSums;  // the compiler knows it but for one row
+    const int count = R == 1 ? to.num_outputs : kSums;  // the compiler knows it except for one row
     for (int n = 0; n < count; n += E) {
       Vec sums[R][E];
       const auto place = [&](int r, int e) { return to.partial + ((m + r) * kSums + n + e) * kLanes; };

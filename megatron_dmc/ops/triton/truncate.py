@@ -35,7 +35,7 @@ def _search(
     p_row, V, most, least, limit, COUNTS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """The largest key that at least `limit` scores reach; or, without COUNTS, below which the scores from `least`
-    on have no more mass than `limit`. Sums are added up at the end of a row, not with every block."""
+    on have at most the mass `limit`. Sums are added up at the end of a row, not with every block."""
     o_v, o_p = tl.arange(0, BLOCK), tl.arange(0, 1 << BITS)
     NUM_DIGITS: tl.constexpr = (32 + BITS - 1) // BITS
     found = least * 0
