@@ -110,6 +110,30 @@ def test_decisions_on_the_edges():
         check(inputs, merge_window=merge_window)
 
 
+@pytest.mark.parametrize("segment", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_segments_that_run_at_once(segment, dtype, monkeypatch):
+    """Sequences that begin anew on a segment's edge, merge throughout, forget slowly, or as a gate says: as in
+    one walk, whose tiles are 32 tokens."""
+    monkeypatch.setattr(kernels, "segment_tiles", lambda *args: segment)
+    inputs = make_inputs(213, 32, hard=False, dtype=dtype, batch=1, heads=4)
+    alpha = inputs[2]
+    alpha[:, :, 0] = (torch.arange(213) % (32 * segment) != 0).float()[:, None]
+    alpha[:, :, 1] = 1.0
+    alpha[:, :, 2] = 0.9
+    check(inputs, merge_window=0)
+    results = [run(kernels.merge, inputs, merge_window=0) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_number_of_segments():
+    """Enough programs for a GPU, and no segment so short that its first carry costs much."""
+    assert kernels.segment_tiles(128, 256) == 43  # B = 4, G = 32, D = 128 at T = 4096: 768 programs
+    assert kernels.segment_tiles(128, 16) == 8
+    assert kernels.segment_tiles(128, 1024) == 128
+    assert kernels.segment_tiles(3, 16) == 3
+
+
 def test_expanded_gradient_and_backend_argument():
     """The gradient of a sum has strides of 0; without gradients nothing is kept."""
     inputs = make_inputs(20, 16, hard=False, dtype=torch.float32, batch=1, heads=2)

@@ -46,6 +46,18 @@ def default_tiling(
     return Tiling(64, channels if capability >= 9 else min(channels, 32), 8, num_stages=1)
 
 
+_MIN_SEGMENT = 8
+"""Tiles: with shorter segments of unlimited merging, the tiles that are read twice would cost more than 10 %."""
+_PROGRAMS = 4 * 132
+"""Wanted of unlimited merging: four for each multiprocessor of an H100."""
+
+
+def segment_tiles(num_tiles: int, num_walks: int) -> int:
+    """Tiles of a segment, so that `num_walks` sequences and blocks of channels make enough programs."""
+    segments = -(-_PROGRAMS // num_walks)
+    return max(-(-num_tiles // segments), min(_MIN_SEGMENT, num_tiles))
+
+
 class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(ctx, k_TBGD, v_TBGD, alpha_TBG, omega_TBG, merge_window, tiling):
@@ -63,17 +75,19 @@ class _Merge(torch.autograd.Function):
             num_warps=tiling.num_warps,
         )  # fmt: skip
         save = any(ctx.needs_input_grad) and not merge_window
-        tiles = triton.cdiv(tokens, tiling.tokens) if save else 0
-        carry = torch.empty((tiles, sequences, 2 * dim), dtype=torch.float32, device=k.device)
-        carry_z = torch.empty((tiles, sequences), dtype=torch.float32, device=k.device)
+        tiles = triton.cdiv(tokens, tiling.tokens)
+        kept = (tiles if save else 0, sequences)
+        carry = torch.empty((*kept, 2 * dim), dtype=torch.float32, device=k.device)
+        carry_z = torch.empty(kept, dtype=torch.float32, device=k.device)
         if merge_window:
             own = tiling.tokens - (merge_window - 1)
             windowed_forward_kernel[blocks, sequences, triton.cdiv(tokens, own)](
                 k, v, alpha_TBG, omega_TBG, y_k, y_v, *sizes, *strides, W=merge_window, **constants
             )
         else:
-            unlimited_forward_kernel[blocks, sequences](
-                k, v, alpha_TBG, omega_TBG, y_k, y_v, carry, carry_z, *sizes, *strides,
+            segment = segment_tiles(tiles, blocks * sequences)
+            unlimited_forward_kernel[blocks, sequences, triton.cdiv(tiles, segment)](
+                k, v, alpha_TBG, omega_TBG, y_k, y_v, carry, carry_z, *sizes, segment, *strides,
                 STAGES=tiling.num_stages, SAVE=save, **constants,
             )  # fmt: skip
         ctx.save_for_backward(k, v, alpha_TBG, omega_TBG, carry, carry_z)
@@ -104,9 +118,11 @@ class _Merge(torch.autograd.Function):
                 W=ctx.merge_window, **constants,
             )  # fmt: skip
         else:
-            unlimited_backward_kernel[blocks, sequences](
-                k, v, alpha, omega, gy_k, gy_v, carry, carry_z, g_k, g_v, *parts, *sizes, *strides,
-                STAGES=tiling.num_stages, **constants,
+            tiles = triton.cdiv(tokens, ctx.tokens)
+            segment = segment_tiles(tiles, blocks * sequences)
+            unlimited_backward_kernel[blocks, sequences, triton.cdiv(tiles, segment)](
+                k, v, alpha, omega, gy_k, gy_v, carry, carry_z, g_k, g_v, *parts, *sizes, segment,
+                *strides, STAGES=tiling.num_stages, **constants,
             )  # fmt: skip
         galpha, gomega = parts.sum(1) if blocks > 1 else parts[:, 0]
         return g_k, g_v, galpha.to(alpha.dtype), gomega.to(omega.dtype), None, None

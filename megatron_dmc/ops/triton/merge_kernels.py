@@ -7,9 +7,12 @@ decisions, never of quotients or logarithms, so that decisions of exactly 0 and 
 
     M_ij = prod_{j < l <= i} alpha_l  (j <= i)    z_i = sum_j M_ij omega_j    y_i = sum_j M_ij omega_j x_j / z_i
 
-Unlimited merging walks through the tiles of a sequence in order and carries one token that represents
+Unlimited merging walks through the tiles of a segment of a sequence in order and carries one token that represents
 everything before: x = y_{t-1} with omega = z_{t-1}. The carries are kept, one for each tile, so that
 the backward need not walk forward first; it walks the other way and carries that token's gradients.
+A segment's first carry is what the last tiles before it leave: the walk starts so many tiles early that what comes
+before has been multiplied by less than NEGLIGIBLE, mostly one; their tokens are read twice, and nothing is passed
+between programs. Gradients come in the same way from the tiles behind a segment.
 Windowed merging needs no carry: its tiles overlap by W - 1 tokens and all run at once. Keys, values
 and their gradients are each read once (except for the overlap) and written once.
 
@@ -35,6 +38,20 @@ def _earlier_products(b_before, o_i):
     return tl.where(o_i[None, :] > o_i[:, None], b_m, 0.0)
 
 
+NEGLIGIBLE = tl.constexpr(2.0**-64)
+"""A product of decisions that takes from a sum what float32 does not resolve: weights of tokens are at most 1, the
+sums at least one importance, more than 2^-24."""
+
+
+@triton.jit
+def _tile_product(p_alpha, i_c, s_at, T, I: tl.constexpr):
+    """The product of a tile's decisions."""
+    o_t = (i_c * I + tl.arange(0, I)).to(tl.int64)
+    m_t = o_t < T
+    b_alpha = tl.load(p_alpha + o_t * s_at, mask=m_t & (o_t > 0), other=0.0).to(tl.float32)
+    return tl.min(tl.cumprod(tl.where(m_t, b_alpha, 1.0), axis=0), axis=0)
+
+
 @triton.jit
 def _scores(b_gy, b_x, INTERPRET: tl.constexpr):
     """gy_i . x_j over the channels of the block: [I, I] float32."""
@@ -57,13 +74,15 @@ def _gate_product(b_q, b_prev, DTYPE: tl.constexpr):
 @triton.jit
 def unlimited_forward_kernel(
     p_k, p_v, p_alpha, p_omega, p_yk, p_yv, p_carry, p_carry_z,
-    T, G, X,
+    T, G, X, segment,
     s_kt, s_kb, s_kg, s_vt, s_vb, s_vg, s_at, s_ab, s_ag, s_ot, s_ob, s_og,
     D: tl.constexpr, I: tl.constexpr, F: tl.constexpr,
     STAGES: tl.constexpr, SAVE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """One sequence of one head and one block of channels, tile after tile."""
+    """A segment of one sequence of one head and one block of channels, tile after tile; `segment` tiles each."""
     i_f, i_x = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first = tl.program_id(2) * segment
+    end = tl.minimum(first + segment, tl.cdiv(T, I))
     i_b, i_g = i_x // G, i_x % G
     o_i = tl.arange(0, I)
     o_d = i_f * F + tl.arange(0, F)
@@ -73,13 +92,19 @@ def unlimited_forward_kernel(
     p_alpha += i_b * s_ab + i_g * s_ag
     p_omega += i_b * s_ob + i_g * s_og
 
+    start = first
+    left = 1.0
+    while (start > 0) & (left > NEGLIGIBLE):
+        start -= 1
+        left *= _tile_product(p_alpha, start, s_at, T, I)
     # [F]
     b_ck = tl.zeros([F], tl.float32)
     b_cv = tl.zeros([F], tl.float32)
     b_cz = 0.0
-    for i_c in tl.range(0, tl.cdiv(T, I), num_stages=STAGES):
+    for i_c in tl.range(start, end, num_stages=STAGES):
         o_t = (i_c * I + o_i).to(tl.int64)
         m_t = o_t < T
+        is_own = i_c >= first
         m_td = m_t[:, None] & m_d[None, :]
         # [I]
         b_alpha = tl.load(p_alpha + o_t * s_at, mask=m_t & (o_t > 0), other=0.0).to(tl.float32)
@@ -89,9 +114,9 @@ def unlimited_forward_kernel(
         b_v = tl.load(p_v + o_t[:, None] * s_vt + o_d[None, :], mask=m_td, other=0.0)
         if SAVE:
             p_row = p_carry + (i_c * X + i_x) * (2 * D) + o_d
-            tl.store(p_row, b_ck, mask=m_d)
-            tl.store(p_row + D, b_cv, mask=m_d)
-            tl.store(p_carry_z + i_c * X + i_x, b_cz, mask=i_f == 0)
+            tl.store(p_row, b_ck, mask=m_d & is_own)
+            tl.store(p_row + D, b_cv, mask=m_d & is_own)
+            tl.store(p_carry_z + i_c * X + i_x, b_cz, mask=(i_f == 0) & is_own)
 
         # [I, I]
         b_w = products(b_alpha, o_i, 0) * b_omega[None, :]
@@ -104,8 +129,8 @@ def unlimited_forward_kernel(
         b_yk = weighted_sum(b_w, b_k, INTERPRET) + b_in[:, None] * b_ck[None, :]
         b_yv = weighted_sum(b_w, b_v, INTERPRET) + b_in[:, None] * b_cv[None, :]
         o_y = (o_t * X + i_x)[:, None] * D + o_d[None, :]
-        tl.store(p_yk + o_y, b_yk.to(p_yk.dtype.element_ty), mask=m_td)
-        tl.store(p_yv + o_y, b_yv.to(p_yv.dtype.element_ty), mask=m_td)
+        tl.store(p_yk + o_y, b_yk.to(p_yk.dtype.element_ty), mask=m_td & is_own)
+        tl.store(p_yv + o_y, b_yv.to(p_yv.dtype.element_ty), mask=m_td & is_own)
 
         b_share = last_row(b_w, o_i, I)
         b_keep = last_row(b_in, o_i, I)
@@ -118,14 +143,17 @@ def unlimited_forward_kernel(
 def unlimited_backward_kernel(
     p_k, p_v, p_alpha, p_omega, p_gyk, p_gyv, p_carry, p_carry_z,
     p_gk, p_gv, p_galpha, p_gomega,
-    T, G, X,
+    T, G, X, segment,
     s_kt, s_kb, s_kg, s_vt, s_vb, s_vg, s_at, s_ab, s_ag, s_ot, s_ob, s_og,
     s_gkt, s_gkb, s_gkg, s_gvt, s_gvb, s_gvg,
     D: tl.constexpr, I: tl.constexpr, F: tl.constexpr,
     STAGES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """One sequence of one head and one block of channels, from the last tile to the first."""
+    """A segment of one sequence of one head and one block of channels, from the last tile to the first."""
     i_f, i_x = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    num_tiles = tl.cdiv(T, I)
+    first = tl.program_id(2) * segment
+    end = tl.minimum(first + segment, num_tiles)
     i_b, i_g = i_x // G, i_x % G
     o_i = tl.arange(0, I)
     o_d = i_f * F + tl.arange(0, F)
@@ -139,15 +167,20 @@ def unlimited_backward_kernel(
     p_galpha += i_f.to(tl.int64) * T * X + i_x
     p_gomega += i_f.to(tl.int64) * T * X + i_x
 
+    last = end
+    left = 1.0
+    while (last < num_tiles) & (left > NEGLIGIBLE):
+        left *= _tile_product(p_alpha, last, s_at, T, I)
+        last += 1
     # [F]: alpha_n gA_n of the next tile's first token n, and alpha_n gz_n
     b_gak = tl.zeros([F], tl.float32)
     b_gav = tl.zeros([F], tl.float32)
     b_gaz = 0.0
-    num_tiles = tl.cdiv(T, I)
-    for i_r in tl.range(0, num_tiles, num_stages=STAGES):
-        i_c = num_tiles - 1 - i_r
+    for i_r in tl.range(0, last - first, num_stages=STAGES):
+        i_c = last - 1 - i_r
         o_t = (i_c * I + o_i).to(tl.int64)
         m_t = o_t < T
+        is_own = i_c < end
         m_td = m_t[:, None] & m_d[None, :]
         # [I]; b_before is alpha_{t-1} within the tile and 1 for its first token
         b_alpha = tl.load(p_alpha + o_t * s_at, mask=m_t & (o_t > 0), other=0.0).to(tl.float32)
@@ -198,8 +231,8 @@ def unlimited_backward_kernel(
         b_galpha = tl.sum(b_m * b_h, axis=0)
         b_future = tl.sum(b_prev * b_gax[:, None], axis=0) + b_in_prev * b_gac
         b_galpha += b_out * b_future
-        tl.store(p_galpha + o_t * X, b_galpha, mask=m_t)
-        tl.store(p_gomega + o_t * X, b_gomega, mask=m_t)
+        tl.store(p_galpha + o_t * X, b_galpha, mask=m_t & is_own)
+        tl.store(p_gomega + o_t * X, b_gomega, mask=m_t & is_own)
 
         # [I, F]
         b_wt = tl.trans(b_w)
@@ -207,8 +240,8 @@ def unlimited_backward_kernel(
         b_gk = weighted_sum(b_wt, b_gyk, INTERPRET) + b_out[:, None] * b_gak[None, :]
         b_gv = weighted_sum(b_wt, b_gyv, INTERPRET) + b_out[:, None] * b_gav[None, :]
         o_x = (o_t * X + i_x)[:, None] * D + o_d[None, :]
-        tl.store(p_gk + o_x, b_gk.to(p_gk.dtype.element_ty), mask=m_td)
-        tl.store(p_gv + o_x, b_gv.to(p_gv.dtype.element_ty), mask=m_td)
+        tl.store(p_gk + o_x, b_gk.to(p_gk.dtype.element_ty), mask=m_td & is_own)
+        tl.store(p_gv + o_x, b_gv.to(p_gv.dtype.element_ty), mask=m_td & is_own)
 
         b_keep = last_row(b_in, o_i, I)
         b_in = b_in / b_z
