@@ -56,7 +56,7 @@ EVERYTHING = [
 )
 def test_the_model_asks_the_device_nothing(rule, stored, monkeypatch):
     """Megatron's model and the cache: no value is read, no shape depends on one."""
-    model, _ = small_model(rule.get("merge_window", 0))
+    model, _ = small_model(merge_window=rule.get("merge_window", 0))
     with fake_gpu(monkeypatch) as called:
         move_to_fake_gpu(model)
         context = PagedContext(
@@ -129,6 +129,28 @@ def test_a_decode_step_waits_for_the_sampled_tokens_alone(captured, is_async, mo
             tokens, counts = MadeUpCopy.read_shapes
             assert tokens == [(7,), (2,), (2,), (2, 2), (2, 2)]
             assert counts == [(2,), (3, 8, 2)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"merge_window": 4}, {"merge_delay": 3}, {"policy": "evict", "eviction_delay": 3}],
+    ids=str,
+)
+def test_prefill_waits_for_the_sampled_tokens_alone(settings, monkeypatch):
+    """Prompts longer and shorter than a ring, then the second chunk of one, which continues from its ring."""
+    model, description = small_model(**settings)
+    with fake_gpu(monkeypatch) as called:
+        engine = engine_on_fake_gpu(model, description, max_num_batched_tokens=16)
+        for i, length in enumerate((3, 20)):
+            params = SamplingParams(temperature=0, max_tokens=9)
+            engine.add_request(str(i), list(range(2, length + 2)), params)
+        for num_outputs in (1, 2):
+            called.clear()
+            with NoWaiting():
+                assert len(engine.step()) == num_outputs
+            assert called.count("prefill_attention") == 3
+            # evicted tokens have no states
+            assert called.count("prefill_write") == (0 if "policy" in settings else 3)
 
 
 def operations(calls):

@@ -20,6 +20,7 @@ from megatron_dmc.config import DMCConfig
 from megatron_dmc.engine import EngineConfig, LLMEngine, sampler
 from megatron_dmc.ops import backends
 from megatron_dmc.ops.cuda import decode as cuda_kernels
+from megatron_dmc.ops.cuda import prefill as cuda_prefill
 from megatron_dmc.ops.triton import norm, swiglu, truncate
 
 aten = torch.ops.aten
@@ -116,6 +117,7 @@ def fake_gpu(monkeypatch):
         return out
 
     monkeypatch.setattr(cuda_kernels, "operators", Operators)
+    monkeypatch.setattr(cuda_prefill, "operators", Operators)
     monkeypatch.setattr(cuda_kernels, "_num_workers", lambda *args: 4)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(block_tables, "AsyncCopy", MadeUpCounts)
@@ -133,7 +135,7 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(norm, "rms_norm", result("rms_norm"))
     monkeypatch.setattr(norm, "add_rms_norm", result("add_rms_norm"))
     monkeypatch.setattr(swiglu, "swiglu", result("swiglu", 2))
-    for op in (backends.DECODE, backends.PAGES):
+    for op in (backends.DECODE, backends.PAGES, backends.PREFILL):
         monkeypatch.setattr(op, "choose", lambda *args, **options: "cuda")
     for op in (backends.NORM, backends.SWIGLU):
         monkeypatch.setattr(op, "choose", lambda *args, **options: "triton")
@@ -149,9 +151,9 @@ def launches(*, num_layers, ranks=1):
     return ["rms_norm", "plan", *(layer * num_layers)[1:], "rms_norm"]
 
 
-def small_model(merge_window=0):
-    """Three layers of a dense Llama in bfloat16, and what it is; outside of `fake_gpu`."""
-    dmc = DMCConfig(stage="finetune", target_cr=2.0, merge_window=merge_window)
+def small_model(**settings):
+    """Three layers of a dense Llama in bfloat16 with these DMC settings, and what it is; outside of `fake_gpu`."""
+    dmc = DMCConfig(stage="finetune", target_cr=2.0, **settings)
     description = ModelDescription(
         num_layers=3, hidden_size=128, ffn_hidden_size=64, num_attention_heads=4,
         num_query_groups=2, kv_channels=64, vocab_size=VOCAB, max_position_embeddings=128,
@@ -175,7 +177,9 @@ def move_to_fake_gpu(model):
                 setattr(module, name, fake(value))
 
 
-def engine_on_fake_gpu(model, description, *, async_scheduling=False, **options):
+def engine_on_fake_gpu(
+    model, description, *, async_scheduling=False, max_num_batched_tokens=64, **options
+):
     """Within `fake_gpu`: an engine around the model, which is moved there."""
     move_to_fake_gpu(model)
     config = EngineConfig(
@@ -183,6 +187,7 @@ def engine_on_fake_gpu(model, description, *, async_scheduling=False, **options)
         num_pages=256,
         block_size=16,
         max_num_seqs=8,
+        max_num_batched_tokens=max_num_batched_tokens,
         enforce_eager=True,
         async_scheduling=async_scheduling,
     )

@@ -133,13 +133,20 @@ def as_stored(x_XD: Tensor, pages: Pages) -> Tensor:
 
 
 def store(pages: Pages, slots_X: Tensor, x_XD: Tensor) -> None:
-    """Write entries to physical slots `page_id * S + offset`. Mutates `pages`."""
+    """Write entries to physical slots `page_id * S + offset`; -1 in all of them: nothing. Mutates `pages`."""
     if isinstance(pages, Tensor):
-        pages.view(-1, pages.shape[-1])[slots_X] = x_XD.to(pages.dtype)
+        _write(pages.view(-1, pages.shape[-1]), slots_X, x_XD.to(pages.dtype))
         return
     values, scales = quantise(x_XD, pages.values_PSD.dtype)
-    pages.values_PSD.view(-1, pages.shape[-1])[slots_X] = values
-    pages.scales_PS.view(-1)[slots_X] = scales
+    _write(pages.values_PSD.view(-1, pages.shape[-1]), slots_X, values)
+    _write(pages.scales_PS.view(-1, 1), slots_X, scales[:, None])
+
+
+def _write(to_YD: Tensor, slots_X: Tensor, x_XD: Tensor) -> None:
+    # no boolean index: its shape depends on values, which the host would wait for
+    if x_XD.dtype.itemsize == 1:  # there is no `where` of 8-bit floats
+        to_YD, x_XD = to_YD.view(torch.uint8), x_XD.view(torch.uint8)
+    to_YD[slots_X] = torch.where(slots_X[:, None] < 0, to_YD[slots_X], x_XD)
 
 
 def load_slots(pages: Pages, slots_X: Tensor, dtype: torch.dtype) -> Tensor:

@@ -120,19 +120,21 @@ class LayerCache:
         return torch.where(page_id < 0, -1, slot)
 
     def store(self, slots_X: Tensor, k_XD: Tensor, v_XD: Tensor) -> None:
-        """Write entries to their slots; slot -1 is not written. Mutates the pages."""
-        keep = slots_X >= 0
-        slots = slots_X[keep]
-        kv_pages.store(self.k_pages_PSD, slots, k_XD[keep])
-        kv_pages.store(self.v_pages_PSD, slots, v_XD[keep])
+        """Write entries to their slots; slot -1 is not written. Mutates the pages. Does not wait for the device."""
+        rows_X = _written_rows(slots_X)
+        for pages, x in ((self.k_pages_PSD, k_XD), (self.v_pages_PSD, v_XD)):
+            kv_pages.store(pages, slots_X[rows_X], x[rows_X])
 
     def copy_slots(self, from_X: Tensor, to_X: Tensor) -> None:
-        """Copy entries as they are stored; where `to_X` is -1 nothing is written. Mutates the pages."""
-        keep = to_X >= 0
+        """Copy entries as they are stored; where `to_X` is -1 nothing is written. Mutates the pages. Does not wait
+        for the device."""
+        rows_X = _written_rows(to_X)
+        to_X = to_X[rows_X]
+        from_X = torch.where(to_X < 0, to_X, from_X[rows_X])
         for pages in (self.k_pages_PSD, self.v_pages_PSD):
             for x in kv_pages.tensors_of(pages):
                 slots = x.flatten(0, 1)
-                slots[to_X[keep]] = slots[from_X[keep]]
+                slots[to_X] = slots[from_X]
 
     def load_slots(self, slots_X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The keys and values in slots, (X, D) each; the inverse of `store`."""
@@ -215,6 +217,15 @@ class LayerCache:
             None if free is None else FreePages(free.page_ids.clone(), free.state.clone()),
             None if delayed is None else delayed.clone(acc),
         )
+
+
+def _written_rows(slots_X: Tensor) -> Tensor:
+    """For each row itself, or for slot -1 another row, whose write it can repeat; without one, itself. No shape
+    depends on values, so that no host waits."""
+    if slots_X.numel() == 0:
+        return slots_X
+    rows_X = torch.arange(slots_X.numel(), device=slots_X.device)
+    return torch.where(slots_X < 0, slots_X.argmax(), rows_X)
 
 
 def _clone(pages: Pages, dtype: torch.dtype) -> Pages:
