@@ -3,7 +3,7 @@
 Regime: one sequence length at a time, random data larger than the GPU's cache, gates as in a retrofit
 halfway to CR 2; forward alone and forward with backward. Metric: median milliseconds; for the merge also
 the bytes that it must move over the bandwidth of a plain copy on the same machine; for attention also
-the time of the same stock kernel without DMC. Every variant of ours is compared with the
+the time of the same stock kernel without DMC, and with a merge delay that of DMC without one. Every variant of ours is compared with the
 specification, on a prefix and one sequence of the same data, before anything is timed.
 
 Dimension letters: T tokens, B batch, N query heads, G key/value heads, D head dim, W merge window.
@@ -37,6 +37,7 @@ from megatron_dmc.ops.testing.yardstick import errors_within_twice_the_yardstick
 from megatron_dmc.ops.training.flash import choose_kernel
 
 RELEASED_WINDOW = 12
+DELAY = 16
 CHECKED_TOKENS = 256
 
 type Op = Callable[..., Any]
@@ -213,19 +214,21 @@ def dense_bias_attention(q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor) -> T
 def measure_attention(
     settings: Settings, length: int, group: int, *, alternatives: bool
 ) -> Iterator[Row]:
-    """K2 of one length, row by row; without the alternatives only ours and the stock kernel.
+    """K2 of one length, row by row; without the alternatives only ours, with and without a delay, and the stock kernel.
 
     Raises:
         DMCError: a result is wrong.
     """
     batch, heads, dim = (max(1, 16384 // length), 32, 128) if settings.on_gpu else (1, 4, 32)
     shapes = [(length, batch, n, dim) for n in (heads, heads // group, heads // group)]
-    q, k, v = random_tensors(settings, *shapes)
+    q, k, v, raw_k, raw_v = random_tensors(settings, *shapes, *shapes[1:])
     _, log_keep, _ = random_gates(settings, shapes[1][:3])
     inputs = [q, k, v, log_keep]
+    delayed = functools.partial(ops.delayed_attention, merge_delay=DELAY)
     variants: list[tuple[str, Op | str]] = [
         ("stock kernel without DMC", lambda q, k, v, _: ops.causal_attention(q, k, v)),
         ("DMC", ops.training_attention),
+        (f"DMC, merge delay {DELAY}", delayed),
     ]
     if alternatives:
         flex = flex_attention(heads, length) if settings.on_gpu else "needs a GPU"
@@ -242,19 +245,27 @@ def measure_attention(
         "shape_TBND": shapes[0],
         "num_kv_heads": heads // group,
     }
-    names = ["out", "grad q", "grad k", "grad v", "grad log_keep"]
+    specs = {
+        ops.training_attention: reference.training_attention,
+        delayed: functools.partial(reference.delayed_attention, merge_delay=DELAY),
+    }
     stock: dict[str, float] = {}
+    without_delay: dict[str, float] = {}
     for name, op in variants:
         columns["variant"], errors = name, None
         if isinstance(op, str):
             yield {**columns, "skipped": op}
             continue
-        if name == "DMC":
-            spec = reference.training_attention
-            errors = check(names, op, spec, inputs, [group, 1, 1, 1], [0])
-        for row in measure_both_ways(op, inputs, [0], settings, columns):
-            ratio = row["median_ms"] / stock.setdefault(row["direction"], row["median_ms"])
-            yield {**row, "errors": errors, "time_over_stock": ratio}
+        given = [q, raw_k, raw_v, k, v, log_keep] if op is delayed else inputs
+        if op in specs:
+            names = ["out", "grad q", *(f"grad of input {i}" for i in range(1, len(given)))]
+            errors = check(names, op, specs[op], given, [group] + [1] * (len(given) - 1), [0])
+        for row in measure_both_ways(op, given, [0], settings, columns):
+            time, direction = row["median_ms"], row["direction"]
+            row |= {"errors": errors, "time_over_stock": time / stock.setdefault(direction, time)}
+            if op in specs:
+                row["time_over_no_delay"] = time / without_delay.setdefault(direction, time)
+            yield row
 
 
 def cases(settings: Settings, bandwidth: float, *, alternatives: bool = True) -> list[Case]:

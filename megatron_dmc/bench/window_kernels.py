@@ -185,7 +185,7 @@ def triton_cases(stage: Child) -> None:
         _kernel_cases(stage, "triton", ("decode", "pages", "merge"), "-k", some)
     else:
         _kernel_cases(
-            stage, "triton", ("decode", "pages", "prefill", "merge", "diagonal", "truncate", "step")
+            stage, "triton", ("decode", "pages", "prefill", "merge", "near", "truncate", "step")
         )
 
 

@@ -165,8 +165,8 @@ def _cpu(op: str) -> Any:
 def _triton(op: str) -> Any:
     from megatron_dmc.ops.triton import (
         decode,
-        diagonal,
         merge,
+        near,
         norm,
         pages,
         prefill,
@@ -175,7 +175,7 @@ def _triton(op: str) -> Any:
     )  # fmt: skip
 
     return {
-        "decode": decode, "diagonal": diagonal, "merge": merge, "norm": norm, "pages": pages,
+        "decode": decode, "merge": merge, "near": near, "norm": norm, "pages": pages,
         "prefill": prefill, "swiglu": swiglu, "truncate": truncate,
     }[op]  # fmt: skip
 
@@ -198,8 +198,8 @@ PAGES = Op("pages", cuda=CUDA, triton=TRITON, cpu=CPU, torch=PYTORCH)
 MERGE = Op("merge", triton=TRITON, torch=PYTORCH)
 """`ops.training.merge`: (k, v, merge_window)."""
 
-DIAGONAL = Op("diagonal", triton=TRITON, torch=PYTORCH)
-"""`ops.training.diagonal`: (q)."""
+NEAR = Op("near", triton=TRITON, torch=PYTORCH)
+"""`ops.training.near`: (q, n), the raw tokens that a query sees."""
 
 TRUNCATE = Op("truncate", triton=TRITON, torch=PYTORCH)
 """Top-k, top-p and min-p, `ops.truncate.truncate`: (scores)."""

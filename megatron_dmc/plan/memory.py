@@ -83,7 +83,7 @@ def dmc_attention_bytes(
     Args:
         recompute: selective recompute: only what enters the attention is kept, and its output.
         context_parallel: ranks of a sequence; every one merges the keys and values of all of it.
-        delayed: with a merge delay: the raw tokens, and the queries once more.
+        delayed: with a merge delay: the raw tokens.
     """
     projected = 2 * dim * (heads + 2 * groups)
     if recompute:
@@ -93,11 +93,11 @@ def dmc_attention_bytes(
     gates = 4 * groups * 4  # sigmoids and the log-sigmoid, float32
     keys = 2 * dim * groups + 4 * groups * dim  # the kernel's k; v as a view of keys and values
     queries = 2 * dim * heads
-    output = 2 * 2 * heads * dim + 2 * 4 * heads  # twice, log-sum-exp, the diagonal's probability
+    output = 2 * 2 * heads * dim + 4 * heads  # twice, log-sum-exp
     near = 0
     if delayed:
         keys += 2 * dim * groups
-        near = queries + projected  # raw values are a view of the projection
+        near = projected  # raw values are a view of the projection
     return context_parallel * (merge + gates + keys) + queries + output + near
 
 

@@ -305,7 +305,7 @@ with tempfile.TemporaryDirectory() as folder:
 import pytest
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, "tests/support")
-files = [f"tests/support/kernel_cases_{x}.py" for x in ("decode", "pages", "prefill", "merge", "diagonal", "truncate")]
+files = [f"tests/support/kernel_cases_{x}.py" for x in ("decode", "pages", "prefill", "merge", "near", "truncate")]
 assert pytest.main(["--collect-only", "-q", "-q", "--noconftest", "-c", os.devnull, *files]) == 0
 assert "megatron.core" not in sys.modules
 print("all right")

@@ -11,6 +11,6 @@ CASES = (
 def test_with_another_channel():
     run_cases(
         "-p", "other_channel", "kernel_cases_decode.py", "kernel_cases_prefill.py",
-        "kernel_cases_diagonal.py", "../ops/test_cache_ops.py", "../ops/test_delayed.py",
+        "kernel_cases_near.py", "../ops/test_cache_ops.py", "../ops/test_delayed.py",
         "-k", CASES, TRITON_INTERPRET="1",
     )  # fmt: skip

@@ -8,7 +8,7 @@ from megatron_dmc import ops
 from megatron_dmc.ops.backends import MERGE
 
 pytest.importorskip("triton")
-CASES = ("kernel_cases_merge.py", "kernel_cases_diagonal.py")
+CASES = ("kernel_cases_merge.py", "kernel_cases_near.py")
 
 
 def test_cases_in_the_interpreter():
@@ -71,13 +71,24 @@ def test_kernels_compile_without_a_gpu(full_size):
             print(f"sm_{capability} {dtype} {name} {direction} {tiling}: {usage}")
 
 
-@pytest.mark.parametrize("name", ["join_kernel", "add_gradients_kernel"])
-def test_diagonal_kernels_compile_without_a_gpu(name):
-    from megatron_dmc.ops.triton import diagonal as kernels
+@pytest.mark.parametrize("full_size", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_near_kernels_compile_without_a_gpu(full_size):
+    """The diagonal's, a merge delay's and eviction's; in full size without spills."""
+    from megatron_dmc.ops.triton import near
 
-    for capability in (80, 90):
-        compiled = compile_for(
-            getattr(kernels, name), capability, "bf16", 8, D=128, I=32, F=128, PAST=True
-        )
-        print(f"sm_{capability} bf16 {name}: {resource_usage(compiled)}")
-        assert compiled.asm["ptx"].count("ld.global.v4") + compiled.asm["ptx"].count(".v4.b32") > 0
+    variants = [(0, False, True), (16, True, True), (17, True, False)]
+    for n, has_near, has_open in variants if full_size else variants[1:2]:
+        dim = 128 if full_size else 16
+        tiling = near.tiling(dim, n) if full_size else {"I": 16, "F": 16, "num_warps": 4}
+        for capability in (80, 90) if full_size else (90,):
+            for name in ("join_kernel", "add_gradients_kernel"):
+                compiled = compile_for(
+                    getattr(near, name), capability, "bf16", num_stages=1, D=dim, NEAR=has_near,
+                    OPEN=has_open, FAR=True, INTERPRET=False, **tiling,
+                )  # fmt: skip
+                ptx = compiled.asm["ptx"]
+                assert ptx.count("ld.global.v4") + ptx.count(".v4.b32") > 0
+                if full_size:
+                    usage = resource_usage(compiled)
+                    print(f"sm_{capability} bf16 {name} n={n} open={has_open}: {usage}")
+                    assert "STACK:0" in usage

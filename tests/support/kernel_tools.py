@@ -25,18 +25,27 @@ def run_cases(*files: str, **environment: str) -> None:
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 
 
-def compile_for(kernel, capability: int, dtype: str, num_warps: int, types=None, **constants):
+def compile_for(
+    kernel,
+    capability: int,
+    dtype: str,
+    num_warps: int,
+    types=None,
+    num_stages: int = 3,
+    **constants,
+):
     """The kernel compiled for a GPU that need not be here.
 
     Args:
         dtype: of pointers, except for those that are float32 in every kernel.
         types: other arguments that are neither such a pointer nor a 32-bit integer, by name.
+        num_stages: of loops that do not say it themselves; 3 is Triton's default.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    float32 = ("alpha", "omega", "carry", "carry_z", "galpha", "gomega", "past_lse", "lse", "own")
+    float32 = ("alpha", "omega", "carry", "carry_z", "galpha", "gomega", "far_lse", "lse")
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -53,7 +62,7 @@ def compile_for(kernel, capability: int, dtype: str, num_warps: int, types=None,
     return triton.compile(
         ASTSource(kernel, signature, places, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps},
+        options={"num_warps": num_warps, "num_stages": num_stages},
     )
 
 

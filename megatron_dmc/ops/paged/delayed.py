@@ -34,8 +34,9 @@ from megatron_dmc.ops.paged.prefill import (
     write_chunk,
 )
 from megatron_dmc.ops.tensors import to_device
-from megatron_dmc.ops.training.attention import join_by_lse, masked_attention
+from megatron_dmc.ops.training.attention import masked_attention
 from megatron_dmc.ops.training.delayed import recent_attention
+from megatron_dmc.ops.training.near import join_by_lse
 
 
 def _unrotate(k_XHD: Tensor, freqs_XF: Tensor | None) -> Tensor:

@@ -23,10 +23,10 @@ from megatron_dmc.ops.paged.layer_cache import LayerCache
 from megatron_dmc.ops.training.attention import (
     chunk_attention,
     compacted_attention,
-    join_by_lse,
     masked_attention,
 )
 from megatron_dmc.ops.training.merge import continue_merge
+from megatron_dmc.ops.training.near import join_by_lse
 
 _COMPACTED_COST = 1.5
 """Time of `compacted_attention` over that of the dense kernels, per query and key, on a CPU."""

@@ -1,137 +1,15 @@
 """Training attention at the speed of a stock flash kernel. docs/method.md, section 3."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_dmc.ops import gates
-from megatron_dmc.ops.backends import DIAGONAL
 from megatron_dmc.ops.tensors import accumulator_dtype
-from megatron_dmc.ops.training import diagonal
-from megatron_dmc.ops.training.flash import Kernel, choose_kernel
-
-MASKED = -1.0e4
-"""Stands for log(0) inside the kernel: exp of it is 0 in every dtype, and no NaN can arise."""
-
-
-def _diagonal(q_BNTD: Tensor) -> Any:
-    chosen = DIAGONAL.choose(q_BNTD)
-    return diagonal if chosen == "torch" else DIAGONAL.kernels(chosen)
-
-
-def bias_unit(scale: float) -> float:
-    """The value of the queries' borrowed channel: 1 / scale as a power of two, exact in every dtype."""
-    return 2.0 ** round(-math.log2(scale))
-
-
-def shifted_forward(
-    q: Tensor, k: Tensor, v: Tensor, log_keep_BGT: Tensor, scale: float, kernel: Kernel
-):
-    """Shifted flash attention joined with the diagonal, section 3. Tensors (B, heads, T, D).
-
-    The queries are those of the last tokens; the keys before the first of them are the past.
-
-    Returns:
-        q and k with the bias in their borrowed channel, out_BNTD, lse_BNT, the diagonal's
-        probability p_own_BNT, and the flash kernel's states for its backward: of the queries' own
-        tokens (None for one query) and of the past (None for none).
-    """
-    past = k.shape[2] - q.shape[2]
-    q, k = q.clone(), k.clone()
-    gates.borrowed(q).fill_(bias_unit(scale))
-    # key j carries log_keep_{j+1}; no query follows the last key
-    bias_BGT = gates.borrowed(k)
-    bias_BGT[..., :-1] = log_keep_BGT[..., 1:].clamp_min(MASKED) / (scale * bias_unit(scale))
-    bias_BGT[..., -1:] = 0.0
-    own_k, own_v = k[:, :, past:], v[:, :, past:]
-    earlier = earlier_lse = state = past_state = None
-    if q.shape[2] > 1:
-        earlier, earlier_lse, state = kernel.forward(
-            q[:, :, 1:], own_k[:, :, :-1], own_v[:, :, :-1], scale, True
-        )
-    out, lse, p_own = _diagonal(q).join(q, own_k, own_v, earlier, earlier_lse, scale)
-    if past:
-        part, part_lse, past_state = kernel.forward(q, k[:, :, :past], v[:, :, :past], scale, False)
-        own_lse = lse
-        out, lse = join_by_lse(out, lse, part, part_lse.to(lse.dtype))
-        p_own = p_own * torch.exp(own_lse - lse)
-    return q, k, out, lse, p_own, (state, past_state)
-
-
-def shifted_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    p_own: Tensor,
-    states,
-    scale: float,
-    kernel: Kernel,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `shifted_forward`. Tensors (B, heads, T, D).
-
-    Args:
-        q, k: with the bias in their borrowed channel, as `shifted_forward` returns them.
-        out, lse: of all keys that the queries see, which may be more than these (joined by
-            log-sum-exp); p_own: the diagonal's probability among all of them.
-
-    Returns:
-        dq, dk, dv, with 0 in the borrowed channel, and the gradient of log_keep_BGT.
-    """
-    state, past_state = states
-    past = k.shape[2] - q.shape[2]
-    own_k, own_v = k[:, :, past:], v[:, :, past:]
-    earlier_grads = None
-    # the gradient of k[d] as the kernels saw it: their score held scale * unit * k[d], the bias
-    dbias = torch.zeros(k.shape[:3], dtype=lse.dtype, device=k.device)
-    if q.shape[2] > 1:
-        g, o = grad_out[:, :, 1:], out[:, :, 1:]
-        if not g.is_cuda or g.stride() != o.stride():  # the layout that the kernels prefer
-            g, o = g.contiguous(), o.contiguous()
-        earlier_grads = kernel.backward(
-            g, q[:, :, 1:], own_k[:, :, :-1], own_v[:, :, :-1], o, lse[:, :, 1:].contiguous(),
-            state, scale, True,
-        )  # fmt: skip
-        dbias[..., past + 1 :] = gates.borrowed(earlier_grads[1])
-    dq, dk, dv = _diagonal(q).add_gradients(
-        grad_out, q, own_k, own_v, out, p_own, earlier_grads, scale
-    )
-    if past:
-        dq_past, dk_past, dv_past = kernel.backward(
-            grad_out.contiguous(), q, k[:, :, :past], v[:, :, :past], out.contiguous(),
-            lse.contiguous(), past_state, scale, False,
-        )  # fmt: skip
-        dbias[..., 1 : past + 1] = gates.borrowed(dk_past)
-        gates.borrowed(dq_past).zero_()
-        gates.borrowed(dk_past).zero_()
-        dq, dk, dv = dq + dq_past, torch.cat([dk_past, dk], 2), torch.cat([dv_past, dv], 2)
-    return dq, dk, dv, dbias / (scale * bias_unit(scale))
-
-
-class _TrainingAttention(torch.autograd.Function):
-    """Shifted flash attention plus the diagonal, joined by log-sum-exp. All tensors (B, heads, T, D)."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, log_keep_BGT, scale, kernel):
-        q, k, out, lse, p_own, states = shifted_forward(q, k, v, log_keep_BGT, scale, kernel)
-        ctx.save_for_backward(q, k, v, out, lse, p_own)
-        ctx.states, ctx.scale, ctx.kernel = states, scale, kernel
-        ctx.clamped = (log_keep_BGT < MASKED) if ctx.needs_input_grad[3] else None
-        return out
-
-    @staticmethod
-    def backward(ctx, grad_out):
-        q, k, v, out, lse, p_own = ctx.saved_tensors
-        dq, dk, dv, dbias = shifted_backward(
-            grad_out, q, k, v, out, lse, p_own, ctx.states, ctx.scale, ctx.kernel
-        )
-        if ctx.clamped is not None:
-            dbias = dbias.masked_fill(ctx.clamped, 0.0)
-        return dq, dk, dv, dbias, None, None
+from megatron_dmc.ops.training.compressed import MASKED, CompressedAttention, attend
+from megatron_dmc.ops.training.flash import choose_kernel
+from megatron_dmc.ops.training.near import KeyValue, join_by_lse
 
 
 def training_attention(
@@ -174,14 +52,9 @@ def training_attention(
         )
     scale = 1.0 / math.sqrt(q_TBND.shape[-1]) if softmax_scale is None else softmax_scale
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_TBND, k_TBGD, v_TBGD))
-    out = _TrainingAttention.apply(
-        q,
-        k,
-        v,
-        log_keep_TBG.permute(1, 2, 0).to(accumulator_dtype(q_TBND.dtype)),
-        scale,
-        choose_kernel(q, k, v, backend=backend),
-    )
+    log_keep = log_keep_TBG.permute(1, 2, 0).to(accumulator_dtype(q_TBND.dtype))
+    kernel = choose_kernel(q, k, v, backend=backend)
+    out = CompressedAttention.apply(q, None, None, k, v, log_keep, 0, scale, kernel)
     return out.permute(2, 0, 1, 3)
 
 
@@ -234,24 +107,6 @@ def causal_attention(
     return out.permute(2, 0, 1, 3)
 
 
-def join_by_lse(
-    out_TND: Tensor, lse_TN: Tensor, other_TND: Tensor, other_lse_TN: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint sets of keys, from its two parts.
-
-    Args:
-        out_TND, other_TND: the parts' outputs, any dtype; lse_TN, other_lse_TN: their
-            log-sum-exps, float32 or float64.
-
-    Returns:
-        out in `out_TND`'s dtype, and the joint log-sum-exp.
-    """
-    lse = torch.logaddexp(lse_TN, other_lse_TN)
-    out = out_TND.to(lse.dtype) * torch.exp(lse_TN - lse)[..., None]
-    out = out + other_TND.to(lse.dtype) * torch.exp(other_lse_TN - lse)[..., None]
-    return out.to(out_TND.dtype), lse
-
-
 def chunk_attention(
     q_TND: Tensor,
     k_TGD: Tensor,
@@ -278,7 +133,7 @@ def chunk_attention(
     else:
         log_keep = torch.zeros(is_merge_TG.shape, dtype=acc, device=q.device)
         log_keep = log_keep.masked_fill(is_merge_TG, float("-inf")).T[None]
-        _, _, out, lse, _, _ = shifted_forward(q, k, v, log_keep, softmax_scale, kernel)
+        out, lse, _ = attend(q, None, KeyValue(k, v), log_keep, 0, softmax_scale, kernel)
     return out[0].transpose(0, 1), lse[0].T.to(acc)
 
 
