@@ -38,8 +38,10 @@ def default_tiling(
     """
     channels = max(16, min(64, triton.next_power_of_2(head_dim)))
     if merge_window == 0:
-        # two programs to a multiprocessor: enough bytes in flight to cover the memory's latency
-        return Tiling(tokens=32, channels=channels, num_warps=4, num_stages=3 if backward else 5)
+        # enough bytes in flight to cover the memory's latency; with 4 warps the backward spills
+        if backward:
+            return Tiling(tokens=32, channels=channels, num_warps=8, num_stages=3)
+        return Tiling(tokens=32, channels=channels, num_warps=4, num_stages=5)
     # of these tokens the backward leaves 2 (W - 1) to the neighbours
     if not backward:
         return Tiling(tokens=64, channels=channels, num_warps=4, num_stages=1)
