@@ -245,7 +245,7 @@ def measure_attention(
         "shape_TBND": shapes[0],
         "num_kv_heads": heads // group,
     }
-    specs = {
+    specs: dict[Op, Op] = {
         ops.training_attention: reference.training_attention,
         delayed: functools.partial(reference.delayed_attention, merge_delay=DELAY),
     }

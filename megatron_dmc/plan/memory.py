@@ -93,7 +93,7 @@ def dmc_attention_bytes(
     gates = 4 * groups * 4  # sigmoids and the log-sigmoid, float32
     keys = 2 * dim * groups + 4 * groups * dim  # the kernel's k; v as a view of keys and values
     queries = 2 * dim * heads
-    output = 2 * 2 * heads * dim + 4 * heads  # twice, log-sum-exp
+    output = 2 * heads * dim + 4 * heads  # log-sum-exp
     near = 0
     if delayed:
         keys += 2 * dim * groups

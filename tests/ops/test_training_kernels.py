@@ -86,9 +86,10 @@ def test_near_kernels_compile_without_a_gpu(full_size):
                     getattr(near, name), capability, "bf16", num_stages=1, D=dim, NEAR=has_near,
                     OPEN=has_open, FAR=True, INTERPRET=False, **tiling,
                 )  # fmt: skip
-                ptx = compiled.asm["ptx"]
-                assert ptx.count("ld.global.v4") + ptx.count(".v4.b32") > 0
+                assert len(compiled.asm["cubin"]) > 0
                 if full_size:
+                    ptx = compiled.asm["ptx"]
+                    assert ptx.count("ld.global.v4") + ptx.count(".v4.b32") > 0
                     usage = resource_usage(compiled)
                     print(f"sm_{capability} bf16 {name} n={n} open={has_open}: {usage}")
                     assert "STACK:0" in usage

@@ -128,7 +128,8 @@ def join(
             _join_last(out, lse, open_out, open_lse)
     if far is not None:
         _join_last(out, lse, *far)
-    return out.to(q_BNTD.dtype), lse, state
+    # in the queries' layout, tokens first: what the projection behind attention wants
+    return torch.empty_like(q_BNTD).copy_(out), lse, state
 
 
 def add_gradients(
@@ -156,7 +157,8 @@ def add_gradients(
     acc = lse_BNT.dtype
     g, o = grad_out_BNTD.to(acc), out_BNTD.to(acc)
     dq = torch.zeros_like(q_BNTD, dtype=acc)
-    d_near = d_open = None
+    d_near: list[Tensor] | None = None
+    d_open: list[Tensor] | None = None
     if near is not None:
         band, band_state = state
         near_k = gates.zero_borrowed_channel(near.k)
@@ -177,7 +179,9 @@ def add_gradients(
     if far_grads is not None:
         far_dq, *far_dkv = far_grads
         dq[:, :, dq.shape[2] - far_dq.shape[2] :] += far_dq
-        for x, grad in zip(d_open or d_near, far_dkv, strict=True):
+        d_keys = d_near if d_open is None else d_open
+        assert d_keys is not None
+        for x, grad in zip(d_keys, far_dkv, strict=True):
             x[:, :, : grad.shape[2]] += grad
     gates.borrowed(dq).zero_()
 
