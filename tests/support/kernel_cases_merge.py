@@ -113,7 +113,7 @@ def test_decisions_on_the_edges():
 @pytest.mark.parametrize("segment", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_segments_that_run_at_once(segment, dtype, monkeypatch):
-    """Sequences that begin anew on a segment's edge, merge throughout, forget slowly, or as a gate says: as in
+    """Sequences that start again on a segment's edge, merge throughout, forget slowly, or as a gate says: as in
     one walk, whose tiles are 32 tokens."""
     monkeypatch.setattr(kernels, "segment_tiles", lambda *args: segment)
     inputs = make_inputs(213, 32, hard=False, dtype=dtype, batch=1, heads=4)

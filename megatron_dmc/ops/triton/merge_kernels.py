@@ -10,9 +10,9 @@ decisions, never of quotients or logarithms, so that decisions of exactly 0 and 
 Unlimited merging walks through the tiles of a segment of a sequence in order and carries one token that represents
 everything before: x = y_{t-1} with omega = z_{t-1}. The carries are kept, one for each tile, so that
 the backward need not walk forward first; it walks the other way and carries that token's gradients.
-A segment's first carry is what the last tiles before it leave: the walk starts so many tiles early that what comes
-before has been multiplied by less than NEGLIGIBLE, mostly one; their tokens are read twice, and nothing is passed
-between programs. Gradients come in the same way from the tiles behind a segment.
+A segment's first carry is what the last tiles before it leave: the walk starts where what came earlier has been
+multiplied by less than NEGLIGIBLE, mostly one tile early; its tokens are read twice, and nothing is passed between
+programs. Gradients come in the same way from the tiles behind a segment.
 Windowed merging needs no carry: its tiles overlap by W - 1 tokens and all run at once. Keys, values
 and their gradients are each read once (except for the overlap) and written once.
 

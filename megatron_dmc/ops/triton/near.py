@@ -169,7 +169,7 @@ def add_gradients_kernel(
     # tokens long before the first query have gradients of the far part alone
     num_heads = tl.where(i_t * I + I + n > past, R, 0)
 
-    # Three walks over the heads, each of whose tiles comes from the cache but for the first: fewer values are live.
+    # Three walks over the heads, each of whose tiles comes from the cache after the first walk: fewer values are live.
     # [I, F]
     b_dk = tl.zeros([I, F], tl.float32)
     b_dv = tl.zeros([I, F], tl.float32)
