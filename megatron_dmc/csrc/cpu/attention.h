@@ -47,13 +47,14 @@ struct Octets {
   }
 };
 
-// Into the cache, a line for each of E rows of `dim` channels; null: nothing. One at a time among the products that do
-// not need them: several at once wait for each other.
+// Into the cache, E steps of channels one after the other; null: nothing. A few at a time among the products that
+// do not need them: many at once wait for each other. In the order of memory: in that of the products, which take a
+// part of every row at a time, it took up to a tenth longer.
 template <int E, class S>
-inline void fetch_rows(const S* next, int dim) {
+inline void fetch(const S* next) {
   if (!next) return;
-#pragma GCC unroll 4
-  for (int e = 0; e < E; ++e) __builtin_prefetch(next + e * dim, 0, 3);
+#pragma GCC unroll 8
+  for (int e = 0; e < E; ++e) __builtin_prefetch(next + e * kDimStep, 0, 3);
 }
 
 // Four entries' products with each of R queries: out[r * kTile + e]; `next` are four to fetch.
@@ -63,7 +64,7 @@ inline void dot_four(const S* k, int dim, const float* q_RD, float* out, const S
   for (auto& row : sums)
     for (auto& sum : row) sum = Vec(0.0f);
   for (int c = 0; c < dim; c += kDimStep) {
-    fetch_rows<4>(next ? next + c : nullptr, dim);
+    fetch<4>(next ? next + 4 * c : nullptr);
     for (int i = c; i < c + kDimStep; i += kStep) {
       add_half<0>(k + i, dim, q_RD + i, dim, sums);
       add_half<1>(k + i, dim, q_RD + i, dim, sums);
@@ -81,7 +82,7 @@ inline void dot_four(const bf16* k, int dim, const bf16* q_RD, float* out, const
   for (auto& row : sums)
     for (auto& sum : row) sum = _mm512_setzero_ps();
   for (int c = 0; c < dim; c += 32) {
-    fetch_rows<4>(next ? next + c : nullptr, dim);
+    fetch<4>(next ? next + 4 * c : nullptr);
 #pragma GCC unroll 4
     for (int e = 0; e < 4; ++e) {
       const auto key = (__m512bh)_mm512_loadu_si512(k + e * dim + c);
@@ -128,11 +129,11 @@ inline void add_values(const S* v_pages, const Octets& tile, const Octets& ahead
   for (int o = 0; o * kOctet < tile.count; ++o) {
     const S* v = v_pages + tile.slot[o] * dim + channel;
     const float* weight = weights + o * kOctet;
-    const S* next = o * kOctet < ahead.count ? v_pages + ahead.slot[o] * dim + channel : nullptr;
+    const S* next = o * kOctet < ahead.count ? v_pages + ahead.slot[o] * dim + channel * kOctet : nullptr;
     if ((o + 1) * kOctet <= tile.count) {
 #pragma GCC unroll 8
       for (int e = 0; e < kOctet; ++e) {
-        fetch_rows<1>(next ? next + e * dim : nullptr, dim);
+        fetch<1>(next ? next + e * kDimStep : nullptr);
         add(v + e * dim, weight + e, sums[e % kSets]);
       }
     } else {  // slots without entries hold anything
