@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from megatron_dmc import LLM, SamplingParams
+from megatron_dmc.checkpoint.chat_template import load_chat_template
 
 from smollm2.sandbox import passes
 
@@ -19,6 +20,13 @@ STOPS = [
     "\n```",
 ]
 """Text that follows a completed function."""
+
+QUESTION = (
+    "Write a Python function that solves this problem. Answer with the whole function in one code block."
+    "\n\n```python\n{prompt}\n```"
+)
+ANSWER = "```python\n"
+"""The beginning of a chat model's answer."""
 
 type Problem = dict[str, Any]
 
@@ -47,17 +55,34 @@ def bits_per_byte(llm: LLM, problems: list[Problem]) -> float:
     return nats / math.log(2) / num_bytes
 
 
-def answers(llm: LLM, problems: list[Problem], max_tokens: int) -> list[str]:
-    """Greedy completions of the prompts, each up to the end of its function."""
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, stop=STOPS)
-    outputs = llm.generate([problem["prompt"] for problem in problems], params)
-    return [output.outputs[0].text for output in outputs]
+def programs(llm: LLM, problems: list[Problem], max_tokens: int) -> list[str]:
+    """Greedy answers as programs. A model with a chat template is asked for the function, and its answer begun; a model
+    without one continues the prompt."""
+    template, tokenizer = load_chat_template(llm.engine.tokenizer, None), llm.get_tokenizer()
+    if template is None or not template.exists:
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, stop=STOPS)
+        outputs = llm.generate([problem["prompt"] for problem in problems], params)
+        return [p["prompt"] + o.outputs[0].text for p, o in zip(problems, outputs, strict=True)]
+    begun = tokenizer.encode(ANSWER)
+    prompts = [
+        {"prompt_token_ids": template.token_ids(
+            [{"role": "user", "content": QUESTION.format(prompt=problem["prompt"].rstrip())}],
+            add_generation_prompt=True, arguments=None,
+        ) + begun}
+        for problem in problems
+    ]  # fmt: skip
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, stop=["```"])
+    outputs = llm.generate(prompts, params)
+    return [
+        f"{p['prompt'].split(f'def {p["entry_point"]}')[0]}\n{o.outputs[0].text}"
+        for p, o in zip(problems, outputs, strict=True)
+    ]
 
 
-def pass_at_1(problems: list[Problem], completions: list[str]) -> float:
-    """Part of the problems whose tests the completion passes, each in a process of its own."""
+def pass_at_1(problems: list[Problem], answers: list[str]) -> float:
+    """Part of the problems whose tests the answer passes, each in a process of its own."""
     passed = [
-        passes(f"{p['prompt']}{text}\n\n{p['test']}\n\ncheck({p['entry_point']})")
-        for p, text in zip(problems, completions, strict=True)
+        passes(f"{answer}\n\n{p['test']}\n\ncheck({p['entry_point']})")
+        for p, answer in zip(problems, answers, strict=True)
     ]
     return sum(passed) / len(passed)

@@ -149,12 +149,12 @@ def programs(subject: Subject) -> dict[str, Any]:
     amounts = subject.settings.measure
     problems = subject.problems[: amounts.problems]
     llm = subject.llm(1024 + amounts.answer_tokens, max_num_seqs=32)
-    completions = human_eval.answers(llm, problems, amounts.answer_tokens)
+    answers = human_eval.programs(llm, problems, amounts.answer_tokens)
     return {
         "problems": len(problems),
         "bits_per_byte": human_eval.bits_per_byte(llm, problems),
-        "pass_at_1": human_eval.pass_at_1(problems, completions),
-        "completions": completions,
+        "pass_at_1": human_eval.pass_at_1(problems, answers),
+        "answers": answers,
     }
 
 

@@ -169,8 +169,8 @@ steps of 1024 x 4096 tokens for each unit of CR above 1, 250 before and 2,000 af
 {quality_table(results)}
 
 Held-out documents ({held} tokens), windows of {settings.measure.window_length} tokens. Decided CR counts the decisions, cache CR
-the slots in use over time, raw tokens of the merge delay ({settings.training.merge_delay}) included. pass@1: greedy, each answer run in a process
-with limits.
+the slots in use over time, raw tokens of the merge delay ({settings.training.merge_delay}) included. pass@1: greedy, asked as a chat for the whole
+function in a code block, each answer run in a process with limits.
 
 Windows of {settings.measure.long_window_length} tokens, {settings.measure.long_windows} of each kind, where those of training \
 have {settings.training.seq_length}:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from megatron_dmc import LLM
+from megatron_dmc.checkpoint.tokenizer import HuggingFaceTokenizer
 
 import demo
 from smollm2 import corpus, fetch, human_eval, needle, report, run
@@ -99,9 +101,35 @@ if os.fork() == 0:
 
 
 def test_pass_at_1_counts_the_answers_that_pass():
-    right, wrong = PROBLEMS[0]["canonical_solution"], "    return None\n"
-    assert human_eval.pass_at_1(PROBLEMS, [p["canonical_solution"] for p in PROBLEMS]) == 1.0
-    assert human_eval.pass_at_1(PROBLEMS, [right, wrong]) == 0.5
+    right = [p["prompt"] + p["canonical_solution"] for p in PROBLEMS]
+    wrong = PROBLEMS[1]["prompt"] + "    return None\n"
+    assert human_eval.pass_at_1(PROBLEMS, right) == 1.0
+    assert human_eval.pass_at_1(PROBLEMS, [right[0], wrong]) == 0.5
+
+
+def test_a_chat_model_is_asked_for_the_function():
+    """The answer begins within the code block; imports before the function are the problem's."""
+    asked = []
+    inner = SimpleNamespace(
+        chat_template="{{ messages }}", bos_token=None,
+        apply_chat_template=lambda messages, **_: f"<{messages[0]['content']}>",
+    )  # fmt: skip
+    tokenizer = HuggingFaceTokenizer.__new__(HuggingFaceTokenizer)
+    tokenizer.inner = inner
+    tokenizer.encode = lambda text, **_: list(text.encode())
+    outputs = [SimpleNamespace(outputs=[SimpleNamespace(text="def f(x):\n    return ceil(x)\n")])]
+    llm = SimpleNamespace(
+        engine=SimpleNamespace(tokenizer=tokenizer), get_tokenizer=lambda: tokenizer,
+        generate=lambda prompts, params: asked.extend(prompts) or outputs,
+    )  # fmt: skip
+    problem = {
+        "prompt": 'from math import ceil\n\ndef f(x):\n    """Round up."""\n', "entry_point": "f",
+        "test": "def check(candidate):\n    assert candidate(1.5) == 2\n",
+    }  # fmt: skip
+    answers = human_eval.programs(llm, [problem], 8)
+    text = bytes(asked[0]["prompt_token_ids"]).decode()
+    assert text.startswith("<Write a Python function") and text.endswith("\n```>```python\n")
+    assert human_eval.pass_at_1([problem], answers) == 1.0
 
 
 def test_bits_per_byte_are_the_models_own(llm, model):
@@ -120,7 +148,7 @@ def test_bits_per_byte_are_the_models_own(llm, model):
         bits -= float(chosen.sum()) / np.log(2)
     expected = bits / sum(len(p["canonical_solution"]) for p in PROBLEMS)
     assert human_eval.bits_per_byte(llm, PROBLEMS) == pytest.approx(expected, rel=1e-4)
-    assert len(human_eval.answers(llm, PROBLEMS, 8)) == 2
+    assert len(human_eval.programs(llm, PROBLEMS, 8)) == 2
 
 
 # --- needles --------------------------------------------------------------------------------------
@@ -287,7 +315,7 @@ def test_the_whole_command_at_toy_scale(model, tmp_path):
         "long_windows = 4": "long_windows = 1",
         "zero-out = 8, retrofit = 70, finetune = 120": "zero-out = 2, retrofit = 2",
         "0.02": "0.3", "0.01": "0.2", "\nwindows = 48": "\nwindows = 2", "long_window_length = 2048": "long_window_length = 96", "eviction_windows = 16": "eviction_windows = 2", "problems = 164": "problems = 2",
-        "answer_tokens = 160": "answer_tokens = 8", "needle_lengths = [512, 1024, 2048, 4096]":
+        "answer_tokens = 256": "answer_tokens = 8", "needle_lengths = [512, 1024, 2048, 4096]":
         "needle_lengths = [120]", "needle_samples = 10": "needle_samples = 2",
         "chat_tokens = 128": "chat_tokens = 4", "context_lengths = [512, 1024, 2048, 4096, 8000]":
         "context_lengths = [32, 64]", "speed_tokens = 64": "speed_tokens = 4",
