@@ -17,6 +17,7 @@ from megatron_dmc.checkpoint.hf_folder import write_folder
 from megatron_dmc.checkpoint.load import build_model
 from megatron_dmc.cli.main import main
 from megatron_dmc.errors import UnsupportedConfig
+from megatron_dmc.ops.cpu import absence
 
 DMC = {
     "": retrofitted(),
@@ -34,12 +35,15 @@ def saved(tmp_path_factory):
         folder = tmp_path_factory.mktemp("tp")
         loaded = random_model(4, dmc=DMC[variant], dtype=torch.float32)
         write_folder(folder, loaded.model.state_dict(), loaded.description)
-        return folder, {name: alone(folder, name) for name in ("auto", "int8")}
+        done = {name: alone(folder, name) for name in ("auto", "int8")}
+        if not variant:
+            done["float32"] = alone(folder, "auto", "float32")
+        return folder, done
 
     return of
 
 
-def alone(folder, kv_cache_dtype):
+def alone(folder, kv_cache_dtype, dtype="float64"):
     params = [
         SamplingParams(temperature=0, max_tokens=12)
         if i % 2
@@ -47,7 +51,7 @@ def alone(folder, kv_cache_dtype):
         for i in range(6)
     ]
     llm = LLM(
-        str(folder), dtype="float64", block_size=4, max_model_len=64, max_num_seqs=4,
+        str(folder), dtype=dtype, block_size=4, max_model_len=64, max_num_seqs=4,
         kv_cache_dtype=kv_cache_dtype, device="cpu",
     )  # fmt: skip
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts()], params, use_tqdm=False)
@@ -56,11 +60,16 @@ def alone(folder, kv_cache_dtype):
 
 def check(saved, size, mode, **kwargs):
     folder, of_one_process = saved(next((name for name in DMC if name and name in mode), ""))
-    tokens, stats = of_one_process["int8" if "int8" in mode else "auto"]
+    named = [name for name in ("int8", "float32") if name in mode]
+    tokens, stats = of_one_process[named[0] if named else "auto"]
     result, codes, text = launch(folder, size, mode, **kwargs)
     assert set(codes) == {0}, text
     assert result["tokens"] == tokens
     assert result["in_use"] == 0 and result["alive"] == []
+    if not absence():
+        assert result["has_own_block"] == ("float32" in mode), (
+            "the sums over ranks are in the norms"
+        )
     if "cached" in mode:
         # the same prompts a second time: all ranks keep and drop the same prefixes
         assert result["hits"] > 0 < result["reclaimed"]
@@ -76,6 +85,7 @@ def check(saved, size, mode, **kwargs):
     [
         pytest.param(2, "plenty", marks=pytest.mark.exhaustive),
         (2, "short-int8"),
+        (2, "short-float32"),
         (2, "cached"),
         (2, "cached-delay"),
         (2, "short-delay"),
@@ -84,7 +94,8 @@ def check(saved, size, mode, **kwargs):
     ],
 )
 def test_ranks_together_do_what_one_process_does(saved, size, mode):
-    """With few pages: requests are preempted on every rank alike, and computed again."""
+    """With few pages: requests are preempted on every rank alike, and computed again. float32: with the block of
+    few operators, whose norms add the sums over ranks."""
     check(saved, size, mode)
 
 

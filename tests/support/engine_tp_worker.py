@@ -1,5 +1,6 @@
 """One rank of `test_engine_tp.py`. Arguments: model folder, size, output file, mode."""
 
+import functools
 import json
 import os
 import signal
@@ -25,7 +26,7 @@ def main():
         num_pages = 450 if "delay" in mode else 300  # copies of the rings
         options |= {"num_pages": num_pages, "enable_prefix_caching": True, "prefix_block_size": 4}
     llm = LLM(
-        path, dtype="float64", block_size=4, max_model_len=64, max_num_seqs=4,
+        path, dtype="float32" if "float32" in mode else "float64", block_size=4, max_model_len=64, max_num_seqs=4,
         tensor_parallel_size=size, distributed_timeout_seconds=TIMEOUT_S, device="cpu", **options,
     )  # fmt: skip
     parallel = llm.engine.parallel
@@ -68,7 +69,8 @@ def main():
             {"alive": [pid for pid in own if is_alive(pid)], "tokens": [o.outputs[0].token_ids for o in outputs],
              "errors": [o.error for o in outputs], "entries": stats.entries_LG, "preemptions": stats.num_preemptions,
              "in_use": stats.num_pages_in_use, "hits": stats.num_prefix_hit_tokens,
-             "reclaimed": stats.num_reclaimed_prefixes}, f,
+             "reclaimed": stats.num_reclaimed_prefixes,
+             "has_own_block": isinstance(llm.engine.runner.model.decoder.forward, functools.partial)}, f,
         )  # fmt: skip
 
 
