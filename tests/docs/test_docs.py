@@ -2,6 +2,7 @@
 
 `run_tutorials.py` runs the commands of the tutorials."""
 
+import json
 import os
 import re
 import runpy
@@ -84,6 +85,20 @@ def test_tables_of_the_performance_page():
     filled = runpy.run_path(str(ROOT / "tools/peers_page.py"))["filled"]
     page = (ROOT / "docs/performance.md").read_text()
     assert filled(page) == page and page.count("(float32)") > 5
+
+
+def test_figures_of_smollm2():
+    """The page's and the README's are those of docs/results/smollm2.json, as `tools/smollm2_page.py` brought them."""
+    found = json.loads((ROOT / "docs/results/smollm2.json").read_text())
+    page, readme = (ROOT / "docs/smollm2.md").read_text(), (ROOT / "README.md").read_text()
+    lengths = (("perplexity", "control_perplexity"), ("long_perplexity", "control_long_perplexity"))
+    for target in found["targets"].values():
+        for name, control in lengths:
+            loss = f"{100 * (target[name] / found[control] - 1):.1f} %"
+            assert loss in readme and f"{target[name]:.2f}" in page and f"+{loss}" in page
+        assert f"CR {target['measured_cr']:.2f}" in readme
+        assert f"| {target['measured_cr']:.2f} | {target['cache_cr']:.2f} |" in page
+    assert (ROOT / "docs/smollm2-report.md").stat().st_size < 2_000_000
 
 
 def test_tables_of_the_results_page(tmp_path):
