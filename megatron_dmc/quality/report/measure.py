@@ -6,6 +6,7 @@ Dimension letters: L layers, G key/value heads, T tokens.
 import platform
 import subprocess
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,6 @@ def sample_of(loaded: LoadedModel, token_ids: list[int]) -> Sample:
 
 def environment() -> dict[str, Any]:
     """Device, versions, commit (where the source is a git checkout)."""
-    import megatron.core
-
     git = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
         capture_output=True, text=True, check=False,
@@ -100,7 +99,8 @@ def environment() -> dict[str, Any]:
         "device": device,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "megatron-core": megatron.core.__version__,
+        # its own `__version__` ends with the commit of whatever checkout it is installed under
+        "megatron-core": metadata.version("megatron-core"),
         "commit": git.stdout.strip() or "not a git checkout",
     }
 
