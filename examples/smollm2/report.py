@@ -118,7 +118,7 @@ def chat_section(results: Results) -> str:
             for name, found in results.items()
             if "chat" in found
         )
-        parts.append(f"### {prompt}\n\n{answers}")
+        parts.append(f"**{prompt}**\n\n{answers}")
     return "\n\n".join(parts)
 
 
