@@ -105,7 +105,8 @@ def _by_widths(
     """
     cut = [b for b, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
     if not in_order:
-        yield [], cut
+        if cut:
+            yield [], cut
         return
     few = [b for b in cut if 0 < params[b].top_k <= _FEW]
     if few:
@@ -310,7 +311,7 @@ class Sampler:
         return _Draws(
             requests, [self._seed_of(request) for request in requests], to_device(rows, device),
             temperature_B.to(scores_BV.dtype), top_k_B.long(), top_p_B, min_p_B,
-            [(widths, to_device(of, device)) for widths, of in groups if of], kernels,
+            [(widths, to_device(of, device)) for widths, of in groups], kernels,
         )  # fmt: skip
 
     def _draw(self, scores_BV: Tensor, draws: _Draws) -> Tensor:
