@@ -21,7 +21,7 @@ LEVELS = {
     "config": 0,
     "schedule": 0,
     "quiet": 0,
-    "late_compile": 0,
+    "startup": 0,
     "_C": 0,  # the compiled csrc: part of the ops, and imports nothing
     "_cpu": 0,
     "plotting": 1,

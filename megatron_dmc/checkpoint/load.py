@@ -37,6 +37,7 @@ from megatron_dmc.errors import UnsupportedConfig
 from megatron_dmc.model.build import build_gpt
 from megatron_dmc.model.config import DMCTransformerConfig
 from megatron_dmc.model.specs import dmc_layer_spec
+from megatron_dmc.ops.cpu import advise_huge_pages
 from megatron_dmc.ops.gates import exchange_borrowed_pair
 
 
@@ -285,6 +286,8 @@ def load_model(
     settings = description.dmc if dmc == "auto" else dmc
     description = replace(description, dmc=settings, dtype=dtype or description.dtype)
     model = build_model(description, dmc=settings, tensor_parallel_size=tensor_parallel_size)
+    for parameter in model.parameters():  # before they are written, so that nothing has to move
+        advise_huge_pages(parameter, at_once=True)
     state: dict[str, Any] = model.state_dict()
     rank = 0
     if tensor_parallel_size > 1:

@@ -18,8 +18,8 @@ from megatron_dmc.checkpoint.tokenizer import load_tokenizer
 from megatron_dmc.engine.config import EngineConfig
 from megatron_dmc.engine.sampling_params import SamplingParams
 from megatron_dmc.errors import InvalidRequest, UnsupportedConfig
-from megatron_dmc.late_compile import compiling_at_first_call
 from megatron_dmc.quiet import quietly
+from megatron_dmc.startup import compiling_at_first_call
 
 with compiling_at_first_call():  # these import Megatron
     from megatron_dmc.engine.context import PagedContext

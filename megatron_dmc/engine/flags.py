@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_dmc.checkpoint.hub import local_path
 from megatron_dmc.engine.config import Setting, settings
 from megatron_dmc.errors import DMCError
+from megatron_dmc.startup import without_garbage_collector
 
 if TYPE_CHECKING:
     from megatron_dmc.engine.llm import LLM
@@ -122,6 +123,7 @@ def make_llm(args: argparse.Namespace) -> "LLM":
     Raises:
         DMCError: the model cannot be read, or a setting is invalid.
     """
-    from megatron_dmc.engine.llm import LLM
+    with without_garbage_collector():
+        from megatron_dmc.engine.llm import LLM
 
-    return LLM(model_path(args), tokenizer_path(args), **engine_settings(args))
+        return LLM(model_path(args), tokenizer_path(args), **engine_settings(args))

@@ -5,7 +5,6 @@ starts before the front has imported them.
 the front.
 """
 
-import gc
 import logging
 import os
 import pickle
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_dmc.errors import DMCError, EngineDead
 from megatron_dmc.quiet import silence_optional_packages
+from megatron_dmc.startup import without_garbage_collector
 
 if TYPE_CHECKING:
     from megatron_dmc.engine.clients import Receive
@@ -160,10 +160,11 @@ def main(fd: int) -> int:
     pipe = Connection(fd)
     make, arguments = pickle.loads(pipe.recv_bytes())
     commands = _Commands(pipe)
-    from megatron_dmc.engine.loop import EngineInfo, EngineLoop
-
     try:
-        engine = make(*arguments)
+        with without_garbage_collector():
+            from megatron_dmc.engine.loop import EngineInfo, EngineLoop
+
+            engine = make(*arguments)
         info = pickle.dumps(EngineInfo.of(engine))
     except DMCError as error:
         pipe.send_bytes(pickle.dumps(error))
@@ -176,8 +177,6 @@ def main(fd: int) -> int:
             pass  # the front has ended, and `_Commands` ends this process
 
     loop = EngineLoop(engine, send)
-    gc.collect()
-    gc.freeze()  # the model's objects stay
     pipe.send_bytes(info)
     commands.go_to(loop)
     if not loop.run():

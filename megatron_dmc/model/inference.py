@@ -33,7 +33,7 @@ def use_inference_kernels(model: GPTModel) -> None:
     Changes these modules of the model alone. With gradients enabled they compute as before.
     """
     for parameter in model.parameters():
-        advise_huge_pages(parameter, is_filled=True)
+        advise_huge_pages(parameter, at_once=True)
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear):
             weight = module.weight

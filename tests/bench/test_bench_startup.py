@@ -12,7 +12,7 @@ from megatron_dmc.bench import startup
 from megatron_dmc.checkpoint.tokenizer import load_tokenizer
 from megatron_dmc.checkpoint.transformers_tokenizer import is_plain_folder
 from megatron_dmc.cli.main import main
-from megatron_dmc.late_compile import compiling_at_first_call
+from megatron_dmc.startup import compiling_at_first_call
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "models" / "stdlib-llama-3m"
 GENERATE = f"import time; print({startup._PROMPT!r} + ' x', flush=True); time.sleep(60)"

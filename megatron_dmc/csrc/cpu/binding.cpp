@@ -209,7 +209,7 @@ void release_pages(const Tensor& ids, const Tensor& free_ids, const Tensor& free
 }
 
 // Advice, which the system may ignore: also about what else lies in the first and the last huge page.
-void advise_huge_pages(const Tensor& x, bool is_filled) {
+void advise_huge_pages(const Tensor& x, bool at_once) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = 1 << 21;
   constexpr int kCollapse = 25;  // MADV_COLLAPSE, of Linux 6.1 and later
@@ -217,7 +217,7 @@ void advise_huge_pages(const Tensor& x, bool is_filled) {
   const size_t size = reinterpret_cast<uintptr_t>(x.data_ptr()) + x.nbytes() - first;
   const size_t bytes = (size + kHuge - 1) / kHuge * kHuge;
   madvise(reinterpret_cast<void*>(first), bytes, MADV_HUGEPAGE);
-  if (is_filled) madvise(reinterpret_cast<void*>(first), bytes, kCollapse);
+  if (at_once) madvise(reinterpret_cast<void*>(first), bytes, kCollapse);
 #endif
 }
 
@@ -235,7 +235,7 @@ TORCH_LIBRARY(megatron_dmc_cpu, m) {
   m.def("swiglu(Tensor x, Tensor(a!) out) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, Tensor(a!) out, float eps) -> ()");
   m.def("linear(Tensor x, Tensor weight, Tensor? residual, Tensor(a!) out) -> ()");
-  m.def("advise_huge_pages(Tensor x, bool is_filled) -> ()");
+  m.def("advise_huge_pages(Tensor x, bool at_once) -> ()");
   m.def("instruction_set() -> str");
 }
 

@@ -53,12 +53,12 @@ def refusal(x: Tensor, page_size: int, group: int = 1) -> str:
     return ""
 
 
-def advise_huge_pages(x: Tensor, *, is_filled: bool = False) -> None:
+def advise_huge_pages(x: Tensor, *, at_once: bool = False) -> None:
     """Ask the system for huge pages of memory under a large tensor, where it has them and the extension is built:
     with pages of 4 KB every other page of a cache is a miss of the address translation.
 
     Args:
-        is_filled: the tensor has been written; its memory is moved at once, where Linux can.
+        at_once: do it at once, where Linux can: what has been written moves.
     """
     if x.device.type == "cpu" and x.nbytes >= LEAST_HUGE_BYTES and not absence():
-        torch.ops.megatron_dmc_cpu.advise_huge_pages.default(x, is_filled)
+        torch.ops.megatron_dmc_cpu.advise_huge_pages.default(x, at_once)

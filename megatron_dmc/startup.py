@@ -1,8 +1,8 @@
-"""Import Megatron without torch's compiler: that takes longer to import than all the rest, and inference does not call
-what Megatron decorates with it."""
+"""Shorten the start of a process."""
 
 import contextlib
 import functools
+import gc
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +10,11 @@ from typing import Any
 
 @contextlib.contextmanager
 def compiling_at_first_call() -> Iterator[None]:
-    """Within, `torch.compile` of a function returns at once, and the function is compiled when it is first called."""
+    """Within, `torch.compile` of a function returns at once, and the function is compiled when it is first called.
+
+    For the import of Megatron: torch's compiler takes longer to import than all the rest, and inference does not
+    call what Megatron decorates with it.
+    """
     import torch
 
     at_once = torch.compile
@@ -33,3 +37,18 @@ def compiling_at_first_call() -> Iterator[None]:
         yield
     finally:
         torch.compile = at_once
+
+
+@contextlib.contextmanager
+def without_garbage_collector() -> Iterator[None]:
+    """Within, no garbage is collected; afterwards the collector leaves out the objects that exist then.
+
+    For programs that import libraries and load a model, which stay: collecting meanwhile takes 6 % of that time.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
