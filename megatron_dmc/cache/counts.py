@@ -20,6 +20,8 @@ import numpy as np
 from megatron_dmc.errors import OutOfPages
 
 _NO_LIMIT = np.iinfo(np.int64).max
+_FEW = 64
+"""New tokens of a row of which the pages are kept."""
 
 
 @dataclass(eq=False)
@@ -52,6 +54,7 @@ class PageCounts:
         runs: of each row, from its first token on.
         num_unfinished: pages of cached prefixes that are being captured in this step, on every rank;
             they cannot be reclaimed yet.
+        num_changes: times that `figures` may have changed.
     """
 
     def __init__(self, num_pages: int, page_size: int, shape_KLRG: tuple[int, int, int, int]):
@@ -62,7 +65,7 @@ class PageCounts:
         self.entries_KLRG = np.zeros(shape_KLRG, dtype=np.int64)
         self.limit_R = np.full(num_rows, _NO_LIMIT)
         self.runs: list[list[Run]] = [[] for _ in range(num_rows)]
-        self.num_unfinished = 0
+        self.num_unfinished = self.num_changes = 0
         self._has_limits = False
         self._entries_KR = np.zeros((num_ranks, num_rows), dtype=np.int64)
         self._pages_KR = np.zeros_like(self._entries_KR)
@@ -70,6 +73,7 @@ class PageCounts:
         self._promised_KR = np.zeros_like(self._entries_KR)
         # heads by the free slots of their last page
         self._heads_KRS = np.zeros((num_ranks, num_rows, page_size), dtype=np.int64)
+        self._worst_of_few = self._worst_of_head(np.arange(_FEW))
         self.set_entries(np.arange(num_rows), self.entries_KLRG)
         self._duplicates_K = np.zeros(num_ranks, dtype=np.int64)
         self._only_prefixes_K = np.zeros_like(self._duplicates_K)
@@ -102,7 +106,8 @@ class PageCounts:
         return self.num_pages - self.num_unfinished - self.held_by_rows_K - promised_K
 
     def figures(self, rows: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-        """Of each of these rows: tokens in flight; entries, and pages with shared ones, of all ranks."""
+        """Of each of these rows: tokens in flight; entries, and pages with shared ones, of all ranks. Between two
+        changes the tokens in flight grow alone."""
         rows_B = np.asarray(rows, dtype=np.int64)
         entries_B, pages_B = self._entries_KR[:, rows_B].sum(0), self._pages_KR[:, rows_B].sum(0)
         return self.in_flight_R[rows_B].tolist(), entries_B.tolist(), pages_B.tolist()
@@ -155,6 +160,7 @@ class PageCounts:
 
     def set_entries(self, rows_B: np.ndarray, entries_KLBG: np.ndarray) -> None:
         """Set the entries of these rows, and thereby their pages."""
+        self.num_changes += 1
         self.entries_KLRG[:, :, rows_B] = entries_KLBG
         self._entries_KR[:, rows_B] = entries_KLBG.sum(axis=(1, 3))
         num_slots, num_ranks, num_rows = self.page_size, len(entries_KLBG), len(rows_B)
@@ -167,10 +173,17 @@ class PageCounts:
         heads = np.bincount(groups_KLBG.ravel("K"), minlength=num_ranks * num_rows * num_slots)
         self._heads_KRS[:, rows_B] = heads.reshape(num_ranks, num_rows, num_slots)
 
+    def _worst_of_head(self, num_new_N: np.ndarray) -> np.ndarray:
+        """Pages (N, S) that a head takes at worst for these numbers of tokens, by the free slots of its last page."""
+        return self.pages_of(np.maximum(num_new_N[:, None] - np.arange(self.page_size), 0))
+
     def _worst_KB(self, rows_B: np.ndarray, num_new_B: np.ndarray) -> np.ndarray:
         """Pages that rows take at worst for tokens beyond the entries counted."""
-        beyond_BS = np.maximum(num_new_B[:, None] - np.arange(self.page_size), 0)
-        worst_KB: np.ndarray = (self._heads_KRS[:, rows_B] * self.pages_of(beyond_BS)).sum(-1)
+        if num_new_B.max(initial=0) < _FEW:
+            worst_BS = self._worst_of_few.take(num_new_B, 0)
+        else:
+            worst_BS = self._worst_of_head(num_new_B)
+        worst_KB: np.ndarray = (self._heads_KRS.take(rows_B, 1) * worst_BS).sum(-1)
         limited = np.flatnonzero(self.limit_R[rows_B] < _NO_LIMIT) if self._has_limits else ()
         for b in limited:
             entries_KLG = self.entries_KLRG[:, :, rows_B[b]]

@@ -14,7 +14,7 @@ from megatron_dmc.engine.request import Request
 from megatron_dmc.engine.runner import ModelRunner
 from megatron_dmc.engine.sampler import Sampling
 from megatron_dmc.errors import RequestFailed
-from megatron_dmc.ops.tensors import take_rows
+from megatron_dmc.ops.tensors import take_rows, to_device
 
 Sample = Callable[[Tensor, list[Request]], list[Sampling | RequestFailed]]
 """Starts to sample for these requests from their logits."""
@@ -122,14 +122,21 @@ class Launcher:
         logits_BV = self._runner.decode(decode)
         decode.launched()
         batch = Batch(len(decode.requests), 0, decode.requests)
-        self._sample_all(batch, logits_BV)
+        self._sample_all(batch, logits_BV, decode)
         return batch
 
-    def _sample_all(self, batch: Batch, logits_BV: Tensor) -> None:
+    def _sample_all(
+        self, batch: Batch, logits_BV: Tensor, decode: DecodeBatch | None = None
+    ) -> None:
         batch.sampled = self._sample(logits_BV, batch.sampling)
         for request in batch.sampling:
             request.num_pending_tokens += 1
         if self._keeps_sampled:
+            device = self._runner.device
             for part in batch.sampled:
                 if isinstance(part, Sampling):
-                    self._runner.keep_sampled(part.token_ids_B, part.requests)
+                    if decode is not None and part.requests is decode.requests:
+                        rows_B = decode.rows_on(device)
+                    else:
+                        rows_B = to_device([request.row for request in part.requests], device)
+                    self._runner.keep_sampled(part.token_ids_B, rows_B)

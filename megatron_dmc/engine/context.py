@@ -1,7 +1,6 @@
 """The paged inference context: the only engine object that attention touches."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -301,7 +300,8 @@ class PagedContext(BaseInferenceContext):
         Args:
             rows_B, positions_B: int64, on the device; row -1 is padding.
         """
-        self._step = replace(self._next, rows_B=rows_B, positions_B=positions_B)
+        step = self._next
+        self._step = Step(rows_B, positions_B, step.rounds, step.snapshots, step.make_chunks)
 
     def attend(
         self,

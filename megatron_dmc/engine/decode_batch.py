@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from megatron_dmc.engine.chunk import Chunk
 from megatron_dmc.engine.logit_rules import reads_last_token
 from megatron_dmc.engine.request import Request
+from megatron_dmc.ops.tensors import to_device
 
 
 class DecodeBatch:
@@ -31,6 +34,13 @@ class DecodeBatch:
         self.ones_B = np.ones_like(self.rows_B)
         self.num_steps = 0
         self.num_left = min(r.max_total_tokens - 1 - r.num_computed_tokens for r in requests)
+        self._device_rows_B: Tensor | None = None
+
+    def rows_on(self, device: torch.device) -> Tensor:
+        """`rows_B` on the device, where all steps run; copied once."""
+        if self._device_rows_B is None:
+            self._device_rows_B = to_device(self.rows_B, device)
+        return self._device_rows_B
 
     @classmethod
     def of(cls, requests: Sequence[Request]) -> "DecodeBatch | None":

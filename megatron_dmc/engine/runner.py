@@ -108,10 +108,7 @@ class ModelRunner:
         """From now on, steps in which every request has one token replay what is captured here, up to the
         largest of these batch sizes. Call it before the first request."""
         self._graphs = DecodeGraphs(
-            lambda token_ids_B, positions_B, rows_B: self._forward(
-                token_ids_B, positions_B, rows_B, None
-            ),
-            sizes, capture, device=self.device, progress=progress,
+            self._forward_decode, sizes, capture, device=self.device, progress=progress,
         )  # fmt: skip
 
     def capture_on_gpu(self, sizes: Sequence[int], *, progress: bool) -> None:
@@ -152,6 +149,7 @@ class ModelRunner:
         else:
             parts = (token_ids, positions, decode_rows, logit_rows)
             ids_T, positions_T, rows_B, rows_X = self._on_device(parts)
+            self._put_sampled(ids_T, rows_B)
             logits_XV = self._forward(ids_T, positions_T, rows_B, rows_X)
         self.context.end_step()
         if self._gather is not None:
@@ -161,19 +159,24 @@ class ModelRunner:
     @torch.no_grad()
     def decode(self, batch: DecodeBatch) -> Tensor:
         """`run` of a step of one token of each request: their logits_BV."""
+        are_pending = self._reads_sampled and batch.num_steps > 0
         if not batch.num_steps:
             starts = batch.starts_B.tolist()
             token_ids = [_token_at(r, at) for r, at in zip(batch.requests, starts, strict=True)]
-        elif self._reads_sampled:
+        elif are_pending:
             token_ids = [_SAMPLED] * len(batch.requests)
         else:
             token_ids = [request.output_token_ids[-1] for request in batch.requests]
-        inputs_3B = np.array([token_ids, batch.starts_B, batch.rows_B])
         self.context.begin_decode(batch)
         if self._graphs is not None and len(token_ids) <= self._graphs.largest:
-            logits_XV = self._graphs.run(inputs_3B)
+            logits_XV = self._graphs.run(np.array([token_ids, batch.starts_B, batch.rows_B]))
         else:
-            ids_B, positions_B, rows_B = to_device(inputs_3B, self.device)
+            rows_B = batch.rows_on(self.device)
+            ids_B, positions_B = to_device(np.array([token_ids, batch.starts_B]), self.device)
+            if are_pending:
+                ids_B = self.sampled_R[rows_B]
+            else:
+                self._put_sampled(ids_B, rows_B)
             logits_XV = self._forward(ids_B, positions_B, rows_B, None)
         self.context.end_step()
         if self._gather is not None:
@@ -198,10 +201,20 @@ class ModelRunner:
             positions += range(chunk.start, chunk.end)
         return [chunks[c] for c in (*singles, *longer)], token_ids, positions, firsts
 
-    def keep_sampled(self, token_ids_B: Tensor, requests: Sequence[Request]) -> None:
-        """Make these tokens, int64 on the device, the ones that the requests' next step computes."""
-        rows_B = to_device([r.row for r in requests], self.device)
+    def keep_sampled(self, token_ids_B: Tensor, rows_B: Tensor) -> None:
+        """Make these tokens, int64 on the device, the ones that the next step computes in these rows."""
         self.sampled_R.index_copy_(0, rows_B, token_ids_B)
+
+    def _put_sampled(self, token_ids_T: Tensor, rows_B: Tensor) -> None:
+        """Put pending tokens in the places of `_SAMPLED`, which the first B may be."""
+        if self._reads_sampled:
+            ids_B = token_ids_T[: rows_B.shape[0]]
+            ids_B.copy_(torch.where(ids_B == _SAMPLED, self.sampled_R[rows_B], ids_B))
+
+    def _forward_decode(self, token_ids_B: Tensor, positions_B: Tensor, rows_B: Tensor) -> Tensor:
+        """What graphs capture."""
+        self._put_sampled(token_ids_B, rows_B)
+        return self._forward(token_ids_B, positions_B, rows_B, None)
 
     def _forward(
         self, token_ids_T: Tensor, positions_T: Tensor, rows_B: Tensor, logit_rows_X: Tensor | None
@@ -209,9 +222,6 @@ class ModelRunner:
         """This rank's logits_XV. Nothing here waits for the device, and where T is B no shape depends on
         a length."""
         self.context.set_decode(rows_B, positions_T[: rows_B.shape[0]])
-        if self._reads_sampled:
-            ids_B = token_ids_T[: rows_B.shape[0]]
-            ids_B.copy_(torch.where(ids_B == _SAMPLED, self.sampled_R[rows_B], ids_B))
         logits = self.model(
             input_ids=token_ids_T[None],
             position_ids=positions_T[None],

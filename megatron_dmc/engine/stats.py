@@ -158,6 +158,7 @@ class StatsCollector:
         self._peak_pages = 0
         self._finished_tokens = self._finished_raw = 0
         self._finished_entries_LG = np.zeros((num_layers, num_kv_heads), dtype=np.int64)
+        self._updated: tuple[int, Sequence[Request]] = -1, []
 
     def step_scheduled(self, chunks: Sequence[Chunk]) -> None:
         """Count the prompts that start in a step."""
@@ -197,7 +198,12 @@ class StatsCollector:
         self._num_finished += 1
 
     def update_metrics(self, requests: Sequence[Request]) -> None:
-        """Update the cache figures in running requests' metrics; others keep their last ones."""
+        """Update the cache figures in running requests' metrics; others keep their last ones. They are those of
+        the last count of the entries, so they stay until the next one."""
+        num_changes = self._context.tables.counts.num_changes
+        if (num_changes, requests) == self._updated:
+            return
+        self._updated = num_changes, requests
         running = [request for request in requests if request.row is not None]
         rows = [row for request in running if (row := request.row) is not None]
         counts = self._context.tables.counts.figures(rows)
