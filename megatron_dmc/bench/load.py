@@ -61,10 +61,6 @@ def run(args: argparse.Namespace) -> Result:
     Raises:
         DMCError: a flag is wrong, the server does not answer, or every request failed.
     """
-    try:
-        import aiohttp  # noqa: F401
-    except ModuleNotFoundError as e:
-        raise DMCError("aiohttp is not installed: pip install 'megatron-dmc[serve]'") from e
     for name in ("request_rate", "burstiness"):
         if not getattr(args, name) > 0:
             flag = f"--{name.replace('_', '-')}"
@@ -79,7 +75,7 @@ def run(args: argparse.Namespace) -> Result:
     except (ValueError, AssertionError) as e:
         raise DMCError(f"--extra-body {args.extra_body}: not a JSON object") from e
     asked = prompts(args, args.num_prompts, range_ratio=args.random_range_ratio, seed=args.seed)
-    results, duration, model = asyncio.run(_run(args, asked, extra))
+    results, duration, model = asyncio.run(run_load(args, asked, extra))
     failed = [r for r in results if r.error is not None]
     if len(failed) == len(results):
         raise DMCError(f"every request failed; the first: {failed[0].error}")
@@ -101,11 +97,25 @@ def run(args: argparse.Namespace) -> Result:
     return Result(document)
 
 
-async def _run(
+async def run_load(
     args: argparse.Namespace, asked: list[tuple[Any, int]], extra: dict[str, Any]
 ) -> tuple[list[Answer], float, str]:
-    import aiohttp
+    """Send the requests as `args` says, those of the command.
 
+    Args:
+        asked: see `prompts`.
+        extra: parameters of every request.
+
+    Returns:
+        answers in the order of `asked`, seconds of the whole run, and the model's name.
+
+    Raises:
+        DMCError: aiohttp is not installed, or the server does not answer.
+    """
+    try:
+        import aiohttp
+    except ModuleNotFoundError as e:
+        raise DMCError("aiohttp is not installed: pip install 'megatron-dmc[serve]'") from e
     key = args.api_key or os.environ.get("OPENAI_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     base = args.base_url.rstrip("/")

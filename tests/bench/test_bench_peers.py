@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dmc.bench.peers import cases, command, environments, report
+from megatron_dmc.bench.peers import cases, command, environments, report, servers
 from megatron_dmc.bench.peers.environments import Peer, python_of
 from megatron_dmc.cli.main import main
 from megatron_dmc.errors import DMCError
@@ -64,6 +64,37 @@ def test_largest_batch_of_a_cache(tmp_path, capsys):
     shared = plain | {"engine": "vllm", "shared_prompt": True, "decode_tokens_per_s": 12.5}
     assert f"| 12.5 (float32, one prompt, batch {plain['batch']}) |" in report.tables([shared])
     assert not report.plotted_batches([plain, compressed])
+
+
+def test_an_engine_through_its_server(tmp_path, capsys):
+    served, left_out = rows_of(
+        tmp_path, capsys, "--engines", "megatron-dmc", "llama.cpp", "--shapes", "--servers", "3", "--threads", "1",
+        "--server-input-len", "20", "--server-output-len", "8", "--dtype", "float32",
+    )  # fmt: skip
+    assert served["requests"] == 4 * served["streams"] == 12 and served["output_throughput"] > 0
+    assert served["median_ttft_ms"] > 0 and served["median_tpot_ms"] > 0
+    assert "one request at a time" in left_out["skipped"]
+    peer = served | {"engine": "vllm", "output_throughput": served["output_throughput"] / 2}
+    table = report.tables([served, peer, left_out])
+    assert "Decode" not in table and "| 1, 3 |" in table and "| 2.00 |" in table
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(
+        servers.COMMANDS, "megatron-dmc", ("-c", "raise SystemExit('no such model')")
+    )
+    (row,) = rows_of(
+        tmp_path,
+        capsys,
+        "--engines",
+        "megatron-dmc",
+        "--shapes",
+        "--servers",
+        "2",
+        "--threads",
+        "1",
+    )
+    assert row["skipped"] == "no such model" and row["streams"] == 2
 
 
 def test_figures_begin_at_the_last_first_token(monkeypatch):

@@ -3,7 +3,8 @@
 Regime: one machine, one model, the same random prompts; each engine alone in a process, in an environment that
 the command makes, all of a case's requests given at once, greedy, full-length completions.
 Metric: seconds until the last request's first token; tokens per second of all requests after that, while all of
-them run; resident memory of the process at most. The last line printed is one JSON document; `--json` writes its
+them run; resident memory of the process at most. With `--servers` also each engine's own server under one load of
+streamed completions: tokens per second, time to the first token and between tokens. The last line printed is one JSON document; `--json` writes its
 rows after each engine, one for each case, and a row that could not be measured has `skipped`, the reason.
 """
 
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_dmc.bench.output import Result, Row
-from megatron_dmc.bench.peers import report
+from megatron_dmc.bench.peers import report, servers
 from megatron_dmc.bench.peers.cases import CLOCKS, MARK
 from megatron_dmc.bench.peers.environments import OURS, PEERS, python_of
 from megatron_dmc.checkpoint.hub import local_path
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gguf", metavar="FILE", help="the same weights for llama.cpp (default: written from "
         "--model, if that is a Llama in bfloat16)")  # fmt: skip
     add("--engines", nargs="+", choices=PEERS, default=list(PEERS), help="default: all")
-    add("--shapes", type=shape, nargs="+", default=SHAPES, metavar="BxT",
+    add("--shapes", type=shape, nargs="*", default=SHAPES, metavar="BxT",
         help="requests and tokens of each one's prompt "
         f"(default: {' '.join(f'{b}x{t}' for b, t in SHAPES)}); autox4096: as many as the cache holds, "
         f"for {' and '.join(WITH_LIMITED_CACHE)}")  # fmt: skip
@@ -51,6 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="imposed on this engine at the longest prompts, in addition to CR 1 (default: 4 8)")  # fmt: skip
     add("--filled-caches", action="store_true", help="decode alone: this engine's caches are filled with "
         "random entries, and vLLM's requests share one prompt in its prefix cache")  # fmt: skip
+    add("--servers", type=int, nargs="+", default=[], metavar="N",
+        help="also through each engine's server, with N requests at a time")  # fmt: skip
+    add("--server-input-len", type=int, default=256, metavar="N", help="(default: 256)")
+    add("--server-output-len", type=int, default=64, metavar="N", help="(default: 64)")
     add("--kv-cache-memory-bytes", type=int, default=2**32, metavar="N",
         help="of this engine's cache and vLLM's (default: 4 GiB)")  # fmt: skip
     add("--threads", type=int, nargs="+", default=None, metavar="N", help="default: all cores")
@@ -97,7 +102,9 @@ def run(args: argparse.Namespace) -> Result:
     Raises:
         DMCError: the model cannot be found, or a flag is out of range.
     """
-    for flag, least in (("new_tokens", 3), ("crs", 1), ("threads", 1)):
+    for flag, least in (
+        ("new_tokens", 3), ("crs", 1), ("threads", 1), ("servers", 1), ("server_input_len", 1), ("server_output_len", 2),
+    ):  # fmt: skip
         given = getattr(args, flag)
         if any(x < least for x in (given if isinstance(given, list) else [given]) if x is not None):
             raise DMCError(f"--{flag.replace('_', '-')} {given}: at least {least}")
@@ -108,6 +115,10 @@ def run(args: argparse.Namespace) -> Result:
             raise DMCError(f"--clock cpu adds up the threads' time: use --threads 1, not {threads}")
         for engine in args.engines:
             found = _measure(engine, cases_of(engine, args), str(model), threads, args)
+            found += [
+                _measure_server(engine, str(model), threads, streams, args)
+                for streams in args.servers
+            ]
             same = {"engine": engine, "threads": threads, "dtype": args.dtype}
             rows += [same | row for row in found]
             if args.json:
@@ -127,7 +138,7 @@ def run(args: argparse.Namespace) -> Result:
 
 def cases_of(engine: str, args: argparse.Namespace) -> list[Row]:
     """Cases of an engine, small ones first; those of the largest batch only where a cache has a limit."""
-    longest = max(context for _, context in args.shapes)
+    longest = max((context for _, context in args.shapes), default=0)
     cases = [
         {"batch": batch, "context": context, "new_tokens": args.new_tokens, "cr": cr}
         for batch, context in args.shapes
@@ -142,6 +153,8 @@ def _measure(
 ) -> list[Row]:
     """Rows of all cases; those that the engine did not reach have `skipped`."""
     rows: list[Row] = []
+    if not cases:
+        return rows
     try:
         python = python_of(engine, args.environments or _environments(), args.peer_python)
         asked = {
@@ -157,6 +170,23 @@ def _measure(
         reason = str(error)
         rows += [case | {"skipped": reason} for case in cases[len(rows) :]]
     return rows
+
+
+def _measure_server(
+    engine: str, model: str, threads: int, streams: int, args: argparse.Namespace
+) -> Row:
+    row: Row = {
+        "streams": streams, "input_len": args.server_input_len, "output_len": args.server_output_len,
+    }  # fmt: skip
+    try:
+        if engine in servers.NO_SERVER:
+            raise DMCError(servers.NO_SERVER[engine])
+        python = python_of(engine, args.environments or _environments(), args.peer_python)
+        row |= servers.measure(engine, python, model, threads, streams, args)
+    except DMCError as error:
+        row |= {"skipped": str(error)}
+    print(json.dumps({"engine": engine} | row), file=sys.stderr, flush=True)
+    return row
 
 
 def _environments() -> Path:

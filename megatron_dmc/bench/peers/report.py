@@ -13,13 +13,21 @@ CASE = {"shape": "threads, batch x context", "cr": "CR"}
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """Decode, then the time to the first token and memory, in Markdown; a line for each shape and CR. Where the
-    cache sets the batch, a shape is its size, and the batch is in the cell.
+    """Decode, then the time to the first token and memory, in Markdown; a line for each shape and CR. Then the servers,
+    a line for each number of requests at a time. Where the cache sets the batch, a shape is its size, and the batch is in the cell.
 
     Of an engine's rows in several dtypes each table has the faster one.
     """
-    parts = ["Decode, tokens/s:", _decode(rows)]
-    parts += ["Seconds to the last request's first token, and peak memory in GiB:", _prefill(rows)]
+    parts = []
+    for title, table in (
+        ("Decode, tokens/s:", _decode(rows)),
+        ("Seconds to the last request's first token, and peak memory in GiB:", _prefill(rows)),
+        (
+            "Through the engines' servers: tokens/s, median ms to the first token and between tokens:",
+            _servers(rows),
+        ),
+    ):
+        parts += [title, table] if table else []
     for engine, reason in _skipped(rows).items():
         parts.append(f"{engine} is not measured: {reason}.")
     return "\n\n".join(parts)
@@ -38,7 +46,7 @@ def _decode(rows: Sequence[Row]) -> str:
             line["bound"] = _digits(best[OURS]["bound_tokens_per_s"])
         found.append(line)
     ratios = {"/ vllm": "ours / vLLM", "/ transformers": "ours / transformers"}
-    return markdown(found, CASE | _titles(rows) | ratios | {"bound": "bound"})
+    return markdown(found, CASE | _titles(rows) | ratios | {"bound": "bound"}) if found else ""
 
 
 def _prefill(rows: Sequence[Row]) -> str:
@@ -50,7 +58,26 @@ def _prefill(rows: Sequence[Row]) -> str:
             if (size := row["peak_memory_bytes"]) is not None:
                 line[engine] += f", {size / 2**30:.2f}"
         found.append(line)
-    return markdown(found, CASE | _titles(rows))
+    return markdown(found, CASE | _titles(rows)) if found else ""
+
+
+def _servers(rows: Sequence[Row]) -> str:
+    lines: dict[tuple[int, int], Row] = {}
+    for row in rows:
+        if row.get("output_throughput") is None:
+            continue
+        key = row["threads"], row["streams"]
+        line = lines.setdefault(key, {"load": f"{key[0]}, {key[1]}"})
+        rate = row["output_throughput"]
+        line[f"rate of {row['engine']}"] = rate
+        line[row["engine"]] = (
+            f"{rate:.0f}, {row['median_ttft_ms']:.0f}, {row['median_tpot_ms']:.1f}{_marked(row)}"
+        )
+    for line in lines.values():
+        if {f"rate of {OURS}", "rate of vllm"} <= set(line):
+            line["ratio"] = f"{line[f'rate of {OURS}'] / line['rate of vllm']:.2f}"
+    columns = {"load": "threads, requests at a time"} | _titles(rows) | {"ratio": "ours / vLLM"}
+    return markdown([lines[key] for key in sorted(lines)], columns) if lines else ""
 
 
 def _lines(rows: Sequence[Row]) -> Iterator[tuple[Row, dict[str, list[Row]]]]:
