@@ -212,7 +212,7 @@ class ModelRunner:
             ids_B.copy_(torch.where(ids_B == _SAMPLED, self.sampled_R[rows_B], ids_B))
 
     def _forward_decode(self, token_ids_B: Tensor, positions_B: Tensor, rows_B: Tensor) -> Tensor:
-        """What graphs capture."""
+        """The part that graphs capture."""
         self._put_sampled(token_ids_B, rows_B)
         return self._forward(token_ids_B, positions_B, rows_B, None)
 

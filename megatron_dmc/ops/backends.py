@@ -155,10 +155,10 @@ def _cuda(op: str) -> Any:
 
 
 def _cpu(op: str) -> Any:
-    from megatron_dmc.ops.cpu import decode, linear, norm, pages, swiglu
+    from megatron_dmc.ops.cpu import decode, linear, norm, pages, prefill, swiglu
 
     return {
-        "decode": decode, "linear": linear, "norm": norm, "pages": pages, "swiglu": swiglu,
+        "decode": decode, "linear": linear, "norm": norm, "pages": pages, "prefill": prefill, "swiglu": swiglu,
     }[op]  # fmt: skip
 
 
@@ -188,9 +188,8 @@ DECODE = Op("decode", cuda=CUDA, triton=TRITON, cpu=CPU, torch=PYTORCH)
 """`ops.paged.decode`. Its arguments are (x, page_size, group=1): queries or keys (..., D), slots of a page,
 query heads per KV head where attention is computed."""
 
-PREFILL = Op("prefill", cuda=CUDA, triton=TRITON, torch=PYTORCH, cpu=PYTORCH)
-"""`ops.paged.prefill`: (q, cache, merge_window), the window 0 where nothing merges. On a CPU
-PyTorch's own attention kernels are the fastest."""
+PREFILL = Op("prefill", cuda=CUDA, triton=TRITON, cpu=CPU, torch=PYTORCH)
+"""`ops.paged.prefill`: (q, cache, merge_window), the window 0 where nothing merges."""
 
 PAGES = Op("pages", cuda=CUDA, triton=TRITON, cpu=CPU, torch=PYTORCH)
 """`ops.paged.pages`: (page_ids)."""

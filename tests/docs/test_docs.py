@@ -88,14 +88,18 @@ def test_tables_of_the_performance_page():
 
 
 def test_figures_of_smollm2():
-    """The page's and the README's are those of docs/results/smollm2.json, as `tools/smollm2_page.py` brought them."""
+    """Those of the page, the results and the README are docs/results/smollm2.json's, as `tools/smollm2_page.py` brought
+    them."""
     found = json.loads((ROOT / "docs/results/smollm2.json").read_text())
-    page, readme = (ROOT / "docs/smollm2.md").read_text(), (ROOT / "README.md").read_text()
+    page, results, readme = (
+        (ROOT / name).read_text() for name in ("docs/smollm2.md", "docs/results.md", "README.md")
+    )
     lengths = (("perplexity", "control_perplexity"), ("long_perplexity", "control_long_perplexity"))
     for target in found["targets"].values():
         for name, control in lengths:
             loss = f"{100 * (target[name] / found[control] - 1):.1f} %"
-            assert loss in readme and f"{target[name]:.2f}" in page and f"+{loss}" in page
+            assert loss in readme and loss in results
+            assert f"{target[name]:.2f}" in page and f"+{loss}" in page
         assert f"CR {target['measured_cr']:.2f}" in readme
         assert f"| {target['measured_cr']:.2f} | {target['cache_cr']:.2f} |" in page
     assert (ROOT / "docs/smollm2-report.md").stat().st_size < 2_000_000

@@ -1,7 +1,7 @@
 """The choice of a back end: order, devices, overrides, reasons."""
 
 import logging
-import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ X = torch.zeros(2, 64)
 
 
 def kernels(reason=""):
-    return lambda op: types.SimpleNamespace(
+    return lambda op: SimpleNamespace(
         refusal=lambda x, size: reason and f"{reason}, not {size}"
     )
 
@@ -62,8 +62,8 @@ def test_overrides(monkeypatch):
 def test_cpu_tensors_run_in_pytorch(monkeypatch):
     for module in (cpu, cpu_pages):
         monkeypatch.setattr(module, "absence", lambda: "not built")
-    assert DECODE.choose(X, 16) == PREFILL.choose(X, X, 0) == PAGES.choose(X) == "torch"
-    assert PREFILL.kernels(PREFILL.choose(X, X, 0, backend="cpu")) is None
+    cache = SimpleNamespace(is_scaled=False, page_size=16)
+    assert DECODE.choose(X, 16) == PREFILL.choose(X, cache, 0) == PAGES.choose(X) == "torch"
     assert MERGE.choose(X, X, 0) == "torch"
     with pytest.raises(
         ValueError, match="decode: backend='triton' cannot run.*only tensors on a GPU"

@@ -17,8 +17,9 @@ from megatron_dmc.model import inference
 from megatron_dmc.ops import cpu
 from megatron_dmc.ops.backends import DECODE, LINEAR
 from megatron_dmc.ops.cpu import linear, norm, swiglu
-from megatron_dmc.ops.paged import decode
-from megatron_dmc.ops.testing import decode_case
+from megatron_dmc.ops.paged import decode, prefill
+from megatron_dmc.ops.paged.chunks import Chunks
+from megatron_dmc.ops.testing import decode_case, prefill_case
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,12 +31,52 @@ needs_extension = pytest.mark.skipif(bool(cpu.absence()), reason=cpu.absence() o
 def test_cases(large):
     pytest.importorskip("triton")  # shares Triton's files of cases
     run_cases(
-        "kernel_cases_decode.py", "kernel_cases_pages.py", TRITON_INTERPRET="1", DMC_TESTED_BACKEND="cpu",
-        DMC_LARGE_CASES=large,
+        "kernel_cases_decode.py", "kernel_cases_pages.py", "kernel_cases_prefill.py", TRITON_INTERPRET="1",
+        DMC_TESTED_BACKEND="cpu", DMC_LARGE_CASES=large,
     )  # fmt: skip
 
 
 attend = partial(decode.paged_decode_attention, backend="cpu")
+
+
+@needs_extension
+@pytest.mark.parametrize("compress", [False, True])
+def test_prefill_is_the_same_for_any_threads_chunks_and_batch(compress):
+    """Two prompts at once on three threads; each alone, in pieces. The tiles' sizes divide none of them."""
+    lengths, cuts = [150, 77], {0: [1, 40, 109], 1: [76, 1]}
+    q, k, v = decode_case.random_heads(
+        sum(lengths), [6, 2, 2], 64, dtype=torch.bfloat16, device="cpu", seed=3
+    )
+    gates = prefill_case.random_decisions(sum(lengths), [0.7, 0.4], device="cpu", seed=3)
+    angles = torch.rand(sum(lengths), 32, generator=torch.Generator().manual_seed(3)).repeat(1, 2)
+
+    def run(pieces):
+        cache = decode_case.random_cache(
+            torch.zeros(2, 2, dtype=torch.int64), dim=64, page_size=16, dtype=torch.bfloat16, device="cpu",
+            room=12, num_free=60, merge_window=4,
+        )  # fmt: skip
+        out = torch.empty_like(q)
+        for chunks, tokens in pieces:
+            out[tokens] = prefill.prefill(
+                cache, chunks, q[tokens], k[tokens], v[tokens],
+                (gates[0][tokens], gates[1][tokens]) if compress else None, angles[tokens],
+                softmax_scale=0.2, merge_window=4, backend="cpu",
+            )  # fmt: skip
+        return out
+
+    pieces = []
+    for row, sizes in cuts.items():
+        first = sum(lengths[:row])
+        for size in sizes:
+            pieces.append((Chunks.of([row], [size], "cpu"), slice(first, first + size)))
+            first += size
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        together = run([(Chunks.of([0, 1], lengths, "cpu"), slice(None))])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(run(pieces), together)
 
 
 @needs_extension
@@ -271,9 +312,9 @@ def test_layers_on_a_cpu_are_those_of_megatron(dtype, monkeypatch):
 
 
 @needs_extension
-@pytest.mark.parametrize("is_filled", [False, True])
-def test_advice_about_memory_changes_no_number(is_filled):
+@pytest.mark.parametrize("at_once", [False, True])
+def test_advice_about_memory_changes_no_number(at_once):
     for count in (1, cpu.LEAST_HUGE_BYTES, 3 * cpu.LEAST_HUGE_BYTES + 5):
         x = torch.arange(count)[1:]
-        cpu.advise_huge_pages(x, is_filled=is_filled)
+        cpu.advise_huge_pages(x, at_once=at_once)
         assert torch.equal(x, torch.arange(1, count))

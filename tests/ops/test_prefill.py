@@ -169,7 +169,7 @@ def test_what_is_refused(monkeypatch):
         call(chunks, backend="triton")
     # as on a GPU
     monkeypatch.setattr("megatron_dmc.ops.triton.decode.INTERPRETED", True)
-    with pytest.raises(ValueError, match=r"triton \(merge_window=17, more than 16\), torch"):
+    with pytest.raises(ValueError, match=r"triton \(merge_window=17, more than 16\), .*torch"):
         call(chunks, backend="triton", merge_window=17)
     assert call(chunks, merge_window=17).shape == q.shape  # PyTorch takes over
     assert cache.num_entries_RG.tolist() == [[int((~is_merge[1:]).sum()) + 1]]

@@ -33,7 +33,7 @@ NO_SERVER = {
     "transformers": "its server takes texts, not token ids",
     "llama.cpp": "the server of its Python package computes one request at a time",
 }
-"""Why an engine is left out."""
+"""Reasons for leaving an engine out."""
 VARIABLES = {"vllm": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}}
 POLL_S, END_S = 0.25, 20
 ROUNDS = 4

@@ -4,6 +4,7 @@
 #include "cpu/kernels.h"
 #include "cpu/linear.h"
 #include "cpu/norm.h"
+#include "cpu/prefill.h"
 #include "cpu/swiglu.h"
 
 #define DMC_NAME_(capability) kernels_##capability
@@ -12,6 +13,9 @@
 namespace dmc::cpu {
 
 const Kernels DMC_NAME(CPU_CAPABILITY) = {
-    {&append, &attend, &rms_norm}, {&append, &attend, &rms_norm}, &linear, &swiglu};
+    {&append, &attend, &rms_norm, &prefill_write, &prefill_attention},
+    {&append, &attend, &rms_norm, &prefill_write, &prefill_attention},
+    &linear,
+    &swiglu};
 
 }  // namespace dmc::cpu

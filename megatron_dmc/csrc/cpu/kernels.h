@@ -19,6 +19,35 @@ struct AttentionParams {
   float scale;
 };
 
+// Chunks: row of the cache, first token, number of tokens. A plain cache has no decisions and no own states; one that
+// evicts has no own states. With a delay `near` are the raw tokens (Y, G, D), and own states and entries those of the
+// tokens that leave the rings.
+template <class T>
+struct PrefillParams {
+  PagedKV kv;
+  const T* q_TND;
+  const T* k_TGD;
+  const T* v_TGD;
+  const T* near_k_YGD;
+  const T* near_v_YGD;
+  const int32_t* far_B2;
+  T* out_TND;
+  T* own_k_TGD;  // dense, like all tensors (T, G, ...) without strides
+  T* own_v_TGD;
+  int32_t* entry_TG;
+  const bool* is_merge_TG;
+  const float* omega_TG;
+  const T* cos_TF;
+  const T* sin_TF;
+  const int32_t* chunks_B3;
+  float* segments_RGUA;
+  int64_t q_stride[2], k_stride[2], v_stride[2], out_stride[2];
+  int64_t cos_stride, sin_stride, segments_row_stride, segments_head_stride;
+  int num_chunks, num_kv_heads, group, half, merge_window, delay;
+  bool compress;  // of queries
+  float scale;
+};
+
 // Rows of x may lie apart; `residual`, if any, and `out` are dense and may be the same. K is a multiple of kDimStep,
 // N of 4.
 struct LinearParams {
@@ -51,6 +80,8 @@ struct KernelsOf {
   void (*append)(const AppendParams<T>&);
   void (*attend)(const AttentionParams<T>&);
   void (*rms_norm)(const NormParams<T>&);
+  void (*prefill_write)(const PrefillParams<T>&);
+  void (*prefill_attention)(const PrefillParams<T>&);
 };
 
 struct Kernels {

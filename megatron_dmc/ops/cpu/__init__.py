@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 OPERATORS = (
-    "advise_huge_pages", "decode_append", "linear", "paged_decode_attention", "release_pages", "rms_norm", "swiglu",
+    "advise_huge_pages", "decode_append", "linear", "paged_decode_attention", "prefill_attention", "prefill_write",
+    "release_pages", "rms_norm", "swiglu",
 )  # fmt: skip
 DIM_STEP, MAX_DIM = 32, 256
 """Head dimensions are multiples of the first, up to the second."""
