@@ -14,9 +14,7 @@ X = torch.zeros(2, 64)
 
 
 def kernels(reason=""):
-    return lambda op: SimpleNamespace(
-        refusal=lambda x, size: reason and f"{reason}, not {size}"
-    )
+    return lambda op: SimpleNamespace(refusal=lambda x, size: reason and f"{reason}, not {size}")
 
 
 def missing(op):

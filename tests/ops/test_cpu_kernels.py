@@ -318,3 +318,18 @@ def test_advice_about_memory_changes_no_number(at_once):
         x = torch.arange(count)[1:]
         cpu.advise_huge_pages(x, at_once=at_once)
         assert torch.equal(x, torch.arange(1, count))
+
+
+def test_zeros_take_no_memory_until_they_are_written():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc")
+    before = resident()
+    x = cpu.untouched_zeros((1 << 10, 16, 1 << 12), torch.bfloat16)  # 128 MB
+    assert resident() - before < 2**24
+    x[:512] = 1
+    assert 2**26 <= resident() - before < 2**26 + 2**24
+    assert x.is_contiguous() and not x.data_ptr() % 64 and not x[512:513].any()
+    assert cpu.untouched_zeros((2, 3), torch.float8_e4m3fn).shape == (2, 3)

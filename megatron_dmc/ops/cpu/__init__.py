@@ -1,7 +1,10 @@
 """The cache ops in the extension for CPUs `megatron_dmc._cpu`, where it is built."""
 
 import functools
+import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +17,7 @@ DIM_STEP, MAX_DIM = 32, 256
 MIN_PAGE_SIZE = 8
 MAX_GROUP = 32
 """Query heads of a KV head that decode attention takes."""
+_HUGE_PAGE = 1 << 21
 LEAST_HUGE_BYTES = 1 << 19
 """Of a tensor that is worth advice about its memory."""
 
@@ -63,3 +67,16 @@ def advise_huge_pages(x: Tensor, *, at_once: bool = False) -> None:
     """
     if x.device.type == "cpu" and x.nbytes >= LEAST_HUGE_BYTES and not absence():
         torch.ops.megatron_dmc_cpu.advise_huge_pages.default(x, at_once)
+
+
+def untouched_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros on the CPU whose memory is taken when it is first written, in huge pages where the system has them.
+    `torch.zeros` writes all of it, in small pages, which then stay."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < _HUGE_PAGE:
+        return torch.zeros(*shape, dtype=dtype)
+    memory = np.zeros(size + _HUGE_PAGE, dtype=np.uint8)  # the system's own zeros
+    first = -memory.ctypes.data % _HUGE_PAGE
+    x = torch.from_numpy(memory[first : first + size]).view(dtype).view(*shape)
+    advise_huge_pages(x)
+    return x

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.errors import UnsupportedConfig
-from megatron_dmc.ops.cpu import advise_huge_pages
+from megatron_dmc.ops.cpu import untouched_zeros
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """The 8-bit dtypes, and what an entry's largest channel becomes."""
@@ -73,9 +73,13 @@ def empty_pages(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> Pages:
-    """Pages of zeros; `ScaledPages` where `dtype` is one of `LARGEST`."""
-    values = torch.zeros(num_pages, page_size, head_dim, dtype=dtype, device=device)
-    advise_huge_pages(values)  # nothing of it is touched yet
+    """Pages of zeros; `ScaledPages` where `dtype` is one of `LARGEST`. On a CPU those that are never written take no
+    memory."""
+    shape = num_pages, page_size, head_dim
+    if torch.device(device).type == "cpu":
+        values = untouched_zeros(shape, dtype)
+    else:
+        values = torch.zeros(*shape, dtype=dtype, device=device)
     if dtype not in LARGEST:
         return values
     return ScaledPages(values, torch.zeros(values.shape[:2], device=device))
