@@ -15,7 +15,7 @@ from megatron_dmc.ops.tensors import dense_channels
 def refusal(q_TND: Tensor, cache: LayerCache, merge_window: int) -> str:
     """See `ops.backends`."""
     if cache.is_scaled:
-        return f"pages in {cache.k_pages_PSD.values_PSD.dtype}"
+        return "pages of 8 bits"
     return cpu.refusal(q_TND, cache.page_size)
 
 
