@@ -142,16 +142,16 @@ def test_prefill_after_a_delay(case):
     group, dim, page_size, dtype, window, delay, rotary = case
     evicts, window = window is None, window or 0
     entries = torch.tensor([[0, 0], [delay, delay + 9], [delay + 3, delay + 1], [delay, delay]])
-    entries[0] = delay - 1
+    entries[0], entries[2] = delay - 1, 0
     cache = decode_case.random_cache(
         entries, dim=dim, page_size=page_size, dtype=dtype, device=DEVICE, room=20, num_free=200,
         merge_window=window, delay=delay, evicts=evicts,
     )  # fmt: skip
     half = torch.rand(200, rotary // 2, generator=torch.Generator().manual_seed(7)) * 6
     freqs = torch.cat([half, half], dim=-1).to(DEVICE) if rotary else None
-    starts = [delay + 9, delay - 1, delay]
-    for step, sizes in enumerate([(37, 1, 5), (1, 40, 2), (3, 2, 33)]):
-        chunks = Chunks.of([1, 0, 3], sizes, DEVICE, starts=starts)
+    starts = [delay + 9, delay - 1, delay, 0]
+    for step, sizes in enumerate([(37, 1, 5, delay + 6), (1, 40, 2, 1), (3, 2, 33, 4)]):
+        chunks = Chunks.of([1, 0, 3, 2], sizes, DEVICE, starts=starts)
         qkv = decode_case.random_heads(
             chunks.total, [2 * group, 2, 2], dim, dtype=dtype, device=DEVICE, seed=step,
             strided=step == 0,

@@ -49,6 +49,7 @@ struct ChunkWriter {
   void write(const int32_t* chunk, int g) const {
     const int64_t row = chunk[0];
     int64_t& num_entries = *p.kv.num_entries(row, g);
+    num_entries = std::max<int64_t>(num_entries, p.delay);  // the ring's slots come first
     const int32_t* table = p.kv.table(row, g);
     const bool compress = p.is_merge_TG;
     const OpenSegment segment{
