@@ -4,8 +4,9 @@ Regime: one machine, one model, the same random prompts; each engine alone in a 
 the command makes, all of a case's requests given at once, greedy, full-length completions.
 Metric: seconds until the last request's first token; tokens per second of all requests after that, while all of
 them run; resident memory of the process at most. With `--servers` also each engine's own server under one load of
-streamed completions: tokens per second, time to the first token and between tokens. The last line printed is one JSON document; `--json` writes its
-rows after each engine, one for each case, and a row that could not be measured has `skipped`, the reason.
+streamed completions: tokens per second, time to the first token and between tokens. The last line printed is one JSON
+document; `--json` writes its rows after each engine, one for each case, and a row that could not be measured has
+`skipped`, the reason.
 """
 
 import argparse

@@ -35,6 +35,7 @@ NO_SERVER = {
 }
 """Reasons for leaving an engine out."""
 VARIABLES = {"vllm": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}}
+"""Of the engine's environment."""
 POLL_S, END_S = 0.25, 20
 ROUNDS = 4
 """Requests of each stream."""
@@ -43,14 +44,15 @@ ROUNDS = 4
 def measure(
     engine: str, python: str, model: str, threads: int, streams: int, args: argparse.Namespace
 ) -> Row:
-    """The row of an engine's server with `streams` requests at a time, from its start to its end.
+    """The row of an engine's server with `streams` requests at a time: start it, load it, end it.
 
     Args:
+        engine: one of `COMMANDS`.
         python: the interpreter of the engine's environment.
         args: of `bench peers`.
 
     Raises:
-        DMCError: it ended, it took too long, or every request failed.
+        DMCError: it ended, it took too long to start, or a request failed.
     """
     port = _free_port()
     words = {

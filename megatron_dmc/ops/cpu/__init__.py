@@ -70,8 +70,12 @@ def advise_huge_pages(x: Tensor, *, at_once: bool = False) -> None:
 
 
 def untouched_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros on the CPU whose memory is taken when it is first written, in huge pages where the system has them.
-    `torch.zeros` writes all of it, in small pages, which then stay."""
+    """Zeros on the CPU, contiguous, whose memory is taken when it is first written, in huge pages where the system has
+    them. `torch.zeros` writes all of it, in small pages, which then stay.
+
+    Raises:
+        MemoryError: the system has no room for them.
+    """
     size = math.prod(shape) * dtype.itemsize
     if size < _HUGE_PAGE:
         return torch.zeros(*shape, dtype=dtype)
