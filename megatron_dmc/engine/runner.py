@@ -172,10 +172,11 @@ class ModelRunner:
             logits_XV = self._graphs.run(np.array([token_ids, batch.starts_B, batch.rows_B]))
         else:
             rows_B = batch.rows_on(self.device)
-            ids_B, positions_B = to_device(np.array([token_ids, batch.starts_B]), self.device)
             if are_pending:
+                positions_B = to_device(batch.starts_B, self.device)
                 ids_B = self.sampled_R[rows_B]
             else:
+                ids_B, positions_B = to_device(np.array([token_ids, batch.starts_B]), self.device)
                 self._put_sampled(ids_B, rows_B)
             logits_XV = self._forward(ids_B, positions_B, rows_B, None)
         self.context.end_step()
