@@ -150,15 +150,22 @@ def write_corpus(
 
 
 def tokenize(corpus: Path, out: Path, tokenizer: Path, workers: int) -> dict[str, int]:
-    """`.bin/.idx` files of every `.jsonl`; returns tokens by file."""
+    """`.bin/.idx` files of every `.jsonl`, all at the same time; returns tokens by file.
+
+    Raises:
+        ValueError: a file cannot be tokenised.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    counts = {}
-    for file in sorted(corpus.glob("*.jsonl")):
-        done = subprocess.run(
+    processes = {
+        file: subprocess.Popen(
             [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(file),
              "--output-prefix", str(out / file.stem), "--tokenizer-type", "HuggingFaceTokenizer",
              "--tokenizer-model", str(tokenizer), "--append-eod", "--workers", str(workers)],
-            stdout=subprocess.PIPE, text=True, check=True,
-        )  # fmt: skip
-        counts[file.stem] = json.loads(done.stdout.splitlines()[-1])["tokens"]
-    return counts
+            stdout=subprocess.PIPE, text=True,
+        )
+        for file in sorted(corpus.glob("*.jsonl"))
+    }  # fmt: skip
+    outputs = {file: process.communicate()[0] for file, process in processes.items()}
+    if failed := [str(file) for file, process in processes.items() if process.returncode]:
+        raise ValueError(f"not tokenised: {', '.join(failed)}")
+    return {file.stem: json.loads(o.splitlines()[-1])["tokens"] for file, o in outputs.items()}

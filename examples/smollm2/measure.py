@@ -148,7 +148,7 @@ def programs(subject: Subject) -> dict[str, Any]:
     """HumanEval."""
     amounts = subject.settings.measure
     problems = subject.problems[: amounts.problems]
-    llm = subject.llm(1024 + amounts.answer_tokens, max_num_seqs=32)
+    llm = subject.llm(1024 + amounts.answer_tokens, max_num_seqs=64)
     answers = human_eval.programs(llm, problems, amounts.answer_tokens)
     return {
         "problems": len(problems),
@@ -204,17 +204,16 @@ def speeds(subject: Subject) -> dict[str, float]:
     )  # fmt: skip
 
 
-type Measurement = Callable[[Subject], Any]
+FUNCTIONS: dict[str, Callable[[Subject], Any]] = {
+    "human_eval": programs, "needle": needles, "perplexity": perplexity, "long_perplexity": long_perplexity,
+    "cache": cache, "chat": chats, "speed": speeds,
+}  # fmt: skip
 
 
-def measurements_of(arm: Arm | None) -> dict[str, Measurement]:
-    """Measurements of an arm; None: the original model. What the control shares with it is measured once."""
-    perplexities: dict[str, Measurement] = {
-        "perplexity": perplexity, "long_perplexity": long_perplexity,
-    }  # fmt: skip
+def wanted(arm: Arm | None) -> tuple[str, ...]:
+    """Names of an arm's measurements; None: the original model. The control leaves out what it shares with it."""
     if arm is not None and arm.policy == "evict":
-        return perplexities
-    texts = {**perplexities, "human_eval": programs, "chat": chats}
+        return ("perplexity", "long_perplexity")
     if arm is not None and arm.target_cr is None:
-        return texts
-    return {**texts, "needle": needles, "cache": cache, "speed": speeds}
+        return ("perplexity", "long_perplexity", "human_eval", "chat")
+    return tuple(FUNCTIONS)

@@ -12,6 +12,7 @@ from smollm2.corpus import KINDS
 from smollm2.figures import Evicted, Results, draw, retrofits
 from smollm2.measure import CHAT_PROMPTS
 from smollm2.settings import Settings
+from smollm2.steps import Run
 
 PARAMETERS = 134_515_008
 """Of SmolLM2-135M, embeddings included."""
@@ -129,13 +130,14 @@ def _quoted(text: str) -> str:
 
 def write(
     folder: Path, settings: Settings, results: Results, evicted: Evicted,
-    counts: dict[str, int], seconds: dict[str, float],
+    counts: dict[str, int], seconds: dict[str, float], runs: list[Run],
 ) -> None:  # fmt: skip
     """Write the report's files; those of an older report go.
 
     Args:
         counts: tokens of the tokenised files.
         seconds: of every step.
+        runs: of the command.
     """
     folder.mkdir(parents=True, exist_ok=True)
     figures = summary(settings, results, evicted)
@@ -152,6 +154,10 @@ def write(
     held = ", ".join(f"{counts[f'heldout-{kind}']:,} of {kind}" for kind in KINDS)
     time_table = table(
         ["step", "seconds"], [[name, f"{value:,.0f}"] for name, value in seconds.items()]
+    )
+    together = "; ".join(
+        f"{run.steps} steps in {run.seconds / 60:,.0f} minutes, {run.jobs} at a time"
+        for run in runs
     )
     machine = ", ".join(f"{name} {value}" for name, value in figures["environment"].items())
     (folder / "README.md").write_text(f"""# SmolLM2-135M with a compressed KV cache
@@ -211,6 +217,8 @@ Twenty prompts, greedy, at most {settings.measure.chat_tokens} tokens; none was 
 ## Steps
 
 {time_table}
+
+The command: {together}. Steps that ran at the same time share the cores.
 
 {machine}
 """)

