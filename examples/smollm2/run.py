@@ -79,6 +79,7 @@ def common_flags(settings: Settings, base: Path, data: Path, tokenizer: Path) ->
         "--data-cache-path", str(data / "cache"), "--eval-interval", "1000000", "--eval-iters", "2",
         "--log-interval", "1", "--adam-beta2", str(t.adam_beta2), "--weight-decay", "0.1", "--clip-grad", "1.0",
         "--ckpt-format", "torch_dist", "--dmc-teacher", str(base),
+        "--dmc-teacher-cache", str(base.parent / "teacher"),  # all arms see the same data
     ]  # fmt: skip
 
 

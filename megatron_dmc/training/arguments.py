@@ -66,6 +66,11 @@ def add_dmc_args(parser: ArgumentParser) -> ArgumentParser:
         "--dmc-teacher-weight", type=float, default=1.0,
         help="part of the KL in the loss; the language-model loss has the rest (default: 1.0)",
     )  # fmt: skip
+    group.add_argument(
+        "--dmc-teacher-cache", metavar="FOLDER",
+        help="keep the teacher's last hidden states in this folder, tokens x hidden size values; data that "
+        "comes again, in another epoch or another run, then needs the teacher's output layer only",
+    )  # fmt: skip
     return parser
 
 
@@ -175,9 +180,13 @@ def check_teacher(args: Namespace) -> None:
     """Refuse what a teacher cannot be combined with. What its checkpoint holds, `load_teacher` looks at.
 
     Raises:
-        DMCError: no checkpoint there, pipeline stages, or a weight that is no part.
+        DMCError: no checkpoint there, pipeline stages, a weight that is no part, or a folder that cannot be made.
     """
     if not args.dmc_teacher:
+        if args.dmc_teacher_cache:
+            raise UnsupportedConfig(
+                f"--dmc-teacher-cache {args.dmc_teacher_cache}: give --dmc-teacher too"
+            )
         return
     if not is_checkpoint(args.dmc_teacher):
         raise _no_checkpoint("--dmc-teacher", args.dmc_teacher)
@@ -189,6 +198,13 @@ def check_teacher(args: Namespace) -> None:
         )
     if not 0 <= args.dmc_teacher_weight <= 1:
         raise UnsupportedConfig(f"--dmc-teacher-weight={args.dmc_teacher_weight}: use 0 to 1")
+    if args.dmc_teacher_cache:
+        try:
+            Path(args.dmc_teacher_cache).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UnsupportedConfig(
+                f"--dmc-teacher-cache {args.dmc_teacher_cache}: {e.strerror}; give a folder that can be written"
+            ) from e
 
 
 def pass_over_damaged(args: Namespace) -> None:

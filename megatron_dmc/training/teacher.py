@@ -3,6 +3,7 @@
 import copy
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing, mpu
@@ -15,9 +16,10 @@ from megatron_dmc.config import DMCConfig, Stage
 from megatron_dmc.errors import CheckpointError
 from megatron_dmc.model.build import DMCGPTModel
 from megatron_dmc.model.config import DMCTransformerConfig
-from megatron_dmc.model.decisions import DecisionRecorder
+from megatron_dmc.model.decisions import DecisionRecorder, GateKey
 from megatron_dmc.training.loss import vocab_parallel_kl
 from megatron_dmc.training.model import build_model
+from megatron_dmc.training.teacher_states import HiddenStates
 
 SAME = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
         "normalization", "layernorm_epsilon", "swiglu", "add_bias_linear", "add_qkv_bias",
@@ -36,16 +38,18 @@ class Teacher:
     Args:
         model: plain, in evaluation mode, in the student's tensor-parallel layout.
         weight: part of the KL in the loss, 0 to 1; the language-model loss has the rest.
+        states: hidden states of microbatches that it has seen; None: it computes every one.
     """
 
-    def __init__(self, model: DMCGPTModel, weight: float = 1.0):
+    def __init__(self, model: DMCGPTModel, weight: float = 1.0, states: HiddenStates | None = None):
         self.model = model
         self.weight = weight
+        self.states = states
 
     def losses(
         self, tokens_BT: Tensor, position_ids_BT: Tensor, mask: Tensor
     ) -> Callable[..., Tensor]:
-        """The teacher's forward on a microbatch, and what makes losses of the student's on it.
+        """The teacher's logits of a microbatch, and what makes losses of the student's on it.
 
         Args:
             tokens_BT, position_ids_BT, mask: as the student gets them.
@@ -56,7 +60,7 @@ class Teacher:
             of every token, without gradient where `weight` is 1, and KL(teacher || student).
         """
         with torch.no_grad():
-            teacher_TBV = self.model(tokens_BT, position_ids_BT, mask, output_processor=_logits)
+            teacher_TBV = self._logits(tokens_BT, position_ids_BT, mask)
         group = self.model.pg_collection.tp
 
         def processor(*, labels: Tensor, compute_language_model_loss, **outputs) -> Tensor:
@@ -68,6 +72,26 @@ class Teacher:
             return torch.stack([lm_BT.to(kl_TB.dtype), kl_TB.T])
 
         return processor
+
+    def _logits(self, tokens_BT: Tensor, position_ids_BT: Tensor, mask: Tensor) -> Tensor:
+        """logits_TBV, of this rank's columns."""
+        model, states = self.model, self.states
+        if states is None:
+            return model(tokens_BT, position_ids_BT, mask, output_processor=_logits)
+        file = states.file_of(tokens_BT, position_ids_BT, GateKey.from_tensor(mask)[1])
+        if (hidden_states := states.load(file, tokens_BT.device)) is not None:
+            is_tied = model.share_embeddings_and_output_weights
+            return _logits(
+                hidden_states=hidden_states, output_layer=model.output_layer,
+                output_weight=model.shared_embedding_or_output_weight() if is_tied else None,
+                scale_logits=model._scale_logits, runtime_gather_output=None,
+            )  # fmt: skip
+
+        def processor(*, hidden_states: Tensor, **outputs) -> Tensor:
+            states.save(file, hidden_states)
+            return _logits(hidden_states=hidden_states, **outputs)
+
+        return model(tokens_BT, position_ids_BT, mask, output_processor=processor)
 
     def combine(self, lm_loss: Tensor, kl: Tensor) -> Tensor:
         """`weight * kl + (1 - weight) * lm_loss`."""
@@ -136,7 +160,10 @@ def load_teacher(args: Namespace, config: DMCTransformerConfig) -> Teacher:
     missing = [name for name in found.missing_keys if "_extra_state" not in name]
     if missing:
         raise CheckpointError(f"--dmc-teacher {folder}: has no {', '.join(missing[:5])}")
-    return Teacher(model, args.dmc_teacher_weight)
+    states = None
+    if args.dmc_teacher_cache:
+        states = HiddenStates(Path(args.dmc_teacher_cache), folder, config.params_dtype)
+    return Teacher(model, args.dmc_teacher_weight, states)
 
 
 def _check_model(args: Namespace, saved: Namespace) -> None:

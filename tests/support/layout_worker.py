@@ -100,6 +100,11 @@ def parse(flags: list[str]) -> Namespace:
         "--teacher", choices=["same", "other"], help="the student's own weights, or another model's"
     )
     parser.add_argument("--teacher-weight", type=float, default=1.0)
+    parser.add_argument(
+        "--teacher-cache",
+        action="store_true",
+        help="a forward before fills it, and a file gets lost",
+    )
     parser.add_argument("--packed", action="store_true", help="several documents in a sequence")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--weights", required=True)
@@ -187,6 +192,7 @@ def teacher_of(options: Namespace, config, args, groups, chunk) -> Teacher:
     args = Namespace(
         **dict.fromkeys(SAME) | vars(args), vocab_size=None, dmc_teacher=folder,
         dmc_teacher_weight=options.teacher_weight,
+        dmc_teacher_cache=f"{options.out}.states" if options.teacher_cache else None,
     )  # fmt: skip
     if options.make_weights:
         if options.teacher == "other":
@@ -201,6 +207,21 @@ def teacher_of(options: Namespace, config, args, groups, chunk) -> Teacher:
             {"model": chunk.sharded_state_dict(), "args": saved}, folder, SynchronousSave()
         )
     return load_teacher(args, config)
+
+
+def fill_cache(teacher: Teacher, batches, config, recorder: DecisionRecorder, chunk) -> None:
+    """A forward of every microbatch; then one file gets lost, of whichever rank."""
+    step = ForwardStep(CompressionLoss(config.dmc, recorder), teacher)
+    with torch.no_grad():
+        for batch in batches:
+            step(iter([batch]), chunk)
+    torch.distributed.barrier()
+    files = sorted(teacher.states.folder.iterdir())
+    assert files and all(file.suffix == ".safetensors" for file in files)
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        files[0].unlink()
+    torch.distributed.barrier()
 
 
 def run_rank(rank: int, processes: int, port: int, flags: list[str]) -> None:
@@ -265,6 +286,10 @@ def run_rank(rank: int, processes: int, port: int, flags: list[str]) -> None:
                 "loss_mask": loss_mask[first : first + MICRO_BATCH],
                 "position_ids": positions[first : first + MICRO_BATCH],
             }
+
+    if options.teacher_cache:
+        assert teacher is not None and teacher.states is not None
+        fill_cache(teacher, batches(), config, recorder, chunks[0])
 
     communicator = CarryingCommunicator(groups.pp, config) if options.pp > 1 else None
     data = [batches() for _ in chunks]

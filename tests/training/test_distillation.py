@@ -119,13 +119,21 @@ def test_a_run_with_a_teacher(base, tmp_path):
              "--load", str(run), "--save-interval", "2", "--tensorboard-dir", str(tmp_path / "tb"),
              "--lr-decay-style", "constant", "--override-opt_param-scheduler"]  # fmt: skip
     for steps in ("2", "3"):
-        done = Forked(*flags, "--train-iters", steps, model=UNTIED).wait()
+        done = Forked(
+            *flags,
+            "--train-iters",
+            steps,
+            "--dmc-teacher-cache",
+            str(tmp_path / "states"),
+            model=UNTIED,
+        ).wait()
         assert done.returncode == 0, done.stderr[-3000:]
         evaluation = re.findall(
             r"lm loss value: (\S+) [\s\S]*?distillation loss value: (\S+)", done.stdout
         )
         assert len(evaluation) == 2 and all(float(v) > 0 for pair in evaluation for v in pair)
     assert len(logged(done.stdout, "distillation loss")) == 1, "goes on at step 3"
+    assert len(list((tmp_path / "states").glob("*.safetensors"))) >= 3
     scalars = tensorboard(tmp_path / "tb")
     kl, lm = scalars["distillation loss"], scalars["lm loss"]
     assert set(kl) == set(lm) == {1, 2, 3} and "compression loss" in scalars
@@ -147,9 +155,65 @@ def test_a_run_with_a_teacher(base, tmp_path):
     assert dmc is not None and not any("teacher" in name for name in dmc.to_dict())
 
 
+def test_states_that_are_stored_stand_for_the_forward(tmp_path):
+    """By tokens, positions, documents, and the teacher; damaged files are made again."""
+    from megatron_dmc.model.decisions import GateKey
+    from megatron_dmc.training.teacher_states import HiddenStates
+
+    ensure_single_process()
+    group = parallel_state.get_tensor_model_parallel_group()
+    matrix, forwards = random(V, H), []
+
+    class Counting:
+        pg_collection = SimpleNamespace(tp=group)
+        share_embeddings_and_output_weights = True
+
+        def shared_embedding_or_output_weight(self):
+            return matrix
+
+        def output_layer(self, hidden_states, weight, runtime_gather_output):
+            return linear(hidden_states, weight), None
+
+        def _scale_logits(self, logits):
+            return 2 * logits
+
+        def __call__(self, tokens, *args, output_processor):
+            forwards.append(tokens)
+            return output_processor(
+                hidden_states=random(T, B, H, seed=int(tokens.sum())), output_layer=self.output_layer,
+                output_weight=matrix, scale_logits=self._scale_logits, runtime_gather_output=None,
+            )  # fmt: skip
+
+    def logits(tokens, positions, starts=None, *, checkpoint="base", dtype=torch.float64):
+        (tmp_path / checkpoint).mkdir(exist_ok=True)
+        states = HiddenStates(tmp_path / "states", tmp_path / checkpoint, dtype)
+        mask = GateKey(1, len(forwards), 0, 0).to_tensor(starts)
+        return Teacher(Counting(), states=states)._logits(tokens, positions, mask)
+
+    ids = torch.arange(B * T).view(B, T)
+    first = logits(ids, ids)
+    assert torch.equal(logits(ids, ids), first) and len(forwards) == 1
+    (file,) = (tmp_path / "states").iterdir()
+    others = [
+        dict(tokens=ids.flip(0), positions=ids), dict(tokens=ids, positions=ids + 1),
+        dict(tokens=ids, positions=ids, starts=[[0], [0, 3]]),
+        dict(tokens=ids, positions=ids, checkpoint="other"),
+        dict(tokens=ids, positions=ids, dtype=torch.bfloat16),
+    ]  # fmt: skip
+    for seen, other in enumerate(others, start=1):
+        logits(**other)
+        assert len(forwards) == seen + 1, other
+    file.write_bytes(file.read_bytes()[:50])
+    assert torch.equal(logits(ids, ids), first) and len(forwards) == 7
+    assert torch.equal(logits(ids, ids), first) and len(forwards) == 7
+
+
 @pytest.mark.parametrize(
     "flags,message",
     [
+        (["--dmc-teacher-cache", "states"], "--dmc-teacher-cache states: give --dmc-teacher too"),
+        (["--dmc-teacher", "BASE", "--dmc-teacher-cache", "/dev/null/states"],
+         "--dmc-teacher-cache /dev/null/states: Not a directory"),
         (["--dmc-teacher", "/no/such/base"], "--dmc-teacher /no/such/base: no checkpoint there"),
         (["--dmc-teacher", "BASE", "--pipeline-model-parallel-size", "2"],
          "--dmc-teacher with --pipeline-model-parallel-size 2"),

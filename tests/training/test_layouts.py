@@ -50,6 +50,8 @@ LAYOUTS: dict[str, tuple[int, list[str], list[str]]] = {
     "pp2-rope-scaling-one-kv-head": (2, ["--pp=2"], ["--rope-scaling", "--kv-heads=1"]),
     "tp2-shared-decisions": (2, ["--tp=2"], ["--shared-decisions"]),
     "tp2-sp-teacher": (2, ["--tp=2", "--sp"], TEACHER),
+    "tp2-teacher-cache-packed": (2, ["--tp=2", "--teacher-cache"], [*TEACHER, "--packed"]),
+    "cp2-teacher-cache": (2, ["--cp=2", "--teacher-cache"], TEACHER),
     "cp2-teacher-recompute": (2, ["--cp=2", "--recompute=full"], [*TEACHER, "--teacher-weight=0.5"]),
     "dp2-teacher-off": (2, ["--distributed-optimizer"], [*TEACHER, "--stage=off"]),
     OWN_TEACHER: (2, ["--tp=2"], ["--teacher=same", "--stage=off"]),
