@@ -37,7 +37,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Run:
-    """What one call of `Plan.run` took."""
+    """One call of `Plan.run`, in the past."""
 
     steps: int
     """That it finished."""

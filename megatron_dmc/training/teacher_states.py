@@ -36,7 +36,7 @@ class HiddenStates:
     def file_of(
         self, tokens_BT: Tensor, position_ids_BT: Tensor, starts: list[list[int]] | None
     ) -> Path:
-        """Where the states of a microbatch are, or would be.
+        """The file that a microbatch has, or would have.
 
         Args:
             starts: of packed documents; None: a sequence is one.
