@@ -14,6 +14,7 @@ from tqdm import tqdm
 from megatron_dmc import LLM, SamplingParams
 from megatron_dmc.checkpoint.convert import open_checkpoint
 from megatron_dmc.checkpoint.load import full_forward, load_model
+from megatron_dmc.engine.config import EngineConfig
 from megatron_dmc.quality.likelihood import Evaluation, evaluate, read_tokens, windows
 
 from experiments.eviction import evicting_forward, mean_budget, measured_crs
@@ -201,6 +202,8 @@ def speeds(subject: Subject) -> dict[str, float]:
     return speed.by_context(
         subject.checkpoint, subject.tokens("english").tolist(), amounts.context_lengths,
         amounts.speed_tokens, "bfloat16", subject.logs / f"serve-{subject.name}.log",
+        # raw tokens of the delay must fill whole pages to be shared
+        prefix_caching=subject.settings.training.merge_delay % EngineConfig.block_size == 0,
     )  # fmt: skip
 
 

@@ -13,12 +13,14 @@ from statistics import median
 
 
 @contextmanager
-def server(model: Path, max_model_len: int, dtype: str, log: Path) -> Iterator[str]:
+def server(
+    model: Path, max_model_len: int, dtype: str, log: Path, *, prefix_caching: bool
+) -> Iterator[str]:
     """The address of `megatron-dmc serve`, which ends with the block."""
     command = [
         sys.executable, "-m", "megatron_dmc.cli.main", "serve", str(model), "--port", "0",
         "--served-model-name", "model", "--max-model-len", str(max_model_len), "--dtype", dtype,
-        "--max-num-seqs", "4", "--enable-prefix-caching", "--disable-uvicorn-access-log",
+        "--max-num-seqs", "4", "--disable-uvicorn-access-log", *(["--enable-prefix-caching"] if prefix_caching else []),
     ]  # fmt: skip
     with open(log, "w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
@@ -58,10 +60,22 @@ def decode_tokens_per_second(address: str, token_ids: list[int], max_tokens: int
 
 
 def by_context(
-    model: Path, token_ids: list[int], lengths: list[int], max_tokens: int, dtype: str, log: Path
+    model: Path,
+    token_ids: list[int],
+    lengths: list[int],
+    max_tokens: int,
+    dtype: str,
+    log: Path,
+    *,
+    prefix_caching: bool,
 ) -> dict[str, float]:
-    """Context length -> decode tokens per second, the median of three."""
-    with server(model, max(lengths) + max_tokens + 1, dtype, log) as address:
+    """Context length -> decode tokens per second, the median of three.
+
+    Args:
+        prefix_caching: prefill a context only as far as an earlier one did not.
+    """
+    longest = max(lengths) + max_tokens + 1
+    with server(model, longest, dtype, log, prefix_caching=prefix_caching) as address:
         return {
             str(length): median(
                 decode_tokens_per_second(address, token_ids[:length], max_tokens) for _ in range(3)

@@ -190,7 +190,7 @@ def test_the_whole_command_at_toy_scale(tmp_path):
         "test": "def check(candidate):\n    assert candidate(3) == 6\n",
     }  # fmt: skip
     (tmp_path / "problems.jsonl").write_text("\n".join(2 * [json.dumps(problem)]))
-    (tmp_path / "settings.toml").write_text(toy_settings("{ retrofit = 2 }"))
+    (tmp_path / "settings.toml").write_text(toy_settings("{ zero-out = 2, retrofit = 2 }"))
     out = tmp_path / "out"
     command = [
         sys.executable, str(ROOT / "examples" / "smollm2" / "run.py"), "--output", str(out),
