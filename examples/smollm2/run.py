@@ -208,8 +208,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=EXAMPLES.parent / "smollm2")
     parser.add_argument("--settings", type=Path, default=SETTINGS, help="default: settings.toml")
-    parser.add_argument("--jobs", type=int, help="steps at a time, which share the cores; default: "
-                        "1 on a GPU, else by cores and memory")  # fmt: skip
+    parser.add_argument(
+        "--jobs", type=int, help="steps at a time, which share the cores; 0: all in this process; "
+        "default: 1 on a GPU, else by cores and memory",
+    )  # fmt: skip
     parser.add_argument("--step", help=argparse.SUPPRESS)  # do this one here
     own = parser.add_argument_group("instead of what is fetched")
     own.add_argument("--model", type=Path, help="Hugging Face folder")
@@ -217,8 +219,8 @@ def main() -> None:
     own.add_argument("--code", type=Path, help="folder with Python files")
     own.add_argument("--problems", type=Path, help="HumanEval's JSON lines, unpacked")
     args = parser.parse_args()
-    if args.jobs is not None and args.jobs < 1:
-        parser.error(f"--jobs {args.jobs}: at least 1")
+    if args.jobs is not None and args.jobs < 0:
+        parser.error(f"--jobs {args.jobs}: at least 0")
     for name in ("output", "settings", "model", "english", "code", "problems"):
         if (path := getattr(args, name)) is not None:
             setattr(args, name, path.resolve())
@@ -229,7 +231,8 @@ def main() -> None:
         if args.step:
             plan.do(args.step)
             return
-        plan.run([sys.executable, *sys.argv, "--step"], args.jobs or default_jobs(settings))
+        jobs = default_jobs(settings) if args.jobs is None else args.jobs
+        plan.run([sys.executable, *sys.argv, "--step"], jobs)
         write_report(plan, settings, args.output / "report")
     except (ValueError, DMCError) as e:
         sys.exit(f"smollm2: error: {' '.join(str(e).split())}")

@@ -106,6 +106,7 @@ class Plan:
 
         Args:
             command: does the step whose name follows it.
+            jobs: 0: one after the other in this process.
 
         Raises:
             ValueError: a step failed; the others are stopped.
@@ -118,6 +119,11 @@ class Plan:
             bar = tqdm(total=len(self.steps), initial=len(self.steps) - len(waiting), unit="step",
                        disable=not sys.stderr.isatty())  # fmt: skip
             try:
+                while waiting and not jobs:
+                    tqdm.write(f"{_now()} {waiting[0].name}", file=sys.stderr)
+                    self.do(waiting[0].name)
+                    waiting.pop(0)
+                    bar.update()
                 while waiting or running:
                     for step in self._startable(waiting, [r.step for r in running], jobs):
                         waiting.remove(step)
@@ -163,7 +169,7 @@ class _Running:
         """No effect on a step that was started."""
         if self._process is not None:
             return
-        tqdm.write(f"{time.strftime('%H:%M:%S')} {self.step.name}", file=sys.stderr)
+        tqdm.write(f"{_now()} {self.step.name}", file=sys.stderr)
         self._began = time.monotonic()
         with open(self._log, "wb") as out:
             self._process = subprocess.Popen(
@@ -193,10 +199,7 @@ class _Running:
                 f"the step `{self.step.name}` ended with {code}; all of its output: {self._log}"
             )
         seconds = time.monotonic() - self._began
-        tqdm.write(
-            f"{time.strftime('%H:%M:%S')} {self.step.name}: done in {seconds:,.0f} s",
-            file=sys.stderr,
-        )
+        tqdm.write(f"{_now()} {self.step.name}: done in {seconds:,.0f} s", file=sys.stderr)
         return True
 
     def stop(self) -> None:
@@ -209,6 +212,10 @@ class _Running:
     def _close_line(self) -> None:
         if self._line is not None:
             self._line.close()
+
+
+def _now() -> str:
+    return time.strftime("%H:%M:%S")
 
 
 def _cores() -> int:
