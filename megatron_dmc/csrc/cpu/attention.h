@@ -61,8 +61,10 @@ inline void fetch(const S* next) {
 template <class S, int R>
 inline void dot_four(const S* k, int dim, const float* q_RD, float* out, const S* next) {
   Vec sums[R][4];
-  for (auto& row : sums)
-    for (auto& sum : row) sum = Vec(0.0f);
+#pragma GCC unroll 3
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int e = 0; e < 4; ++e) sums[r][e] = Vec(0.0f);
   for (int c = 0; c < dim; c += kDimStep) {
     fetch<4>(next ? next + 4 * c : nullptr);
     for (int i = c; i < c + kDimStep; i += kStep) {
@@ -70,6 +72,7 @@ inline void dot_four(const S* k, int dim, const float* q_RD, float* out, const S
       add_half<1>(k + i, dim, q_RD + i, dim, sums);
     }
   }
+#pragma GCC unroll 3
   for (int r = 0; r < R; ++r)
     sum_lanes(sums[r][0], sums[r][1], sums[r][2], sums[r][3], out + r * kTile);
 }
@@ -98,11 +101,30 @@ inline void dot_four(const bf16* k, int dim, const bf16* q_RD, float* out, const
 }
 #endif
 
+// A tile's products with each of R queries; the keys of `ahead` are fetched. Not inlined, here and below: among the
+// code of `attend` the compiler is short of registers for the sums.
+template <class S, int R, class Q>
+[[gnu::noinline]] void dot_tile(const S* k_pages, const Octets& tile, const Octets& ahead, int dim, const Q* q_RD,
+                                float* out) {
+  for (int o = 0; o * kOctet < tile.count; ++o) {
+    const S* k = k_pages + tile.slot[o] * dim;
+    const S* next = o * kOctet < ahead.count ? k_pages + ahead.slot[o] * dim : nullptr;
+    for (int e = 0; e < kOctet; e += 4) {
+      const S* fetched = next ? next + e * dim : nullptr;
+      if constexpr (std::is_same_v<Q, float>) {
+        dot_four<S, R>(k + e * dim, dim, q_RD, out + o * kOctet + e, fetched);
+      } else {
+        dot_four<R>(k + e * dim, dim, q_RD, out + o * kOctet + e, fetched);
+      }
+    }
+  }
+}
+
 // kDimStep channels of R outputs: out = out * decay + sum over a tile's entries of weight * value. Even and odd entries
 // have sums of their own where registers are left. The values of `ahead` are fetched.
 template <class S, int R>
-inline void add_values(const S* v_pages, const Octets& tile, const Octets& ahead, int dim, int channel,
-                       const float* weights, const float* decay, float* out_RD) {
+[[gnu::noinline]] void add_values(const S* v_pages, const Octets& tile, const Octets& ahead, int dim, int channel,
+                                  const float* weights, const float* decay, float* out_RD) {
   constexpr int kVectors = kDimStep / kLanes, kSets = R * kVectors > 6 ? 1 : 2;
   Vec sums[kSets][R][kVectors];
 #pragma GCC unroll 3
@@ -294,22 +316,11 @@ struct Attention {
   }
 
   void score(State<S>& s, const Octets& tile, const Octets& ahead) const {
-    for (int o = 0; o * kOctet < tile.count; ++o) {
-      const S* next = o * kOctet < ahead.count ? k_pages + ahead.slot[o] * dim : nullptr;
-      for (int e = 0; e < kOctet; e += 4) {
-        const S* k = k_pages + (tile.slot[o] + e) * dim;
-        float* scores = s.scores + o * kOctet + e;
-        by_threes(group, [&](int r, auto count) {
-          constexpr int R = decltype(count)::value;
-          const S* fetched = next && r == 0 ? next + e * dim : nullptr;
-          if constexpr (kProductsOfBf16<S>) {
-            dot_four<R>(k, dim, s.q + r * dim, scores + r * kTile, fetched);
-          } else {
-            dot_four<S, R>(k, dim, s.q + r * dim, scores + r * kTile, fetched);
-          }
-        });
-      }
-    }
+    const Octets nothing(p.kv, nullptr, 0, 0);
+    by_threes(group, [&](int r, auto count) {
+      dot_tile<S, decltype(count)::value>(k_pages, tile, r == 0 ? ahead : nothing, dim, s.q + r * dim,
+                                          s.scores + r * kTile);
+    });
   }
 
   // The scales of a tile's entries, in order.

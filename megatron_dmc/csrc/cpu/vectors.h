@@ -5,6 +5,7 @@
 // and sums of values out of it (`restore`).
 #pragma once
 
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
 #include <cmath>
@@ -100,11 +101,24 @@ inline int place(int c) {
 }
 template <class S, class T>
 inline void arrange(const T* from, float* to, int dim) {
-  for (int c = 0; c < dim; ++c) to[place<S>(c)] = to_float(from[c]);
+  if constexpr (kInterleaved<S> && std::is_same_v<S, T>) {
+    for (int c = 0; c < dim; c += kStep) {
+      Vec a, b;
+      load(from + c, a, b);
+      store(to + c, a, b);
+    }
+  } else {
+    for (int c = 0; c < dim; ++c) to[place<S>(c)] = to_float(from[c]);
+  }
 }
 template <class S, class T>
 inline void restore(const float* from, T* to, int dim, float scale) {
-  for (int c = 0; c < dim; ++c) from_float(from[place<S>(c)] * scale, to[c]);
+  if constexpr (kInterleaved<S> && std::is_same_v<S, T>) {
+    for (int c = 0; c < dim; c += kStep)
+      store(to + c, Vec::loadu(from + c) * Vec(scale), Vec::loadu(from + c + kLanes) * Vec(scale));
+  } else {
+    for (int c = 0; c < dim; ++c) from_float(from[place<S>(c)] * scale, to[c]);
+  }
 }
 
 // The sums over the lanes of four vectors.
@@ -137,16 +151,10 @@ inline void sum_lanes(const Vec& a, const Vec& b, const Vec& c, const Vec& d, fl
 
 // Over the lanes; the largest is NaN if one is.
 inline float largest(const Vec& x) {
-  float lanes[kLanes], most = -INFINITY;
-  x.store(lanes);
-  for (float lane : lanes) most = lane > most || lane != lane ? lane : most;
-  return most;
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, x);
 }
 inline float sum_lanes(const Vec& x) {
-  float lanes[kLanes], sum = 0.0f;
-  x.store(lanes);
-  for (float lane : lanes) sum += lane;
-  return sum;
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
 }
 
 }  // namespace CPU_CAPABILITY
