@@ -173,16 +173,19 @@ def test_extension_is_built(tmp_path):
 
 
 @needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(4, 32), (20, 96), (64, 4096)])
-def test_linear_sums_in_float32_whatever_is_next_to_a_row(shape):
+def test_linear_sums_in_float32_whatever_is_next_to_a_row(shape, dtype):
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(shape, generator=generator).bfloat16()
+    weight = torch.randn(shape, generator=generator).to(dtype)
     # rows that lie apart, more than a block of them for the widest; all and a part of a group of outputs
-    x = torch.randn(53, 2 * shape[1], generator=generator).bfloat16()[:, : shape[1]]
+    num_rows = 53 if dtype == torch.bfloat16 else linear.FLOAT32_ROWS
+    x = torch.randn(num_rows, 2 * shape[1], generator=generator).to(dtype)[:, : shape[1]]
     out = linear.linear(x, weight)
     exact = x.double() @ weight.double().T
     error = (out.double() - exact).abs()
-    assert bool((error <= exact.abs() / 256 + 1e-5 * shape[1]).all()), "half a unit of bfloat16"
+    unit = 1 / 256 if dtype == torch.bfloat16 else 0.0
+    assert bool((error <= exact.abs() * unit + 1e-5 * shape[1]).all()), "half a unit of bfloat16"
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -190,8 +193,21 @@ def test_linear_sums_in_float32_whatever_is_next_to_a_row(shape):
             assert torch.equal(linear.linear(x[None, few], weight)[0], out[few])
     finally:
         torch.set_num_threads(threads)
-    residual = torch.randn(out.shape, generator=generator).bfloat16()
+    residual = torch.randn(out.shape, generator=generator).to(dtype)
     assert torch.equal(linear.linear(x, weight, residual), out + residual)
+
+
+@needs_extension
+def test_linear_of_many_rows_in_float32_is_pytorchs():
+    generator = torch.Generator().manual_seed(0)
+    x, weight, residual = (
+        torch.randn(shape, generator=generator) for shape in ((1, 40, 64), (8, 64), (1, 40, 8))
+    )
+    assert x.shape[1] > linear.FLOAT32_ROWS
+    out = linear.linear(x, weight)
+    few = linear.linear(x[:, :32], weight)
+    torch.testing.assert_close(out[:, :32], few)
+    torch.testing.assert_close(linear.linear(x, weight, residual), x @ weight.T + residual)
 
 
 @needs_extension
@@ -239,19 +255,20 @@ def test_linear_kernel_says_what_it_leaves_to_pytorch(monkeypatch):
     monkeypatch.setattr(linear, "absence", lambda: "")
     for given, reason in (
         (weight, "multiplies bfloat16 natively"),
-        (weight.float(), "dtype torch.float32; only bfloat16"),
+        (weight.half(), "dtype torch.float16; only bfloat16 and float32"),
     ):
         assert LINEAR.choose(given) == "torch"
         with pytest.raises(ValueError, match=reason):
             LINEAR.choose(given, backend="cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert "without AVX2" in linear.refusal(weight.float())
     assert "multiples of 4 x 32" in linear.refusal(weight[:, :40])
 
 
 @needs_extension
-def test_an_extension_older_than_the_package_is_not_used(monkeypatch):
-    monkeypatch.setattr(cpu, "OPERATORS", (*cpu.OPERATORS, "of_a_later_release"))
-    assert "older than the package: build it again" in cpu.absence.__wrapped__()
+def test_an_extension_of_another_release_is_not_used(monkeypatch):
+    monkeypatch.setattr(cpu, "REVISION", cpu.REVISION + 1)
+    assert "another release than the package: build it again" in cpu.absence.__wrapped__()
 
 
 @needs_extension

@@ -134,10 +134,13 @@ namespace {
 void linear(const Tensor& x, const Tensor& weight, const OptionalTensor& residual, const Tensor& out) {
   check_shape(weight, "weight", {kAny, kAny});
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  const ScalarType dtype = weight.scalar_type();
   check_shape(x, "x", {kAny, inputs});
   check_shape(out, "out", {x.size(0), outputs});
-  for (const auto& [tensor, name] : {std::pair{&x, "x"}, {&weight, "weight"}, {&out, "out"}})
-    check_dtype(*tensor, name, ScalarType::BFloat16);
+  TORCH_CHECK_VALUE(dtype == ScalarType::BFloat16 || dtype == ScalarType::Float, "dtype ", dtype,
+                    "; the kernels take bfloat16 and float32");
+  check_dtype(x, "x", dtype);
+  check_dtype(out, "out", dtype);
   check_last_dense(x, "x");
   TORCH_CHECK_VALUE(weight.is_contiguous() && out.is_contiguous(), "weight and out must be contiguous");
   TORCH_CHECK_VALUE(inputs % dmc::cpu::kDimStep == 0 && outputs % 4 == 0, "weight is ", outputs, " x ", inputs,
@@ -145,12 +148,15 @@ void linear(const Tensor& x, const Tensor& weight, const OptionalTensor& residua
   check_devices({{"x", x}, {"weight", weight}, {"out", out}});
   if (residual) {
     check_shape(*residual, "residual", {x.size(0), outputs});
-    check_dtype(*residual, "residual", ScalarType::BFloat16);
+    check_dtype(*residual, "residual", dtype);
     check_devices({{"residual", *residual}, {"out", out}});
     TORCH_CHECK_VALUE(residual->is_contiguous(), "residual must be contiguous");
   }
-  kernels().linear({data<dmc::bf16>(x), data<dmc::bf16>(weight), data<dmc::bf16>(residual),
-                            data<dmc::bf16>(out), x.size(0), inputs, outputs, x.stride(0)});
+  launch_for(x, [&](auto type) {
+    using T = decltype(type);
+    kernels_of<T>().linear({data<T>(x), data<T>(weight), data<T>(residual), data<T>(out), x.size(0), inputs, outputs,
+                            x.stride(0)});
+  });
 }
 
 void swiglu(const Tensor& x, const Tensor& out) {
@@ -227,6 +233,9 @@ void advise_huge_pages(const Tensor& x, bool at_once) {
 #endif
 }
 
+// Of what the operators are and take; `REVISION` of ops/cpu/__init__.py is the one that the package needs.
+int64_t revision() { return 2; }
+
 }  // namespace
 
 TORCH_LIBRARY(megatron_dmc_cpu, m) {
@@ -245,6 +254,7 @@ TORCH_LIBRARY(megatron_dmc_cpu, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? residual, Tensor(a!) out) -> ()");
   m.def("advise_huge_pages(Tensor x, bool at_once) -> ()");
   m.def("instruction_set() -> str");
+  m.def("revision() -> int");
 }
 
 TORCH_LIBRARY_IMPL(megatron_dmc_cpu, CompositeExplicitAutograd, m) {
@@ -258,6 +268,7 @@ TORCH_LIBRARY_IMPL(megatron_dmc_cpu, CompositeExplicitAutograd, m) {
   m.impl("release_pages", &release_pages);
   m.impl("advise_huge_pages", &advise_huge_pages);
   m.impl("instruction_set", &instruction_set);
+  m.impl("revision", &revision);
 }
 
 // `import megatron_dmc._cpu` registers the operators; the module itself is empty.

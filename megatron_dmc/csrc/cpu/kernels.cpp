@@ -13,9 +13,8 @@
 namespace dmc::cpu {
 
 const Kernels DMC_NAME(CPU_CAPABILITY) = {
-    {&append, &attend, &rms_norm, &prefill_write, &prefill_attention},
-    {&append, &attend, &rms_norm, &prefill_write, &prefill_attention},
-    &linear,
+    {&append, &attend, &linear, &rms_norm, &prefill_write, &prefill_attention},
+    {&append, &attend, &linear, &rms_norm, &prefill_write, &prefill_attention},
     &swiglu};
 
 }  // namespace dmc::cpu

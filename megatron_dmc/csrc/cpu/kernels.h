@@ -50,11 +50,12 @@ struct PrefillParams {
 
 // Rows of x may lie apart; `residual`, if any, and `out` are dense and may be the same. K is a multiple of kDimStep,
 // N of 4.
+template <class T>
 struct LinearParams {
-  const bf16* x_MK;
-  const bf16* w_NK;
-  const bf16* residual_MN;
-  bf16* out_MN;
+  const T* x_MK;
+  const T* w_NK;
+  const T* residual_MN;
+  T* out_MN;
   int64_t num_rows, num_inputs, num_outputs, x_stride;
 };
 
@@ -79,6 +80,7 @@ template <class T>
 struct KernelsOf {
   void (*append)(const AppendParams<T>&);
   void (*attend)(const AttentionParams<T>&);
+  void (*linear)(const LinearParams<T>&);
   void (*rms_norm)(const NormParams<T>&);
   void (*prefill_write)(const PrefillParams<T>&);
   void (*prefill_attention)(const PrefillParams<T>&);
@@ -87,7 +89,6 @@ struct KernelsOf {
 struct Kernels {
   KernelsOf<float> of_float;
   KernelsOf<bf16> of_bf16;
-  void (*linear)(const LinearParams&);
   void (*swiglu)(const SwigluParams&);
 };
 

@@ -12,6 +12,8 @@ OPERATORS = (
     "advise_huge_pages", "decode_append", "linear", "paged_decode_attention", "prefill_attention", "prefill_write",
     "release_pages", "rms_norm", "swiglu",
 )  # fmt: skip
+REVISION = 2
+"""Of what the operators are and take, as in `csrc/cpu/binding.cpp`: both change with them."""
 DIM_STEP, MAX_DIM = 32, 256
 """Head dimensions are multiples of the first, up to the second."""
 MIN_PAGE_SIZE = 8
@@ -31,8 +33,9 @@ def absence() -> str:
         if error.name == "megatron_dmc._cpu":
             return "the extension for CPUs is not built (pip install --no-build-isolation, with a compiler)"
         return f"the extension for CPUs does not load ({error})"
-    if any(not hasattr(torch.ops.megatron_dmc_cpu, name) for name in OPERATORS):
-        return "the extension for CPUs is older than the package: build it again (pip install --no-build-isolation)"
+    revision = getattr(torch.ops.megatron_dmc_cpu, "revision", None)
+    if revision is None or revision() != REVISION:
+        return "the extension for CPUs is of another release than the package: build it again (pip install --no-build-isolation)"
     from megatron_dmc.ops.cpu.decode import operators
 
     if not operators().instruction_set():

@@ -1,4 +1,5 @@
-"""Products of weights in bfloat16 on CPUs that do not multiply it natively, a back end of `ops.backends.LINEAR`."""
+"""Products of weights, a back end of `ops.backends.LINEAR`: in bfloat16 on CPUs that do not multiply it natively, and
+of few rows in float32."""
 
 import torch
 from torch import Tensor
@@ -8,6 +9,8 @@ from megatron_dmc.ops.cpu.decode import operators
 
 OUTPUT_STEP = 4
 """Output features are multiples."""
+FLOAT32_ROWS = 32
+"""In float32 PyTorch multiplies more rows than these."""
 
 
 def refusal(weight: Tensor) -> str:
@@ -16,11 +19,14 @@ def refusal(weight: Tensor) -> str:
         return reason
     if weight.device.type != "cpu":
         return "only tensors on the CPU"
-    if weight.dtype != torch.bfloat16:
-        return f"dtype {weight.dtype}; only bfloat16"
     capabilities = torch.cpu.get_capabilities()
-    if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
-        return "this CPU multiplies bfloat16 natively, which PyTorch makes use of"
+    if weight.dtype == torch.bfloat16:
+        if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
+            return "this CPU multiplies bfloat16 natively, which PyTorch makes use of"
+    elif weight.dtype != torch.float32:
+        return f"dtype {weight.dtype}; only bfloat16 and float32"
+    elif not capabilities.get("avx2"):
+        return "float32 on a CPU without AVX2"
     outputs, inputs = weight.shape
     if outputs % OUTPUT_STEP or inputs % DIM_STEP or not weight.is_contiguous():
         return (
@@ -30,18 +36,22 @@ def refusal(weight: Tensor) -> str:
 
 
 def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
-    """x weight^T, summed in float32, plus what it is added to. The result of a row does not depend on the other rows.
+    """x weight^T, summed in float32, plus what it is added to. In bfloat16, and among up to `FLOAT32_ROWS` rows in
+    float32, the result of a row does not depend on the other rows.
 
     Args:
-        x: (..., inputs), bfloat16; weight: (outputs, inputs), bfloat16.
-        residual: (..., outputs), bfloat16, dense: added to the product after that is rounded.
+        x: (..., inputs), bfloat16 or float32; weight: (outputs, inputs), all of one dtype.
+        residual: (..., outputs), dense: added to the product after that is rounded.
 
     Returns:
-        (..., outputs), bfloat16.
+        (..., outputs), of the same dtype.
     """
     outputs, is_flat = weight.shape[0], x.dim() == 2
     rows = x if is_flat else x.reshape(-1, x.shape[-1])
-    out = torch.empty(rows.shape[0], outputs, dtype=x.dtype)
     added = residual if residual is None or is_flat else residual.view(-1, outputs)
+    if x.dtype == torch.float32 and rows.shape[0] > FLOAT32_ROWS:
+        product = rows @ weight.t() if added is None else torch.addmm(added, rows, weight.t())
+        return product if is_flat else product.view(*x.shape[:-1], outputs)
+    out = torch.empty(rows.shape[0], outputs, dtype=x.dtype)
     operators().linear.default(rows, weight, added, out)
     return out if is_flat else out.view(*x.shape[:-1], outputs)
