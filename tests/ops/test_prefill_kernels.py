@@ -42,11 +42,11 @@ def kernels_to_compile(group, dim, window, capability):
     from megatron_dmc.ops.triton import prefill_attention as attention
     from megatron_dmc.ops.triton import prefill_write as write
 
-    sizes = attention.blocks_of(dim, group, 2, capability // 10)
     if attention.INTERPRETED:
         raise RuntimeError("these are the interpreter's sizes")
-    queries, entries, num_warps, stages = sizes
     for delay, own in ((0, True), (16, True), (17, False)):
+        sizes = attention.blocks_of(dim, group, 2, capability // 10, delay)
+        queries, entries, num_warps, stages = sizes
         yield (
             attention.attend_kernel,
             num_warps,

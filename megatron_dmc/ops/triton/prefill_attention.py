@@ -215,20 +215,21 @@ def attend_kernel(
 
 
 def blocks_of(
-    head_dim: int, group: int, itemsize: int, capability: int = 9
+    head_dim: int, group: int, itemsize: int, capability: int = 9, delay: int = 0
 ) -> tuple[int, int, int, int]:
     """Queries and entries of a block, warps and stages of the pipeline, chosen by the compiler's registers
     and spills (docs/kernels.md).
 
     Args:
         capability: major compute capability of the GPU.
+        delay: of the cache; its near part takes registers.
     """
     if INTERPRETED:
         return max(16, triton.next_power_of_2(group)), 32, 4, 1
     if itemsize > 2:
         return 64, 32, 8, 1
     if head_dim > 128:
-        return (64 if capability >= 9 else 32), 64, 8, 3
+        return (64 if capability >= 9 and not delay else 32), 64, 8, 3
     return 128, (64 if capability >= 9 or head_dim <= 64 else 32), 8, 3
 
 
@@ -258,7 +259,9 @@ def attend_chunks(
     own_k_TGD, own_v_TGD, entry_TG = states
     num_kv_heads, has_own = cache.num_kv_heads, own_k_TGD is not None
     group = num_heads // num_kv_heads
-    queries, entries, num_warps, num_stages = blocks_of(dim, group, q.element_size(), capability(q))
+    queries, entries, num_warps, num_stages = blocks_of(
+        dim, group, q.element_size(), capability(q), cache.delay
+    )
     tiles = chunks.tiles(queries // group, latest_first=True)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     cos, sin, own_k, own_v = (q if x is None else x for x in (*angles_TF, own_k_TGD, own_v_TGD))
