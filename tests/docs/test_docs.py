@@ -114,4 +114,4 @@ def test_tables_of_the_results_page(tmp_path):
                "--into", str(again)]  # fmt: skip
     subprocess.run(command, cwd=ROOT, check=True)
     assert again.read_text() == page.read_text()
-    assert page.read_text().count("<!-- table ") == 13
+    assert page.read_text().count("<!-- table ") == 16
