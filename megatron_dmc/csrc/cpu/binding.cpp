@@ -61,9 +61,13 @@ const dmc::cpu::KernelsOf<T>& kernels_of() {
   }
 }
 
-void check_supported(ScalarType dtype, int64_t head_dim, int64_t page_size) {
+void check_kernel_dtype(ScalarType dtype) {
   TORCH_CHECK_VALUE(dtype == ScalarType::BFloat16 || dtype == ScalarType::Float, "dtype ", dtype,
                     "; the kernels take bfloat16 and float32");
+}
+
+void check_supported(ScalarType dtype, int64_t head_dim, int64_t page_size) {
+  check_kernel_dtype(dtype);
   TORCH_CHECK_VALUE(head_dim % dmc::cpu::kDimStep == 0 && head_dim <= dmc::cpu::kMaxDim,
                     "head_dim=", head_dim, "; the kernels take multiples of ",
                     dmc::cpu::kDimStep, " up to ", dmc::cpu::kMaxDim);
@@ -137,8 +141,7 @@ void linear(const Tensor& x, const Tensor& weight, const OptionalTensor& residua
   const ScalarType dtype = weight.scalar_type();
   check_shape(x, "x", {kAny, inputs});
   check_shape(out, "out", {x.size(0), outputs});
-  TORCH_CHECK_VALUE(dtype == ScalarType::BFloat16 || dtype == ScalarType::Float, "dtype ", dtype,
-                    "; the kernels take bfloat16 and float32");
+  check_kernel_dtype(dtype);
   check_dtype(x, "x", dtype);
   check_dtype(out, "out", dtype);
   check_last_dense(x, "x");
@@ -178,8 +181,7 @@ void rms_norm(const Tensor& x, const Tensor& weight, const Tensor& out, double e
   check_shape(x, "x", {kAny, kAny});
   check_shape(weight, "weight", {x.size(1)});
   check_shape(out, "out", {x.size(0), x.size(1)});
-  TORCH_CHECK_VALUE(dtype == ScalarType::BFloat16 || dtype == ScalarType::Float, "dtype ", dtype,
-                    "; the kernels take bfloat16 and float32");
+  check_kernel_dtype(dtype);
   check_dtype(weight, "weight", dtype);
   check_dtype(out, "out", dtype);
   check_last_dense(x, "x");
