@@ -137,7 +137,7 @@ class EngineConfig:
     """Longest time for a rank's part of a step. When it is exceeded, the engine fails."""
 
     enforce_eager: bool = False
-    """Run decode steps without CUDA graphs."""
+    """Run decode steps without CUDA graphs, and on a CPU without recorded steps."""
 
     cudagraph_capture_sizes: Sequence[int] | None = None
     """Batch sizes whose decode steps become CUDA graphs. Default: 1, 2, 4, 8, 16, 24, ... up to

@@ -1,6 +1,7 @@
 """The paged inference context: the only engine object that attention touches."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from megatron_dmc.engine.flipped_decisions import FlipCounter
 from megatron_dmc.engine.request import Request
 from megatron_dmc.engine.scheduler import NO_PREFIX, CachedPrefix
 from megatron_dmc.ops.backends import DECODE
+from megatron_dmc.ops.cpu.recording import Recorder
 from megatron_dmc.ops.paged.chunks import Chunks
 
 
@@ -38,6 +40,7 @@ class PagedContext(BaseInferenceContext):
         max_sequence_length: longest sequence, and number of positions that get RoPE angles.
         store: the cache strategy: what becomes of the tokens.
         flips: compares decisions with earlier ones; None: they are not counted.
+        recorder: of decode steps on a CPU; None: they are not recorded.
         num_queried_tokens, num_hit_tokens: prompt tokens of started requests, and those that cached
             prefixes spared.
     """
@@ -108,6 +111,7 @@ class PagedContext(BaseInferenceContext):
         if count_flips and self.store.grows_by_decision:
             self.flips = FlipCounter()
             self.store.observe = self.flips.prefilled
+        self.recorder: Recorder | None = Recorder()
         self.num_queried_tokens = self.num_hit_tokens = 0
         self._like = torch.empty(0, head_dim, dtype=dtype, device=device)
         self._backend = backend
@@ -302,6 +306,21 @@ class PagedContext(BaseInferenceContext):
         """
         step = self._next
         self._step = Step(rows_B, positions_B, step.rounds, step.snapshots, step.make_chunks)
+
+    def run_layers(
+        self, compute: Callable[[Tensor], Tensor], x_TH: Tensor, freqs_SF: Tensor | None
+    ) -> Tensor:
+        """As `PagedAttentionContext.run_layers`: decode steps on a CPU are replayed, unless `recorder` is None."""
+        given = self._step
+        if self.recorder is None or given.rounds or not self.recorder.takes(x_TH):
+            return compute(x_TH)
+
+        def step(x_TH: Tensor, rows_B: Tensor, positions_B: Tensor) -> Tensor:
+            self._step = replace(given, rows_B=rows_B, positions_B=positions_B)
+            return compute(x_TH)
+
+        key = len(x_TH), None if freqs_SF is None else freqs_SF.data_ptr()
+        return self.recorder.run(key, (x_TH, given.rows_B, given.positions_B), step)
 
     def attend(
         self,

@@ -104,6 +104,8 @@ class LLMEngine:
             gather=None if parallel is None else parallel.gather_logits,
             reads_sampled=self._is_async,
         )
+        if config.enforce_eager:
+            self.context.recorder = None
         if device.type == "cuda" and not config.enforce_eager:
             self.runner.capture_on_gpu(
                 config.capture_sizes(), progress=parallel is None or parallel.rank == 0

@@ -33,6 +33,17 @@ from megatron_dmc.schedule import zero_out_scale
 class PagedAttentionContext(Protocol):
     """The paged inference context: the only object of the engine that attention uses."""
 
+    def run_layers(
+        self, compute: Callable[[Tensor], Tensor], x_TH: Tensor, freqs_SF: Tensor | None
+    ) -> Tensor:
+        """compute(x_TH), which calls `attend` once for each layer, or a replay of it.
+
+        Args:
+            compute: reads x_TH and what stays where it is from step to step.
+            freqs_SF: what it hands to `attend`.
+        """
+        ...
+
     def attend(
         self,
         layer_index: int,

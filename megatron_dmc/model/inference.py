@@ -24,6 +24,8 @@ from torch.nn import functional
 from megatron_dmc.model.attention import DMCSelfAttention, PagedAttentionContext
 from megatron_dmc.ops.backends import LINEAR, NORM, SWIGLU, Op
 from megatron_dmc.ops.cpu import advise_huge_pages
+from megatron_dmc.ops.cpu.decode import copied
+from megatron_dmc.ops.cpu.outputs import next_part
 
 
 def use_inference_kernels(model: GPTModel) -> None:
@@ -159,7 +161,10 @@ class _Layer:
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q_TND, k_TGD and v_TGD, after QK-norm if the model has it."""
         groups = qkv.view(len(qkv), self.num_groups, -1, self.head_dim)
-        q, k, v = groups[:, :, :-2].flatten(1, 2), groups[:, :, -2], groups[:, :, -1]
+        q, k, v = groups[:, :, :-2], groups[:, :, -2], groups[:, :, -1]
+        if q.shape[2] > 1 and self.qkv.kernel is not None:
+            q = copied(q)  # `flatten` would, but not in recorded work
+        q = q.flatten(1, 2)
         if self.attention.q_layernorm is not None:
             q = self.attention.q_layernorm(q)
         if self.attention.k_layernorm is not None:
@@ -230,11 +235,17 @@ def _block(
     if isinstance(hidden_states, WrappedTensor):
         hidden_states = hidden_states.unwrap()
     # Megatron's embedding leaves strides with which a product of the tokens becomes one for each
-    x, added = hidden_states.flatten(0, 1), None
+    x = hidden_states.flatten(0, 1)
     freqs = None if rotary_pos_emb is None else rotary_pos_emb.flatten(0, 2)
-    for layer in layers:
-        x, added = layer(x, added, inference_context, freqs)
-    if added is not None:
-        x.add_(added)
-    x = x.unsqueeze(1)
-    return x if block.final_layernorm is None else block.final_layernorm(x)
+
+    def compute(x: Tensor) -> Tensor:
+        added = None
+        for layer in layers:
+            next_part()
+            x, added = layer(x, added, inference_context, freqs)
+        if added is not None:
+            x.add_(added)
+        x = x.unsqueeze(1)
+        return x if block.final_layernorm is None else block.final_layernorm(x)
+
+    return inference_context.run_layers(compute, x, freqs)

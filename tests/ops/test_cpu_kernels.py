@@ -249,20 +249,48 @@ def test_linear_layers_of_an_engine_use_the_kernel(monkeypatch):
     assert not calls, "gradients are PyTorch's"
 
 
-def test_linear_kernel_says_what_it_leaves_to_pytorch(monkeypatch):
+def test_linear_kernel_says_what_it_does_not_take(monkeypatch):
     weight = torch.zeros(8, 64, dtype=torch.bfloat16)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     monkeypatch.setattr(linear, "absence", lambda: "")
     for given, reason in (
-        (weight, "multiplies bfloat16 natively"),
         (weight.half(), "dtype torch.float16; only bfloat16 and float32"),
+        (weight[:, :40], "multiples of 4 x 32"),
     ):
         assert LINEAR.choose(given) == "torch"
         with pytest.raises(ValueError, match=reason):
             LINEAR.choose(given, backend="cpu")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    assert "without AVX2" in linear.refusal(weight.float())
-    assert "multiples of 4 x 32" in linear.refusal(weight[:, :40])
+
+
+@pytest.mark.parametrize(
+    "capabilities, bfloat16, float32",
+    [
+        ({"avx2": True}, sys.maxsize, linear.FLOAT32_ROWS),
+        ({"avx2": True, "avx512_bf16": True}, 0, linear.FLOAT32_ROWS),
+        ({"bf16": True}, 0, 0),
+    ],
+)
+def test_rows_that_pytorch_multiplies(monkeypatch, capabilities, bfloat16, float32):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    most_rows = linear.most_rows.__wrapped__
+    assert most_rows(torch.bfloat16) == bfloat16 and most_rows(torch.float32) == float32
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_pytorch(monkeypatch, dtype):
+    monkeypatch.setattr(linear, "most_rows", lambda dtype: 0)
+    generator = torch.Generator().manual_seed(5)
+    x, weight, residual = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((2, 3, 64), (8, 64), (2, 3, 8))
+    )
+    exact = torch.nn.functional.linear(x.double(), weight.double())
+    near = (
+        {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1 / 128, "atol": 0.1}
+    )
+    torch.testing.assert_close(linear.linear(x, weight).double(), exact, **near)
+    out = linear.linear(x, weight, residual)
+    torch.testing.assert_close(out.double(), exact + residual.double(), **near)
 
 
 @needs_extension
@@ -287,14 +315,16 @@ def test_rms_norm_against_float64(dtype, channels):
 
 
 @needs_extension
-def test_swiglu_against_float64():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu_against_float64(dtype):
     generator = torch.Generator().manual_seed(2)
-    x = 8.0 * torch.randn(70, 2 * 96, generator=generator).bfloat16()
+    x = 8.0 * torch.randn(70, 2 * 96, generator=generator).to(dtype)
     out = swiglu.swiglu(x)
     gate, up = x.double().chunk(2, -1)
     exact = torch.nn.functional.silu(gate) * up
-    torch.testing.assert_close(out.double(), exact, rtol=1 / 250, atol=1e-6)
-    assert swiglu.swiglu(torch.full((1, 64), float("nan")).bfloat16()).isnan().all()
+    rtol = 1e-5 if dtype == torch.float32 else 1 / 250
+    torch.testing.assert_close(out.double(), exact, rtol=rtol, atol=1e-6)
+    assert swiglu.swiglu(torch.full((1, 64), float("nan")).to(dtype)).isnan().all()
 
 
 @needs_extension

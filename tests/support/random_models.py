@@ -10,7 +10,7 @@ VOCAB = 96
 
 
 def random_model(
-    kv_heads=2, *, dmc=None, dtype=torch.float64, ffn_hidden_size=48, **fields
+    kv_heads=2, *, dmc=None, dtype=torch.float64, ffn_hidden_size=48, kv_channels=8, **fields
 ) -> LoadedModel:
     description = ModelDescription(
         num_layers=3,
@@ -18,7 +18,7 @@ def random_model(
         ffn_hidden_size=ffn_hidden_size,
         num_attention_heads=4,
         num_query_groups=kv_heads,
-        kv_channels=8,
+        kv_channels=kv_channels,
         vocab_size=VOCAB,
         max_position_embeddings=128,
         dtype=dtype,

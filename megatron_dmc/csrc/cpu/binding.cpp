@@ -1,5 +1,6 @@
 // The operators `torch.ops.megatron_dmc_cpu.*`, and the choice of the instruction set. The wrappers in
 // megatron_dmc/ops/cpu allocate all outputs.
+#include <ATen/Functions.h>
 #include <ATen/core/Tensor.h>
 #include <Python.h>
 #include <torch/library.h>
@@ -13,8 +14,11 @@
 #include "append_operator.h"
 #include "checks.h"
 #include "cpu/kernels.h"
+#include "cpu/recording.h"
 
 namespace {
+
+using dmc::cpu::Recording;
 
 // This machine's best instruction set among those that were built; empty if it has none of them.
 // ATEN_CPU_CAPABILITY, which limits torch's own choice, is not asked.
@@ -90,7 +94,7 @@ void launch_for(const Tensor& like, Launch launch) {
 
 template <class T>
 void launch(const dmc::AppendParams<T>& p) {
-  kernels_of<T>().append(p);
+  Recording::perform([p] { kernels_of<T>().append(p); });
 }
 
 void paged_decode_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
@@ -125,7 +129,7 @@ void paged_decode_attention(const Tensor& q, const Tensor& k_pages, const Tensor
     p.num_kv_heads = int(heads);
     p.group = int(group);
     p.scale = float(softmax_scale);
-    kernels_of<T>().attend(p);
+    Recording::perform([p] { kernels_of<T>().attend(p); });
   });
 }
 
@@ -134,6 +138,18 @@ void paged_decode_attention(const Tensor& q, const Tensor& k_pages, const Tensor
 #include "cpu/prefill_operators.h"
 
 namespace {
+
+// PyTorch's.
+void matmul(const Tensor& x, const Tensor& weight, const OptionalTensor& residual, const Tensor& out) {
+  Recording::perform([=] {
+    Tensor to = out;
+    if (residual) {
+      at::addmm_out(to, *residual, x, weight.t());
+    } else {
+      at::mm_out(to, x, weight.t());
+    }
+  });
+}
 
 void linear(const Tensor& x, const Tensor& weight, const OptionalTensor& residual, const Tensor& out) {
   check_shape(weight, "weight", {kAny, kAny});
@@ -157,8 +173,9 @@ void linear(const Tensor& x, const Tensor& weight, const OptionalTensor& residua
   }
   launch_for(x, [&](auto type) {
     using T = decltype(type);
-    kernels_of<T>().linear({data<T>(x), data<T>(weight), data<T>(residual), data<T>(out), x.size(0), inputs, outputs,
-                            x.stride(0)});
+    const dmc::cpu::LinearParams<T> p{data<T>(x), data<T>(weight), data<T>(residual), data<T>(out),
+                                      x.size(0),  inputs,          outputs,           x.stride(0)};
+    Recording::perform([p] { kernels_of<T>().linear(p); });
   });
 }
 
@@ -166,14 +183,19 @@ void swiglu(const Tensor& x, const Tensor& out) {
   check_shape(x, "x", {kAny, kAny});
   const int64_t channels = x.size(1) / 2;
   check_shape(out, "out", {x.size(0), channels});
+  check_kernel_dtype(x.scalar_type());
   for (const auto& [tensor, name] : {std::pair{&x, "x"}, {&out, "out"}}) {
-    check_dtype(*tensor, name, ScalarType::BFloat16);
+    check_dtype(*tensor, name, x.scalar_type());
     check_dense(*tensor, name);
   }
   TORCH_CHECK_VALUE(x.size(1) == 2 * channels && channels % dmc::cpu::kDimStep == 0, "x has rows of ", x.size(1),
                     "; the kernel takes twice a multiple of ", dmc::cpu::kDimStep);
   check_devices({{"x", x}, {"out", out}});
-  kernels().swiglu({data<dmc::bf16>(x), data<dmc::bf16>(out), x.size(0), channels});
+  launch_for(x, [&](auto type) {
+    using T = decltype(type);
+    const dmc::cpu::SwigluParams<T> p{data<T>(x), data<T>(out), x.size(0), channels};
+    Recording::perform([p] { kernels_of<T>().swiglu(p); });
+  });
 }
 
 void rms_norm(const Tensor& x, const Tensor& weight, const Tensor& out, double eps) {
@@ -189,9 +211,18 @@ void rms_norm(const Tensor& x, const Tensor& weight, const Tensor& out, double e
   check_devices({{"x", x}, {"weight", weight}, {"out", out}});
   launch_for(x, [&](auto type) {
     using T = decltype(type);
-    kernels_of<T>().rms_norm({data<T>(x), data<T>(weight), data<T>(out), x.size(0), x.size(1), x.stride(0),
-                              float(eps)});
+    const dmc::cpu::NormParams<T> p{data<T>(x), data<T>(weight), data<T>(out), x.size(0),
+                                    x.size(1),  x.stride(0),     float(eps)};
+    Recording::perform([p] { kernels_of<T>().rms_norm(p); });
   });
+}
+
+// Recorded like the others, unlike PyTorch's own.
+void copy(const Tensor& x, const Tensor& out) {
+  check_dtype(out, "out", x.scalar_type());
+  TORCH_CHECK_VALUE(x.sizes() == out.sizes(), "x is ", x.sizes(), ", out ", out.sizes());
+  check_devices({{"x", x}, {"out", out}});
+  Recording::perform([x, out] { out.copy_(x); });
 }
 
 void release_pages(const Tensor& ids, const Tensor& free_ids, const Tensor& free_state,
@@ -236,7 +267,7 @@ void advise_huge_pages(const Tensor& x, bool at_once) {
 }
 
 // Of what the operators are and take; `REVISION` of ops/cpu/__init__.py is the one that the package needs.
-int64_t revision() { return 2; }
+int64_t revision() { return 3; }
 
 }  // namespace
 
@@ -254,9 +285,16 @@ TORCH_LIBRARY(megatron_dmc_cpu, m) {
   m.def("swiglu(Tensor x, Tensor(a!) out) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, Tensor(a!) out, float eps) -> ()");
   m.def("linear(Tensor x, Tensor weight, Tensor? residual, Tensor(a!) out) -> ()");
+  m.def("matmul(Tensor x, Tensor weight, Tensor? residual, Tensor(a!) out) -> ()");
+  m.def("copy(Tensor x, Tensor(a!) out) -> ()");
   m.def("advise_huge_pages(Tensor x, bool at_once) -> ()");
   m.def("instruction_set() -> str");
   m.def("revision() -> int");
+  m.class_<Recording>("Recording")
+      .def(torch::init<>())
+      .def("begin", &Recording::begin)
+      .def("end", &Recording::end)
+      .def("replay", &Recording::replay);
 }
 
 TORCH_LIBRARY_IMPL(megatron_dmc_cpu, CompositeExplicitAutograd, m) {
@@ -268,6 +306,8 @@ TORCH_LIBRARY_IMPL(megatron_dmc_cpu, CompositeExplicitAutograd, m) {
   m.impl("swiglu", &swiglu);
   m.impl("rms_norm", &rms_norm);
   m.impl("release_pages", &release_pages);
+  m.impl("matmul", &matmul);
+  m.impl("copy", &copy);
   m.impl("advise_huge_pages", &advise_huge_pages);
   m.impl("instruction_set", &instruction_set);
   m.impl("revision", &revision);

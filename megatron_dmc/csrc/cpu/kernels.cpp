@@ -13,8 +13,7 @@
 namespace dmc::cpu {
 
 const Kernels DMC_NAME(CPU_CAPABILITY) = {
-    {&append, &attend, &linear, &rms_norm, &prefill_write, &prefill_attention},
-    {&append, &attend, &linear, &rms_norm, &prefill_write, &prefill_attention},
-    &swiglu};
+    {&append, &attend, &linear, &rms_norm, &prefill_write, &prefill_attention, &swiglu},
+    {&append, &attend, &linear, &rms_norm, &prefill_write, &prefill_attention, &swiglu}};
 
 }  // namespace dmc::cpu

@@ -70,9 +70,10 @@ struct NormParams {
 };
 
 // Dense. C is a multiple of kDimStep.
+template <class T>
 struct SwigluParams {
-  const bf16* x_MC;  // rows of 2 C
-  bf16* out_MC;
+  const T* x_MC;  // rows of 2 C
+  T* out_MC;
   int64_t num_rows, num_channels;
 };
 
@@ -84,12 +85,12 @@ struct KernelsOf {
   void (*rms_norm)(const NormParams<T>&);
   void (*prefill_write)(const PrefillParams<T>&);
   void (*prefill_attention)(const PrefillParams<T>&);
+  void (*swiglu)(const SwigluParams<T>&);
 };
 
 struct Kernels {
   KernelsOf<float> of_float;
   KernelsOf<bf16> of_bf16;
-  void (*swiglu)(const SwigluParams&);
 };
 
 // Limits.

@@ -1,4 +1,4 @@
-// The gate of an MLP in bfloat16: out = silu(gate) * up, where rows of x are [gate, up]; in float32, rounded once.
+// The gate of an MLP: out = silu(gate) * up, where rows of x are [gate, up]; in float32, rounded once.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -14,13 +14,14 @@ inline namespace CPU_CAPABILITY {
 
 inline Vec silu_times(const Vec& gate, const Vec& up) { return gate * up / (Vec(1.0f) + gate.neg().exp_u20()); }
 
-inline void swiglu(const SwigluParams& p) {
+template <class T>
+void swiglu(const SwigluParams<T>& p) {
   const int64_t rows = std::max<int64_t>(1, kChannelsOfThread / p.num_channels);
   at::parallel_for(0, p.num_rows, rows, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
-      const bf16* gate = p.x_MC + 2 * m * p.num_channels;
-      const bf16* up = gate + p.num_channels;
-      bf16* out = p.out_MC + m * p.num_channels;
+      const T* gate = p.x_MC + 2 * m * p.num_channels;
+      const T* up = gate + p.num_channels;
+      T* out = p.out_MC + m * p.num_channels;
       for (int64_t c = 0; c < p.num_channels; c += kStep) {
         Vec a, b, u, v;
         load(gate + c, a, b);

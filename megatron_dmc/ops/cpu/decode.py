@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops.cpu import OPERATORS, refusal
+from megatron_dmc.ops.cpu.outputs import output
 from megatron_dmc.ops.paged.decode import Angles, Gates
 from megatron_dmc.ops.paged.kv_pages import parts_of
 from megatron_dmc.ops.paged.layer_cache import LayerCache
@@ -42,7 +43,7 @@ def decode_append(
     merge_window: int,
 ) -> Tensor | None:
     """As `megatron_dmc.ops.triton.decode_append.decode_append`."""
-    q_out = None if q_BND is None else torch.empty(q_BND.shape, dtype=q_BND.dtype)
+    q_out = None if q_BND is None else output(q_BND.shape, q_BND.dtype)
     is_merge, omega = gates_BG or (None, None)
     free, delayed = cache.free_pages, cache.delayed
     operators().decode_append.default(
@@ -57,6 +58,13 @@ def decode_append(
         compress, may_merge, alpha_offset, merge_window,
     )  # fmt: skip
     return q_out
+
+
+def copied(x: Tensor) -> Tensor:
+    """Contiguous, as recorded work needs it."""
+    out = output(x.shape, x.dtype)
+    operators().copy.default(x, out)
+    return out
 
 
 def plan(num_entries_LRG: Tensor, rows_B: Tensor, *, ahead: int = 0) -> list[None]:
@@ -74,7 +82,7 @@ def paged_decode_attention(
 ) -> Tensor:
     """As `megatron_dmc.ops.paged.decode.paged_decode_attention`; the same bits for any number of threads and
     any other requests."""
-    out = torch.empty(q_BND.shape, dtype=q_BND.dtype)
+    out = output(q_BND.shape, q_BND.dtype)
     operators().paged_decode_attention.default(
         dense_channels(q_BND), *parts_of(cache.k_pages_PSD, cache.v_pages_PSD),
         cache.block_table_RGM, cache.num_entries_RG, rows_B, out, softmax_scale,

@@ -1,16 +1,30 @@
-"""Products of weights, a back end of `ops.backends.LINEAR`: in bfloat16 on CPUs that do not multiply it natively, and
-of few rows in float32."""
+"""Products of weights, a back end of `ops.backends.LINEAR`: its own in bfloat16 on CPUs that do not multiply it natively,
+and of few rows in float32; otherwise PyTorch's, as an operator that can be recorded."""
+
+import functools
+import sys
 
 import torch
 from torch import Tensor
 
 from megatron_dmc.ops.cpu import DIM_STEP, absence
 from megatron_dmc.ops.cpu.decode import operators
+from megatron_dmc.ops.cpu.outputs import output
 
 OUTPUT_STEP = 4
 """Output features are multiples."""
 FLOAT32_ROWS = 32
-"""In float32 PyTorch multiplies more rows than these."""
+"""In float32 PyTorch's kernel is faster for more rows."""
+
+
+@functools.cache
+def most_rows(dtype: torch.dtype) -> int:
+    """Rows that the extension's own kernel multiplies; PyTorch multiplies more."""
+    capabilities = torch.cpu.get_capabilities()
+    if dtype == torch.bfloat16:
+        is_native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        return 0 if is_native else sys.maxsize
+    return FLOAT32_ROWS if capabilities.get("avx2") else 0
 
 
 def refusal(weight: Tensor) -> str:
@@ -19,14 +33,8 @@ def refusal(weight: Tensor) -> str:
         return reason
     if weight.device.type != "cpu":
         return "only tensors on the CPU"
-    capabilities = torch.cpu.get_capabilities()
-    if weight.dtype == torch.bfloat16:
-        if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
-            return "this CPU multiplies bfloat16 natively, which PyTorch makes use of"
-    elif weight.dtype != torch.float32:
+    if weight.dtype not in (torch.bfloat16, torch.float32):
         return f"dtype {weight.dtype}; only bfloat16 and float32"
-    elif not capabilities.get("avx2"):
-        return "float32 on a CPU without AVX2"
     outputs, inputs = weight.shape
     if outputs % OUTPUT_STEP or inputs % DIM_STEP or not weight.is_contiguous():
         return (
@@ -49,9 +57,7 @@ def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
     outputs, is_flat = weight.shape[0], x.dim() == 2
     rows = x if is_flat else x.reshape(-1, x.shape[-1])
     added = residual if residual is None or is_flat else residual.view(-1, outputs)
-    if x.dtype == torch.float32 and rows.shape[0] > FLOAT32_ROWS:
-        product = rows @ weight.t() if added is None else torch.addmm(added, rows, weight.t())
-        return product if is_flat else product.view(*x.shape[:-1], outputs)
-    out = torch.empty(rows.shape[0], outputs, dtype=x.dtype)
-    operators().linear.default(rows, weight, added, out)
+    multiply = operators().linear if len(rows) <= most_rows(x.dtype) else operators().matmul
+    out = output((rows.shape[0], outputs), x.dtype)
+    multiply.default(rows, weight, added, out)
     return out if is_flat else out.view(*x.shape[:-1], outputs)

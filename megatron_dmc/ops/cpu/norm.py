@@ -5,6 +5,7 @@ from torch import Tensor
 
 from megatron_dmc.ops.cpu import absence
 from megatron_dmc.ops.cpu.decode import operators
+from megatron_dmc.ops.cpu.outputs import output
 
 
 def refusal(weight: Tensor) -> str:
@@ -25,7 +26,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x: (..., C); weight: (C); the same dtype, bfloat16 or float32.
     """
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    out = torch.empty(rows.shape, dtype=x.dtype)
+    out = output(rows.shape, x.dtype)
     operators().rms_norm.default(rows, weight, out, eps)
     return out if rows is x else out.view(x.shape)
 
