@@ -13,7 +13,7 @@ _in_use = threading.local()
 
 class Outputs:
     """Memory for the outputs of recorded work, which stays where it is. The parts of the work take turns with its
-    two halves, so that they need no more of it than two do."""
+    two halves: all of them need as much of it as two."""
 
     def __init__(self) -> None:
         self._halves: tuple[list[Tensor], list[Tensor]] = ([], [])

@@ -37,7 +37,7 @@ class _Watch(TorchDispatchMode):
 
     Attributes:
         calls: those that are recorded, with scalars and with the place of every tensor.
-        tensors: theirs; as long as these live, equal places are equal tensors, and recorded work has its memory.
+        tensors: theirs; as long as these live, equal places are equal tensors.
         foreign: names of others.
     """
 
@@ -72,17 +72,19 @@ class _Work:
 
     Attributes:
         inputs: copies that stay where they are; what the work reads.
-        watched: the latest watched run; None: none, or given up.
-        num_watched: runs so far.
+        watched: the latest watched run, until the work is recorded or abandoned.
+        num_watched: watched runs so far.
+        memory: one tensor of each memory that recorded work uses, which keeps it.
         output: of every replay.
     """
 
     inputs: list[Tensor]
     watched: _Watch | None = None
     num_watched: int = 0
+    memory: list[Tensor] = field(default_factory=list, repr=False)
     output: Tensor | None = None
     recording: Any = field(default=None, repr=False)
-    is_given_up: bool = False
+    is_abandoned: bool = False
 
 
 class Recorder:
@@ -119,7 +121,7 @@ class Recorder:
         """
         if (known := self._work.get(key)) is None:
             known = self._work[key] = _Work([x.clone() for x in inputs])
-        if known.is_given_up:
+        if known.is_abandoned:
             return work(*inputs)
         for copy, given in zip(known.inputs, inputs, strict=True):
             copy.copy_(given)
@@ -136,14 +138,15 @@ class Recorder:
         before, known.watched = known.watched, watch
         known.num_watched += 1
         if not watch.foreign and before is not None and before.calls == watch.calls:
-            known.output, known.recording = output, recording
+            known.output, known.recording, known.watched = output, recording, None
+            known.memory = list({x.untyped_storage().data_ptr(): x for x in watch.tensors}.values())
         elif known.num_watched == MAX_WATCHED:
             _announce(
                 f"they compute with {', '.join(sorted(watch.foreign))}"
                 if watch.foreign
                 else "memory moves"
             )
-            known.is_given_up, known.watched = True, None
+            known.is_abandoned, known.watched = True, None
         return output
 
 
