@@ -44,12 +44,12 @@ def refusal(weight: Tensor) -> str:
 
 
 def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
-    """x weight^T, summed in float32, plus what it is added to. In bfloat16, and among up to `FLOAT32_ROWS` rows in
-    float32, the result of a row does not depend on the other rows.
+    """x weight^T, summed in float32, plus what it is added to. Up to `most_rows` the result of a row does not depend on
+    the other rows; PyTorch multiplies more of them.
 
     Args:
         x: (..., inputs), bfloat16 or float32; weight: (outputs, inputs), all of one dtype.
-        residual: (..., outputs), dense: added to the product after that is rounded.
+        residual: (..., outputs), dense: added to the product, up to `most_rows` after that is rounded.
 
     Returns:
         (..., outputs), of the same dtype.

@@ -25,7 +25,6 @@ RECORDED = frozenset(
 """Operators that `csrc/cpu/recording.h` records."""
 MAX_WATCHED = 4
 """Runs of one piece of work without two in a row that can be recorded: the first one may make tables."""
-
 MAX_TOKENS = 256
 """Of recorded steps. For more of them Python is a small part of the time."""
 
