@@ -107,25 +107,30 @@ def test_heads_that_decide_together_are_not_recorded(caplog):
         eager, other = (answers(random_use(engine, seed=2)) for engine in engines)
     assert eager == other and engines[1].context.recorder.num_recorded == 0
     (line,) = [r.getMessage() for r in caplog.records if r.name == recording.__name__]
-    assert line.startswith("decode steps are not recorded: they compute with aten.")
+    assert line.startswith("decode steps are not recorded: they compute with aten::")
 
 
 @needs_extension
-def test_memory_that_moves_is_not_recorded():
+@pytest.mark.parametrize("is_made_in_it", [True, False])
+def test_memory_that_moves_is_not_recorded(is_made_in_it, caplog):
     recorder, kept = recording.Recorder(), []
+    places = iter([torch.empty(2, 32) for _ in range(8)])
+    recording._announce.cache_clear()
 
     def work(x):
-        moves = torch.empty(2, 32)  # without a number in it
+        moves = torch.empty(2, 32) if is_made_in_it else next(places)
         kept.append(moves)
         operators().copy.default(x, moves)
         out = output((2, 32), torch.float32)
         operators().copy.default(moves, out)
         return out
 
-    for n in range(8):
-        x = torch.full((2, 32), float(n))
-        assert torch.equal(recorder.run("work", [x], work), x)
+    with caplog.at_level(logging.INFO, recording.__name__):
+        for n in range(8):
+            x = torch.full((2, 32), float(n))
+            assert torch.equal(recorder.run("work", [x], work), x)
     assert recorder.num_recorded == 0 and len(kept) == 8
+    assert ("aten::empty" if is_made_in_it else "memory moves") in caplog.text
 
 
 @needs_extension
@@ -152,6 +157,24 @@ def test_a_step_is_replayed_once_two_were_alike():
     assert len(runs) == 2 and recorder.num_recorded == 1
     with pytest.raises(ValueError, match="x is"):
         operators().copy.default(torch.zeros(2), torch.zeros(3))
+
+
+@needs_extension
+def test_recorded_work_keeps_its_memory():
+    recorder, weights = recording.Recorder(), [torch.full((4096,), 5.0)]
+
+    def work(x):
+        out = output(x.shape, torch.float32)
+        operators().rms_norm.default(x, weights[0], out, 0.0)
+        return out
+
+    x = torch.ones(1, 4096)
+    for _ in range(2):
+        recorder.run("work", [x], work)
+    assert recorder.num_recorded == 1
+    weights.clear()
+    others = [torch.zeros(4096) for _ in range(50)]  # where the weight was, if it was freed
+    assert (recorder.run("work", [x], work) == 5).all() and len(others) == 50
 
 
 @needs_extension

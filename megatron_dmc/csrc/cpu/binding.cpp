@@ -267,7 +267,7 @@ void advise_huge_pages(const Tensor& x, bool at_once) {
 }
 
 // Of what the operators are and take; `REVISION` of ops/cpu/__init__.py is the one that the package needs.
-int64_t revision() { return 3; }
+int64_t revision() { return 4; }
 
 }  // namespace
 
@@ -294,7 +294,10 @@ TORCH_LIBRARY(megatron_dmc_cpu, m) {
       .def(torch::init<>())
       .def("begin", &Recording::begin)
       .def("end", &Recording::end)
-      .def("replay", &Recording::replay);
+      .def("replay", &Recording::replay)
+      .def("foreign", &Recording::foreign)
+      .def("is_like", &Recording::is_like)
+      .def("settle", &Recording::settle);
 }
 
 TORCH_LIBRARY_IMPL(megatron_dmc_cpu, CompositeExplicitAutograd, m) {

@@ -12,7 +12,7 @@ OPERATORS = (
     "advise_huge_pages", "copy", "decode_append", "linear", "matmul", "paged_decode_attention", "prefill_attention", "prefill_write",
     "release_pages", "rms_norm", "swiglu",
 )  # fmt: skip
-REVISION = 3
+REVISION = 4
 """Of what the operators are and take, as in `csrc/cpu/binding.cpp`: both change with them."""
 DIM_STEP, MAX_DIM = 32, 256
 """Head dimensions are multiples of the first, up to the second."""

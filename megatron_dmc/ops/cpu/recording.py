@@ -6,23 +6,15 @@ import functools
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dmc.ops.cpu import absence
 from megatron_dmc.ops.cpu.outputs import Outputs
 
-RECORDED = frozenset(
-    f"megatron_dmc_cpu::{name}"
-    for name in (
-        "copy", "decode_append", "linear", "matmul", "paged_decode_attention", "rms_norm", "swiglu",
-    )
-)  # fmt: skip
-"""Operators that `csrc/cpu/recording.h` records."""
 MAX_WATCHED = 4
 """Runs of one piece of work without two in a row that can be recorded: the first one may make tables."""
 MAX_TOKENS = 256
@@ -31,58 +23,23 @@ MAX_TOKENS = 256
 logger = logging.getLogger(__name__)
 
 
-class _Watch(TorchDispatchMode):
-    """Notes all operators that compute.
-
-    Attributes:
-        calls: those that are recorded, with scalars and with the place of every tensor.
-        tensors: theirs; as long as these live, equal places are equal tensors.
-        foreign: names of others.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, ...]] = []
-        self.tensors: list[Tensor] = []
-        self.foreign: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name() in RECORDED:
-            self.calls.append((func, *(self._described(x) for x in args)))
-        elif not _is_view(func):
-            self.foreign.add(str(func))
-        return func(*args, **kwargs or {})
-
-    def _described(self, x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        self.tensors.append(x)
-        return x.data_ptr(), x.shape, x.stride(), x.dtype
-
-
-def _is_view(func: Any) -> bool:
-    aliases = [returned.alias_info for returned in func._schema.returns]
-    return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
-
-
 @dataclass
 class _Work:
     """One piece of work.
 
     Attributes:
         inputs: copies that stay where they are; what the work reads.
-        watched: the latest watched run, until the work is recorded or abandoned.
+        watched: what the latest run gave to operators, until the work is recorded or abandoned.
         num_watched: watched runs so far.
-        memory: one tensor of each memory that recorded work uses, which keeps it.
+        recording: what is replayed.
         output: of every replay.
     """
 
     inputs: list[Tensor]
-    watched: _Watch | None = None
+    watched: Any = None
     num_watched: int = 0
-    memory: list[Tensor] = field(default_factory=list, repr=False)
+    recording: Any = None
     output: Tensor | None = None
-    recording: Any = field(default=None, repr=False)
     is_abandoned: bool = False
 
 
@@ -131,20 +88,17 @@ class Recorder:
         return known.output
 
     def _watched(self, known: _Work, work: Callable[..., Tensor]) -> Tensor:
-        watch, recording = _Watch(), torch.classes.megatron_dmc_cpu.Recording()
-        with self._outputs.in_use(), _open(recording), watch:
+        recording = torch.classes.megatron_dmc_cpu.Recording()
+        with self._outputs.in_use(), _open(recording):
             output = work(*known.inputs)
-        before, known.watched = known.watched, watch
+        before, known.watched = known.watched, recording
         known.num_watched += 1
-        if not watch.foreign and before is not None and before.calls == watch.calls:
+        foreign = recording.foreign()
+        if not foreign and before is not None and recording.is_like(before):
+            recording.settle()
             known.output, known.recording, known.watched = output, recording, None
-            known.memory = list({x.untyped_storage().data_ptr(): x for x in watch.tensors}.values())
         elif known.num_watched == MAX_WATCHED:
-            _announce(
-                f"they compute with {', '.join(sorted(watch.foreign))}"
-                if watch.foreign
-                else "memory moves"
-            )
+            _announce(f"they compute with {', '.join(foreign)}" if foreign else "memory moves")
             known.is_abandoned, known.watched = True, None
         return output
 
