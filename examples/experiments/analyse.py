@@ -262,6 +262,10 @@ def _compared(run: Run) -> bool:
     return run.group in ("base", "quality")
 
 
+def _copies(run: Run) -> bool:
+    return _compared(run) or run.group == "delay"
+
+
 def _plain(run: Run) -> bool:
     return run.arm is None or run.arm["name"] == "continued"
 
@@ -272,7 +276,7 @@ MEASURES: dict[str, tuple[Callable, Callable[[Run], bool], tuple[str, ...]]] = {
     "sample": (sample, lambda run: run.merges and _compared(run), ()),
     "gates": (gates, lambda run: run.merges, ("windows",)),
     "kinds": (kinds, _compared, ("kind_windows",)),
-    "copying": (copying, _compared, ("copies", "kind_windows")),
+    "copying": (copying, _copies, ("copies", "kind_windows")),
     "eviction": (eviction, _plain, ("windows",)),
     "eviction-512": (eviction_512, lambda run: run.arm is None, ("windows",)),
     "copying-evicted": (copying_evicted, _plain, ("copies", "kind_windows")),
@@ -350,6 +354,8 @@ def main() -> None:
         for run in (runs[name] for name in args.run or runs):
             if MEASURES[name][1](run):
                 measure(name, run, bench)
+            elif args.run and args.measure:
+                print(f"{run.name}: {name} is not measured of the group {run.group!r}", flush=True)
 
 
 if __name__ == "__main__":

@@ -162,7 +162,8 @@ def classes_table(data: Data) -> str:
 
 def copying_table(data: Data) -> str:
     rows, distances = [], []
-    for arm in ("base", *arm_order(data, group(data, "quality"))):
+    for arm in ("base", *(arm for name in ("quality", "delay")
+                          for arm in arm_order(data, group(data, name)))):  # fmt: skip
         found = {}
         for result in measured(data, arm, "copying")[:1]:
             found[arm] = result
