@@ -12,6 +12,9 @@ if __name__ == "__main__":
     from megatron_dmc.quiet import silence_optional_packages
 
     silence_optional_packages()
-    from megatron_dmc.training.run import main
+    from megatron_dmc.startup import compiling_at_first_call
+
+    with compiling_at_first_call():
+        from megatron_dmc.training.run import main
 
     main()

@@ -12,8 +12,8 @@ from typing import Any
 def compiling_at_first_call() -> Iterator[None]:
     """Within, `torch.compile` of a function returns at once, and the function is compiled when it is first called.
 
-    For the import of Megatron: torch's compiler takes longer to import than all the rest, and inference does not
-    call what Megatron decorates with it.
+    For the import of Megatron: torch's compiler takes longer to import than all the rest, and neither inference nor
+    training on a CPU calls what Megatron decorates with it.
     """
     import torch
 
