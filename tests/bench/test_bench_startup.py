@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from megatron_dmc.bench import startup
@@ -67,7 +69,6 @@ def test_compiling_at_the_first_call(monkeypatch):
 
     monkeypatch.setattr("torch.compile", at_once)
     with compiling_at_first_call():
-        import torch
 
         @torch.compile
         def plus(x):
@@ -81,6 +82,30 @@ def test_compiling_at_the_first_call(monkeypatch):
     assert torch.compile is at_once and not compiled
     assert plus(1) == plus(1) == 20 and minus(5, y=2) == 30 and minus.__doc__ == "Of two."
     assert compiled == [("plus", {}), ("minus", {"dynamic": True})]
+
+
+def test_a_function_that_another_compiled_one_calls_is_a_part_of_it():
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append([node.name for node in module.graph.nodes if node.op == "call_function"])
+        return module.forward
+
+    with compiling_at_first_call():
+
+        @torch.compile(backend=backend, fullgraph=True)
+        def twice(x):
+            return x * 2
+
+        @torch.compile(backend=backend, fullgraph=True)
+        def more(x):
+            return twice(x + 1) - 3
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert more(torch.ones(1)) == 1
+    assert twice(torch.ones(1)) == 2
+    assert [len(graph) for graph in graphs] == [3, 1]
 
 
 @pytest.mark.parametrize(
