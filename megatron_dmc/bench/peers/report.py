@@ -14,7 +14,7 @@ CASE = {"shape": "threads, batch x context", "cr": "CR"}
 
 def tables(rows: Sequence[Row]) -> str:
     """Decode, then the time to the first token and memory, in Markdown; a line for each shape and CR. Then the servers,
-    a line for each number of requests at a time. Rows with `busy` were taken next to other work. Where the cache sets
+    a line for each number of requests at a time. Where the cache sets
     the batch, a shape is its size, and the batch is in the cell.
 
     Of an engine's rows in several dtypes each table has the faster one.
@@ -92,8 +92,7 @@ def _lines(rows: Sequence[Row]) -> Iterator[tuple[Row, dict[str, list[Row]]]]:
                     same.setdefault(row["engine"], []).append(row)
             threads, cache_bytes, batch, context = shape
             label = f"{cache_bytes / 2**30:g} GiB" if cache_bytes else str(batch)
-            busy = ", busy" if any("busy" in row for row in here) else ""
-            yield {"shape": f"{threads}, {label} x {context}{busy}", "cr": f"{cr:g}"}, same
+            yield {"shape": f"{threads}, {label} x {context}", "cr": f"{cr:g}"}, same
 
 
 def _shape(row: Row) -> tuple[int, int, int, int]:
