@@ -85,10 +85,10 @@ def test_compiling_at_the_first_call(monkeypatch):
 
 
 def test_a_function_that_another_compiled_one_calls_is_a_part_of_it():
-    graphs = []
+    sizes = []
 
     def backend(module, inputs):
-        graphs.append([node.name for node in module.graph.nodes if node.op == "call_function"])
+        sizes.append(sum(node.op == "call_function" for node in module.graph.nodes))
         return module.forward
 
     with compiling_at_first_call():
@@ -105,7 +105,7 @@ def test_a_function_that_another_compiled_one_calls_is_a_part_of_it():
         warnings.simplefilter("error")
         assert more(torch.ones(1)) == 1
     assert twice(torch.ones(1)) == 2
-    assert [len(graph) for graph in graphs] == [3, 1]
+    assert sizes == [3, 1]
 
 
 @pytest.mark.parametrize(

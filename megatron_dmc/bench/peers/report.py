@@ -14,8 +14,8 @@ CASE = {"shape": "threads, batch x context", "cr": "CR"}
 
 def tables(rows: Sequence[Row]) -> str:
     """Decode, then the time to the first token and memory, in Markdown; a line for each shape and CR. Then the servers,
-    a line for each number of requests at a time. Where the cache sets
-    the batch, a shape is its size, and the batch is in the cell.
+    a line for each number of requests at a time. Where the cache sets the batch, a shape is its size, and the batch is
+    in the cell.
 
     Of an engine's rows in several dtypes each table has the faster one.
     """

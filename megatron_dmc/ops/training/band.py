@@ -94,8 +94,8 @@ class _Blocks:
 
 
 def _exp_(x: Tensor) -> Tensor:
-    """exp(x), in place, of at most 1; where it is below all normal float32 numbers it may be 2e-38. On a CPU those cost
-    up to fifty times as much as others, and minus infinity four times."""
+    """exp(x), in place, for x of at most 0; where x is below -87 that of -87, 2e-38. On a CPU results below the normal
+    float32 numbers take up to fifty times as long as others, and minus infinity four times."""
     return x.clamp_(min=-87.0).exp_()
 
 
