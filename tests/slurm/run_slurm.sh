@@ -27,7 +27,7 @@ source "$repo/tests/support/small_job.sh"
 # --- Slurm -----------------------------------------------------------------------------------------
 
 export PATH=$PATH:/usr/sbin
-if ! command -v slurmctld slurmd munged >/dev/null; then
+if ! type -P slurmctld slurmd munged >/dev/null; then
     echo "installing Slurm"
     apt-get update -q >"$work/apt.log" 2>&1 || fail "apt-get update failed"
     DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends \

@@ -178,10 +178,11 @@ inline float bits_float(uint32_t bits) {
   return x;
 }
 inline float to_float(bf16 x) { return bits_float(uint32_t(x.bits) << 16); }
+// By bits: compilers before GCC 12 (on ARM 13) have no _Float16.
 inline float to_float(fp16 x) {
-  _Float16 out;
-  std::memcpy(&out, &x.bits, 2);
-  return float(out);
+  const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = (x.bits & 0x7fffu) << 13;
+  if (magnitude >= 0x0f800000u) return bits_float(sign | 0x7f800000u | magnitude);  // infinite, or no number
+  return bits_float(sign | float_bits(bits_float(magnitude) * 0x1p112f));  // the exponent's bias from 15 to 127
 }
 inline void from_float(float x, bf16& out) {
   uint32_t bits = float_bits(x);
@@ -189,8 +190,18 @@ inline void from_float(float x, bf16& out) {
   out.bits = is_nan ? 0x7fff : uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 inline void from_float(float x, fp16& out) {
-  _Float16 half = _Float16(x);
-  std::memcpy(&out.bits, &half, 2);
+  const uint32_t bits = float_bits(x), magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {  // not a number; the top of its payload stays
+    half = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
+  } else if (magnitude >= 0x477ff000u) {  // from 65520 on
+    half = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // below 2^-14 a step is 2^-24, the last bit of 0.5
+    half = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    half = ((magnitude + 0xfffu + ((magnitude >> 13) & 1u)) >> 13) - (112u << 10);
+  }
+  out.bits = uint16_t(half | ((bits >> 16) & 0x8000u));
 }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
