@@ -170,9 +170,9 @@ void check_pairs(const Tensor& x, const char* name) {
                     name, ": heads must be aligned to 4 bytes; call contiguous()");
 }
 
-void copy_strides(int64_t (&to)[2], const Tensor& x) {
-  to[0] = x.stride(0);
-  to[1] = x.stride(1);
+template <int kDims>
+void copy_strides(int64_t (&to)[kDims], const Tensor& x) {
+  for (int i = 0; i < kDims; ++i) to[i] = x.stride(i);
 }
 
 // Set a kernel's parameters: strides of the angle tables, and the number of rotary channels.

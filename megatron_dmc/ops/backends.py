@@ -155,10 +155,11 @@ def _cuda(op: str) -> Any:
 
 
 def _cpu(op: str) -> Any:
-    from megatron_dmc.ops.cpu import decode, linear, norm, pages, prefill, swiglu
+    from megatron_dmc.ops.cpu import decode, linear, merge, norm, pages, prefill, swiglu
 
     return {
-        "decode": decode, "linear": linear, "norm": norm, "pages": pages, "prefill": prefill, "swiglu": swiglu,
+        "decode": decode, "linear": linear, "merge": merge, "norm": norm, "pages": pages, "prefill": prefill,
+        "swiglu": swiglu,
     }[op]  # fmt: skip
 
 
@@ -194,7 +195,7 @@ PREFILL = Op("prefill", cuda=CUDA, triton=TRITON, cpu=CPU, torch=PYTORCH)
 PAGES = Op("pages", cuda=CUDA, triton=TRITON, cpu=CPU, torch=PYTORCH)
 """`ops.paged.pages`: (page_ids)."""
 
-MERGE = Op("merge", triton=TRITON, torch=PYTORCH)
+MERGE = Op("merge", triton=TRITON, cpu=CPU, torch=PYTORCH)
 """`ops.training.merge`: (k, v, merge_window)."""
 
 NEAR = Op("near", triton=TRITON, torch=PYTORCH)

@@ -15,6 +15,7 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import layers
 
 from megatron_dmc.errors import UnsupportedConfig
+from megatron_dmc.ops import cpu
 
 NEED_TRANSFORMER_ENGINE = {
     "fp8": "--fp8-format",
@@ -46,6 +47,8 @@ class Accelerators:
     """Apex's `fused_weight_gradient_mlp_cuda`; Megatron's output layer wants it with Transformer Engine too."""
     softmax_fusion: bool
     """Apex's `scaled_upper_triang_masked_softmax_cuda`, of Megatron's own attention (stage off)."""
+    cpu_kernels: bool
+    """The extension for CPUs, in which SwiGLU is one kernel."""
 
     @classmethod
     def found(cls) -> "Accelerators":
@@ -56,6 +59,7 @@ class Accelerators:
             rope_fusion=rope_utils.fused_apply_rotary_pos_emb is not None,
             gradient_fusion=layers._grad_accum_fusion_available,
             softmax_fusion=find_spec("scaled_upper_triang_masked_softmax_cuda") is not None,
+            cpu_kernels=not cpu.absence(),
         )
 
     def defaults(self) -> dict[str, Any]:
@@ -68,7 +72,7 @@ class Accelerators:
             "masked_softmax_fusion": (on_gpu and self.softmax_fusion, False),
             # compiled for a GPU by torch; a CPU runs them as they are
             "bias_gelu_fusion": (on_gpu, False),
-            "bias_swiglu_fusion": (on_gpu, False),
+            "bias_swiglu_fusion": (on_gpu or self.cpu_kernels, False),
             "bias_dropout_fusion": (on_gpu, False),
             "distributed_backend": (on_gpu, "gloo"),
             "use_cpu_initialization": (on_gpu, True),
@@ -78,7 +82,8 @@ class Accelerators:
     def describe(self) -> str:
         """One line: what is there, and which fusions are off for that."""
         if not self.gpu:
-            return "no GPU: training on the CPU, without Transformer Engine and fusions"
+            fusions = "fusions but SwiGLU's" if self.cpu_kernels else "fusions"
+            return f"no GPU: training on the CPU, without Transformer Engine and {fusions}"
         te = (
             "Transformer Engine"
             if self.transformer_engine

@@ -157,8 +157,11 @@ class _Zeros(dict):
 def _patch_megatron() -> None:
     import functools
 
+    from megatron.core.fusions import fused_bias_swiglu
     from megatron.core.tensor_parallel import random as mcore_random
     from megatron.training import training
+
+    from megatron_dmc.ops.cpu import swiglu
 
     mcore_random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
     mcore_random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
@@ -168,3 +171,4 @@ def _patch_megatron() -> None:
     # fused elementwise functions are compiled and warmed up for a GPU; a CPU runs them as they are
     training.set_jit_fusion_options = _nothing()
     torch._dynamo.config.disable = True
+    swiglu.install(fused_bias_swiglu)

@@ -1,10 +1,12 @@
-"""Merge kernels against the specification. test_training_kernels.py runs this file in its own process.
+"""Merge kernels against the specification: Triton's, and with DMC_TESTED_BACKEND=cpu those for CPUs.
+test_training_kernels.py runs this file in its own process.
 
 On a GPU where there is one, otherwise in Triton's interpreter: TRITON_INTERPRET=1 has to be set
 before Triton is imported, so the cases cannot share a process with other tests.
 """
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -13,10 +15,13 @@ from torch import Tensor
 
 from megatron_dmc import ops
 from megatron_dmc.ops import gates, reference
-from megatron_dmc.ops.triton import merge as kernels
+from megatron_dmc.ops.backends import MERGE
 from megatron_dmc.ops.triton.launch import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
+BACKEND = os.environ.get("DMC_TESTED_BACKEND", "triton")
+kernels = MERGE.kernels(BACKEND)
+only_triton = pytest.mark.skipif(BACKEND != "triton", reason="about Triton's tiles")
 NAMES = ("merged k", "merged v", "grad k", "grad v", "grad alpha", "grad omega")
 
 
@@ -64,12 +69,12 @@ def assert_within_twice_the_yardstick(ours, exact, honest, names=NAMES):
         assert error <= 2 * yardstick + floor, (name, error, yardstick)
 
 
-def check(inputs, *, merge_window, tiling=None):
+def check(inputs, *, merge_window, **options):
     exact = run(reference.merge, [x.double() for x in inputs], merge_window=merge_window)
     honest = run(
         reference.merge, [x.to(inputs[0].dtype) for x in inputs], merge_window=merge_window
     )
-    ours = run(kernels.merge, inputs, merge_window=merge_window, tiling=tiling)
+    ours = run(kernels.merge, inputs, merge_window=merge_window, **options)
     for ours_, input_ in zip(ours[2:], inputs[:4], strict=True):
         assert ours_.dtype == input_.dtype and ours_.shape == input_.shape
     assert_within_twice_the_yardstick(ours, exact, honest)
@@ -83,10 +88,11 @@ def test_kernels_equal_the_specification(case):
     merge_window, num_tokens, hard = CASES[case]
     # dtype and head dim take turns so that each meets every other setting
     dtype = (torch.float32, torch.bfloat16)[(case + case // 8) % 2]
-    dim = (32, 48)[(case // 2 + case // 8) % 2]
+    dim = (32, 48 if BACKEND == "triton" else 96)[(case // 2 + case // 8) % 2]
     check(make_inputs(num_tokens, dim, hard=hard, dtype=dtype), merge_window=merge_window)
 
 
+@only_triton
 @pytest.mark.parametrize("merge_window", [0, 3])
 def test_several_blocks_of_channels_and_half_precision(merge_window):
     """Partial sums of the gates' gradients from three blocks, the last one not full."""
@@ -102,7 +108,7 @@ def test_several_blocks_of_channels_and_half_precision(merge_window):
 
 def test_decisions_on_the_edges():
     """Every token merges; none does; and a merge right across each tile's edge."""
-    inputs = make_inputs(70, 16, hard=True, dtype=torch.float32, batch=1, heads=3)
+    inputs = make_inputs(70, 32, hard=True, dtype=torch.float32, batch=1, heads=3)
     inputs[2][:, :, 0] = 1.0
     inputs[2][:, :, 1] = 0.0
     inputs[2][:, :, 2] = (torch.arange(70) % 32 == 0).float()[:, None]
@@ -110,6 +116,7 @@ def test_decisions_on_the_edges():
         check(inputs, merge_window=merge_window)
 
 
+@only_triton
 @pytest.mark.parametrize("segment", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_segments_that_run_at_once(segment, dtype, monkeypatch):
@@ -126,6 +133,7 @@ def test_segments_that_run_at_once(segment, dtype, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@only_triton
 def test_number_of_segments():
     """Enough programs for a GPU, and no segment so short that its first carry costs much."""
     assert kernels.segment_tiles(128, 256) == 43  # B = 4, G = 32, D = 128 at T = 4096: 768 programs
@@ -136,15 +144,23 @@ def test_number_of_segments():
 
 def test_expanded_gradient_and_backend_argument():
     """The gradient of a sum has strides of 0; without gradients nothing is kept."""
-    inputs = make_inputs(20, 16, hard=False, dtype=torch.float32, batch=1, heads=2)
+    inputs = make_inputs(20, 32, hard=False, dtype=torch.float32, batch=1, heads=2)
     inputs[4:] = [torch.ones((), device=DEVICE).expand(x.shape) for x in inputs[4:]]
     check(inputs, merge_window=0)
     with torch.no_grad():
-        ours = ops.merge(*inputs[:4], backend="triton")
+        ours = ops.merge(*inputs[:4], backend=BACKEND)
         theirs = ops.merge(*inputs[:4], backend="torch")
     torch.testing.assert_close(ours, theirs)
-    long = make_inputs(50, 16, hard=False, dtype=torch.float32)[:4]
-    with pytest.raises(ValueError, match="merge_window=40"):
-        ops.merge(*long, merge_window=40, backend="triton")
     empty = [x[:0] for x in inputs[:4]]
-    assert ops.merge(*empty, backend="triton")[0].shape == empty[0].shape
+    assert ops.merge(*empty, backend=BACKEND)[0].shape == empty[0].shape
+
+
+def test_windows_beyond_the_kernels():
+    """Triton's refuse them; those for CPUs take any."""
+    inputs = make_inputs(50, 32, hard=False, dtype=torch.float32, batch=1)
+    if BACKEND == "triton":
+        with pytest.raises(ValueError, match="merge_window=40"):
+            ops.merge(*inputs[:4], merge_window=40, backend=BACKEND)
+    else:
+        for merge_window in (17, 40):
+            check(inputs, merge_window=merge_window)

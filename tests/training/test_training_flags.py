@@ -33,7 +33,8 @@ def errors(run: subprocess.CompletedProcess) -> list[str]:
 # --- the machine -----------------------------------------------------------------------------------
 
 NOTHING = Accelerators(
-    gpu=True, transformer_engine=False, rope_fusion=False, gradient_fusion=False, softmax_fusion=False
+    gpu=True, transformer_engine=False, rope_fusion=False, gradient_fusion=False,
+    softmax_fusion=False, cpu_kernels=False,
 )  # fmt: skip
 TE_ALONE = dataclasses.replace(NOTHING, transformer_engine=True, rope_fusion=True)
 TE_AND_APEX = dataclasses.replace(TE_ALONE, gradient_fusion=True, softmax_fusion=True)
@@ -48,6 +49,7 @@ def stand_in(monkeypatch, there: Accelerators) -> None:
     monkeypatch.setattr(accelerators.layers, "_grad_accum_fusion_available", there.gradient_fusion)
     found = "spec" if there.softmax_fusion else None
     monkeypatch.setattr(accelerators, "find_spec", lambda name: found)
+    monkeypatch.setattr(accelerators.cpu, "absence", lambda: "" if there.cpu_kernels else "not built")
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,16 @@ def test_defaults_follow_what_can_be_imported(monkeypatch, there, off):
     said = there.describe()
     assert ("for want of" in said) == bool(off) and "\n" not in said
     accelerators.check(args)
+
+
+@pytest.mark.parametrize("cpu_kernels", [False, True])
+def test_swiglu_is_fused_on_a_cpu_with_kernels(monkeypatch, cpu_kernels):
+    there = dataclasses.replace(NOTHING, gpu=False, cpu_kernels=cpu_kernels)
+    stand_in(monkeypatch, there)
+    assert Accelerators.found() == there
+    assert there.defaults().get("bias_swiglu_fusion", True) == cpu_kernels
+    assert not there.defaults()["bias_gelu_fusion"]
+    assert ("SwiGLU" in there.describe()) == cpu_kernels
 
 
 def test_what_is_not_installed_is_refused_by_name(monkeypatch):

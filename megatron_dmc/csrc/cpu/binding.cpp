@@ -135,6 +135,7 @@ void paged_decode_attention(const Tensor& q, const Tensor& k_pages, const Tensor
 
 }  // namespace
 
+#include "cpu/merge_operators.h"
 #include "cpu/prefill_operators.h"
 
 namespace {
@@ -179,22 +180,38 @@ void linear(const Tensor& x, const Tensor& weight, const OptionalTensor& residua
   });
 }
 
-void swiglu(const Tensor& x, const Tensor& out) {
+// `x` is (M, 2 C); of the others `name` and whether their rows are of C.
+int64_t checked_channels(const Tensor& x, std::initializer_list<std::pair<Argument, bool>> others) {
   check_shape(x, "x", {kAny, kAny});
-  const int64_t channels = x.size(1) / 2;
-  check_shape(out, "out", {x.size(0), channels});
   check_kernel_dtype(x.scalar_type());
-  for (const auto& [tensor, name] : {std::pair{&x, "x"}, {&out, "out"}}) {
-    check_dtype(*tensor, name, x.scalar_type());
-    check_dense(*tensor, name);
-  }
+  check_dense(x, "x");
+  const int64_t channels = x.size(1) / 2;
   TORCH_CHECK_VALUE(x.size(1) == 2 * channels && channels % dmc::cpu::kDimStep == 0, "x has rows of ", x.size(1),
                     "; the kernel takes twice a multiple of ", dmc::cpu::kDimStep);
-  check_devices({{"x", x}, {"out", out}});
+  for (const auto& [argument, is_half] : others) {
+    const Tensor& other = *argument.tensor;
+    check_shape(other, argument.name, {x.size(0), is_half ? channels : 2 * channels});
+    check_dtype(other, argument.name, x.scalar_type());
+    check_dense(other, argument.name);
+    check_devices({{"x", x}, argument});
+  }
+  return channels;
+}
+
+void swiglu(const Tensor& x, const Tensor& out) {
+  const int64_t channels = checked_channels(x, {{{"out", out}, true}});
   launch_for(x, [&](auto type) {
     using T = decltype(type);
     const dmc::cpu::SwigluParams<T> p{data<T>(x), data<T>(out), x.size(0), channels};
     Recording::perform([p] { kernels_of<T>().swiglu(p); });
+  });
+}
+
+void swiglu_backward(const Tensor& x, const Tensor& grad, const Tensor& out) {
+  const int64_t channels = checked_channels(x, {{{"grad", grad}, true}, {{"out", out}, false}});
+  launch_for(x, [&](auto type) {
+    using T = decltype(type);
+    kernels_of<T>().swiglu_backward({data<T>(x), data<T>(grad), data<T>(out), x.size(0), channels});
   });
 }
 
@@ -267,7 +284,7 @@ void advise_huge_pages(const Tensor& x, bool at_once) {
 }
 
 // Of what the operators are and take; `REVISION` of ops/cpu/__init__.py is the one that the package needs.
-int64_t revision() { return 4; }
+int64_t revision() { return 5; }
 
 }  // namespace
 
@@ -282,7 +299,10 @@ TORCH_LIBRARY(megatron_dmc_cpu, m) {
       "Tensor(d!) num_extra_owners) -> ()");
   m.def(kPrefillWriteSchema);
   m.def(kPrefillAttentionSchema);
+  m.def(kMergeSchema);
+  m.def(kMergeBackwardSchema);
   m.def("swiglu(Tensor x, Tensor(a!) out) -> ()");
+  m.def("swiglu_backward(Tensor x, Tensor grad, Tensor(a!) out) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, Tensor(a!) out, float eps) -> ()");
   m.def("linear(Tensor x, Tensor weight, Tensor? residual, Tensor(a!) out) -> ()");
   m.def("matmul(Tensor x, Tensor weight, Tensor? residual, Tensor(a!) out) -> ()");
@@ -305,8 +325,11 @@ TORCH_LIBRARY_IMPL(megatron_dmc_cpu, CompositeExplicitAutograd, m) {
   m.impl("paged_decode_attention", &paged_decode_attention);
   m.impl("prefill_write", &prefill_write);
   m.impl("prefill_attention", &prefill_attention);
+  m.impl("merge", &merge);
+  m.impl("merge_backward", &merge_backward);
   m.impl("linear", &linear);
   m.impl("swiglu", &swiglu);
+  m.impl("swiglu_backward", &swiglu_backward);
   m.impl("rms_norm", &rms_norm);
   m.impl("release_pages", &release_pages);
   m.impl("matmul", &matmul);

@@ -3,6 +3,7 @@
 #include "cpu/attention.h"
 #include "cpu/kernels.h"
 #include "cpu/linear.h"
+#include "cpu/merge.h"
 #include "cpu/norm.h"
 #include "cpu/prefill.h"
 #include "cpu/swiglu.h"
@@ -12,8 +13,10 @@
 
 namespace dmc::cpu {
 
-const Kernels DMC_NAME(CPU_CAPABILITY) = {
-    {&append, &attend, &linear, &rms_norm, &prefill_write, &prefill_attention, &swiglu},
-    {&append, &attend, &linear, &rms_norm, &prefill_write, &prefill_attention, &swiglu}};
+template <class T>
+constexpr KernelsOf<T> kOf = {
+    &append, &attend, &linear, &rms_norm, &prefill_write, &prefill_attention, &swiglu, &swiglu_backward, &merge, &merge_backward};
+
+const Kernels DMC_NAME(CPU_CAPABILITY) = {kOf<float>, kOf<bf16>};
 
 }  // namespace dmc::cpu

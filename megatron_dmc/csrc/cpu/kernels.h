@@ -77,6 +77,33 @@ struct SwigluParams {
   int64_t num_rows, num_channels;
 };
 
+// As above; `x` and `out` have rows of 2 C, `grad` of C.
+template <class T>
+struct SwigluBackwardParams {
+  const T* x_MC;
+  const T* grad_MC;
+  T* out_MC;
+  int64_t num_rows, num_channels;
+};
+
+// Gates, outputs and gradients of gates are dense. Forward `out` are the merged keys and values; backward those of the
+// keys and values, and `grad` are those of the merged ones. A window of 0 is unlimited. D is a multiple of kDimStep.
+template <class T>
+struct MergeParams {
+  const T* k_TBGD;
+  const T* v_TBGD;
+  const float* alpha_TBG;
+  const float* omega_TBG;
+  const T* grad_k_TBGD;
+  const T* grad_v_TBGD;
+  T* out_k_TBGD;
+  T* out_v_TBGD;
+  float* grad_alpha_TBG;
+  float* grad_omega_TBG;
+  int64_t k_stride[3], v_stride[3], grad_k_stride[3], grad_v_stride[3];
+  int64_t num_tokens, batch, num_kv_heads, dim, window;
+};
+
 template <class T>
 struct KernelsOf {
   void (*append)(const AppendParams<T>&);
@@ -86,6 +113,9 @@ struct KernelsOf {
   void (*prefill_write)(const PrefillParams<T>&);
   void (*prefill_attention)(const PrefillParams<T>&);
   void (*swiglu)(const SwigluParams<T>&);
+  void (*swiglu_backward)(const SwigluBackwardParams<T>&);
+  void (*merge)(const MergeParams<T>&);
+  void (*merge_backward)(const MergeParams<T>&);
 };
 
 struct Kernels {

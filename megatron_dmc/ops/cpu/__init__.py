@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 OPERATORS = (
-    "advise_huge_pages", "copy", "decode_append", "linear", "matmul", "paged_decode_attention", "prefill_attention", "prefill_write",
-    "release_pages", "rms_norm", "swiglu",
+    "advise_huge_pages", "copy", "decode_append", "linear", "matmul", "merge", "merge_backward",
+    "paged_decode_attention", "prefill_attention", "prefill_write", "release_pages", "rms_norm",
+    "swiglu", "swiglu_backward",
 )  # fmt: skip
-REVISION = 4
+REVISION = 5
 """Of what the operators are and take, as in `csrc/cpu/binding.cpp`: both change with them."""
 DIM_STEP, MAX_DIM = 32, 256
 """Head dimensions are multiples of the first, up to the second."""
