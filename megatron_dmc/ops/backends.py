@@ -155,11 +155,11 @@ def _cuda(op: str) -> Any:
 
 
 def _cpu(op: str) -> Any:
-    from megatron_dmc.ops.cpu import decode, linear, merge, norm, pages, prefill, swiglu
+    from megatron_dmc.ops.cpu import decode, linear, merge, near, norm, pages, prefill, swiglu
 
     return {
-        "decode": decode, "linear": linear, "merge": merge, "norm": norm, "pages": pages, "prefill": prefill,
-        "swiglu": swiglu,
+        "decode": decode, "linear": linear, "merge": merge, "near": near, "norm": norm, "pages": pages,
+        "prefill": prefill, "swiglu": swiglu,
     }[op]  # fmt: skip
 
 
@@ -198,7 +198,7 @@ PAGES = Op("pages", cuda=CUDA, triton=TRITON, cpu=CPU, torch=PYTORCH)
 MERGE = Op("merge", triton=TRITON, cpu=CPU, torch=PYTORCH)
 """`ops.training.merge`: (k, v, merge_window)."""
 
-NEAR = Op("near", triton=TRITON, torch=PYTORCH)
+NEAR = Op("near", triton=TRITON, cpu=CPU, torch=PYTORCH)
 """`ops.training.near`: (q, n), the raw tokens that a query sees."""
 
 TRUNCATE = Op("truncate", triton=TRITON, torch=PYTORCH)

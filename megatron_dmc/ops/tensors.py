@@ -17,6 +17,12 @@ def dense_channels(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def empty_tokens_first(x_BHTD: Tensor) -> Tensor:
+    """Like `x`, uninitialised, but tokens lead in memory: what the projection behind attention wants."""
+    batch, heads, tokens, dim = x_BHTD.shape
+    return x_BHTD.new_empty(tokens, batch, heads, dim).permute(1, 2, 0, 3)
+
+
 def to_device(
     values: Tensor | Sequence | np.ndarray,
     device: torch.device | str,

@@ -1,4 +1,5 @@
-"""Training's CPU kernels: the merge, by the cases of the other back ends, and SwiGLU in Megatron's place."""
+"""Training's CPU kernels: the merge and near tokens, by the cases of the other back ends, and SwiGLU in Megatron's
+place."""
 
 from types import SimpleNamespace
 
@@ -8,20 +9,25 @@ from kernel_tools import run_cases
 
 from megatron_dmc import ops
 from megatron_dmc.ops import cpu
-from megatron_dmc.ops.backends import MERGE
+from megatron_dmc.ops.backends import MERGE, NEAR
 from megatron_dmc.ops.cpu import swiglu
 
 pytestmark = pytest.mark.skipif(bool(cpu.absence()), reason=cpu.absence() or "-")
 
 
-def test_merge_cases():
-    pytest.importorskip("triton")  # shares Triton's file of cases
-    run_cases("kernel_cases_merge.py", TRITON_INTERPRET="1", DMC_TESTED_BACKEND="cpu")
+def test_cases():
+    pytest.importorskip("triton")  # shares Triton's files of cases
+    run_cases(
+        "kernel_cases_merge.py", "kernel_cases_near.py", TRITON_INTERPRET="1", DMC_TESTED_BACKEND="cpu"
+    )  # fmt: skip
 
 
-def test_merge_is_the_default_on_a_cpu():
+def test_the_kernels_are_the_default_on_a_cpu():
     x = torch.zeros(3, 1, 2, 32)
-    assert MERGE.choose(x, x, 0) == "cpu"
+    assert MERGE.choose(x, x, 0) == NEAR.choose(x, 65) == "cpu"
+    assert (
+        NEAR.choose(x, 66) == NEAR.choose(x.double(), 16) == NEAR.choose(x[..., :16], 16) == "torch"
+    )
     for other, reason in (
         (x.double(), "dtype torch.float64"),
         (x[..., :16], "head_dim=16; the kernels take multiples of 32"),
@@ -31,23 +37,34 @@ def test_merge_is_the_default_on_a_cpu():
             ops.merge(other, other, x[..., 0], x[..., 0], backend="cpu")
 
 
-def test_merge_is_the_same_for_any_threads():
+@pytest.mark.parametrize("merge_window,merge_delay", [(0, 0), (12, 16)])
+def test_results_are_the_same_for_any_threads(merge_window, merge_delay):
     generator = torch.Generator().manual_seed(0)
-    k, v = (torch.randn(70, 3, 5, 64, generator=generator, requires_grad=True) for _ in range(2))
+    q, k, v = (torch.randn(70, 3, 5, 64, generator=generator, requires_grad=True) for _ in range(3))
     alpha, omega = (torch.rand(70, 3, 5, generator=generator, requires_grad=True) for _ in range(2))
 
-    def results(threads, merge_window):
+    def results(threads):
         torch.set_num_threads(threads)
-        merged = ops.merge(k, v, alpha, omega, merge_window=merge_window, backend="cpu")
-        return *merged, *torch.autograd.grad((merged[0] * merged[1]).sum(), (k, v, alpha, omega))
+        merged = ops.merge(k, v, alpha, omega, merge_window=merge_window)
+        out = ops.delayed_attention(q, k, v, *merged, torch.log1p(-alpha), merge_delay=merge_delay)
+        return out, *torch.autograd.grad(out.square().sum(), (q, k, v, alpha, omega))
 
     before = torch.get_num_threads()
     try:
-        for merge_window in (0, 12):
-            one, three = results(1, merge_window), results(3, merge_window)
-            assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(results(1), results(3), strict=True))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("of", range(4))
+def test_what_is_not_a_number_stays_none(of):
+    """Of queries, raw keys and values, and state keys: every query that sees it. Of state values the stock kernel
+    makes more of it."""
+    inputs = [torch.randn(40, 1, 1, 32) for _ in range(5)]
+    inputs[of][20, 0, 0, 3] = float("nan")
+    out = ops.delayed_attention(*inputs, torch.zeros(40, 1, 1), merge_delay=4)[:, 0, 0, 3].isnan()
+    first, end = (20, 21) if of == 0 else (20, 24) if of < 3 else (24, 40)
+    assert out[first:end].all() and not out[:first].any() and not out[end:].any()
 
 
 @pytest.fixture

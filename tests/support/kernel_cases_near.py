@@ -4,13 +4,15 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_cases_merge import DEVICE, assert_within_twice_the_yardstick  # patches Triton
+from kernel_cases_merge import BACKEND, DEVICE, assert_within_twice_the_yardstick  # patches Triton
 
 from megatron_dmc import ops
 from megatron_dmc.ops import gates, reference
 
 # the interpreter cuts bfloat16 off instead of rounding it
-HALF = torch.float16 if DEVICE == "cpu" else torch.bfloat16
+HALF = torch.float16 if DEVICE == "cpu" and BACKEND == "triton" else torch.bfloat16
+ODD = 48 if BACKEND == "triton" else 96
+"""Channels of a head: not a power of two."""
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +22,7 @@ def uninitialised_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-def make_inputs(num_tokens, heads, *, num_keys=2, dim=48, dtype=HALF, batch=2, seed=0):
+def make_inputs(num_tokens, heads, *, num_keys=2, dim=ODD, dtype=HALF, batch=2, seed=0):
     """Queries, as many keys as asked for in total with values, and log_keep: parts of one tensor."""
     generator = torch.Generator().manual_seed(seed)
     n, g = heads
@@ -33,7 +35,7 @@ def make_inputs(num_tokens, heads, *, num_keys=2, dim=48, dtype=HALF, batch=2, s
 
 
 def check(op, spec, inputs, monkeypatch, *, keys):
-    """The op in Triton and in PyTorch against the specification.
+    """The op by the kernels and in PyTorch against the specification.
 
     Args:
         keys: positions of the keys among the inputs; their borrowed channel's gradient is 0, like the queries'.
@@ -52,7 +54,7 @@ def check(op, spec, inputs, monkeypatch, *, keys):
 
     exact = both_ways(spec, *(x.double() for x in inputs))
     results = []
-    for backend in ("triton", "torch"):
+    for backend in (BACKEND, "torch"):
         monkeypatch.setenv("DMC_NEAR_BACKEND", backend)
         results.append(both_ways(op, *inputs))
     names = ("out", *(f"grad {i}" for i in range(len(inputs) - 1)), "grad log_keep")
@@ -78,7 +80,7 @@ DELAYS = [
     (16, 75, (4, 2), 64, torch.float32),
     (16, 140, (1, 1), 128, HALF),
     (64, 140, (2, 1), 64, HALF),
-    (64, 60, (2, 2), 48, torch.float32),
+    (64, 60, (2, 2), ODD, torch.float32),
     (5, 3, (2, 1), 64, HALF),
 ]
 
@@ -108,7 +110,7 @@ def test_queries_of_the_last_tokens(cut, monkeypatch):
         ends = [(0, cut), (cut, q.shape[0])]
         return torch.cat([attend(q[a:b], *(x[:b] for x in keys)) for a, b in ends])
 
-    inputs = make_inputs(101, (2, 1), num_keys=4, dim=16, dtype=torch.float32, batch=1)
+    inputs = make_inputs(101, (2, 1), num_keys=4, dim=32, dtype=torch.float32, batch=1)
     for first in (0, 9):
         document = [x[first:] for x in inputs]
         op, spec = (partial(x.delayed_attention, merge_delay=16) for x in (ops, reference))
@@ -121,8 +123,8 @@ def test_queries_of_the_last_tokens(cut, monkeypatch):
 
 
 def test_a_longer_delay_is_pytorchs(monkeypatch):
-    inputs = make_inputs(80, (2, 2), num_keys=4, dim=16)
-    monkeypatch.setenv("DMC_NEAR_BACKEND", "triton")
+    inputs = make_inputs(80, (2, 2), num_keys=4, dim=32)
+    monkeypatch.setenv("DMC_NEAR_BACKEND", BACKEND)
     with pytest.raises(ValueError, match="a query sees 66 raw tokens, more than 65"):
         ops.delayed_attention(*inputs, merge_delay=66)
     monkeypatch.delenv("DMC_NEAR_BACKEND")

@@ -136,6 +136,7 @@ void paged_decode_attention(const Tensor& q, const Tensor& k_pages, const Tensor
 }  // namespace
 
 #include "cpu/merge_operators.h"
+#include "cpu/near_operators.h"
 #include "cpu/prefill_operators.h"
 
 namespace {
@@ -301,6 +302,8 @@ TORCH_LIBRARY(megatron_dmc_cpu, m) {
   m.def(kPrefillAttentionSchema);
   m.def(kMergeSchema);
   m.def(kMergeBackwardSchema);
+  m.def(kNearJoinSchema);
+  m.def(kNearGradientsSchema);
   m.def("swiglu(Tensor x, Tensor(a!) out) -> ()");
   m.def("swiglu_backward(Tensor x, Tensor grad, Tensor(a!) out) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, Tensor(a!) out, float eps) -> ()");
@@ -327,6 +330,8 @@ TORCH_LIBRARY_IMPL(megatron_dmc_cpu, CompositeExplicitAutograd, m) {
   m.impl("prefill_attention", &prefill_attention);
   m.impl("merge", &merge);
   m.impl("merge_backward", &merge_backward);
+  m.impl("near_join", &near_join);
+  m.impl("near_gradients", &near_gradients);
   m.impl("linear", &linear);
   m.impl("swiglu", &swiglu);
   m.impl("swiglu_backward", &swiglu_backward);

@@ -4,6 +4,7 @@
 #include "cpu/kernels.h"
 #include "cpu/linear.h"
 #include "cpu/merge.h"
+#include "cpu/near.h"
 #include "cpu/norm.h"
 #include "cpu/prefill.h"
 #include "cpu/swiglu.h"
@@ -14,8 +15,8 @@
 namespace dmc::cpu {
 
 template <class T>
-constexpr KernelsOf<T> kOf = {
-    &append, &attend, &linear, &rms_norm, &prefill_write, &prefill_attention, &swiglu, &swiglu_backward, &merge, &merge_backward};
+constexpr KernelsOf<T> kOf = {&append, &attend, &linear, &rms_norm, &prefill_write, &prefill_attention, &swiglu,
+                              &swiglu_backward, &merge, &merge_backward, &near_join, &near_gradients};
 
 const Kernels DMC_NAME(CPU_CAPABILITY) = {kOf<float>, kOf<bf16>};
 

@@ -104,6 +104,26 @@ struct MergeParams {
   int64_t num_tokens, batch, num_kv_heads, dim, window;
 };
 
+// Rows of channels (B, heads, tokens, D) with strides; data null: none.
+template <class T>
+struct TokensOf {
+  T* data;
+  int64_t stride[3], count;
+  T* row(int64_t b, int64_t h, int64_t t) const { return data + b * stride[0] + h * stride[1] + t * stride[2]; }
+};
+
+// `far` is a stock kernel's output for the last F queries, backward its gradient of them, and far_k and far_v those of
+// the first keys. What forward writes backward reads: out and lse. D is a multiple of kDimStep.
+template <class T>
+struct NearParams {
+  TokensOf<T> q, near_k, near_v, open_k, open_v, far, out;
+  TokensOf<T> grad, far_k, far_v, dq, d_near_k, d_near_v, d_open_k, d_open_v;
+  const float* far_lse_BNF;
+  float* lse_BNT;
+  int64_t batch, num_kv_heads, group, num_queries, num_keys, num_far_queries, num_far_keys, n, dim;
+  float scale;
+};
+
 template <class T>
 struct KernelsOf {
   void (*append)(const AppendParams<T>&);
@@ -116,6 +136,8 @@ struct KernelsOf {
   void (*swiglu_backward)(const SwigluBackwardParams<T>&);
   void (*merge)(const MergeParams<T>&);
   void (*merge_backward)(const MergeParams<T>&);
+  void (*near_join)(const NearParams<T>&);
+  void (*near_gradients)(const NearParams<T>&);
 };
 
 struct Kernels {

@@ -10,8 +10,8 @@ from torch import Tensor
 
 OPERATORS = (
     "advise_huge_pages", "copy", "decode_append", "linear", "matmul", "merge", "merge_backward",
-    "paged_decode_attention", "prefill_attention", "prefill_write", "release_pages", "rms_norm",
-    "swiglu", "swiglu_backward",
+    "near_gradients", "near_join", "paged_decode_attention", "prefill_attention", "prefill_write",
+    "release_pages", "rms_norm", "swiglu", "swiglu_backward",
 )  # fmt: skip
 REVISION = 5
 """Of what the operators are and take, as in `csrc/cpu/binding.cpp`: both change with them."""

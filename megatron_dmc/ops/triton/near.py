@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_dmc.ops.backends import gpu_refusal
-from megatron_dmc.ops.tensors import dense_channels
+from megatron_dmc.ops.tensors import dense_channels, empty_tokens_first
 from megatron_dmc.ops.training.near import KeyValue
 from megatron_dmc.ops.triton.launch import INTERPRETED, is_content, on_device
 
@@ -277,12 +277,6 @@ def tiling(head_dim: int, n: int) -> dict[str, int]:
     return dict(I=min(tile, 64) if n else tile, F=channels, num_warps=8)
 
 
-def _empty_tokens_first(x_BHTD: Tensor) -> Tensor:
-    """Like `x`, but tokens lead in memory: what the projection behind attention wants."""
-    batch, heads, tokens, dim = x_BHTD.shape
-    return x_BHTD.new_empty(tokens, batch, heads, dim).permute(1, 2, 0, 3)
-
-
 def _strides(*tensors: Tensor) -> list[int]:
     return [s for x in tensors for s in x.stride()[:3]]
 
@@ -301,7 +295,7 @@ def join(q_BNTD, near, opened, far, n, scale):
     batch, heads, tokens, dim = q.shape
     near_, open_ = _dense(near, q), _dense(opened, q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    out = _empty_tokens_first(q)
+    out = empty_tokens_first(q)
     far_out, far_lse = (q, lse) if far is None else (dense_channels(far[0]), far[1].float())
     sizes = tiling(dim, n)
     groups = (near or opened).k.shape[1]
@@ -326,9 +320,9 @@ def add_gradients(
     groups, num_keys = keys.k.shape[1:3]
     near_, open_ = _dense(near, q), _dense(opened, q)
     far_q, far_k, far_v = (q, q, q) if far_grads is None else map(dense_channels, far_grads)
-    dq = _empty_tokens_first(q)
+    dq = empty_tokens_first(q)
     d_near, d_open = (
-        None if x is None else KeyValue(*(_empty_tokens_first(keys.k) for _ in "kv"))
+        None if x is None else KeyValue(*(empty_tokens_first(keys.k) for _ in "kv"))
         for x in (near, opened)
     )
     written = [*(d_near or (q, q)), *(d_open or (q, q))]
