@@ -49,7 +49,9 @@ def stand_in(monkeypatch, there: Accelerators) -> None:
     monkeypatch.setattr(accelerators.layers, "_grad_accum_fusion_available", there.gradient_fusion)
     found = "spec" if there.softmax_fusion else None
     monkeypatch.setattr(accelerators, "find_spec", lambda name: found)
-    monkeypatch.setattr(accelerators.cpu, "absence", lambda: "" if there.cpu_kernels else "not built")
+    monkeypatch.setattr(
+        accelerators.cpu, "absence", lambda: "" if there.cpu_kernels else "not built"
+    )
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,6 @@ def swiglu(x: Tensor) -> Tensor:
     return out
 
 
-
 def swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of `swiglu(x)`, from that of its output.
 
