@@ -15,7 +15,7 @@ AVX2 = ("-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c")
 
 
 def compile_with(compiler: str, source: str, *options: str) -> str:
-    """What the compiler prints. Skips the test if there is no such compiler."""
+    """The compiler's output; without such a compiler the test is skipped."""
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not installed")
     command = [

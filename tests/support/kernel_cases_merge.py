@@ -20,7 +20,7 @@ from megatron_dmc.ops.triton.launch import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 BACKEND = os.environ.get("DMC_TESTED_BACKEND", "triton")
-kernels = MERGE.kernels(BACKEND)
+kernels = MERGE.kernels(BACKEND if BACKEND in MERGE.backends else "triton")
 only_triton = pytest.mark.skipif(BACKEND != "triton", reason="about Triton's tiles")
 NAMES = ("merged k", "merged v", "grad k", "grad v", "grad alpha", "grad omega")
 

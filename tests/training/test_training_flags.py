@@ -49,9 +49,8 @@ def stand_in(monkeypatch, there: Accelerators) -> None:
     monkeypatch.setattr(accelerators.layers, "_grad_accum_fusion_available", there.gradient_fusion)
     found = "spec" if there.softmax_fusion else None
     monkeypatch.setattr(accelerators, "find_spec", lambda name: found)
-    monkeypatch.setattr(
-        accelerators.cpu, "absence", lambda: "" if there.cpu_kernels else "not built"
-    )
+    absence = "" if there.cpu_kernels else "not built"
+    monkeypatch.setattr(accelerators, "absence", lambda: absence)
 
 
 @pytest.mark.parametrize(
