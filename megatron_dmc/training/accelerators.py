@@ -72,8 +72,8 @@ class Accelerators:
             "masked_softmax_fusion": (on_gpu and self.softmax_fusion, False),
             # compiled for a GPU by torch; a CPU runs them as they are
             "bias_gelu_fusion": (on_gpu, False),
-            "bias_swiglu_fusion": (on_gpu or self.cpu_kernels, False),
             "bias_dropout_fusion": (on_gpu, False),
+            "bias_swiglu_fusion": (on_gpu or self.cpu_kernels, False),  # `ops.cpu.swiglu.install`
             "distributed_backend": (on_gpu, "gloo"),
             "use_cpu_initialization": (on_gpu, True),
         }

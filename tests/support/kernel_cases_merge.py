@@ -1,5 +1,5 @@
 """Merge kernels against the specification: Triton's, and with DMC_TESTED_BACKEND=cpu those for CPUs.
-test_training_kernels.py runs this file in its own process.
+test_training_kernels.py and test_cpu_training.py run this file in a process of its own.
 
 On a GPU where there is one, otherwise in Triton's interpreter: TRITON_INTERPRET=1 has to be set
 before Triton is imported, so the cases cannot share a process with other tests.

@@ -35,7 +35,7 @@ struct TokenRows {
   }
 };
 
-// a(c, x) for pairs of vectors of the key's and then the value's channels.
+// visit(c, a, b) for each step of channels, the key's and then the value's: c in E, and the two vectors of `load`.
 template <class T, class Visit>
 inline void for_channels(const T* k, const T* v, int dim, Visit visit) {
   Vec a, b;
