@@ -14,6 +14,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/products.h"
+#include "cpu/token_rows.h"
 
 namespace dmc::cpu {
 inline namespace CPU_CAPABILITY {
@@ -29,9 +30,8 @@ struct TokenRows {
   int dim;
 
   const T* operator[](int64_t t) const { return first + t * stride; }
-  [[gnu::always_inline]] void fetch(int64_t t) const {  // GCC drops calls of a function that only prefetches
-    if (t < 0 || t >= num_tokens) return;
-    for (int c = 0; c < dim; c += 64 / int(sizeof(T))) __builtin_prefetch(first + t * stride + c);
+  [[gnu::always_inline]] void fetch(int64_t t) const {
+    if (t >= 0 && t < num_tokens) fetch_row(first + t * stride, dim);
   }
 };
 
@@ -160,10 +160,8 @@ class MergeOfHead {
   void keep(int64_t t, float* x_WE) const {
     float* kept = x_WE + t % p_.window * 2 * dim_;
     fetch(t + kTokensAhead, k_, v_);
-    for_channels(k_[t], v_[t], dim_, [&](int c, const Vec& a, const Vec& b) {
-      a.store(kept + c);
-      b.store(kept + c + kLanes);
-    });
+    load_row(k_[t], dim_, kept);
+    load_row(v_[t], dim_, kept + dim_);
   }
 
   void forward_windowed() {
@@ -213,10 +211,8 @@ class MergeOfHead {
       const int64_t count = std::min(window, t + 1);
       const float z = weigh(t, count, decay_n.data(), weight_n.data());
       fetch(t + kTokensAhead, grad_k_, grad_v_);
-      for_channels(grad_k_[t], grad_v_[t], dim_, [&](int c, const Vec& a, const Vec& b) {
-        a.store(&grad_E[c]);
-        b.store(&grad_E[c + kLanes]);
-      });
+      load_row(grad_k_[t], dim_, grad_E.data());
+      load_row(grad_v_[t], dim_, &grad_E[dim_]);
       float along_y = 0.0f;
       int64_t place = t % window;
       for (int64_t n = 0; n < count; ++n) {

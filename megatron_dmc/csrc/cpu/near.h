@@ -13,6 +13,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/products.h"
+#include "cpu/token_rows.h"
 
 namespace dmc::cpu {
 inline namespace CPU_CAPABILITY {
@@ -58,35 +59,6 @@ inline void add_to_rows(const float* weight_M, const float* a_D, int count, int 
     for (int c = 0; c < dim; c += kLanes)
       at::vec::fmadd(Vec::loadu(a_D + c), weight, Vec::loadu(rows_M[m] + c)).store(rows_M[m] + c);
   }
-}
-
-template <class T>
-inline void load_row(const T* x, int dim, float* out_D) {
-  for (int c = 0; c < dim; c += kStep) {
-    Vec a, b;
-    load(x + c, a, b);
-    a.store(out_D + c);
-    b.store(out_D + c + kLanes);
-  }
-}
-template <class T>
-inline void store_row(const float* x_D, int dim, T* out) {
-  for (int c = 0; c < dim; c += kStep) store(out + c, Vec::loadu(x_D + c), Vec::loadu(x_D + c + kLanes));
-}
-template <class T>
-inline void add_row(const T* x, int dim, float* out_D) {
-  for (int c = 0; c < dim; c += kStep) {
-    Vec a, b;
-    load(x + c, a, b);
-    (Vec::loadu(out_D + c) + a).store(out_D + c);
-    (Vec::loadu(out_D + c + kLanes) + b).store(out_D + c + kLanes);
-  }
-}
-
-// GCC drops calls of a function that only prefetches.
-template <class T>
-[[gnu::always_inline]] inline void fetch_row(const T* x, int dim) {
-  for (int c = 0; c < dim; c += 64 / int(sizeof(T))) __builtin_prefetch(x + c);
 }
 
 // The queries of one sequence and KV head.
