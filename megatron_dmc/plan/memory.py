@@ -68,6 +68,10 @@ def plain_attention_bytes(heads: int, groups: int, dim: int) -> int:
     return 2 * dim * (heads + 2 * groups) + 2 * heads * dim + 4 * heads
 
 
+_CARRY_TOKENS = 32
+"""Of a tile of unlimited merging, `ops.triton.merge.default_tiling`: its running sum is kept for the backward."""
+
+
 def dmc_attention_bytes(
     heads: int,
     groups: int,
@@ -76,9 +80,9 @@ def dmc_attention_bytes(
     recompute: bool,
     context_parallel: int = 1,
     delayed: bool = False,
-) -> int:
+) -> float:
     """Saved by `DMCSelfAttention` in the retrofit stage for each of a rank's own tokens, except for
-    the RoPE tables.
+    the RoPE tables. With the Triton kernels and unlimited merging; other ways to merge are not counted.
 
     Args:
         recompute: selective recompute: only what enters the attention is kept, and its output.
@@ -89,16 +93,21 @@ def dmc_attention_bytes(
     if recompute:
         # queries of a group do not lie together in the projection, so they are a copy
         return projected + (2 * heads * dim if heads != groups else 0) + 2 * heads * dim
-    merge = 4 * groups * (4 * dim + 3)  # keys and values before and after, alpha, omega, z: float32
+    channels = 2 * dim * groups  # of keys, or of values
+    carry = 4 * groups * (2 * dim + 1) / _CARRY_TOKENS
+    merge = channels + 4 * groups * 2 + carry  # keys before it, alpha and omega: float32
     gates = 4 * groups * 4  # sigmoids and the log-sigmoid, float32
-    keys = 2 * dim * groups + 4 * groups * dim  # the kernel's k; v as a view of keys and values
-    queries = 2 * dim * heads
-    output = 2 * heads * dim + 4 * heads  # log-sum-exp
-    near = 0
+    keys = 2 * channels  # merged keys, rotated, and merged values
     if delayed:
-        keys += 2 * dim * groups
-        near = projected  # raw values are a view of the projection
-    return context_parallel * (merge + gates + keys) + queries + output + near
+        keys += channels  # raw keys, rotated; raw values are those before the merge
+    whole = merge + gates + keys
+    own = 2 * dim * heads + 2 * heads * dim + 4 * heads  # queries, output, log-sum-exp
+    if context_parallel == 1:
+        return whole + own + projected  # a view of which are the values before the merge
+    whole += channels  # those values, from all ranks
+    # the two chunks of a rank are attended one by one: each has its keys, the outputs are joined
+    whole += channels / (2 * context_parallel)
+    return context_parallel * whole + own + 2 * heads * dim
 
 
 def layer_activations(

@@ -8,6 +8,7 @@ import torch
 
 from megatron_dmc.ops import backends, cpu
 from megatron_dmc.ops.backends import DECODE, MERGE, PAGES, PREFILL, Backend, Op
+from megatron_dmc.ops.cpu import merge as cpu_merge
 from megatron_dmc.ops.cpu import pages as cpu_pages
 
 X = torch.zeros(2, 64)
@@ -58,7 +59,7 @@ def test_overrides(monkeypatch):
 
 
 def test_cpu_tensors_run_in_pytorch(monkeypatch):
-    for module in (cpu, cpu_pages):
+    for module in (cpu, cpu_merge, cpu_pages):
         monkeypatch.setattr(module, "absence", lambda: "not built")
     cache = SimpleNamespace(is_scaled=False, page_size=16)
     assert DECODE.choose(X, 16) == PREFILL.choose(X, cache, 0) == PAGES.choose(X) == "torch"

@@ -63,7 +63,10 @@ def measured():
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(root / "tests/support/plan_worker.py"), json.dumps(layouts)],
-        env=dict(os.environ, PYTHONPATH=str(root), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
+        env=dict(
+            os.environ, PYTHONPATH=str(root), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
+            TRITON_INTERPRET="1",
+        ),
         capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -82,17 +85,19 @@ def test_parameters_are_those_that_megatron_builds(measured):
 @pytest.mark.dist
 def test_attention_activations_are_what_autograd_keeps(measured):
     for row in measured["saved"]:
-        heads, groups, dim = row["heads"], row["groups"], row["dim"]
+        dim, ranks = row["dim"], row["context_parallel"]
         recompute = row["recompute"] == "selective"
         counted = dmc_attention_bytes(
-            heads, groups, dim, recompute=recompute, delayed=row["delay"] > 0
-        )
+            row["heads"], row["groups"], dim, recompute=recompute, context_parallel=ranks,
+            delayed=row["delay"] > 0,
+        )  # fmt: skip
         if not recompute:
-            tables = 3 if row["delay"] else 2  # RoPE's, of 4 bytes; per position, at a batch of 2
+            # RoPE's tables, of 4 bytes, at a batch of 2: own queries, all keys, all raw keys
+            tables = 1 + ranks * (2 if row["delay"] else 1)
             counted += tables * 4 * dim / 2
         # never less than what is kept, and not much more
         assert row["bytes"] <= counted * 1.001, row
-        assert counted <= row["bytes"] * 1.05, row
+        assert counted <= row["bytes"] * 1.02, row
 
 
 # --- against published figures --------------------------------------------------------------------
@@ -269,14 +274,16 @@ def test_what_dmc_refuses_is_not_offered(monkeypatch):
 
 
 def test_context_parallel_merges_the_whole_sequence_on_every_rank():
-    """Twice the ranks: the projections' activations are halved, the merge's stay."""
+    """Ranks share the MLP's activations; each merges every token, so DMC's shrink by less."""
     job = Job(gpus=64, seq_length=4096)
-    one, two = (layer_activations(MODEL, Layout(8, context_parallel_size=cp), job) for cp in (1, 2))
-    assert two.mlp == one.mlp / 2
-    merged = 4 * (4 * MODEL.kv_channels + 3 + 4) + 6 * MODEL.kv_channels  # of a token; one KV head
-    merged_bytes = (merged + 4 * MODEL.kv_channels) * job.seq_length  # with the keys' RoPE tables
-    halved = (one.attention + one.dmc - merged_bytes) / 2
-    assert two.attention + two.dmc == pytest.approx(halved + merged_bytes)
+    one, two, four = (
+        layer_activations(MODEL, Layout(8, context_parallel_size=cp), job) for cp in (1, 2, 4)
+    )
+    assert (two.mlp, four.mlp) == (one.mlp / 2, one.mlp / 4)
+    # of a token, one KV head: before, merged, gates, the running sums, the keys' RoPE table
+    merged = (4 * 2 + 3 / 2) * MODEL.kv_channels + 24 + 4 * (2 * MODEL.kv_channels + 1) / 32
+    saved = [x.attention + x.dmc for x in (one, two, four)]
+    assert saved[0] > saved[1] > saved[2] > merged * job.seq_length
 
 
 def test_context_parallel_is_asked_for():
@@ -385,12 +392,12 @@ def test_sbatch_files_hold_what_the_plan_says(name):
 
 def test_shell_files_parse():
     root = Path(__file__).parents[2]
-    files = [file for folder in ("examples", "examples/slurm", "tests/support", "tests/slurm")
-             for file in (root / folder).glob("*.s[hb]*")]  # fmt: skip
-    assert len(files) == 9
-    for file in files:
-        done = subprocess.run(["bash", "-n", str(file)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    for folder in ("examples", "examples/slurm", "tests/support", "tests/slurm"):
+        files = list((root / folder).glob("*.s[hb]*"))
+        assert files, folder
+        for file in files:
+            done = subprocess.run(["bash", "-n", str(file)], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
 
 
 ERRORS = {

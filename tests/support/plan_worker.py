@@ -6,7 +6,7 @@ LAYOUTS_JSON is a list of {"world_size", "flags"}, with the flags that `megatron
 they go through training's own parser. Each pipeline stage is built on the meta device under torch's
 fake process groups, so that one process can be any rank of any world; the answer has every
 stage's number of parameters. Then one attention layer runs forward and the bytes that autograd
-saves are counted.
+saves are counted. Its kernels are the GPU's, which need Triton's interpreter: TRITON_INTERPRET=1.
 """
 
 import json
@@ -15,6 +15,7 @@ import sys
 
 import megatron.core  # noqa: F401  before the CPU adapter stands in for CUDA
 import torch
+import triton_interpreter  # noqa: F401
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
@@ -77,16 +78,21 @@ def parameters(layout: dict) -> list[int]:
     ]
 
 
-def saved_bytes(heads: int, groups: int, dim: int, recompute: str | None, delay: int) -> float:
-    """Bytes per token that DMC's attention keeps from the projection on, RoPE tables included."""
-    tokens, batch, hidden = 256, 2, 64
+def saved_bytes(
+    heads: int, groups: int, dim: int, recompute: str | None, delay: int, context_parallel: int
+) -> float:
+    """Bytes per own token that DMC's attention keeps from the projection on, RoPE tables included."""
+    tokens, batch, hidden = 128, 2, 64
+    start(0, context_parallel, cp=context_parallel)
+    model_parallel_cuda_manual_seed(1)
     config = DMCTransformerConfig(
         num_layers=1, hidden_size=hidden, ffn_hidden_size=64, num_attention_heads=heads,
         num_query_groups=groups, kv_channels=dim, normalization="RMSNorm", gated_linear_unit=True,
         activation_func=torch.nn.functional.silu, add_bias_linear=False, hidden_dropout=0.0,
         attention_dropout=0.0, use_cpu_initialization=True, params_dtype=torch.bfloat16, bf16=True,
         transformer_impl="local", gradient_accumulation_fusion=False,
-        recompute_granularity=recompute, dmc=DMCConfig(stage="retrofit", merge_delay=delay),
+        recompute_granularity=recompute, context_parallel_size=context_parallel,
+        dmc=DMCConfig(stage="retrofit", merge_delay=delay),
     )  # fmt: skip
     recorder = DecisionRecorder(1)
     layer = build_module(
@@ -94,7 +100,7 @@ def saved_bytes(heads: int, groups: int, dim: int, recompute: str | None, delay:
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )  # fmt: skip
     attention = layer.self_attention.bfloat16().train()
-    rotary = RotaryEmbedding(dim, 1.0, use_cpu_initialization=True)(tokens)
+    rotary = RotaryEmbedding(dim, 1.0, use_cpu_initialization=True)(tokens * context_parallel)
     key = GateKey(1, 1, 0, 0)
     recorder.begin(key)
     x = torch.randn(tokens, batch, hidden, dtype=torch.bfloat16, requires_grad=True)
@@ -109,27 +115,27 @@ def saved_bytes(heads: int, groups: int, dim: int, recompute: str | None, delay:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         attention(x, key.to_tensor(), rotary_pos_emb=rotary)
+    stop()
     return sum(s.nbytes() for s in kept.values()) / (tokens * batch)
 
 
 def main():
-    os.environ.update(RANK="0", CUDA_DEVICE_MAX_CONNECTIONS="1")
+    os.environ.update(
+        RANK="0",
+        CUDA_DEVICE_MAX_CONNECTIONS="1",
+        DMC_MERGE_BACKEND="triton",
+        DMC_NEAR_BACKEND="triton",
+    )
     counts = [parameters(layout) for layout in json.loads(sys.argv[1])]
-    start(0, 1)
-    model_parallel_cuda_manual_seed(1)
+    names = "heads", "groups", "dim", "recompute", "delay", "context_parallel"
     saved = [
-        {
-            "heads": n,
-            "groups": g,
-            "dim": d,
-            "recompute": r or "none",
-            "delay": w,
-            "bytes": saved_bytes(n, g, d, r, w),
-        }
-        for n, g, d in ((8, 8, 32), (8, 2, 64))
-        for r, w in ((None, 0), ("selective", 0), (None, 16))
-    ]
-    stop()
+        dict(zip(names, case, strict=True), bytes=saved_bytes(*case))
+        for sizes in ((8, 8, 32), (8, 2, 64))
+        for case in (
+            (*sizes, None, 0, 1), (*sizes, "selective", 0, 1), (*sizes, None, 16, 1),
+            (*sizes, None, 0, 2), (*sizes, None, 16, 2),
+        )
+    ]  # fmt: skip
     print(json.dumps({"parameters": counts, "saved": saved}))
 
 
