@@ -181,7 +181,10 @@ def train(
 
         def show(line: str) -> None:
             if found := re.search(r" iteration +(\d+)/", line):
-                bar.n = int(found[1])
+                step = int(found[1])
+                if bar.n == 0:
+                    bar.initial = bar.n = step - 1  # resumed: the rate is of this run's steps
+                bar.update(step - bar.n)
                 figures = dict(re.findall(r"(lm loss|measured cr): ([0-9.E+-]+)", line))
                 bar.set_postfix({k: f"{float(v):.2f}" for k, v in figures.items()})
 
