@@ -25,10 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_MERGE_WINDOW = 16
-"""Longest window that kernels support, except for one over a whole sequence of training. The tiles of longer
-ones would not fit into registers."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -126,26 +122,6 @@ class Op:
 def _announce(op: str, name: str, device: str, dtype: torch.dtype, reasons: tuple[str, ...]):
     because = f" ({'; '.join(reasons)})" if reasons else ""
     logger.info("%s of %s on %s runs in %r%s", op, dtype, device, name, because)
-
-
-def gpu_refusal(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str:
-    """The common refusals of GPU kernels: other dtypes, heads of more than 256 channels, old GPUs."""
-    if x.dtype not in dtypes:
-        return f"dtype {x.dtype}"
-    if x.shape[-1] > 256:
-        return f"head_dim={x.shape[-1]}, more than 256"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] < 8:
-        return "GPUs before compute capability 8.0"
-    return ""
-
-
-def prefill_refusal(cache: Any, merge_window: int) -> str:
-    """The refusals of prefill's GPU kernels: a `LayerCache` of 8-bit pages, long merge windows."""
-    if cache.is_scaled:
-        return f"pages in {cache.k_pages_PSD.values_PSD.dtype}"
-    if merge_window > MAX_MERGE_WINDOW:
-        return f"merge_window={merge_window}, more than {MAX_MERGE_WINDOW}"
-    return ""
 
 
 def _cuda(op: str) -> Any:

@@ -15,7 +15,7 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import layers
 
 from megatron_dmc.errors import UnsupportedConfig
-from megatron_dmc.ops.cpu import absence
+from megatron_dmc.ops import cpu
 
 NEED_TRANSFORMER_ENGINE = {
     "fp8": "--fp8-format",
@@ -59,7 +59,7 @@ class Accelerators:
             rope_fusion=rope_utils.fused_apply_rotary_pos_emb is not None,
             gradient_fusion=layers._grad_accum_fusion_available,
             softmax_fusion=find_spec("scaled_upper_triang_masked_softmax_cuda") is not None,
-            cpu_kernels=not absence(),
+            cpu_kernels=not cpu.absence(),
         )
 
     def defaults(self) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from megatron_dmc import LLM, SamplingParams
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.ops import cpu
 from megatron_dmc.ops.cpu import recording
-from megatron_dmc.ops.cpu.decode import operators
 from megatron_dmc.ops.cpu.outputs import next_part, output
 
 needs_extension = pytest.mark.skipif(bool(cpu.absence()), reason=cpu.absence())
@@ -120,9 +119,9 @@ def test_memory_that_moves_is_not_recorded(is_made_in_it, caplog):
     def work(x):
         moves = torch.empty(2, 32) if is_made_in_it else next(places)
         kept.append(moves)
-        operators().copy.default(x, moves)
+        cpu.operators().copy.default(x, moves)
         out = output((2, 32), torch.float32)
-        operators().copy.default(moves, out)
+        cpu.operators().copy.default(moves, out)
         return out
 
     with caplog.at_level(logging.INFO, recording.__name__):
@@ -144,10 +143,10 @@ def test_a_step_is_replayed_once_two_were_alike():
             table.add_(1)  # what the first run makes
         next_part()
         y = output((2, 32), torch.float32)
-        operators().copy.default(x, y)
+        cpu.operators().copy.default(x, y)
         next_part()
         out = output((2, 32), torch.float32)
-        operators().matmul.default(y, weight, table, out)
+        cpu.operators().matmul.default(y, weight, table, out)
         return out
 
     weight = 3 * torch.eye(32)
@@ -156,7 +155,7 @@ def test_a_step_is_replayed_once_two_were_alike():
         assert torch.equal(recorder.run("work", [x], work), 3 * x + 1)
     assert len(runs) == 2 and recorder.num_recorded == 1
     with pytest.raises(ValueError, match="x is"):
-        operators().copy.default(torch.zeros(2), torch.zeros(3))
+        cpu.operators().copy.default(torch.zeros(2), torch.zeros(3))
 
 
 @needs_extension
@@ -165,7 +164,7 @@ def test_recorded_work_keeps_its_memory():
 
     def work(x):
         out = output(x.shape, torch.float32)
-        operators().rms_norm.default(x, weights[0], out, 0.0)
+        cpu.operators().rms_norm.default(x, weights[0], out, 0.0)
         return out
 
     x = torch.ones(1, 4096)

@@ -251,7 +251,7 @@ def test_linear_layers_of_an_engine_use_the_kernel(monkeypatch):
 
 def test_linear_kernel_says_what_it_does_not_take(monkeypatch):
     weight = torch.zeros(8, 64, dtype=torch.bfloat16)
-    monkeypatch.setattr(linear, "absence", lambda: "")
+    monkeypatch.setattr(cpu, "absence", lambda: "")
     for given, reason in (
         (weight.half(), "dtype torch.float16; only bfloat16 and float32"),
         (weight[:, :40], "multiples of 4 x 32"),

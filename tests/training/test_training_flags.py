@@ -50,7 +50,7 @@ def stand_in(monkeypatch, there: Accelerators) -> None:
     found = "spec" if there.softmax_fusion else None
     monkeypatch.setattr(accelerators, "find_spec", lambda name: found)
     absence = "" if there.cpu_kernels else "not built"
-    monkeypatch.setattr(accelerators, "absence", lambda: absence)
+    monkeypatch.setattr(accelerators.cpu, "absence", lambda: absence)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,14 @@ LEAST_HUGE_BYTES = 1 << 19
 
 
 @functools.cache
+def operators() -> Any:
+    """`torch.ops.megatron_dmc_cpu`, with versions without data for torch.compile: operators return nothing."""
+    for name in OPERATORS:
+        torch.library.register_fake(f"megatron_dmc_cpu::{name}", lambda *args, **kwargs: None)
+    return torch.ops.megatron_dmc_cpu
+
+
+@functools.cache
 def absence() -> str:
     """The reason why the extension is missing; "" if it is there."""
     try:
@@ -37,28 +46,33 @@ def absence() -> str:
     revision = getattr(torch.ops.megatron_dmc_cpu, "revision", None)
     if revision is None or revision() != REVISION:
         return "the extension for CPUs is of another release than the package: build it again (pip install --no-build-isolation)"
-    from megatron_dmc.ops.cpu.decode import operators
-
     if not operators().instruction_set():
         return "the extension for CPUs is built for AVX2 and later, which this machine lacks"
+    return ""
+
+
+def tensor_refusal(x: Tensor) -> str:
+    """The refusals of all kernels: no extension, another device, another dtype; see `ops.backends`."""
+    if reason := absence():
+        return reason
+    if x.device.type != "cpu":
+        return "only tensors on the CPU"
+    if x.dtype not in (torch.bfloat16, torch.float32):
+        return f"dtype {x.dtype}; only bfloat16 and float32"
     return ""
 
 
 def refusal(x: Tensor, page_size: int, group: int = 1) -> str:
     """The refusals of all ops on entries; see `ops.backends`."""
     head_dim = x.shape[-1]
-    if reason := absence():
+    if reason := tensor_refusal(x):
         return reason
-    if x.device.type != "cpu":
-        return "only tensors on the CPU"
     if head_dim % DIM_STEP or head_dim > MAX_DIM:
         return f"head_dim={head_dim}; the kernels take multiples of {DIM_STEP} up to {MAX_DIM}"
     if page_size < MIN_PAGE_SIZE or page_size & (page_size - 1):
         return f"page_size={page_size}; the kernels take powers of two from {MIN_PAGE_SIZE} on"
     if group > MAX_GROUP:
         return f"{group} query heads for each KV head, more than {MAX_GROUP}"
-    if x.dtype not in (torch.bfloat16, torch.float32):
-        return f"dtype {x.dtype}"
     return ""
 
 

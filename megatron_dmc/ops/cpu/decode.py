@@ -4,12 +4,9 @@ Outputs are allocated here; the operators of `megatron_dmc/csrc/cpu` fill them. 
 `ops.paged.decode`.
 """
 
-import functools
-
-import torch
 from torch import Tensor
 
-from megatron_dmc.ops.cpu import OPERATORS, refusal
+from megatron_dmc.ops.cpu import operators, refusal
 from megatron_dmc.ops.cpu.outputs import output
 from megatron_dmc.ops.paged.decode import Angles, Gates
 from megatron_dmc.ops.paged.kv_pages import parts_of
@@ -17,14 +14,6 @@ from megatron_dmc.ops.paged.layer_cache import LayerCache
 from megatron_dmc.ops.tensors import dense_channels
 
 __all__ = ["decode_append", "paged_decode_attention", "plan", "refusal"]
-
-
-@functools.cache
-def operators():
-    """`torch.ops.megatron_dmc_cpu`, with versions without data for torch.compile: operators return nothing."""
-    for name in OPERATORS:
-        torch.library.register_fake(f"megatron_dmc_cpu::{name}", lambda *args, **kwargs: None)
-    return torch.ops.megatron_dmc_cpu
 
 
 def decode_append(

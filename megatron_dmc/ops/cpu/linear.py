@@ -7,8 +7,7 @@ import sys
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.cpu import DIM_STEP, absence
-from megatron_dmc.ops.cpu.decode import operators
+from megatron_dmc.ops.cpu import DIM_STEP, operators, tensor_refusal
 from megatron_dmc.ops.cpu.outputs import output
 
 OUTPUT_STEP = 4
@@ -29,12 +28,8 @@ def most_rows(dtype: torch.dtype) -> int:
 
 def refusal(weight: Tensor) -> str:
     """The reason why the kernel does not multiply by this weight (outputs, inputs); "" if it does."""
-    if reason := absence():
+    if reason := tensor_refusal(weight):
         return reason
-    if weight.device.type != "cpu":
-        return "only tensors on the CPU"
-    if weight.dtype not in (torch.bfloat16, torch.float32):
-        return f"dtype {weight.dtype}; only bfloat16 and float32"
     outputs, inputs = weight.shape
     if outputs % OUTPUT_STEP or inputs % DIM_STEP or not weight.is_contiguous():
         return (

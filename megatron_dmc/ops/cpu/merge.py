@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_dmc.ops.cpu import DIM_STEP, absence
-from megatron_dmc.ops.cpu.decode import operators
+from megatron_dmc.ops.cpu import DIM_STEP, operators, tensor_refusal
 from megatron_dmc.ops.tensors import dense_channels
 
 
@@ -36,16 +35,12 @@ class _Merge(torch.autograd.Function):
 
 def refusal(k_TBGD: Tensor, v_TBGD: Tensor, merge_window: int) -> str:
     """See `ops.backends`."""
-    if reason := absence():
+    if reason := tensor_refusal(k_TBGD):
         return reason
-    if k_TBGD.device.type != "cpu":
-        return "only tensors on the CPU"
     if k_TBGD.shape != v_TBGD.shape or k_TBGD.dtype != v_TBGD.dtype:
         return "keys and values of different shapes or dtypes"
     if k_TBGD.shape[-1] % DIM_STEP:
         return f"head_dim={k_TBGD.shape[-1]}; the kernels take multiples of {DIM_STEP}"
-    if k_TBGD.dtype not in (torch.bfloat16, torch.float32):
-        return f"dtype {k_TBGD.dtype}"
     return ""
 
 

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.cpu import DIM_STEP, absence
-from megatron_dmc.ops.cpu.decode import operators
+from megatron_dmc.ops.cpu import DIM_STEP, operators, tensor_refusal
 from megatron_dmc.ops.tensors import dense_channels, empty_tokens_first
 from megatron_dmc.ops.training.near import KeyValue
 
@@ -14,16 +13,12 @@ MAX_NEAR = 65
 
 def refusal(q_BNTD: Tensor, n: int) -> str:
     """See `ops.backends`."""
-    if reason := absence():
+    if reason := tensor_refusal(q_BNTD):
         return reason
-    if q_BNTD.device.type != "cpu":
-        return "only tensors on the CPU"
     if n > MAX_NEAR:
         return f"a query sees {n} raw tokens, more than {MAX_NEAR}"
     if q_BNTD.shape[-1] % DIM_STEP:
         return f"head_dim={q_BNTD.shape[-1]}; the kernels take multiples of {DIM_STEP}"
-    if q_BNTD.dtype not in (torch.bfloat16, torch.float32):
-        return f"dtype {q_BNTD.dtype}"
     return ""
 
 

@@ -1,22 +1,14 @@
 """RMSNorm on CPUs, a back end of `ops.backends.NORM`: one pass, where PyTorch makes ten operators of it."""
 
-import torch
 from torch import Tensor
 
-from megatron_dmc.ops.cpu import absence
-from megatron_dmc.ops.cpu.decode import operators
+from megatron_dmc.ops.cpu import operators, tensor_refusal
 from megatron_dmc.ops.cpu.outputs import output
 
 
 def refusal(weight: Tensor) -> str:
     """The reason why the kernel does not take this weight; "" if it does."""
-    if reason := absence():
-        return reason
-    if weight.device.type != "cpu":
-        return "only tensors on the CPU"
-    if weight.dtype not in (torch.bfloat16, torch.float32):
-        return f"dtype {weight.dtype}"
-    return ""
+    return tensor_refusal(weight)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops import cpu
-from megatron_dmc.ops.cpu.decode import operators
 from megatron_dmc.ops.paged.chunks import Chunks
 from megatron_dmc.ops.paged.decode import Angles, Gates
 from megatron_dmc.ops.paged.layer_cache import LayerCache
@@ -36,7 +35,7 @@ def write_chunks(
         torch.empty(k_TGD.shape, dtype=k_TGD.dtype) if compress else None for _ in range(2)
     )
     entry = torch.empty(k_TGD.shape[:2], dtype=torch.int32)
-    operators().prefill_write.default(
+    cpu.operators().prefill_write.default(
         dense_channels(k_TGD), dense_channels(v_TGD),
         None if is_merge is None else is_merge.contiguous(),
         None if omega is None else omega.float().contiguous(),
@@ -60,7 +59,7 @@ def attend_chunks(
     """As `megatron_dmc.ops.triton.prefill_attention.attend_chunks`; the same bits for any number of threads and any other
     requests, and without a delay for any chunks."""
     out = torch.empty(q_TND.shape, dtype=q_TND.dtype)
-    operators().prefill_attention.default(
+    cpu.operators().prefill_attention.default(
         dense_channels(q_TND), *states, *angles_TF, cache.k_pages_PSD, cache.v_pages_PSD,
         cache.block_table_RGM, chunks.table_B3, *(near or (None, None, None)), out, cache.delay,
         states[0] is not None or cache.evicts, softmax_scale,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.cpu import absence
+from megatron_dmc.ops import cpu
 from megatron_dmc.ops.cpu.outputs import Outputs
 
 MAX_WATCHED = 4
@@ -62,7 +62,7 @@ class Recorder:
     @staticmethod
     def takes(x: Tensor) -> bool:
         """Whether work on these tokens is worth recording, and can be."""
-        return x.device.type == "cpu" and len(x) <= MAX_TOKENS and not absence()
+        return x.device.type == "cpu" and len(x) <= MAX_TOKENS and not cpu.absence()
 
     def run(self, key: Hashable, inputs: Sequence[Tensor], work: Callable[..., Tensor]) -> Tensor:
         """work(*inputs), or its replay.

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.cpu import DIM_STEP, absence
-from megatron_dmc.ops.cpu.decode import operators
+from megatron_dmc.ops.cpu import DIM_STEP, operators, tensor_refusal
 from megatron_dmc.ops.cpu.outputs import output
 
 
@@ -16,12 +15,8 @@ def refusal(weight: Tensor) -> str:
 
 
 def _refusal(x: Tensor, width: int) -> str:
-    if reason := absence():
+    if reason := tensor_refusal(x):
         return reason
-    if x.device.type != "cpu":
-        return "only tensors on the CPU"
-    if x.dtype not in (torch.bfloat16, torch.float32):
-        return f"dtype {x.dtype}; only bfloat16 and float32"
     if width % (2 * DIM_STEP):
         return f"{width} rows; twice a multiple of {DIM_STEP}"
     return ""

@@ -1,12 +1,17 @@
 """The ops of the paged cache in the CUDA extension `megatron_dmc._C`, if it is built."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.backends import gpu_refusal
+from megatron_dmc.ops.refusals import gpu_refusal
 
+OPERATORS = (
+    "decode_append", "plan", "paged_decode_attention", "prefill_write", "prefill_attention",
+    "release_pages",
+)  # fmt: skip
 HEAD_DIMS = (64, 96, 128, 256)
 PAGE_SIZES = (8, 16, 32, 64)
 
@@ -26,6 +31,15 @@ def absence() -> str:
             return "the CUDA extension is not built (pip install --no-build-isolation, with nvcc)"
         return f"the CUDA extension does not load ({error})"
     return ""
+
+
+@functools.cache
+def operators() -> Any:
+    """`torch.ops.megatron_dmc`, with versions without data for torch.compile: operators return nothing."""
+    assert not absence(), absence()
+    for name in OPERATORS:
+        torch.library.register_fake(f"megatron_dmc::{name}", lambda *args, **kwargs: None)
+    return torch.ops.megatron_dmc
 
 
 def refusal(x: Tensor, page_size: int, group: int = 1) -> str:

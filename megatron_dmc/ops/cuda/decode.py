@@ -9,26 +9,13 @@ import functools
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.cuda import absence, refusal
+from megatron_dmc.ops.cuda import operators, refusal
 from megatron_dmc.ops.paged.decode import Angles, Gates
 from megatron_dmc.ops.paged.kv_pages import parts_of
 from megatron_dmc.ops.paged.layer_cache import LayerCache
 from megatron_dmc.ops.tensors import dense_channels
 
 __all__ = ["decode_append", "paged_decode_attention", "plan", "refusal"]
-
-
-@functools.cache
-def operators():
-    """`torch.ops.megatron_dmc`, with versions without data for torch.compile: operators return nothing."""
-    assert not absence(), absence()
-    names = (
-        "decode_append", "plan", "paged_decode_attention", "prefill_write", "prefill_attention",
-        "release_pages",
-    )  # fmt: skip
-    for name in names:
-        torch.library.register_fake(f"megatron_dmc::{name}", lambda *args, **kwargs: None)
-    return torch.ops.megatron_dmc
 
 
 @functools.cache

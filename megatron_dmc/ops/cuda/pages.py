@@ -2,16 +2,16 @@
 
 from torch import Tensor
 
-from megatron_dmc.ops.cuda import absence, decode
+from megatron_dmc.ops import cuda
 
 
 def refusal(page_ids_XY: Tensor) -> str:
     """See `ops.backends`."""
-    return absence() or ("" if page_ids_XY.is_cuda else "only tensors on a GPU")
+    return cuda.absence() or ("" if page_ids_XY.is_cuda else "only tensors on a GPU")
 
 
 def release_pages(
     page_ids_XY: Tensor, free_page_ids: Tensor, free_state: Tensor, num_extra_owners_P: Tensor
 ) -> None:
     """As `megatron_dmc.ops.triton.pages.release_pages`."""
-    decode.operators().release_pages(page_ids_XY, free_page_ids, free_state, num_extra_owners_P)
+    cuda.operators().release_pages(page_ids_XY, free_page_ids, free_state, num_extra_owners_P)

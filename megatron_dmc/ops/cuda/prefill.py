@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from megatron_dmc.ops import cuda
-from megatron_dmc.ops.backends import prefill_refusal
-from megatron_dmc.ops.cuda.decode import operators
 from megatron_dmc.ops.paged.chunks import Chunks
 from megatron_dmc.ops.paged.decode import Angles, Gates
 from megatron_dmc.ops.paged.layer_cache import LayerCache
 from megatron_dmc.ops.paged.prefill import ChunkStates, Near
+from megatron_dmc.ops.refusals import prefill_refusal
 from megatron_dmc.ops.tensors import dense_channels
 
 TILE = 32
@@ -49,7 +48,7 @@ def write_chunks(
         sums = torch.empty(rows, num_kv_heads, 2 * dim + 1, dtype=torch.float32, device=device)
     else:
         base = cache.num_entries_RG[chunks.table_B3[:, 0].long()].int()
-    operators().prefill_write(
+    cuda.operators().prefill_write(
         k, v,
         None if is_merge is None else is_merge.contiguous(),
         None if omega is None else omega.float().contiguous(),
@@ -83,7 +82,7 @@ def attend_chunks(
     tile_tokens = max(1, rows_of(q.shape[2]) // (q.shape[1] // cache.num_kv_heads))
     tiles = chunks.tiles(tile_tokens, latest_first=True)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    operators().prefill_attention(
+    cuda.operators().prefill_attention(
         q, *states, *angles_TF, cache.k_pages_PSD, cache.v_pages_PSD, cache.block_table_RGM,
         chunks.table_B3, tiles.table_X2, *(near or (None, None, None)), out, cache.delay,
         tile_tokens, softmax_scale,

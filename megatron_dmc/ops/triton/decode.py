@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.backends import gpu_refusal
+from megatron_dmc.ops.refusals import gpu_refusal
 from megatron_dmc.ops.triton.decode_append import decode_append
 from megatron_dmc.ops.triton.decode_attention import paged_decode_attention, plan
 from megatron_dmc.ops.triton.launch import INTERPRETED

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_dmc.ops.backends import MAX_MERGE_WINDOW, gpu_refusal
+from megatron_dmc.ops.refusals import MAX_MERGE_WINDOW, gpu_refusal
 from megatron_dmc.ops.tensors import dense_channels
 from megatron_dmc.ops.triton.launch import INTERPRETED, capability, on_device
 from megatron_dmc.ops.triton.merge_kernels import (

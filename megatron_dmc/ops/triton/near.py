@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_dmc.ops.backends import gpu_refusal
+from megatron_dmc.ops.refusals import gpu_refusal
 from megatron_dmc.ops.tensors import dense_channels, empty_tokens_first
 from megatron_dmc.ops.training.near import KeyValue
 from megatron_dmc.ops.triton.launch import INTERPRETED, is_content, on_device

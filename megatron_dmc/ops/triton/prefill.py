@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from megatron_dmc.ops.backends import prefill_refusal
 from megatron_dmc.ops.paged.layer_cache import LayerCache
+from megatron_dmc.ops.refusals import prefill_refusal
 from megatron_dmc.ops.triton import decode
 from megatron_dmc.ops.triton.prefill_attention import attend_chunks
 from megatron_dmc.ops.triton.prefill_write import write_chunks
