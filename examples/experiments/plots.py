@@ -135,9 +135,11 @@ def steps(data: Data) -> Figure:
 
 
 def distance(data: Data) -> Figure:
-    """Perplexity against the control's after as many steps of the same schedule: short and three times as long."""
+    """Perplexity against the control's after as many steps of the same schedule: short, and three and ten times as
+    long."""
     pairs = [("dmc-4x", "continued", "620 steps", BLUE, "-"),
              ("long-dmc-4x", "long-continued", "1860 steps", BLUE, (0, (4, 2))),
+             ("tenfold-dmc-4x", "tenfold-continued", "6200 steps", BLUE, (0, (1, 1))),
              ("gqa-4x", "continued", "620 steps", ORANGE, "-")]  # fmt: skip
     pairs = [pair for pair in pairs if {pair[0], pair[1]} <= set(data["arms"])]
     if not any(arm == "long-dmc-4x" for arm, *_ in pairs):
@@ -152,9 +154,12 @@ def distance(data: Data) -> Figure:
         ]
         ratios = [statistics.mean(r["curve"][str(s)]["perplexity"] for r in runs)
                   / statistics.mean(r["curve"][str(s)]["perplexity"] for r in plain) for s in at]  # fmt: skip
-        name = arm.removeprefix("long-")
+        name = arm.removeprefix("long-").removeprefix("tenfold-")
         ax.plot(at, ratios, color=color, ls=dashes, marker=".", lw=1.6, label=f"{name}, {label}")
     ax.axhline(1, color=INK, lw=1.2)
+    ax.set_xscale("log")
+    ax.set_xticks([100, 300, 1000, 3000], ["100", "300", "1,000", "3,000"])
+    ax.minorticks_off()
     ax.set_xlabel("training steps of 2,048 tokens")
     ax.set_ylabel("perplexity / control's after as many steps")
     grid(ax)
