@@ -18,9 +18,8 @@ from megatron_dmc.checkpoint.description import ModelDescription
 from megatron_dmc.checkpoint.load import build_model
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.engine import EngineConfig, LLMEngine, sampler
-from megatron_dmc.ops import backends
-from megatron_dmc.ops.cuda import decode as cuda_kernels
-from megatron_dmc.ops.cuda import prefill as cuda_prefill
+from megatron_dmc.ops import backends, cuda
+from megatron_dmc.ops.cuda import decode as cuda_decode
 from megatron_dmc.ops.triton import norm, swiglu, truncate
 
 aten = torch.ops.aten
@@ -116,9 +115,8 @@ def fake_gpu(monkeypatch):
         out.pinned = True
         return out
 
-    monkeypatch.setattr(cuda_kernels, "operators", Operators)
-    monkeypatch.setattr(cuda_prefill, "operators", Operators)
-    monkeypatch.setattr(cuda_kernels, "_num_workers", lambda *args: 4)
+    monkeypatch.setattr(cuda, "operators", Operators)
+    monkeypatch.setattr(cuda_decode, "_num_workers", lambda *args: 4)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(block_tables, "AsyncCopy", MadeUpCounts)
     monkeypatch.setattr(sampler, "AsyncCopy", MadeUpCopy)

@@ -9,7 +9,8 @@ import functools
 import torch
 from torch import Tensor
 
-from megatron_dmc.ops.cuda import operators, refusal
+from megatron_dmc.ops import cuda
+from megatron_dmc.ops.cuda import refusal
 from megatron_dmc.ops.paged.decode import Angles, Gates
 from megatron_dmc.ops.paged.kv_pages import parts_of
 from megatron_dmc.ops.paged.layer_cache import LayerCache
@@ -21,7 +22,7 @@ __all__ = ["decode_append", "paged_decode_attention", "plan", "refusal"]
 @functools.cache
 def _num_workers(device: torch.device, head_dim: int, dtype: torch.dtype) -> int:
     with torch.cuda.device(device):
-        return int(operators().count_workers(head_dim, torch.empty(0, dtype=dtype)))
+        return int(cuda.operators().count_workers(head_dim, torch.empty(0, dtype=dtype)))
 
 
 def decode_append(
@@ -44,7 +45,7 @@ def decode_append(
     q_out = None if q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     is_merge, omega = gates_BG or (None, None)
     free, delayed = cache.free_pages, cache.delayed
-    operators().decode_append(
+    cuda.operators().decode_append(
         q, dense_channels(k_BGD), dense_channels(v_BGD),
         None if is_merge is None else is_merge.contiguous(),
         None if omega is None else omega.float().contiguous(),
@@ -63,7 +64,7 @@ def plan(num_entries_LRG: Tensor, rows_B: Tensor, *, ahead: int = 0) -> Tensor:
     num_layers, _, num_kv_heads = num_entries_LRG.shape
     size = rows_B.shape[0] * num_kv_heads + 1
     out = torch.empty(num_layers, size, dtype=torch.int32, device=rows_B.device)
-    operators().plan(num_entries_LRG, rows_B, out, ahead)
+    cuda.operators().plan(num_entries_LRG, rows_B, out, ahead)
     return out
 
 
@@ -92,7 +93,7 @@ def paged_decode_attention(
     part = torch.empty(num_workers, 2, group, q.shape[-1], dtype=torch.float32, device=q.device)
     part_lse = torch.empty(num_workers, 2, group, dtype=torch.float32, device=q.device)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    operators().paged_decode_attention(
+    cuda.operators().paged_decode_attention(
         q, *pages, cache.block_table_RGM, cache.num_entries_RG, rows_B, plan_Y, out, part, part_lse,
         softmax_scale,
     )  # fmt: skip
