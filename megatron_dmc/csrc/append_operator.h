@@ -38,14 +38,10 @@ void decode_append(const OptionalTensor& q, const Tensor& k, const Tensor& v,
                    const OptionalTensor& late_merge, const OptionalTensor& late_omega,
                    const OptionalTensor& q_out, bool compress, bool may_merge, double alpha_offset,
                    int64_t merge_window) {
-  check_shape(k, "k", {kAny, kAny, kAny});
+  check_tokens(k, v);
   const int64_t batch = k.size(0), heads = k.size(1), dim = k.size(2);
   const ScalarType dtype = k.scalar_type();
   check_cache(k_pages, v_pages, k_scales, v_scales, table, entries, dtype, heads, dim);
-  check_shape(v, "v", {batch, heads, dim});
-  check_dtype(v, "v", dtype);
-  check_last_dense(k, "k");
-  check_last_dense(v, "v");
   check_indices(positions, "positions", batch);
   check_indices(rows, "rows", batch);
   TORCH_CHECK_VALUE(q.has_value() == q_out.has_value(), "q and q_out go together");
@@ -59,18 +55,9 @@ void decode_append(const OptionalTensor& q, const Tensor& k, const Tensor& v,
     check_dtype(*q_out, "q_out", dtype);
     check_last_dense(*q_out, "q_out");
   }
-  TORCH_CHECK_VALUE(is_merge.has_value() == omega.has_value(), "is_merge and omega go together");
-  if (is_merge) {
-    check_shape(*is_merge, "is_merge", {batch, heads});
-    check_dtype(*is_merge, "is_merge", ScalarType::Bool);
-    check_dense(*is_merge, "is_merge");
-    check_shape(*omega, "omega", {batch, heads});
-    check_dtype(*omega, "omega", ScalarType::Float);
-    check_dense(*omega, "omega");
-  }
+  check_decisions(is_merge, omega, batch, heads);
   TORCH_CHECK_VALUE(!compress || q || is_merge, "gates need q, or is_merge and omega");
   check_angles(cos, sin, dtype, dim);
-  TORCH_CHECK_VALUE(merge_window >= 0, "merge_window=", merge_window, " is negative");
   const bool merges = compress && (!late_merge || late_omega);
   TORCH_CHECK_VALUE(!merges || segments, "segments are needed when merging");
   if (merges) check_segments(*segments, table.size(0), heads, merge_window, dim);
@@ -127,11 +114,7 @@ void decode_append(const OptionalTensor& q, const Tensor& k, const Tensor& v,
       copy_strides(p.q_out_stride, *q_out);
     }
     copy_angles(p, cos, sin);
-    if (merges) {
-      p.segments_RGUA = data<float>(segments);
-      p.segments_row_stride = segments->stride(0);
-      p.segments_head_stride = segments->stride(1);
-    }
+    if (merges) copy_segments(p, *segments);
     p.num_requests = int(batch);
     p.num_kv_heads = int(heads);
     p.merge_window = int(merge_window);

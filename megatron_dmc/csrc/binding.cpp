@@ -10,6 +10,7 @@
 #include "append_operator.h"
 #include "checks.h"
 #include "kernels.h"
+#include "prefill_checks.h"
 
 namespace {
 
@@ -147,53 +148,24 @@ void prefill_write(const Tensor& k, const Tensor& v, const OptionalTensor& is_me
                    const Tensor& base, const OptionalTensor& sums, const OptionalTensor& own_k,
                    const OptionalTensor& own_v, const Tensor& entry, int64_t merge_window,
                    int64_t first_entry) {
-  check_shape(k, "k", {kAny, kAny, kAny});
-  const int64_t tokens = k.size(0), heads = k.size(1), dim = k.size(2);
-  const ScalarType dtype = k.scalar_type();
-  check_cache(k_pages, v_pages, {}, {}, table, entries, dtype, heads, dim);
-  check_shape(v, "v", {tokens, heads, dim});
-  check_dtype(v, "v", dtype);
-  check_last_dense(k, "k");
-  check_last_dense(v, "v");
-  TORCH_CHECK_VALUE(merge_window >= 0, "merge_window=", merge_window, " is negative");
+  check_write(k, v, is_merge, omega, cos, sin, k_pages, v_pages, table, entries, segments, chunks,
+              own_k, own_v, entry, merge_window);
   TORCH_CHECK_VALUE(first_entry >= 0, "first_entry=", first_entry, " is negative");
-  const int64_t num_chunks = chunks.size(0), num_tiles = tiles.size(0);
+  const int64_t heads = k.size(1), num_chunks = chunks.size(0), num_tiles = tiles.size(0);
   const bool compress = is_merge.has_value();
-  check_ints(chunks, "chunks", {kAny, 3});
   check_ints(tiles, "tiles", {kAny, 2});
   check_ints(tile_starts, "tile_starts", {num_chunks + 1});
   check_ints(base, "base", {compress ? num_tiles : num_chunks, heads});
-  check_ints(entry, "entry", {tokens, heads});
-  TORCH_CHECK_VALUE(compress == omega.has_value() && compress == segments.has_value() &&
-                        compress == appends.has_value() && compress == sums.has_value() &&
-                        compress == own_k.has_value() && compress == own_v.has_value(),
-                    "is_merge, omega, segments, appends, sums, own_k and own_v go together");
+  TORCH_CHECK_VALUE(compress == appends.has_value() && compress == sums.has_value(),
+                    "is_merge, appends and sums go together");
   if (compress) {
-    check_shape(*is_merge, "is_merge", {tokens, heads});
-    check_dtype(*is_merge, "is_merge", ScalarType::Bool);
-    check_dense(*is_merge, "is_merge");
-    check_shape(*omega, "omega", {tokens, heads});
-    check_dtype(*omega, "omega", ScalarType::Float);
-    check_dense(*omega, "omega");
-    check_segments(*segments, table.size(0), heads, merge_window, dim);
     check_ints(*appends, "appends", {num_tiles, heads});
-    check_shape(*sums, "sums", {merge_window ? kAny : num_tiles, heads, 2 * dim + 1});
+    check_shape(*sums, "sums", {merge_window ? kAny : num_tiles, heads, 2 * k.size(2) + 1});
     check_dtype(*sums, "sums", ScalarType::Float);
     check_dense(*sums, "sums");
-    for (const OptionalTensor* x : {&own_k, &own_v}) {
-      check_shape(**x, "own_k, own_v", {tokens, heads, dim});
-      check_dtype(**x, "own_k, own_v", dtype);
-      check_dense(**x, "own_k, own_v");
-    }
   }
-  check_angles(cos, sin, dtype, dim);
-  if (cos) check_shape(*cos, "cos", {tokens, kAny});
-  check_devices({{"k", k}, {"v", v}, {"k_pages", k_pages}, {"v_pages", v_pages},
-                 {"block_table", table}, {"num_entries", entries}, {"chunks", chunks},
-                 {"tiles", tiles}, {"tile_starts", tile_starts}, {"base", base}, {"entry", entry},
-                 {"is_merge", is_merge}, {"omega", omega}, {"cos", cos}, {"sin", sin},
-                 {"segments", segments}, {"appends", appends}, {"sums", sums}, {"own_k", own_k},
-                 {"own_v", own_v}});
+  check_devices({{"k", k}, {"tiles", tiles}, {"tile_starts", tile_starts}, {"base", base},
+                 {"appends", appends}, {"sums", sums}});
 
   launch_for(k, [&](auto type) {
     using T = decltype(type);
@@ -210,7 +182,6 @@ void prefill_write(const Tensor& k, const Tensor& v, const OptionalTensor& is_me
     p.chunks_B3 = data<int32_t>(chunks);
     p.tiles_X2 = data<int32_t>(tiles);
     p.starts_Y = data<int32_t>(tile_starts);
-    p.segments_RGUA = data<float>(segments);
     p.appends_XG = data<int32_t>(appends);
     p.base_XG = data<int32_t>(base);
     p.sums_XGA = data<float>(sums);
@@ -218,10 +189,7 @@ void prefill_write(const Tensor& k, const Tensor& v, const OptionalTensor& is_me
     copy_strides(p.k_stride, k);
     copy_strides(p.v_stride, v);
     copy_angles(p, cos, sin);
-    if (compress) {
-      p.segments_row_stride = segments->stride(0);
-      p.segments_head_stride = segments->stride(1);
-    }
+    if (compress) copy_segments(p, *segments);
     p.num_chunks = int(num_chunks);
     p.num_tiles = int(num_tiles);
     p.num_kv_heads = int(heads);
@@ -239,50 +207,17 @@ void prefill_attention(const Tensor& q, const OptionalTensor& own_k, const Optio
                        int64_t delay, int64_t tile_tokens, double softmax_scale) {
   check_shape(q, "q", {kAny, kAny, kAny});
   check_shape(table, "block_table", {kAny, kAny, kAny});
-  const int64_t tokens = q.size(0), dim = q.size(2), heads = table.size(1);
-  const ScalarType dtype = q.scalar_type();
-  check_pages(k_pages, v_pages, {}, {}, table, dtype, heads, dim);
-  const int64_t group = checked_group(q, heads);
-  TORCH_CHECK_VALUE(tile_tokens > 0 && tile_tokens * group <= dmc::prefill_rows(int(dim)),
-                    "tile_tokens=", tile_tokens, " with ", group,
-                    " query heads for each key/value head; their product must be 1 to ",
-                    dmc::prefill_rows(int(dim)));
+  const int64_t heads = table.size(1), group = checked_group(q, heads);
+  const int rows = dmc::prefill_rows(int(q.size(2)));
+  TORCH_CHECK_VALUE(tile_tokens > 0 && tile_tokens * group <= rows, "tile_tokens=", tile_tokens,
+                    " with ", group, " query heads for each key/value head; their product must be 1 to ",
+                    rows);
   TORCH_CHECK_VALUE(softmax_scale > 0, "softmax_scale=", softmax_scale, "; expected above 0");
-  check_last_dense(q, "q");
-  check_shape(out, "out", {tokens, q.size(1), dim});
-  check_dtype(out, "out", dtype);
   check_pairs(out, "out");
-  TORCH_CHECK_VALUE(own_k.has_value() == own_v.has_value(), "own_k and own_v go together");
-  TORCH_CHECK_VALUE(near_k.has_value() == (delay > 0) && near_v.has_value() == (delay > 0) &&
-                        far.has_value() == (delay > 0),
-                    "near_k, near_v and far are given with a delay and only with it");
-  const int64_t states = near_k ? entry.size(0) : tokens;
-  if (near_k) {
-    for (const OptionalTensor* x : {&near_k, &near_v}) {
-      check_shape(**x, "near_k, near_v", {tokens + delay * chunks.size(0), heads, dim});
-      check_dtype(**x, "near_k, near_v", dtype);
-      check_dense(**x, "near_k, near_v");
-      check_aligned(**x, "near_k, near_v");
-    }
-    check_ints(*far, "far", {chunks.size(0), 2});
-  }
-  if (own_k) {
-    for (const OptionalTensor* x : {&own_k, &own_v}) {
-      check_shape(**x, "own_k, own_v", {states, heads, dim});
-      check_dtype(**x, "own_k, own_v", dtype);
-      check_dense(**x, "own_k, own_v");
-      check_aligned(**x, "own_k, own_v");
-    }
-  }
-  check_ints(entry, "entry", {states, heads});
-  check_ints(chunks, "chunks", {kAny, 3});
   check_ints(tiles, "tiles", {kAny, 2});
-  check_angles(cos, sin, dtype, dim);
-  if (cos) check_shape(*cos, "cos", {tokens, kAny});
-  check_devices({{"q", q}, {"entry", entry}, {"k_pages", k_pages}, {"v_pages", v_pages},
-                 {"block_table", table}, {"chunks", chunks}, {"tiles", tiles}, {"out", out},
-                 {"own_k", own_k}, {"own_v", own_v}, {"cos", cos}, {"sin", sin},
-                 {"near_k", near_k}, {"near_v", near_v}, {"far", far}});
+  check_attention(q, own_k, own_v, entry, cos, sin, k_pages, v_pages, table, chunks, near_k, near_v,
+                  far, out, delay);
+  check_devices({{"q", q}, {"tiles", tiles}});
 
   launch_for(q, [&](auto type) {
     using T = decltype(type);

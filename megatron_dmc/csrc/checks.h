@@ -132,6 +132,28 @@ void check_angles(const OptionalTensor& cos, const OptionalTensor& sin, ScalarTy
   }
 }
 
+// Keys and values of new tokens.
+void check_tokens(const Tensor& k, const Tensor& v) {
+  check_shape(k, "k", {kAny, kAny, kAny});
+  check_shape(v, "v", {k.size(0), k.size(1), k.size(2)});
+  check_dtype(v, "v", k.scalar_type());
+  check_last_dense(k, "k");
+  check_last_dense(v, "v");
+}
+
+// Decisions and importances that the caller has made for new tokens.
+void check_decisions(const OptionalTensor& is_merge, const OptionalTensor& omega, int64_t tokens,
+                     int64_t heads) {
+  TORCH_CHECK_VALUE(is_merge.has_value() == omega.has_value(), "is_merge and omega go together");
+  if (!is_merge) return;
+  check_shape(*is_merge, "is_merge", {tokens, heads});
+  check_dtype(*is_merge, "is_merge", ScalarType::Bool);
+  check_dense(*is_merge, "is_merge");
+  check_shape(*omega, "omega", {tokens, heads});
+  check_dtype(*omega, "omega", ScalarType::Float);
+  check_dense(*omega, "omega");
+}
+
 // Query heads of each key/value head.
 int64_t checked_group(const Tensor& q, int64_t heads) {
   TORCH_CHECK_VALUE(heads > 0 && q.size(1) % heads == 0, "q has ", q.size(1),
@@ -141,6 +163,7 @@ int64_t checked_group(const Tensor& q, int64_t heads) {
 
 void check_segments(const Tensor& segments, int64_t rows, int64_t heads, int64_t merge_window,
                     int64_t dim) {
+  TORCH_CHECK_VALUE(merge_window >= 0, "merge_window=", merge_window, " is negative");
   check_shape(segments, "segments", {rows, heads, merge_window ? merge_window : 1, 2 * dim + 1});
   check_dtype(segments, "segments", ScalarType::Float);
   TORCH_CHECK_VALUE(segments.stride(3) == 1 && segments.stride(2) == 2 * dim + 1,
@@ -182,6 +205,13 @@ void copy_angles(Params& p, const OptionalTensor& cos, const OptionalTensor& sin
   p.cos_stride = cos->stride(0);
   p.sin_stride = sin->stride(0);
   p.half = int(cos->size(1) / 2);
+}
+
+template <class Params>
+void copy_segments(Params& p, const Tensor& segments) {
+  p.segments_RGUA = data<float>(segments);
+  p.segments_row_stride = segments.stride(0);
+  p.segments_head_stride = segments.stride(1);
 }
 
 dmc::PagedKV paged(const Tensor& k_pages, const Tensor& v_pages, const OptionalTensor& k_scales,

@@ -234,7 +234,7 @@ for got, wanted in (
     (prefill_message(scale=0.0), "softmax_scale=0; expected above 0"),
     (prefill_message(delay=4), "near_k, near_v and far are given with a delay and only with it"),
     (prefill_message(own=(wrong, None)), "own_k and own_v go together"),
-    (prefill_message(own=(wrong, wrong)), "own_k, own_v has shape [2, 1, 128], expected [2, 2, 128]"),
+    (prefill_message(own=(wrong, wrong)), "own_k has shape [2, 1, 128], expected [2, 2, 128]"),
     (prefill_message(lambda x: put(1, torch.Tensor.char)(put(2, torch.Tensor.char)(x))),
      "k_scales, v_scales: given with pages of 8 bits and only with them"),
 ):

@@ -138,10 +138,13 @@ DELAYED_LARGE = [
 
 @pytest.mark.parametrize("case", chosen(DELAYED, DELAYED_LARGE), ids=str)
 def test_prefill_after_a_delay(case):
-    """Chunks that end in a ring, that fill it and that go round it; three steps, each behind the last."""
+    """A chunk that no token leaves; chunks that end in a ring, that fill it and that go round it, in three steps, each
+    behind the last."""
     group, dim, page_size, dtype, window, delay, rotary = case
     evicts, window = window is None, window or 0
-    entries = torch.tensor([[0, 0], [delay, delay + 9], [delay + 3, delay + 1], [delay, delay]])
+    entries = torch.tensor(
+        [[0, 0], [delay, delay + 9], [delay + 3, delay + 1], [delay, delay], [0, 0]]
+    )
     entries[0], entries[2] = delay - 1, 0
     cache = decode_case.random_cache(
         entries, dim=dim, page_size=page_size, dtype=dtype, device=DEVICE, room=20, num_free=200,
@@ -149,9 +152,17 @@ def test_prefill_after_a_delay(case):
     )  # fmt: skip
     half = torch.rand(200, rotary // 2, generator=torch.Generator().manual_seed(7)) * 6
     freqs = torch.cat([half, half], dim=-1).to(DEVICE) if rotary else None
-    starts = [delay + 9, delay - 1, delay, 0]
-    for step, sizes in enumerate([(37, 1, 5, delay + 6), (1, 40, 2, 1), (3, 2, 33, 4)]):
-        chunks = Chunks.of([1, 0, 3, 2], sizes, DEVICE, starts=starts)
+    starts = {1: delay + 9, 0: delay - 1, 3: delay, 2: 0, 4: 0}
+    steps = [{4: delay - 1}] if delay > 1 else []
+    steps += [
+        {1: 37, 0: 1, 3: 5, 2: delay + 6},
+        {1: 1, 0: 40, 3: 2, 2: 1},
+        {1: 3, 0: 2, 3: 33, 2: 4},
+    ]
+    for step, sizes in enumerate(steps):
+        chunks = Chunks.of(
+            list(sizes), list(sizes.values()), DEVICE, starts=[starts[row] for row in sizes]
+        )
         qkv = decode_case.random_heads(
             chunks.total, [2 * group, 2, 2], dim, dtype=dtype, device=DEVICE, seed=step,
             strided=step == 0,
@@ -176,4 +187,5 @@ def test_prefill_after_a_delay(case):
             decode_case.names_of(cache, "out"),
             *(decode_case.results_of(o, c) for o, c in zip(outs, caches, strict=True)),
         )
-        starts = [a + n for a, n in zip(starts, sizes, strict=True)]
+        for row, size in sizes.items():
+            starts[row] += size

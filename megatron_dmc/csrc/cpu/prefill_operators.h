@@ -1,8 +1,8 @@
 // The operators of prefill. For cpu/binding.cpp, which defines `launch_for` and `kernels_of` before.
 #pragma once
 
-#include "checks.h"
 #include "cpu/kernels.h"
+#include "prefill_checks.h"
 
 namespace {
 
@@ -35,52 +35,13 @@ dmc::cpu::PrefillParams<T> prefill_params(const Tensor& k_pages, const Tensor& v
   return p;
 }
 
-// What both parts check; `states` is the number of tokens that have entries.
-void check_chunks(const Tensor& table, const Tensor& chunks, const OptionalTensor& own_k, const OptionalTensor& own_v,
-                  const Tensor& entry, ScalarType dtype, int64_t states, int64_t dim) {
-  check_ints(chunks, "chunks", {kAny, 3});
-  TORCH_CHECK_VALUE(own_k.has_value() == own_v.has_value(), "own_k and own_v go together");
-  if (states) check_ints(entry, "entry", {states, table.size(1)});
-  for (const OptionalTensor* own : {&own_k, &own_v}) {
-    if (!*own) continue;
-    check_shape(**own, "own_k, own_v", {states, table.size(1), dim});
-    check_dtype(**own, "own_k, own_v", dtype);
-    check_dense(**own, "own_k, own_v");
-  }
-}
-
 void prefill_write(const Tensor& k, const Tensor& v, const OptionalTensor& is_merge, const OptionalTensor& omega,
                    const OptionalTensor& cos, const OptionalTensor& sin, const Tensor& k_pages, const Tensor& v_pages,
                    const Tensor& table, const Tensor& entries, const OptionalTensor& segments, const Tensor& chunks,
                    const OptionalTensor& own_k, const OptionalTensor& own_v, const Tensor& entry,
                    int64_t merge_window, int64_t delay) {
-  check_shape(k, "k", {kAny, kAny, kAny});
-  const int64_t tokens = k.size(0), heads = k.size(1), dim = k.size(2);
-  const ScalarType dtype = k.scalar_type();
-  check_cache(k_pages, v_pages, {}, {}, table, entries, dtype, heads, dim);
-  check_shape(v, "v", {tokens, heads, dim});
-  check_dtype(v, "v", dtype);
-  check_last_dense(k, "k");
-  check_last_dense(v, "v");
-  check_chunks(table, chunks, own_k, own_v, entry, dtype, tokens, dim);
-  check_angles(cos, sin, dtype, dim);
-  TORCH_CHECK_VALUE(!cos || cos->size(0) == tokens, "cos and sin must have a row for each of the ", tokens, " tokens");
-  const bool compress = is_merge.has_value();
-  TORCH_CHECK_VALUE(omega.has_value() == compress && own_k.has_value() == compress && segments.has_value() == compress,
-                    "is_merge, omega, segments and the own states go together");
-  if (compress) {
-    check_shape(*is_merge, "is_merge", {tokens, heads});
-    check_dtype(*is_merge, "is_merge", ScalarType::Bool);
-    check_dense(*is_merge, "is_merge");
-    check_shape(*omega, "omega", {tokens, heads});
-    check_dtype(*omega, "omega", ScalarType::Float);
-    check_dense(*omega, "omega");
-    TORCH_CHECK_VALUE(merge_window >= 0, "merge_window=", merge_window, " is negative");
-    check_segments(*segments, table.size(0), heads, merge_window, dim);
-  }
-  check_devices({{"k", k}, {"v", v}, {"is_merge", is_merge}, {"omega", omega}, {"cos", cos}, {"sin", sin},
-                 {"k_pages", k_pages}, {"block_table", table}, {"num_entries", entries}, {"segments", segments},
-                 {"chunks", chunks}, {"own_k", own_k}, {"entry", entry}});
+  check_write(k, v, is_merge, omega, cos, sin, k_pages, v_pages, table, entries, segments, chunks, own_k, own_v, entry,
+              merge_window);
   launch_for(k, [&](auto type) {
     using T = decltype(type);
     auto p = prefill_params<T>(k_pages, v_pages, table, entries, chunks, own_k, own_v, entry, cos, sin);
@@ -90,11 +51,7 @@ void prefill_write(const Tensor& k, const Tensor& v, const OptionalTensor& is_me
     copy_strides(p.v_stride, v);
     p.is_merge_TG = data<bool>(is_merge);
     p.omega_TG = data<float>(omega);
-    if (compress) {
-      p.segments_RGUA = data<float>(segments);
-      p.segments_row_stride = segments->stride(0);
-      p.segments_head_stride = segments->stride(1);
-    }
+    if (segments) copy_segments(p, *segments);
     p.merge_window = int(merge_window);
     p.delay = int(delay);
     kernels_of<T>().prefill_write(p);
@@ -106,32 +63,7 @@ void prefill_attention(const Tensor& q, const OptionalTensor& own_k, const Optio
                        const Tensor& v_pages, const Tensor& table, const Tensor& chunks,
                        const OptionalTensor& near_k, const OptionalTensor& near_v, const OptionalTensor& far,
                        const Tensor& out, int64_t delay, bool compress, double softmax_scale) {
-  check_shape(q, "q", {kAny, kAny, kAny});
-  check_shape(table, "block_table", {kAny, kAny, kAny});
-  const int64_t tokens = q.size(0), dim = q.size(2), heads = table.size(1);
-  const ScalarType dtype = q.scalar_type();
-  check_pages(k_pages, v_pages, {}, {}, table, dtype, heads, dim);
-  const int64_t group = checked_group(q, heads);
-  check_last_dense(q, "q");
-  check_shape(out, "out", {tokens, q.size(1), dim});
-  check_dtype(out, "out", dtype);
-  check_last_dense(out, "out");
-  check_chunks(table, chunks, own_k, own_v, entry, dtype, delay ? entry.size(0) : tokens, dim);
-  check_angles(cos, sin, dtype, dim);
-  TORCH_CHECK_VALUE(!cos || cos->size(0) == tokens, "cos and sin must have a row for each of the ", tokens, " tokens");
-  TORCH_CHECK_VALUE(near_k.has_value() == (delay > 0) && near_v.has_value() == (delay > 0) &&
-                        far.has_value() == (delay > 0),
-                    "near_k, near_v and far are given with a delay and only with it");
-  if (delay) {
-    check_ints(*far, "far", {chunks.size(0), 2});
-    for (const OptionalTensor* near : {&near_k, &near_v}) {
-      check_shape(**near, "near_k, near_v", {tokens + delay * chunks.size(0), heads, dim});
-      check_dtype(**near, "near_k, near_v", dtype);
-      check_dense(**near, "near_k, near_v");
-    }
-  }
-  check_devices({{"q", q}, {"near_k", near_k}, {"near_v", near_v}, {"far", far}, {"own_k", own_k}, {"entry", entry}, {"cos", cos}, {"sin", sin}, {"k_pages", k_pages},
-                 {"block_table", table}, {"chunks", chunks}, {"out", out}});
+  check_attention(q, own_k, own_v, entry, cos, sin, k_pages, v_pages, table, chunks, near_k, near_v, far, out, delay);
   launch_for(q, [&](auto type) {
     using T = decltype(type);
     auto p = prefill_params<T>(k_pages, v_pages, table, {}, chunks, own_k, own_v, entry, cos, sin);
@@ -144,7 +76,7 @@ void prefill_attention(const Tensor& q, const OptionalTensor& own_k, const Optio
     p.far_B2 = data<int32_t>(far);
     p.delay = int(delay);
     p.compress = compress;
-    p.group = int(group);
+    p.group = int(checked_group(q, table.size(1)));
     p.scale = float(softmax_scale);
     kernels_of<T>().prefill_attention(p);
   });

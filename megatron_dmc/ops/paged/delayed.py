@@ -120,7 +120,8 @@ def prefill_delayed(
         num_new[late_rows] = new_entries((late_gates[0], late_gates[-1]), before_RG, lay.late)
     entries_BG = torch.maximum(entries_RG[lay.rows_B], count_B1)
     cache.take_pages(lay.rows_B, entries_BG + num_new[lay.rows_B])
-    states: ChunkStates = (key[:0], v_TGD[:0], entries_RG.new_empty(0).int())
+    nothing = key.new_empty(0, cache.num_kv_heads, dtype=torch.int32)
+    states: ChunkStates = (key[:0], v_TGD[:0], nothing)
     if cache.evicts:
         entries_RG[lay.rows_B] = entries_BG
         states = None, None, _keep_chunks(cache, lay.late, late_k, late_v, late_gates[0])
