@@ -1,5 +1,5 @@
 // The operators `torch.ops.megatron_dmc.*`: schemas, checks and kernel parameters. Their fake
-// implementations are in megatron_dmc/ops/cuda/decode.py, which allocates all outputs.
+// implementations are in megatron_dmc/ops/cuda, which allocates all outputs.
 #include <ATen/core/Tensor.h>
 #include <Python.h>
 #include <c10/cuda/CUDAException.h>
@@ -27,8 +27,12 @@ void check_supported(ScalarType dtype, int64_t head_dim, int64_t page_size) {
                     "page_size=", page_size, "; the kernels take 8, 16, 32 and 64");
 }
 
+#ifndef DMC_DEVICE_TYPE  // tests run the kernels on a host
+#define DMC_DEVICE_TYPE at::kCUDA
+#endif
+
 void check_device(const Tensor& x, const char* name, const Tensor& like) {
-  TORCH_CHECK_VALUE(x.is_cuda() && x.device() == like.device(), name, " is on ", x.device(),
+  TORCH_CHECK_VALUE(x.device().type() == DMC_DEVICE_TYPE && x.device() == like.device(), name, " is on ", x.device(),
                     "; all tensors must be on one GPU");
 }
 

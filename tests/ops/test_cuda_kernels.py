@@ -52,13 +52,21 @@ def host_library(tmp_path_factory):
 
 @needs_compiler
 @pytest.mark.parametrize("large", ["0", pytest.param("1", marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize("lazy", ["0", "1"])
-@pytest.mark.parametrize("files", [("decode", "pages"), ("prefill",)], ids="-".join)
+@pytest.mark.parametrize(
+    "files, lazy",
+    [
+        ("decode pages", "0"),
+        ("decode pages", "1"),
+        ("prefill", "0"),
+        ("prefill", "1"),
+        ("engine", "0"),
+    ],
+)
 def test_kernels_in_an_emulated_warp(files, lazy, large, host_library):
     """Asynchronous copies happen at once, or as late as the kernel's waits allow."""
     pytest.importorskip("triton")  # shares Triton's files of cases
     run_cases(
-        *(f"kernel_cases_{name}.py" for name in files), TRITON_INTERPRET="1", DMC_TESTED_BACKEND="host",
+        *(f"kernel_cases_{name}.py" for name in files.split()), TRITON_INTERPRET="1", DMC_TESTED_BACKEND="host",
         DMC_LAZY_COPIES=lazy, DMC_LARGE_CASES=large, DMC_HOST_LIBRARY=host_library,
     )  # fmt: skip
 

@@ -23,8 +23,9 @@ HALF = torch.float16 if DEVICE == "cpu" and BACKEND == "triton" else torch.bfloa
 if BACKEND == "host":
     import host_kernels
 
+    on_host = host_kernels.install()
     for op in (backends.DECODE, backends.PAGES, backends.PREFILL):
-        op.backends["host"] = backends.Backend(lambda op: host_kernels)
+        op.backends["host"] = backends.Backend(lambda op: on_host)
 kernels = backends.DECODE.kernels(BACKEND)
 HAS_WORKERS = kernels is not None and (
     "num_workers" in inspect.signature(kernels.paged_decode_attention).parameters

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kernel_cases_decode import BACKEND, DEVICE  # patches Triton
-from random_models import random_model
+from random_models import random_model, retrofitted
 from tiny_gpt import TinyGPT, dmc_config, drain, greedy_params, make_engine, make_prompts
 
 from megatron_dmc import LLM, SamplingParams
@@ -50,3 +50,35 @@ def test_layers_of_few_kernels_give_the_same_tokens(monkeypatch):
         results.append(([o.token_ids for o in outputs], [o.cumulative_logprob for o in outputs]))
     (tokens, logprobs), (wanted, theirs) = results
     assert tokens == wanted and logprobs == pytest.approx(theirs, abs=1e-4)
+
+
+@pytest.mark.skipif(BACKEND != "host", reason="of the CUDA kernels")
+@pytest.mark.parametrize(
+    "settings",
+    [None, {}, {"merge_window": 3}, {"merge_delay": 3}, {"policy": "evict", "eviction_delay": 2}],
+    ids=str,
+)
+def test_an_engine_on_the_cuda_kernels(monkeypatch, settings):
+    """The operators take what the engine gives them: prompts shorter and longer than a delay, in chunks, and requests that
+    end and start. Outputs are PyTorch's, but for bfloat16's rounding."""
+    results = []
+    for backend in ("torch", "host"):
+        for op in ("DECODE", "PREFILL", "PAGES"):
+            monkeypatch.setenv(f"DMC_{op}_BACKEND", backend)
+        dmc = None if settings is None else retrofitted(**settings)
+        model = random_model(2, dmc=dmc, dtype=torch.bfloat16, kv_channels=64)
+        llm = LLM(
+            model,
+            device="cpu",
+            block_size=8,
+            num_pages=200,
+            max_num_seqs=2,
+            max_num_batched_tokens=24,
+        )
+        params = SamplingParams(temperature=0, max_tokens=4, logprobs=0, ignore_eos=True)
+        prompts = [{"prompt_token_ids": list(range(3, 3 + n))} for n in (1, 2, 40, 7)]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        results.append([next(iter(o.outputs[0].logprobs[0].values())).logprob for o in outputs])
+        assert [len(o.outputs[0].token_ids) for o in outputs] == [4] * 4
+    wanted, ours = results
+    assert ours == pytest.approx(wanted, abs=0.25)

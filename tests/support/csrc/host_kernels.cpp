@@ -1,13 +1,9 @@
-// The kernels of megatron_dmc/csrc on a host, for tests/support/host_kernels.py: the same bodies, emulated.
+// The launches of megatron_dmc/csrc/kernels.h on a host, for tests/support/host_kernels.py: the same kernels, emulated.
 #include <type_traits>
 
 #include "emulator.h"
 
-#include "dmc/append.h"
-#include "dmc/attention.h"
-#include "dmc/prefill.h"
-#include "dmc/prefill_attention.h"
-#include "dmc/release.h"
+#include "kernels.h"
 
 namespace {
 
@@ -63,13 +59,13 @@ void attend(const dmc::AttentionParams<T>& p) {
 }
 
 template <class T, class S>
-int append_any(const dmc::AppendParams<T>& p) {
+cudaError_t append_any(const dmc::AppendParams<T>& p) {
   switch (p.kv.head_dim) {
-    case 64: append<T, S, 64>(p); return 0;
-    case 96: append<T, S, 96>(p); return 0;
-    case 128: append<T, S, 128>(p); return 0;
-    case 256: append<T, S, 256>(p); return 0;
-    default: return 1;
+    case 64: append<T, S, 64>(p); return cudaSuccess;
+    case 96: append<T, S, 96>(p); return cudaSuccess;
+    case 128: append<T, S, 128>(p); return cudaSuccess;
+    case 256: append<T, S, 256>(p); return cudaSuccess;
+    default: return cudaErrorInvalidValue;
   }
 }
 
@@ -109,92 +105,106 @@ void prefill_attend(const dmc::PrefillAttentionParams<T>& p) {
 }
 
 template <class T>
-int prefill_attend_any(const dmc::PrefillAttentionParams<T>& p) {
+cudaError_t prefill_attend_any(const dmc::PrefillAttentionParams<T>& p) {
   switch (p.kv.head_dim) {
-    case 64: prefill_attend<T, 64>(p); return 0;
-    case 96: prefill_attend<T, 96>(p); return 0;
-    case 128: prefill_attend<T, 128>(p); return 0;
-    case 256: prefill_attend<T, 256>(p); return 0;
-    default: return 1;
+    case 64: prefill_attend<T, 64>(p); return cudaSuccess;
+    case 96: prefill_attend<T, 96>(p); return cudaSuccess;
+    case 128: prefill_attend<T, 128>(p); return cudaSuccess;
+    case 256: prefill_attend<T, 256>(p); return cudaSuccess;
+    default: return cudaErrorInvalidValue;
   }
 }
 
 template <class T>
-int prefill_write_any(const dmc::PrefillParams<T>& p) {
+cudaError_t prefill_write_any(const dmc::PrefillParams<T>& p) {
   switch (p.kv.head_dim) {
-    case 64: prefill_write<T, 64>(p); return 0;
-    case 96: prefill_write<T, 96>(p); return 0;
-    case 128: prefill_write<T, 128>(p); return 0;
-    case 256: prefill_write<T, 256>(p); return 0;
-    default: return 1;
+    case 64: prefill_write<T, 64>(p); return cudaSuccess;
+    case 96: prefill_write<T, 96>(p); return cudaSuccess;
+    case 128: prefill_write<T, 128>(p); return cudaSuccess;
+    case 256: prefill_write<T, 256>(p); return cudaSuccess;
+    default: return cudaErrorInvalidValue;
   }
 }
 
 template <class T>
-int append_any(const dmc::AppendParams<T>& p) {
+cudaError_t append_any(const dmc::AppendParams<T>& p) {
   switch (p.kv.stored) {
     case dmc::kNumbers: return append_any<T, T>(p);
     case dmc::kE4m3: return append_any<T, dmc::e4m3>(p);
     case dmc::kInt8: return append_any<T, dmc::int8>(p);
-    default: return 1;
+    default: return cudaErrorInvalidValue;
   }
 }
 
 template <class T, class S>
-int attend_any(const dmc::AttentionParams<T>& p) {
+cudaError_t attend_any(const dmc::AttentionParams<T>& p) {
   switch (p.kv.head_dim) {
-    case 64: attend<T, S, 64>(p); return 0;
-    case 96: attend<T, S, 96>(p); return 0;
-    case 128: attend<T, S, 128>(p); return 0;
-    case 256: attend<T, S, 256>(p); return 0;
-    default: return 1;
+    case 64: attend<T, S, 64>(p); return cudaSuccess;
+    case 96: attend<T, S, 96>(p); return cudaSuccess;
+    case 128: attend<T, S, 128>(p); return cudaSuccess;
+    case 256: attend<T, S, 256>(p); return cudaSuccess;
+    default: return cudaErrorInvalidValue;
   }
 }
 
 template <class T>
-int attend_any(const dmc::AttentionParams<T>& p) {
+cudaError_t attend_any(const dmc::AttentionParams<T>& p) {
   switch (p.kv.stored) {
     case dmc::kNumbers: return attend_any<T, T>(p);
     case dmc::kE4m3: return attend_any<T, dmc::e4m3>(p);
     case dmc::kInt8: return attend_any<T, dmc::int8>(p);
-    default: return 1;
+    default: return cudaErrorInvalidValue;
   }
 }
 
 }  // namespace
 
-extern "C" {
+namespace dmc {
 
-int append_bf16(const dmc::AppendParams<dmc::bf16>* p) { return append_any(*p); }
-int append_fp16(const dmc::AppendParams<dmc::fp16>* p) { return append_any(*p); }
-int attend_bf16(const dmc::AttentionParams<dmc::bf16>* p) { return attend_any(*p); }
-int attend_fp16(const dmc::AttentionParams<dmc::fp16>* p) { return attend_any(*p); }
-int prefill_write_bf16(const dmc::PrefillParams<dmc::bf16>* p) { return prefill_write_any(*p); }
-int prefill_write_fp16(const dmc::PrefillParams<dmc::fp16>* p) { return prefill_write_any(*p); }
-int prefill_attend_bf16(const dmc::PrefillAttentionParams<dmc::bf16>* p) {
-  return prefill_attend_any(*p);
+template <class T>
+cudaError_t launch_append(const AppendParams<T>& p, cudaStream_t) {
+  return append_any(p);
 }
-int prefill_attend_fp16(const dmc::PrefillAttentionParams<dmc::fp16>* p) {
-  return prefill_attend_any(*p);
+template <class T>
+cudaError_t launch_attention(const AttentionParams<T>& p, cudaStream_t) {
+  return attend_any(p);
 }
-int plan(const dmc::PlanParams* p) {
+template <class T>
+cudaError_t launch_prefill_write(const PrefillParams<T>& p, cudaStream_t) {
+  return prefill_write_any(p);
+}
+template <class T>
+cudaError_t launch_prefill_attention(const PrefillAttentionParams<T>& p, cudaStream_t) {
+  return prefill_attend_any(p);
+}
+template cudaError_t launch_append(const AppendParams<bf16>&, cudaStream_t);
+template cudaError_t launch_append(const AppendParams<fp16>&, cudaStream_t);
+template cudaError_t launch_attention(const AttentionParams<bf16>&, cudaStream_t);
+template cudaError_t launch_attention(const AttentionParams<fp16>&, cudaStream_t);
+template cudaError_t launch_prefill_write(const PrefillParams<bf16>&, cudaStream_t);
+template cudaError_t launch_prefill_write(const PrefillParams<fp16>&, cudaStream_t);
+template cudaError_t launch_prefill_attention(const PrefillAttentionParams<bf16>&, cudaStream_t);
+template cudaError_t launch_prefill_attention(const PrefillAttentionParams<fp16>&, cudaStream_t);
+
+cudaError_t launch_plan(const PlanParams& p, cudaStream_t) {
   int shared[8];
-  emulator::launch(p->num_layers, 64, [&] { dmc::plan_layer(*p, shared); });
-  return 0;
+  emulator::launch(p.num_layers, 64, [&] { plan_layer(p, shared); });
+  return cudaSuccess;
 }
-int release(const dmc::ReleaseParams* p) {
-  emulator::launch(int((p->num_ids + 63) / 64), 64, [&] {
-    const int64_t index = int64_t(dmc::block_index()) * 64 + dmc::thread_index();
-    if (index < p->num_ids) dmc::release_page(*p, index);
+
+cudaError_t launch_release(const ReleaseParams& p, cudaStream_t) {
+  emulator::launch(int((p.num_ids + 63) / 64), 64, [&] {
+    const int64_t index = int64_t(block_index()) * 64 + thread_index();
+    if (index < p.num_ids) release_page(p, index);
   });
-  return 0;
+  return cudaSuccess;
 }
-void set_lazy_copies(int lazy) { emulator::lazy_copies = lazy != 0; }
-int sizes(int which) {
-  const size_t all[] = {sizeof(dmc::AppendParams<dmc::bf16>),
-                        sizeof(dmc::AttentionParams<dmc::bf16>), sizeof(dmc::PlanParams),
-                        sizeof(dmc::ReleaseParams), sizeof(dmc::PrefillParams<dmc::bf16>),
-                        sizeof(dmc::PrefillAttentionParams<dmc::bf16>)};
-  return int(all[which]);
+
+cudaError_t count_workers(int, Stored, int* count) {
+  const char* lazy = std::getenv("DMC_LAZY_COPIES");
+  emulator::lazy_copies = lazy && *lazy == '1';
+  *count = 5;
+  return cudaSuccess;
 }
-}
+
+}  // namespace dmc
