@@ -108,7 +108,12 @@ def fake_gpu(monkeypatch):
 
     class Operators:
         def __getattr__(self, name):
-            return lambda *args: called.append(name)
+            def operator(*args):
+                devices = {x.device.type for x in args if isinstance(x, torch.Tensor)}
+                assert devices == {"cuda"}, (name, devices)
+                called.append(name)
+
+            return operator
 
     def pin_memory(x):
         out = x.clone()

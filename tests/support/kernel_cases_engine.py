@@ -54,27 +54,32 @@ def test_layers_of_few_kernels_give_the_same_tokens(monkeypatch):
 
 @pytest.mark.skipif(BACKEND != "host", reason="of the CUDA kernels")
 @pytest.mark.parametrize(
-    "settings",
-    [None, {}, {"merge_window": 3}, {"merge_delay": 3}, {"policy": "evict", "eviction_delay": 2}],
+    "settings, stored",
+    [
+        (None, "auto"),
+        ({}, "auto"),
+        ({"merge_window": 3}, "auto"),
+        ({"merge_delay": 3}, "auto"),
+        ({"merge_delay": 3, "shared_decisions": True}, "int8"),
+        ({"policy": "evict", "eviction_delay": 2}, "auto"),
+        ({"policy": "evict", "eviction_delay": 2}, "fp8"),
+    ],
     ids=str,
 )
-def test_an_engine_on_the_cuda_kernels(monkeypatch, settings):
+def test_an_engine_on_the_cuda_kernels(monkeypatch, settings, stored):
     """The operators take what the engine gives them: prompts shorter and longer than a delay, in chunks, and requests that
     end and start. Outputs are PyTorch's, but for bfloat16's rounding."""
     results = []
     for backend in ("torch", "host"):
-        for op in ("DECODE", "PREFILL", "PAGES"):
-            monkeypatch.setenv(f"DMC_{op}_BACKEND", backend)
+        of_prefill = backend if stored == "auto" else "torch"  # its kernels take no pages of 8 bits
+        for op, name in {"DECODE": backend, "PAGES": backend, "PREFILL": of_prefill}.items():
+            monkeypatch.setenv(f"DMC_{op}_BACKEND", name)
         dmc = None if settings is None else retrofitted(**settings)
-        model = random_model(2, dmc=dmc, dtype=torch.bfloat16, kv_channels=64)
         llm = LLM(
-            model,
-            device="cpu",
-            block_size=8,
-            num_pages=200,
-            max_num_seqs=2,
-            max_num_batched_tokens=24,
-        )
+            random_model(2, dmc=dmc, dtype=torch.bfloat16, kv_channels=64), device="cpu",
+            block_size=8, num_pages=200, max_num_seqs=2, max_num_batched_tokens=24,
+            kv_cache_dtype=stored,
+        )  # fmt: skip
         params = SamplingParams(temperature=0, max_tokens=4, logprobs=0, ignore_eos=True)
         prompts = [{"prompt_token_ids": list(range(3, 3 + n))} for n in (1, 2, 40, 7)]
         outputs = llm.generate(prompts, params, use_tqdm=False)
