@@ -123,13 +123,17 @@ def test_kernels_compile_without_spills(target, everything, tmp_path):
 
 
 USE_EXTENSION = """
+import os
 import torch
+import megatron_dmc
+megatron_dmc.__path__[:0] = filter(None, [os.environ.get("DMC_EXTENSION_FOLDER")])
 from torch._subclasses import FakeTensorMode
 from megatron_dmc.ops import cuda
 from megatron_dmc.ops.paged import kv_pages
 from megatron_dmc.ops.paged.layer_cache import LayerCache
 assert cuda.absence() == "", cuda.absence()
 from megatron_dmc.ops.cuda import decode, prefill as cuda_prefill
+from megatron_dmc.ops.cuda.pages import release_pages
 from megatron_dmc.ops.paged.chunks import Chunks
 
 ops = torch.ops.megatron_dmc
@@ -155,6 +159,7 @@ mutated = [a.name for a in ops.prefill_attention.default._schema.arguments
            if a.alias_info is not None and a.alias_info.is_write]
 assert mutated == ["out"], mutated
 
+torch.Tensor.pin_memory = lambda x: x  # needs a GPU
 with FakeTensorMode():
     q, *cache = tensors("cuda")
     k_pages, v_pages, table, entries, rows = cache
@@ -177,7 +182,7 @@ with FakeTensorMode():
                                      softmax_scale=1.0)
     assert out.shape == q.shape and out.dtype == q.dtype and out.device.type == "cuda"
     pages = torch.zeros(6, dtype=torch.int32, device="cuda")
-    decode.release_pages(table[:, 0], pages, pages[:2], pages)
+    release_pages(table[:, 0], pages, pages[:2], pages)
 
 def shifted(x):
     # dense, but not at a multiple of 16 bytes
@@ -215,7 +220,7 @@ for got, wanted in (
     (message(put(1, shifted)), "k_pages must start at a multiple of 16 bytes; call clone()"),
     (message(put(2, shifted)), "v_pages must start at a multiple of 16 bytes; call clone()"),
     (message(lambda x: put(1, torch.Tensor.char)(put(2, torch.Tensor.char)(x)),
-             scales=(torch.zeros(6, 16), shifted(torch.zeros(6, 16)))),
+             scales=(shifted(torch.zeros(6, 16)), torch.zeros(6, 16))),
      "k_scales, v_scales must start at a multiple of 16 bytes; call clone()"),
     (message(put(3, lambda t: t.long())), "block_table is Long, expected Int"),
     (message(put(4, lambda e: e[:2])), "num_entries has shape [2, 2], expected [3, 2]"),
@@ -261,6 +266,22 @@ print("extension works")
 """
 
 
+def use_extension(folder, **environment):
+    used = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", USE_EXTENSION],
+        check=False, capture_output=True, text=True, cwd=folder, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert used.stdout.splitlines()[-1:] == ["extension works"], used.stderr[-3000:]
+
+
+@needs_compiler
+def test_operators_refuse_in_words(host_library):
+    """Schemas, fake implementations and errors of binding.cpp, without the CUDA compiler."""
+    folder = Path(host_library).parent
+    compile_library(folder / "_C.so", "at::kCUDA")
+    use_extension(folder, PYTHONPATH=str(ROOT), DMC_EXTENSION_FOLDER=str(folder))
+
+
 @needs_nvcc
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
@@ -273,9 +294,4 @@ def test_extension_builds_and_refuses_in_words(tmp_path):
     )  # fmt: skip
     assert "building CUDA kernels for 9.0a" in built.stderr, built.stderr[-2000:]
     assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
-    used = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", USE_EXTENSION],
-        check=False, capture_output=True, text=True, cwd=tmp_path,
-        env={**environment, "PYTHONPATH": str(library)},
-    )  # fmt: skip
-    assert used.stdout.splitlines()[-1:] == ["extension works"], used.stderr[-3000:]
+    use_extension(tmp_path, **environment, PYTHONPATH=str(library))

@@ -39,17 +39,23 @@ def compile_host(source: str, target: Path, *options: str) -> None:
     subprocess.run(_command(SOURCES / source, target, "-O2", *options), check=True)
 
 
-def compile_library(target: Path) -> None:
-    """For `install`, which finds it by DMC_HOST_LIBRARY."""
-    kernels, binding = (target.with_name(f"{name}.o") for name in ("kernels", "binding"))
+def compile_library(target: Path, device_type: str = "at::kCPU") -> None:
+    """For `install`, which finds it by DMC_HOST_LIBRARY.
+
+    Args:
+        device_type: of the tensors that the operators take.
+    """
+    kernels, binding = target.with_name("kernels.o"), target.with_suffix(".o")
     headers = [f"-I{SOURCES / 'host_cuda'}", f"-I{CSRC}", "-fPIC", "-c"]
     of_torch = [f"-isystem{path}" for path in (*include_paths(), get_paths()["include"])]
-    commands = [
-        _command(SOURCES / "host_kernels.cpp", kernels, *headers, "-O1"),  # compiles faster
-        _command(CSRC / "binding.cpp", binding, *headers, *of_torch, "-DDMC_DEVICE_TYPE=at::kCPU"),
-    ]
+    device = f"-DDMC_DEVICE_TYPE={device_type}"
+    commands = [_command(CSRC / "binding.cpp", binding, *headers, *of_torch, device)]
+    if not kernels.exists():
+        # compiles faster than with -O2
+        commands.append(_command(SOURCES / "host_kernels.cpp", kernels, *headers, "-O1"))
     compilers = [subprocess.Popen(command) for command in commands]
-    assert [compiler.wait() for compiler in compilers] == [0, 0]
+    codes = [compiler.wait() for compiler in compilers]
+    assert not any(codes)
     libraries = [f"-L{path}" for path in library_paths()] + ["-lc10", "-ltorch_cpu"]
     subprocess.run(_command(kernels, target, str(binding), "-shared", *libraries), check=True)
 
