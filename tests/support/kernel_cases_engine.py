@@ -68,7 +68,7 @@ def test_layers_of_few_kernels_give_the_same_tokens(monkeypatch):
 )
 def test_an_engine_on_the_cuda_kernels(monkeypatch, settings, stored):
     """The operators take what the engine gives them: prompts shorter and longer than a delay, in chunks, and requests that
-    end and start. Outputs are PyTorch's, but for bfloat16's rounding."""
+    end and start. Outputs are PyTorch's within bfloat16's rounding."""
     results = []
     for backend in ("torch", "host"):
         of_prefill = backend if stored == "auto" else "torch"  # its kernels take no pages of 8 bits
