@@ -32,8 +32,8 @@ void check_supported(ScalarType dtype, int64_t head_dim, int64_t page_size) {
 #endif
 
 void check_device(const Tensor& x, const char* name, const Tensor& like) {
-  TORCH_CHECK_VALUE(x.device().type() == DMC_DEVICE_TYPE && x.device() == like.device(), name, " is on ", x.device(),
-                    "; all tensors must be on one GPU");
+  TORCH_CHECK_VALUE(x.device().type() == DMC_DEVICE_TYPE && x.device() == like.device(), name,
+                    " is on ", x.device(), "; all tensors must be on one GPU");
 }
 
 // On the device of `like`, launch(T{}) for its dtype; check_pages has rejected others.

@@ -7,6 +7,11 @@
 
 namespace {
 
+[[maybe_unused]] const bool is_lazy = [] {
+  const char* lazy = std::getenv("DMC_LAZY_COPIES");
+  return emulator::lazy_copies = lazy && *lazy == '1';
+}();
+
 // A block's shared memory, full of NaN at first as a GPU's may be.
 std::vector<float> nan_memory(size_t bytes) {
   return std::vector<float>(bytes / 4 + 8, std::nanf(""));
@@ -201,8 +206,6 @@ cudaError_t launch_release(const ReleaseParams& p, cudaStream_t) {
 }
 
 cudaError_t count_workers(int, Stored, int* count) {
-  const char* lazy = std::getenv("DMC_LAZY_COPIES");
-  emulator::lazy_copies = lazy && *lazy == '1';
   *count = 5;
   return cudaSuccess;
 }
